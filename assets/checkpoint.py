@@ -1,0 +1,55 @@
+"""The checkpoint: copied, checked, and never changed again."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from assets.materialization import OWNERS, materialized, remember
+from assets.partitions import models
+from resources.artifacts.records import Checkpoint
+from resources.checkpoints import collect_checkpoint
+from resources.workspace import Workspace
+
+
+@dg.asset(
+    partitions_def=models,
+    group_name="sources",
+    kinds={"huggingface"},
+    owners=OWNERS,
+    description="A Hugging Face checkpoint from a folder, a Python package or the Hub, complete and fit for its task.",
+)
+def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
+    entry = workspace.entry(context.partition_key)
+    log = workspace.log(entry.name, "checkpoint")
+    made = collect_checkpoint(entry, workspace.store, workspace.limits, log)
+    folder = remember(workspace.store, f"checkpoint/{entry.name}", made)
+    record = made.record
+    return materialized(
+        made,
+        folder,
+        {
+            "source": record.source,
+            "revision": record.revision,
+            "task": record.task,
+            "architecture": record.architecture,
+            "max_tokens": record.max_tokens,
+            "labels": list(record.labels),
+            "weights_digest": record.weights_digest,
+            "tokenizer_digest": record.tokenizer_digest,
+            "allow_pickle": dg.MetadataValue.bool(record.allow_pickle),
+            "trust_remote_code": dg.MetadataValue.bool(record.trust_remote_code),
+        },
+    )
+
+
+@dg.asset_check(asset=checkpoint, partitions_def=models, blocking=True)
+def required_files(
+    context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
+) -> dg.AssetCheckResult:
+    """Every file of the stored copy is there, byte for byte."""
+    store = workspace.store
+    record = store.current(Checkpoint, f"checkpoint/{context.partition_key}")
+    damaged = store.damaged(record)
+    return dg.AssetCheckResult(
+        passed=not damaged, metadata={"files": sorted(record.files), "missing_or_changed": damaged}
+    )

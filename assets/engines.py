@@ -1,0 +1,53 @@
+"""One asset an engine and target, made from the list of engines, so that the lineage shows every candidate."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from assets.materialization import OWNERS, materialized, remember
+from assets.onnx_graph import onnx_graph
+from assets.partitions import models
+from resources.artifacts.records import Checkpoint, OnnxGraph
+from resources.engines import EngineSpec
+from resources.engines.make import make_engine, sources_of
+from resources.workspace import Workspace
+
+KINDS = {"torch": "pytorch", "onnxruntime": "onnx", "tensorrt": "nvidia"}
+
+
+def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
+    """The asset `engines/<target>/<engine>`. It materializes `built`, `unsupported` or `failed`, and never fails."""
+
+    @dg.asset(
+        key=["engines", target, spec.name],
+        deps=[onnx_graph],
+        partitions_def=models,
+        group_name=f"engines_{target}",
+        kinds={KINDS[spec.runtime], spec.precision},
+        owners=OWNERS,
+        description=spec.description,
+        tags={"target": target, "needs": spec.needs},
+    )
+    def engine(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
+        entry, store = workspace.entry(context.partition_key), workspace.store
+        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
+        graph = store.current(OnnxGraph, f"onnx_graph/{entry.name}")
+        made = make_engine(workspace, entry, spec, target, sources_of(workspace, checkpoint, graph))
+        folder = remember(store, f"engines/{target}/{spec.name}/{entry.name}", made)
+        record = made.record
+        if record.status == "failed":
+            context.log.warning(f"{spec.name}: {record.reason}")
+        return materialized(
+            made,
+            folder,
+            {
+                "status": record.status,
+                "reason": record.reason or "–",
+                "runtime": record.runtime,
+                "precision": record.precision,
+                "parameters": dg.MetadataValue.json(record.parameters),
+                "operators": dg.MetadataValue.json(record.operators),
+            },
+        )
+
+    return engine

@@ -1,0 +1,36 @@
+"""What every materialization says, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from resources.artifacts.records import Record
+from resources.artifacts.store import ArtifactStore, Made
+
+OWNERS = ["team:refinery"]
+
+
+def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> dg.MaterializeResult:
+    """The result of a step: its record's own metadata, then what all have; versioned by content, not by time."""
+    record: Record = made.record
+    common: dict[str, Any] = {
+        "reused": dg.MetadataValue.bool(made.reused),
+        "digest": record.digest,
+        "build_seconds": dg.MetadataValue.float(round(record.build_seconds, 2)),
+    }
+    if record.peak_memory_bytes:
+        common["peak_memory_bytes"] = dg.MetadataValue.int(record.peak_memory_bytes)
+    if record.files:
+        common["size_bytes"] = dg.MetadataValue.int(record.size_bytes)
+        common["files"] = dg.MetadataValue.path(folder)
+    return dg.MaterializeResult(metadata={**metadata, **common}, data_version=dg.DataVersion(record.content_digest))
+
+
+def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:
+    """Point the step's name at what it made; the folder it lies in."""
+    store.point(name, made.record)
+    return store.folder(made.record)

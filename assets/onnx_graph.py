@@ -1,0 +1,69 @@
+"""The exported graph."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from assets.checkpoint import checkpoint
+from assets.materialization import OWNERS, materialized, remember
+from assets.partitions import models
+from resources.artifacts.records import Checkpoint, OnnxGraph
+from resources.export.make import make_graph
+from resources.reporting import markdown
+from resources.workspace import Workspace
+
+
+@dg.asset(
+    deps=[checkpoint, "evaluation_set"],
+    partitions_def=models,
+    group_name="graph",
+    kinds={"onnx", "pytorch"},
+    owners=OWNERS,
+    description="The checkpoint as an ONNX graph with dynamic batch and sequence, pooling or softmax included.",
+)
+def onnx_graph(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
+    entry = workspace.entry(context.partition_key)
+    source = workspace.store.current(Checkpoint, f"checkpoint/{entry.name}")
+    made = make_graph(workspace, entry, source)
+    folder = remember(workspace.store, f"onnx_graph/{entry.name}", made)
+    record = made.record
+    return materialized(
+        made,
+        folder,
+        {
+            "inputs": list(record.inputs),
+            "output": f"{record.output} [batch, {record.width}]",
+            "opset": record.opset,
+            "nodes": record.nodes,
+            "parameters": record.parameters,
+            "external_data": dg.MetadataValue.bool(record.external_data),
+        },
+    )
+
+
+@dg.asset_check(asset=onnx_graph, partitions_def=models, blocking=True)
+def onnx_valid(context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.AssetCheckResult:
+    """The ONNX checker accepts the graph, shapes inferred."""
+    record = workspace.store.current(OnnxGraph, f"onnx_graph/{context.partition_key}")
+    return dg.AssetCheckResult(
+        passed=record.checker == "", metadata={"checker": record.checker or "no complaint", "nodes": record.nodes}
+    )
+
+
+@dg.asset_check(asset=onnx_graph, partitions_def=models, blocking=True)
+def parity_with_pytorch(
+    context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
+) -> dg.AssetCheckResult:
+    """The graph answers as PyTorch does at shapes it was not exported at, padded and unpadded."""
+    record = workspace.store.current(OnnxGraph, f"onnx_graph/{context.partition_key}")
+    rows = [
+        [case.shape, "padded" if case.padded else "unpadded", f"{case.max_relative_error:.1e}"]
+        for case in record.parity
+    ]
+    return dg.AssetCheckResult(
+        passed=bool(record.parity) and not record.parity_misses,
+        metadata={
+            "cases": dg.MetadataValue.md(markdown(["batch x tokens", "padding", "largest relative error"], rows)),
+            "misses": list(record.parity_misses),
+        },
+    )

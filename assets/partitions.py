@@ -1,0 +1,5 @@
+"""One partition a model of the catalog."""
+
+import dagster as dg
+
+models = dg.DynamicPartitionsDefinition(name="model")

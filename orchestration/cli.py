@@ -1,0 +1,143 @@
+"""The command line: thin over the same Dagster job and instance that the web page shows.
+
+Each command imports what it needs when it runs, so that `refinery query` does not wait for Dagster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from resources.errors import RefineryError
+
+SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 for success, 1 for failure, 2 for a wrong command line, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except RefineryError as error:
+        print(f"refinery: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `refinery models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="refinery", description="Take a Hugging Face checkpoint to the fastest accurate engine, served by Triton."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("optimize", help="optimize a model and publish the result")
+    command.add_argument(
+        "model", metavar="MODEL", help="a name of the catalog, a folder, or a Hub id (org/name[@revision])"
+    )
+    new = command.add_argument_group("for a folder or Hub id, which becomes a catalog entry of its own")
+    new.add_argument("--name", help="its name in the catalog (default: the last part of MODEL)")
+    new.add_argument("--task", help="what it is for (default: told from the checkpoint)")
+    new.add_argument("--seq-len", metavar="N[,N]", help="tokens to optimize for (default: 16,128)")
+    new.add_argument("--batch-size", metavar="N[,N]", help="batch sizes to optimize for (default: 1,8,32)")
+    new.add_argument("--engines", metavar="E[,E]", help="only these engines compete")
+    command.add_argument("--target", help="only this target (default: all of REFINERY_TARGETS)")
+    command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>")
+    command.set_defaults(command=_optimize)
+
+    command = commands.add_parser("query", help="ask a served model")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("text", metavar="TEXT", nargs="+")
+    command.add_argument(
+        "--url", default="127.0.0.1:8001", help="gRPC address of a Triton server (default: %(default)s)"
+    )
+    command.add_argument("--target", default="cpu", help="whose repository to serve where no server answers")
+    command.add_argument("--json", action="store_true", help="print the whole answer, one JSON list a text")
+    command.set_defaults(command=_query)
+
+    command = commands.add_parser("serve", help="serve the repository with the embedded Triton until Ctrl-C")
+    command.add_argument("--target", default="cpu")
+    command.add_argument("--http-port", type=_port, default=8000)
+    command.add_argument("--grpc-port", type=_port, default=8001)
+    command.add_argument("--metrics-port", type=_port, default=8002)
+    command.set_defaults(command=_serve)
+
+    command = commands.add_parser("models", help="list the catalog")
+    command.set_defaults(command=_models)
+
+    command = commands.add_parser("releases", help="list a model's releases")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--target", default="cpu")
+    command.set_defaults(command=_releases)
+
+    command = commands.add_parser("ui", help="start Dagster and MLflow on this machine until Ctrl-C")
+    command.add_argument("--dagster-port", type=_port, default=3000)
+    command.add_argument("--mlflow-port", type=_port, default=5000)
+    command.set_defaults(command=_ui)
+
+    command = commands.add_parser("setup", help="install the embedded Triton's environment")
+    command.set_defaults(command=_setup)
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
+
+
+def _optimize(options: argparse.Namespace) -> int:
+    from orchestration.optimize import optimize
+
+    return optimize(options)
+
+
+def _query(options: argparse.Namespace) -> int:
+    from orchestration.serving import query
+
+    return query(options)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from orchestration.serving import serve
+
+    return serve(options)
+
+
+def _models(options: argparse.Namespace) -> int:
+    from orchestration.listing import models
+
+    return models(options)
+
+
+def _releases(options: argparse.Namespace) -> int:
+    from orchestration.listing import releases
+
+    return releases(options)
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from orchestration.pages import serve_pages
+
+    return serve_pages(options)
+
+
+def _setup(options: argparse.Namespace) -> int:
+    del options
+    from resources.triton.environment import install
+
+    from orchestration.settings import read_workspace
+
+    install(read_workspace(os.environ).triton.environment, progress=lambda line: print(line, flush=True))
+    return SUCCESS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

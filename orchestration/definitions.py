@@ -1,0 +1,43 @@
+"""Everything that Dagster loads, and the one place that reads the environment."""
+
+import os
+from itertools import product
+
+import dagster as dg
+
+from assets.benchmarks import benchmark_assets
+from assets.champion import champion_asset
+from assets.checkpoint import checkpoint, required_files
+from assets.engines import engine_asset
+from assets.evaluation_set import evaluation_set
+from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
+from assets.triton_repository import triton_repository_assets
+from orchestration.jobs import optimize
+from orchestration.progress import progress_logger
+from orchestration.settings import read_workspace, tracker_of
+from resources.engines import ENGINES
+from resources.workspace import Workspace
+
+
+def make_definitions(workspace: Workspace) -> dg.Definitions:
+    """The whole code location, working in that workspace."""
+    assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, onnx_graph]
+    checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
+    for target, spec in product(workspace.targets, ENGINES):
+        benchmark, accuracy_gate = benchmark_assets(spec, target)
+        assets += [engine_asset(spec, target), benchmark]
+        checks.append(accuracy_gate)
+    for target in workspace.targets:
+        repository, served_answers_equal = triton_repository_assets(target)
+        assets += [champion_asset(ENGINES, target), repository]
+        checks.append(served_answers_equal)
+    return dg.Definitions(
+        assets=assets,
+        asset_checks=checks,
+        jobs=[optimize],
+        resources={"workspace": workspace, "tracker": tracker_of(workspace)},
+        loggers={"progress": progress_logger},
+    )
+
+
+defs = make_definitions(read_workspace(os.environ))

@@ -1,0 +1,96 @@
+"""What the command line was given as MODEL: a name of the catalog, or the source of a new entry."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from resources.catalog import DEFAULT_SHAPES, ModelEntry, explain, load_catalog, write_entry
+from resources.checkpoints import locate
+from resources.errors import CatalogError
+from resources.workspace import Workspace
+
+_ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines")
+
+
+def find_or_add(workspace: Workspace, options: Namespace) -> ModelEntry:
+    """The catalog's entry for `options.model`, added below the workspace's home if it is a folder or a Hub id.
+
+    Raises CatalogError, CheckpointError.
+    """
+    catalog = workspace.catalog()
+    given = [name for name in _ENTRY_OPTIONS if getattr(options, name) is not None]
+    if options.model in catalog.names:
+        if given:
+            raise CatalogError(
+                f"{options.model} is in the catalog already, where its --{given[0].replace('_', '-')} is written: edit "
+                f"{workspace.catalog_path} or its file in {workspace.additions}."
+            )
+        return catalog.get(options.model)
+    source = _source(options.model)
+    if source is None:
+        return catalog.get(options.model)  # raises, naming what there is
+    name = options.name or _name_from(source)
+    # Only the models file can hold that name for another purpose; an earlier entry of our own is written anew.
+    for known in load_catalog(workspace.catalog_path).models:
+        if known.name == name:
+            raise CatalogError(
+                f"{workspace.catalog_path} has a model named {name!r} already; give another with --name."
+            )
+    entry = _entry(name, source, options)
+    earlier = next((known for known in catalog.models if known.name == name), None)
+    if earlier is not None and earlier.source != entry.source:
+        raise CatalogError(
+            f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with --name."
+        )
+    write_entry(entry, workspace.additions)
+    return entry
+
+
+def _source(model: str) -> str | None:
+    """The catalog's spelling of a source; None for what can only be a name."""
+    path = Path(model).expanduser()
+    if model.startswith(("package:", "hub:")):
+        return model
+    if path.is_dir() or model.startswith(("/", "./", "../", "~")):
+        return str(path.resolve())
+    return model if "/" in model else None
+
+
+def _name_from(source: str) -> str:
+    last = source.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._").lower()
+
+
+def _entry(name: str, source: str, options: Namespace) -> ModelEntry:
+    fields: dict[str, Any] = {"name": name, "source": source, "task": options.task or _guess_task(source)}
+    if options.seq_len or options.batch_size:
+        lengths = (
+            options.seq_len or ",".join(str(n) for n in dict.fromkeys(s.sequence for s in DEFAULT_SHAPES))
+        ).split(",")
+        batches = (
+            options.batch_size or ",".join(str(n) for n in dict.fromkeys(s.batch for s in DEFAULT_SHAPES))
+        ).split(",")
+        fields["shapes"] = [f"{batch.strip()}x{length.strip()}" for batch, length in product(batches, lengths)]
+    if options.engines:
+        fields["engines"] = [engine.strip() for engine in options.engines.split(",")]
+    try:
+        return ModelEntry.model_validate(fields)
+    except ValidationError as error:
+        raise CatalogError(f"{options.model}: {explain(error)}") from None
+
+
+def _guess_task(source: str) -> str:
+    """By the class the checkpoint was saved from: a classification head classifies, everything else embeds."""
+    folder = locate(source, allow_pickle=False, trust_remote_code=False).folder
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    except (OSError, ValueError, AttributeError):
+        return "embedding"  # collecting the checkpoint says what is wrong with it, better than a guess could
+    return "classification" if str(architectures[0]).endswith("ForSequenceClassification") else "embedding"

@@ -1,0 +1,108 @@
+"""`refinery ui`: the pages of Dagster and MLflow on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+
+import dagster as dg
+
+import orchestration
+from orchestration.instance import prepare_instance
+from orchestration.settings import read_workspace, tracker_of
+from resources.errors import ServerError
+
+_LOOPBACK = "127.0.0.1"
+_START_SECONDS = 120.0
+_STOP_SECONDS = 20.0
+
+
+def serve_pages(options: Namespace) -> int:
+    """Start both, print their addresses, and stop both when either ends or on Ctrl-C."""
+    workspace = read_workspace(os.environ)
+    for port, option in ((options.dagster_port, "--dagster-port"), (options.mlflow_port, "--mlflow-port")):
+        _require_free(port, option)
+    prepare_instance(workspace)
+    with dg.DagsterInstance.get() as instance:
+        instance.add_dynamic_partitions("model", workspace.catalog().names)
+    tracker_of(workspace).prepare()
+    folder = workspace.home / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    workspace_file = Path(orchestration.__file__).resolve().parents[1] / "workspace.yaml"
+    dagster = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace_file), "-h", _LOOPBACK]
+    mlflow = [sys.executable, "-m", "mlflow", "server", "--host", _LOOPBACK, "--workers", "1"]
+    commands = {
+        "dagster": [*dagster, "-p", str(options.dagster_port)],
+        "mlflow": [
+            *mlflow,
+            *("--port", str(options.mlflow_port)),
+            *("--backend-store-uri", workspace.mlflow_uri()),
+            *("--default-artifact-root", (workspace.home / "tracking" / "artifacts").as_uri()),
+        ],
+    }
+    ports = {"dagster": options.dagster_port, "mlflow": options.mlflow_port}
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        for name, command in commands.items():
+            with (folder / f"{name}.log").open("ab") as log:
+                # A process group each: their own children must go with them.
+                processes[name] = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        for name, process in processes.items():
+            _await(name, process, ports[name], folder / f"{name}.log")
+            print(f"{name:8} http://{_LOOPBACK}:{ports[name]}", flush=True)
+        print("Ctrl-C stops both.", flush=True)
+        while all(process.poll() is None for process in processes.values()):
+            time.sleep(0.5)
+        ended = [name for name, process in processes.items() if process.poll() is not None]
+        raise ServerError(f"{ended[0]} ended by itself; its last words are in {folder / ended[0]}.log.")
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(list(processes.values()))
+
+
+def _require_free(port: int, option: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_LOOPBACK, port))
+        except OSError:
+            raise ServerError(f"Port {port} of {_LOOPBACK} is in use. Choose another with {option}.") from None
+
+
+def _await(name: str, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"{name} did not start; its last words are in {log}.")
+        with suppress(OSError), socket.create_connection((_LOOPBACK, port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise ServerError(f"{name} did not answer within {_START_SECONDS:g} s; its log is {log}.")
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, deadline - time.monotonic()))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _as_interrupt(number: int, frame: object) -> None:
+    del number, frame
+    raise KeyboardInterrupt

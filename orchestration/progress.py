@@ -1,0 +1,93 @@
+"""Live progress of a run, one line a step: a Dagster logger that hears the run's own events."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class ProgressHandler(logging.Handler):
+    """Prints what a step made as it ends; on a terminal the step under way is shown with a spinner."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.DEBUG)
+        self._console = console
+        self._status = console.status("starting") if console.is_terminal else None
+        self._run_started = self._step_started = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event: dg.DagsterEvent | None = record.__dict__.get("dagster_event")
+        try:
+            if event is not None:
+                self._event(event)
+            elif record.levelno >= logging.WARNING:
+                message = record.__dict__.get("dagster_meta", {}).get("orig_message", record.getMessage())
+                self._line("warning", str(message), "yellow")
+        except Exception:
+            self.handleError(record)
+
+    def _event(self, event: dg.DagsterEvent) -> None:
+        kind = event.event_type
+        if kind is dg.DagsterEventType.STEP_START:
+            self._step_started = time.monotonic()
+            if self._status is not None:
+                self._status.update(str(event.step_key).replace("__", "/"))
+                self._status.start()
+        elif kind is dg.DagsterEventType.ASSET_MATERIALIZATION:
+            materialization = event.step_materialization_data.materialization
+            metadata = {name: value.value for name, value in materialization.metadata.items()}
+            name = "/".join(materialization.asset_key.path)
+            self._line(name, describe(metadata, time.monotonic() - self._step_started))
+        elif kind is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            check = event.asset_check_evaluation_data
+            if not check.passed:
+                colour = "red" if check.severity is dg.AssetCheckSeverity.ERROR else "yellow"
+                name = f"{'/'.join(check.asset_key.path)}: {check.check_name}"
+                self._line(name, f"not passed. {check.description or ''}", colour)
+        elif kind is dg.DagsterEventType.STEP_FAILURE:
+            self._line(str(event.step_key).replace("__", "/"), "failed", "red")
+        elif kind in (
+            dg.DagsterEventType.RUN_SUCCESS,
+            dg.DagsterEventType.RUN_FAILURE,
+            dg.DagsterEventType.RUN_CANCELED,
+        ):
+            self.close()
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+        super().close()
+
+    def _line(self, name: str, text: str, colour: str = "default") -> None:
+        elapsed = time.monotonic() - self._run_started
+        self._console.print(f"[dim]{elapsed:7.1f} s[/]  [bold]{name}[/]  ", end="", highlight=False)
+        self._console.print(text, style=colour, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(metadata: dict[str, Any], seconds: float) -> str:
+    """What was made, in a few words, from the metadata of a materialization."""
+    if metadata.get("status") in ("unsupported", "skipped"):
+        return f"{metadata['status']}: {metadata.get('reason', '')}"
+    if metadata.get("status") == "failed":
+        return f"FAILED: {metadata.get('reason', '')}"
+    done = "unchanged" if metadata.get("reused") else f"made in {seconds:.1f} s"
+    said = metadata.get("release") or metadata.get("champion")
+    return f"{said}, {done}" if said else done
+
+
+@dg.logger(config_schema={}, description="One line a step, for the command line.")
+def progress_logger(context: dg.InitLoggerContext) -> logging.Logger:
+    """Used by `refinery optimize`."""
+    del context
+    from rich.console import Console
+
+    logger = logging.Logger("refinery.progress", logging.DEBUG)
+    logger.addHandler(ProgressHandler(Console(file=sys.stdout, soft_wrap=True)))
+    return logger

@@ -1,0 +1,78 @@
+"""The environment variables, read into a Workspace. README.md, "Settings", lists them for users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+import orchestration
+from resources.engines import TARGETS
+from resources.errors import CatalogError
+from resources.isolation import Limits
+from resources.tracking import Tracker
+from resources.triton.settings import Flavour, TritonSettings
+from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, Workspace
+
+DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")
+DEFAULT_MLFLOW_UI = "http://127.0.0.1:5000"
+
+
+def read_workspace(environment: Mapping[str, str]) -> Workspace:
+    """The workspace that the variables describe. Raises CatalogError naming the variable that is wrong."""
+    home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
+    targets = tuple(environment.get("REFINERY_TARGETS", "cpu").replace(",", " ").split())
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown or not targets:
+        raise CatalogError(f"REFINERY_TARGETS: {' '.join(unknown) or 'empty'}: use some of {', '.join(TARGETS)}.")
+    flavour = environment.get("REFINERY_TRITON_FLAVOUR", "python")
+    if flavour not in get_args(Flavour):
+        raise CatalogError(f"REFINERY_TRITON_FLAVOUR: {flavour!r} is not one of {', '.join(get_args(Flavour))}.")
+    triton = TritonSettings(
+        flavour="native" if flavour == "native" else "python",
+        server=environment.get("REFINERY_TRITON_GRPC") or None,
+        server_http=environment.get("REFINERY_TRITON_HTTP") or None,
+        repositories=_path(environment, "REFINERY_TRITON_REPOSITORIES"),
+        environment=_path(environment, "REFINERY_TRITON_ENVIRONMENT") or TritonSettings().environment,
+    )
+    limits = Limits(
+        timeout_s=_number(environment, "REFINERY_STEP_SECONDS", Limits().timeout_s),
+        memory_bytes=int(_number(environment, "REFINERY_STEP_MEMORY_GB", Limits().memory_bytes / 1e9) * 1e9),
+    )
+    threshold = _number(environment, "REFINERY_EXTERNAL_DATA_BYTES", EXTERNAL_DATA_THRESHOLD_BYTES)
+    return Workspace(
+        home=home,
+        catalog_path=_path(environment, "REFINERY_CATALOG") or DEFAULT_CATALOG,
+        targets=targets,
+        limits=limits,
+        external_data_threshold_bytes=int(threshold),
+        artifacts=_path(environment, "REFINERY_ARTIFACTS"),
+        tracking_uri=environment.get("REFINERY_MLFLOW_URI") or None,
+        tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
+        triton=triton,
+    )
+
+
+def tracker_of(workspace: Workspace) -> Tracker:
+    """MLflow as the workspace says. A tracking server's pages are at its own address."""
+    uri = workspace.mlflow_uri()
+    ui = workspace.tracking_ui or (uri if uri.startswith("http") else DEFAULT_MLFLOW_UI)
+    return Tracker(uri, ui=ui.rstrip("/"), folder=workspace.home / "tracking")
+
+
+def _path(environment: Mapping[str, str], name: str) -> Path | None:
+    value = environment.get(name)
+    return Path(value).expanduser().resolve() if value else None
+
+
+def _number(environment: Mapping[str, str], name: str, default: float) -> float:
+    value = environment.get(name)
+    if not value:
+        return default
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not number > 0:
+        raise CatalogError(f"{name}: {value!r} is not a number above 0.")
+    return number

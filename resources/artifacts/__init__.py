@@ -1,0 +1,1 @@
+"""Typed records and the content-addressed store that keeps their files."""

@@ -1,0 +1,248 @@
+"""The typed records that pass from step to step; the files they speak of lie in the store beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StoredFile(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: str
+    size_bytes: int
+
+
+class Record(BaseModel):
+    """What every record has. `digest` names everything that made the artifact; see resources.artifacts.fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+    digest: str
+    model: str
+    files: dict[str, StoredFile] = Field(default_factory=dict)
+    build_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the same digest may be answered with this record instead of new work."""
+        return True
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
+    @property
+    def content_digest(self) -> str:
+        """Digest of what was made, not of what it was made from: equal files, equal digest."""
+        if not self.files:
+            return self.digest
+        names = {name: file.sha256 for name, file in self.files.items()}
+        return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+
+    def with_files(self, folder: Path) -> Self:
+        """This record with every file below the folder listed and hashed."""
+        found = {
+            path.relative_to(folder).as_posix(): StoredFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        return self.model_copy(update={"files": found})
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Checkpoint(Record):
+    """A Hugging Face checkpoint, copied and checked.
+
+    The three part digests let a change of a label's name rebuild the release and nothing before it.
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+    source: str
+    revision: str
+    task: str
+    architecture: str
+    model_type: str = ""
+    weights_digest: str
+    weights_bytes: int
+    tokenizer_digest: str
+    labels_digest: str
+    labels: tuple[str, ...] = ()
+    max_tokens: int = Field(description="Longest text that is served, in tokens, special tokens included.")
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+class EvaluationSet(Record):
+    """Real texts and what PyTorch in fp32 answers to each of them alone, without padding.
+
+    `reference.npy`: fp32 `[texts, width]`; `texts.json`: the texts, in the same order.
+    """
+
+    kind: ClassVar[str] = "evaluation_set"
+    texts: int
+    width: int
+    longest_tokens: int
+    tokenizer_checked: int = Field(description="Texts whose token ids were compared with transformers' tokenizer.")
+
+
+class ParityCase(BaseModel):
+    """One comparison of the exported graph with PyTorch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    shape: str
+    padded: bool
+    max_relative_error: float = Field(description="Largest difference over the largest value of PyTorch's answer.")
+
+
+class OnnxGraph(Record):
+    """The exported graph: `model.onnx`, with `model.onnx.data` beside it where weights are external."""
+
+    kind: ClassVar[str] = "onnx_graph"
+    weights_digest: str
+    opset: int
+    nodes: int
+    parameters: int
+    inputs: tuple[str, ...]
+    output: str
+    width: int
+    external_data: bool
+    parity: tuple[ParityCase, ...]
+    checker: str = Field(default="", description="What the ONNX checker found wrong; empty: nothing.")
+    parity_misses: tuple[str, ...] = Field(default=(), description="Where it differs from PyTorch, each as a sentence.")
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why no engine may be built from it; none: it is sound."""
+        return (self.checker, *self.parity_misses) if self.checker else self.parity_misses
+
+    @property
+    def reusable(self) -> bool:
+        return not self.problems
+
+
+EngineStatus = Literal["built", "unsupported", "failed"]
+
+
+class Engine(Record):
+    """One way to run the model on one target. Anything but `built` has a reason and no files."""
+
+    kind: ClassVar[str] = "engine"
+    name: str
+    target: str
+    runtime: str
+    precision: str
+    status: EngineStatus
+    reason: str = ""
+    entry_file: str = Field(default="", description="What the runtime opens, relative to the artifact.")
+    inputs: tuple[str, ...] = ()
+    output: str = ""
+    width: int = 0
+    parameters: dict[str, str] = Field(default_factory=dict, description="The knobs it was built with.")
+    operators: dict[str, int] = Field(default_factory=dict, description="Nodes by operator type.")
+
+    @property
+    def reusable(self) -> bool:
+        return self.status != "failed"
+
+
+class Latency(BaseModel):
+    """Wall-clock milliseconds of one runner at one shape. Below 100 samples `p99_ms` is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    count: int
+    mean_ms: float
+    std_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float | None
+    max_ms: float
+    throughput_per_s: float = Field(description="Rows a second.")
+
+
+class ShapeTiming(BaseModel):
+    """PyTorch and a candidate, measured in turns at one shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    shape: str
+    baseline: Latency
+    candidate: Latency
+    speedup: float = Field(description="Median over the pairs of baseline time over candidate time.")
+    window_speedups: tuple[float, ...]
+    agreed: bool = Field(description="The last windows agreed; False: the time bound ended the measuring.")
+    pairs: int
+    candidate_memory_bytes: int = Field(description="Peak resident memory above the bare process.")
+    baseline_memory_bytes: int
+
+
+class Disagreement(BaseModel):
+    """One of the texts whose answers differ most from PyTorch's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    text: str
+    score: float
+
+
+class Accuracy(BaseModel):
+    """A candidate's answers against PyTorch's, by the task's own measure."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    metrics: dict[str, float]
+    broken: str = Field(default="", description="Why the answers cannot be compared at all: NaN, wrong shape.")
+    texts: int
+    worst: tuple[Disagreement, ...] = ()
+
+
+class BenchmarkReport(Record):
+    """Accuracy and speed of one engine. `samples.json` keeps every raw sample, in milliseconds, by shape."""
+
+    kind: ClassVar[str] = "benchmark"
+    engine: str
+    engine_digest: str
+    evaluation_digest: str = Field(description="Of the evaluation set, and so of the checkpoint, it was measured on.")
+    target: str
+    status: Literal["measured", "skipped", "failed"]
+    reason: str = ""
+    accuracy: Accuracy | None = None
+    timings: tuple[ShapeTiming, ...] = ()
+    threads: int = 0
+    device: str = ""
+    engine_size_bytes: int = 0
+
+    @property
+    def reusable(self) -> bool:
+        return self.status != "failed"
+
+
+class CandidateVerdict(BaseModel):
+    """Why a candidate won or lost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    engine: str
+    score: float | None = Field(description="The objective's geometric mean over the shapes; higher is better.")
+    eligible: bool
+    verdict: str
+
+
+class Champion(Record):
+    """The engine that is to be served."""
+
+    kind: ClassVar[str] = "champion"
+    target: str
+    engine: str
+    engine_digest: str
+    objective: str
+    score: float
+    reason: str
+    verdicts: tuple[CandidateVerdict, ...]

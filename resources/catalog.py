@@ -1,0 +1,219 @@
+"""The models file: which checkpoints are optimized, for which shapes, and what counts as accurate and as best.
+
+Strict on purpose: a field that is misspelled or of the wrong type stops everything, with the file, the model, the
+field and the remedy named, before any work begins.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from resources.errors import CatalogError
+from resources.tasks import TASKS, Gates
+
+#: Triton's folder names and Dagster's partition keys both have to take a model's name: no `/`, no `|`, no `...`, and
+#: nothing that looks like one of our own immutable parts (`minilm__r3__engine`).
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RESERVED_NAME = re.compile(r"__r\d+__|\.\.\.")
+SHAPE_PATTERN = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,4})")
+
+
+class Shape(BaseModel):
+    """A batch of `batch` rows of `sequence` tokens each. Written `8x128` in the models file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    batch: int
+    sequence: int
+
+    @classmethod
+    def parse(cls, text: object) -> Shape:
+        """Read `8x128`; raises ValueError on anything else."""
+        if isinstance(text, Shape):
+            return text
+        match = SHAPE_PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f"{text!r} is not a shape; write batch x tokens, such as 8x128")
+        return cls(batch=int(match[1]), sequence=int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.sequence}"
+
+
+ShapeField = Annotated[Shape, BeforeValidator(Shape.parse)]
+DEFAULT_SHAPES = tuple(Shape.parse(text) for text in ("1x16", "1x128", "8x128", "32x128"))
+
+#: What "best" means, by the figure that is compared; each is a ratio to PyTorch, combined over the shapes by the
+#: geometric mean. `p50`: median latency; `p90`: its tail; `memory`: peak memory; `size`: bytes on disk.
+Objective = Literal["p50", "p90", "memory", "size"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class BenchmarkSettings(_Strict):
+    """How long and with what each candidate is timed."""
+
+    seconds: float = Field(default=45.0, gt=0, le=3600, description="Upper bound for one candidate, all shapes.")
+    threads: int | None = Field(
+        default=None, ge=1, le=512, description="For PyTorch and every engine alike; default: all cores."
+    )
+
+
+class ModelEntry(_Strict):
+    """One model of the models file."""
+
+    name: str
+    source: str = Field(min_length=1, description="See resources.checkpoints.")
+    task: str
+    shapes: Annotated[tuple[ShapeField, ...], Field(min_length=1, strict=False)] = DEFAULT_SHAPES
+    max_batch_size: int = Field(default=32, ge=1, le=1024, description="Largest batch that is served.")
+    gates: dict[str, float] = Field(default_factory=dict)
+    objective: Objective = "p50"
+    benchmark: BenchmarkSettings = BenchmarkSettings()
+    engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
+        default=None, description="Only these engines compete; default: all."
+    )
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelEntry:
+        from resources.engines import ENGINES
+
+        check_name(self.name)
+        if self.task not in TASKS:
+            raise ValueError(f"task: {self.task!r} is not one of {', '.join(sorted(TASKS))}")
+        self.accuracy_gates()
+        known = [spec.name for spec in ENGINES]
+        for engine in self.engines or ():
+            if engine not in known:
+                raise ValueError(f"engines: {engine!r} is not one of {', '.join(known)}")
+        if len(set(self.shapes)) != len(self.shapes):
+            raise ValueError("shapes: one shape is listed twice")
+        return self
+
+    def accuracy_gates(self) -> Gates:
+        """The task's gates, with this entry's own values in place of the defaults. Raises ValueError."""
+        gates = TASKS[self.task].gates
+        try:
+            return gates.model_validate(self.gates)
+        except ValidationError as error:
+            raise ValueError(explain(error, prefix="gates.")) from None
+
+    def competes(self, engine: str) -> bool:
+        """Whether the engine of that name is a candidate here. The PyTorch baseline is always measured."""
+        return self.engines is None or engine in self.engines or engine == "torch"
+
+
+class Catalog(_Strict):
+    """All models, by name."""
+
+    models: Annotated[tuple[ModelEntry, ...], Field(strict=False)] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.models]
+
+    def get(self, name: str) -> ModelEntry:
+        """The entry of that name. Raises CatalogError with the names there are."""
+        for entry in self.models:
+            if entry.name == name:
+                return entry
+        known = ", ".join(self.names) or "none"
+        raise CatalogError(
+            f"There is no model named {name!r} in the catalog (there: {known}). "
+            "Add it to the models file, or give `refinery optimize` a folder or a Hub id."
+        )
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where Triton or Dagster could not take the name."""
+    if not NAME_PATTERN.fullmatch(name) or RESERVED_NAME.search(name):
+        raise ValueError(
+            f"name: {name!r} cannot be used by Triton and Dagster; use up to 100 of A-Z a-z 0-9 . _ - beginning "
+            "with a letter or digit, without '...' and without '__r<number>__'"
+        )
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """One line a mistake: the field, what was given, what is right."""
+    lines = []
+    for item in error.errors():
+        field = prefix + ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "no such field; check its spelling"
+        elif item["type"] == "missing":
+            message = "is required"
+        else:
+            message += f" (given: {item['input']!r})" if not isinstance(item["input"], dict) else ""
+        lines.append(f"{field}: {message}" if field.strip(".") else message)
+    return "; ".join(lines)
+
+
+def _parse_entry(data: Any, path: Path, position: int) -> ModelEntry:
+    label = data.get("name") if isinstance(data, dict) else None
+    where = f"{path}: model {label!r}" if isinstance(label, str) else f"{path}: model number {position}"
+    if not isinstance(data, dict):
+        raise CatalogError(f"{where}: is not a mapping of fields; write '- name: ...' and the fields below it")
+    try:
+        return ModelEntry.model_validate(data)
+    except ValidationError as error:
+        raise CatalogError(f"{where}: {explain(error)}") from None
+
+
+def _read(path: Path) -> tuple[ModelEntry, ...]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CatalogError(f"The models file {path} cannot be read: {error}") from None
+    if not isinstance(data, dict) or set(data) != {"models"} or not isinstance(data["models"], list):
+        raise CatalogError(f"{path}: the file must hold one field, 'models', with a list of models")
+    entries = (_parse_entry(item, path, number) for number, item in enumerate(data["models"], start=1))
+    return tuple(_anchored(entry, path.resolve().parent) for entry in entries)
+
+
+def _anchored(entry: ModelEntry, folder: Path) -> ModelEntry:
+    """The entry with a folder source made absolute: `./x` in a models file means beside that file."""
+    if not entry.source.startswith((".", "~")):
+        return entry
+    return entry.model_copy(update={"source": str((folder / Path(entry.source).expanduser()).resolve())})
+
+
+def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
+    """Read the models file, and what the command line added beside it (`additions`, a folder of models files).
+
+    Raises CatalogError with file, model, field and remedy.
+    """
+    files = [path, *(sorted(additions.glob("*.yaml")) if additions and additions.is_dir() else [])]
+    models: dict[str, tuple[ModelEntry, Path]] = {}
+    for file in files:
+        for entry in _read(file):
+            if entry.name in models:
+                first = models[entry.name][1]
+                raise CatalogError(
+                    f"{file}: model {entry.name!r}: name: a model of that name is already in {first}; rename one"
+                )
+            models[entry.name] = (entry, file)
+    return Catalog(models=tuple(entry for entry, _ in models.values()))
+
+
+def write_entry(entry: ModelEntry, folder: Path) -> Path:
+    """Write one entry as a models file of its own, named as the model; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{entry.name}.yaml"
+    data = entry.model_dump(mode="json", exclude_defaults=True)
+    if entry.shapes != DEFAULT_SHAPES:
+        data["shapes"] = [str(shape) for shape in entry.shapes]
+    draft = path.with_suffix(".tmp")
+    draft.write_text(yaml.safe_dump({"models": [data]}, sort_keys=False), encoding="utf-8")
+    draft.replace(path)
+    return path

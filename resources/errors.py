@@ -1,0 +1,49 @@
+"""What can go wrong, by the part that found it.
+
+Every message is written for the person who has to act: what was being done, to which model and revision, what was
+wrong, and what to do now. Anything that is not a `RefineryError` is a defect of this project.
+"""
+
+
+class RefineryError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class CatalogError(RefineryError):
+    """The models file cannot be used."""
+
+
+class CheckpointError(RefineryError):
+    """A checkpoint cannot be had, is incomplete, or does not fit its task."""
+
+
+class ExportError(RefineryError):
+    """PyTorch's model could not be turned into an ONNX graph that computes the same."""
+
+
+class EngineError(RefineryError):
+    """One engine could not be built or run. Costs that candidate alone."""
+
+
+class IsolationError(EngineError):
+    """A child process was stopped by a limit, killed, or failed."""
+
+
+class NoChampionError(RefineryError):
+    """No engine of a model is accurate enough to be served."""
+
+
+class ReleaseError(RefineryError):
+    """A release could not be made, proven, or read back."""
+
+
+class ServerError(RefineryError):
+    """A Triton server could not be started or did not answer as it should."""
+
+
+class ArtifactError(RefineryError):
+    """The artifact store lacks what a step needs."""
+
+
+class TrackingError(RefineryError):
+    """MLflow could not be written."""

@@ -1,0 +1,147 @@
+"""Measuring one engine: its accuracy on the evaluation set and its speed against PyTorch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.records import Accuracy, BenchmarkReport, Disagreement, Engine, EvaluationSet
+from resources.artifacts.store import Made
+from resources.catalog import ModelEntry
+from resources.device import describe_device
+from resources.engines import Sources
+from resources.errors import EngineError
+from resources.evaluation.batches import plan_batches
+from resources.evaluation.reference import read_evaluation_set
+from resources.evaluation.timing import time_shapes
+from resources.isolation import Worker
+from resources.locks import benchmarking
+from resources.tasks import TASKS, Gates, Task
+from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from resources.evaluation.probe import Probe
+
+SAMPLES_FILE = "samples.json"
+WORST_SHOWN = 5
+
+
+def make_benchmark(
+    workspace: Workspace,
+    entry: ModelEntry,
+    engine: Engine,
+    baseline: Engine,
+    evaluation: EvaluationSet,
+    sources: Sources,
+) -> Made[BenchmarkReport]:
+    """The report on one engine. An engine that was not built is skipped; one that breaks is recorded as failed."""
+    threads, device = workspace.threads(entry), describe_device(engine.target)
+    digest = fingerprint(
+        "benchmark",
+        model=entry.name,
+        engine=engine.digest,
+        baseline=baseline.digest,
+        evaluation=evaluation.digest,
+        shapes=[str(shape) for shape in entry.shapes],
+        batch=entry.max_batch_size,
+        seconds=entry.benchmark.seconds,
+        threads=threads,
+        device=device,
+        code=code_version("resources.evaluation", "resources.isolation", "resources.tasks"),
+        libraries=library_versions("numpy", "tokenizers"),
+    )
+    record = BenchmarkReport(
+        digest=digest,
+        model=entry.name,
+        engine=engine.name,
+        engine_digest=engine.digest,
+        evaluation_digest=evaluation.digest,
+        target=engine.target,
+        status="skipped",
+        threads=threads,
+        device=device,
+        engine_size_bytes=engine.size_bytes or sources.checkpoint.weights_bytes,
+    )
+
+    def make(folder: Path) -> BenchmarkReport:
+        if engine.status != "built":
+            # Not `skipped` for a failed build: that is tried again, and then this must be measured again too.
+            status = "failed" if engine.status == "failed" else "skipped"
+            return record.model_copy(update={"status": status, "reason": f"{engine.status}: {engine.reason}"})
+        try:
+            return _measure(workspace, entry, engine, baseline, evaluation, sources, record, folder)
+        except EngineError as error:
+            return record.model_copy(update={"status": "failed", "reason": str(error)})
+
+    return workspace.store.get_or_make(BenchmarkReport, digest, make)
+
+
+def _measure(
+    workspace: Workspace,
+    entry: ModelEntry,
+    engine: Engine,
+    baseline: Engine,
+    evaluation: EvaluationSet,
+    sources: Sources,
+    record: BenchmarkReport,
+    folder: Path,
+) -> BenchmarkReport:
+    store = workspace.store
+    texts, reference = read_evaluation_set(store.folder(evaluation))
+    what = f"{entry.name}: benchmarking {engine.name} on {engine.target}"
+    log = workspace.log(entry.name, f"benchmark-{engine.target}-{engine.name}")
+
+    def start(which: Engine) -> Worker:
+        arguments = (which, store.folder(which), sources, record.threads)
+        return Worker(_probe, *arguments, limits=workspace.limits, what=what, log=log)
+
+    # The lock comes first: loading an engine is work too, and would disturb another's benchmark.
+    with benchmarking(), start(engine) as candidate, start(baseline) as rival:
+        # Timed before it answers: allocators keep what the largest batch took, and memory is reported by shape.
+        timings, samples = time_shapes(rival, candidate, texts, entry.shapes, entry.benchmark.seconds)
+        lengths, buckets = candidate.call("lengths", texts)
+        padded = dict(zip(lengths, buckets, strict=True))
+        plan = plan_batches(lengths, padded.__getitem__, entry.max_batch_size)
+        answers = candidate.call("answers", texts, plan)
+        peak = max(candidate.peak_memory_bytes, rival.peak_memory_bytes)
+    raw = {shape: asdict(pairs) for shape, pairs in samples.items()}
+    (folder / SAMPLES_FILE).write_text(json.dumps(raw))
+    return record.model_copy(
+        update={
+            "status": "measured",
+            "accuracy": measure_accuracy(TASKS[entry.task], texts, reference, answers),
+            "timings": tuple(timings),
+            "peak_memory_bytes": peak,
+        }
+    )
+
+
+def _probe(engine: Engine, folder: Path, sources: Sources, threads: int) -> Probe:
+    """In the child: numpy and the runtimes are imported there, never here."""
+    from resources.evaluation.probe import Probe
+
+    return Probe(engine, folder, sources, threads)
+
+
+def measure_accuracy(task: Task, texts: list[str], reference: np.ndarray, answers: np.ndarray) -> Accuracy:
+    """Compare `answers` with PyTorch's, both fp32 `[texts, width]`, by the task's own measure."""
+    broken = task.broken(reference, answers)
+    if broken:
+        return Accuracy(metrics={}, broken=broken, texts=len(texts))
+    scores = task.scores(reference, answers)
+    worst = sorted(range(len(texts)), key=lambda index: float(scores[index]))[:WORST_SHOWN]
+    return Accuracy(
+        metrics=task.compare(reference, answers),
+        texts=len(texts),
+        worst=tuple(Disagreement(text=texts[index][:200], score=float(scores[index])) for index in worst),
+    )
+
+
+def missed_gates(task: Task, accuracy: Accuracy, gates: Gates) -> list[str]:
+    """Why the engine may not be served, each as a sentence; none: it is accurate."""
+    return [accuracy.broken] if accuracy.broken else task.misses(accuracy.metrics, gates)

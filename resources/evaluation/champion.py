@@ -1,0 +1,63 @@
+"""Making the champion an artifact: reads the reports, applies the gates of today's catalog, chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.records import BenchmarkReport, Champion, EvaluationSet
+from resources.artifacts.store import Made
+from resources.catalog import ModelEntry
+from resources.engines import BASELINE
+from resources.evaluation.benchmark import missed_gates
+from resources.evaluation.choosing import OBJECTIVES, judge, require_champion
+from resources.tasks import TASKS
+from resources.workspace import Workspace
+
+
+def gates_missed(entry: ModelEntry, report: BenchmarkReport) -> list[str]:
+    """The accuracy gates of the model's catalog entry that a measured report misses."""
+    assert report.accuracy is not None, "only measured reports have gates to miss"
+    return missed_gates(TASKS[entry.task], report.accuracy, entry.accuracy_gates())
+
+
+def make_champion(
+    workspace: Workspace, entry: ModelEntry, target: str, reports: Sequence[BenchmarkReport], evaluation: EvaluationSet
+) -> Made[Champion]:
+    """The best accurate engine by the entry's objective. Raises NoChampionError.
+
+    Gates are applied here and not when measuring, so that a changed gate costs no new benchmark. Reports on another
+    evaluation set are of another revision (a run of some engines only leaves them behind) and do not count.
+    """
+    current = [report for report in reports if report.evaluation_digest == evaluation.digest]
+    sizes = [report.engine_size_bytes for report in current if report.engine == BASELINE]
+    verdicts = judge(current, lambda report: gates_missed(entry, report), entry.objective, sizes[0] if sizes else 1)
+    best = require_champion(entry.name, target, verdicts)
+    chosen = next(report for report in current if report.engine == best.engine)
+    digest = fingerprint(
+        "champion",
+        reports=sorted(report.digest for report in current),
+        gates=entry.accuracy_gates().model_dump(),
+        objective=entry.objective,
+        code=code_version("resources.evaluation.choosing", "resources.evaluation.champion"),
+    )
+
+    def make(folder: Path) -> Champion:
+        del folder
+        assert best.score is not None, "an eligible engine was measured"
+        gain = f"{best.score:.2f} times better than PyTorch"
+        return Champion(
+            digest=digest,
+            model=entry.name,
+            target=target,
+            engine=chosen.engine,
+            engine_digest=chosen.engine_digest,
+            objective=entry.objective,
+            score=best.score,
+            reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "
+            f"{len(chosen.timings)} shapes), the best of {sum(v.eligible for v in verdicts)} accurate engines.",
+            verdicts=verdicts,
+        )
+
+    return workspace.store.get_or_make(Champion, digest, make)

@@ -1,0 +1,137 @@
+"""PyTorch to ONNX with dynamic batch and sequence, proven equal at shapes it was not exported at.
+
+Runs in child processes only.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from resources.artifacts.records import Checkpoint, ParityCase
+from resources.checkpoints import checkpoint_files, load_arguments
+from resources.engines.onnxruntime import MODEL_FILE, OnnxRuntimeRunner
+from resources.errors import ExportError
+from resources.export import Exported
+from resources.tasks import TASKS
+from resources.tokenization import TextEncoder
+
+#: 20 is the newest opset whose operators the fusion rules know all of; 23 has an Attention of its own that they do not.
+OPSET = 20
+#: Largest difference from PyTorch that counts as the same, relative to the largest value of the answer. Exported graphs
+#: of thirty architectures and tasks agreed to 5e-7; a wrong mask or position shows from 1e-3 up.
+PARITY_TOLERANCE = 1e-4
+#: Rows and tokens that parity is checked at; the export itself sees 2 rows of 12.
+PARITY_SHAPES = ((1, 1), (1, 7), (3, 33), (5, 64))
+_EXPORT_SHAPE = (2, 12)
+
+
+def export(checkpoint: Checkpoint, source: Path, folder: Path, external_data_threshold_bytes: int) -> Exported:
+    """Export the checkpoint's task module to `folder/model.onnx` and compare it with PyTorch. Raises ExportError."""
+    task = TASKS[checkpoint.task]
+    encoder = TextEncoder.from_folder(str(source))
+    module = task.module(checkpoint_files(checkpoint, source), **load_arguments(checkpoint))
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    external = weights > external_data_threshold_bytes
+    path = folder / MODEL_FILE
+    _export(module, _batch(encoder, *_EXPORT_SHAPE, padded=True), encoder.max_tokens, task.output, path, external)
+    gc.collect()  # the exporter's own copy of the weights, before the runtime makes another
+    complaint = _check(path)
+    # A graph that the checker refuses is not worth running.
+    parity, width, misses = ([], 0, []) if complaint else _compare(module, path, encoder, task.output)
+    proto = onnx.load(path, load_external_data=False)
+    return Exported(
+        opset=OPSET,
+        nodes=len(proto.graph.node),
+        parameters=sum(tensor.numel() for tensor in module.parameters()),
+        inputs=tuple(item.name for item in proto.graph.input),
+        output=task.output,
+        width=width,
+        external_data=external,
+        parity=tuple(parity),
+        checker=complaint,
+        parity_misses=tuple(misses),
+    )
+
+
+def _export(
+    module: torch.nn.Module, batch: dict[str, np.ndarray], max_tokens: int, output: str, path: Path, external: bool
+) -> None:
+    # One symbol each for all inputs: with Dim.DYNAMIC the mask gets a batch size of its own.
+    axes = {0: torch.export.Dim("batch", min=1, max=1024), 1: torch.export.Dim("sequence", min=1, max=max_tokens)}
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside torch.export, nothing a user could act on
+            program = torch.onnx.export(
+                module,
+                kwargs={name: torch.from_numpy(array) for name, array in batch.items()},
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(batch),
+                output_names=[output],
+                dynamic_shapes=dict.fromkeys(batch, axes),
+                verbose=False,
+            )
+            assert program is not None  # it is None for the old exporter alone
+            program.save(path, external_data=external)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        raise ExportError(f"torch.onnx cannot export it: {type(error).__name__}: {lines[0][:300]}") from error
+
+
+def _check(path: Path) -> str:
+    """The ONNX checker's complaint, or nothing. By path: a proto above 2 GB cannot be checked in memory."""
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:
+        return f"The ONNX checker refuses the graph: {str(error).splitlines()[0][:300]}"
+    return ""
+
+
+def _batch(encoder: TextEncoder, rows: int, tokens: int, *, padded: bool) -> dict[str, np.ndarray]:
+    """Token ids of every part of the vocabulary; padded: each row but the first shorter than the last, down to one."""
+    generator = np.random.default_rng(rows * 1000 + tokens)
+    ids = generator.integers(0, encoder.vocabulary_size, size=(rows, tokens), dtype=np.int64)
+    # A pad id inside a text is read as padding by models that count positions from it (RoBERTa).
+    ids[ids == encoder.pad_id] = (encoder.pad_id + 1) % encoder.vocabulary_size
+    batch = {
+        "input_ids": ids,
+        "attention_mask": np.ones((rows, tokens), dtype=np.int64),
+        "token_type_ids": np.zeros((rows, tokens), dtype=np.int64),
+    }
+    if padded:
+        for row in range(1, rows):
+            kept = max(1, tokens - row * max(1, tokens // rows))
+            batch["input_ids"][row, kept:] = encoder.pad_id
+            batch["attention_mask"][row, kept:] = 0
+    return {name: batch[name] for name in encoder.inputs}
+
+
+def _compare(
+    module: torch.nn.Module, path: Path, encoder: TextEncoder, output: str
+) -> tuple[list[ParityCase], int, list[str]]:
+    runner: Any = OnnxRuntimeRunner(path, output, threads=torch.get_num_threads())
+    cases, misses, width = [], [], 0
+    shapes = [(rows, tokens) for rows, tokens in PARITY_SHAPES if tokens < encoder.max_tokens]
+    for rows, tokens in [*shapes, (2, encoder.max_tokens)]:
+        for padded in (False, True) if rows > 1 and tokens > 1 else (False,):
+            batch = _batch(encoder, rows, tokens, padded=padded)
+            with torch.inference_mode():
+                expected = module(**{name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
+            found = runner.run(batch)
+            width = expected.shape[1]
+            scale = max(float(np.abs(expected).max()), 1e-6)
+            error = float(np.abs(found - expected).max()) / scale if found.shape == expected.shape else float("inf")
+            cases.append(ParityCase(shape=f"{rows}x{tokens}", padded=padded, max_relative_error=error))
+            if not error <= PARITY_TOLERANCE:  # NaN is not below anything
+                misses.append(
+                    f"At {rows}x{tokens}, {'padded' if padded else 'unpadded'}, the graph differs from PyTorch by "
+                    f"{error:.2g} of the largest value (allowed: {PARITY_TOLERANCE:g})."
+                )
+    return cases, width, misses

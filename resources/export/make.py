@@ -1,0 +1,65 @@
+"""Making the exported graph an artifact."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.records import Checkpoint, OnnxGraph
+from resources.artifacts.store import Made
+from resources.catalog import ModelEntry
+from resources.errors import ExportError, RefineryError
+from resources.export import Exported
+from resources.isolation import run_isolated
+from resources.locks import building
+from resources.workspace import Workspace
+
+
+def _export(checkpoint: Checkpoint, source: Path, folder: Path, external_data_threshold_bytes: int) -> Exported:
+    """In the child: torch is imported there, never here."""
+    from resources.export.exporter import export
+
+    return export(checkpoint, source, folder, external_data_threshold_bytes)
+
+
+def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[OnnxGraph]:
+    """The exported graph of a checkpoint, exported in a child process with limits. Raises ExportError."""
+    digest = fingerprint(
+        "onnx_graph",
+        model=entry.name,
+        weights=checkpoint.weights_digest,
+        # Parity is checked with ids of this vocabulary, up to this checkpoint's longest text.
+        tokenizer=checkpoint.tokenizer_digest,
+        task=checkpoint.task,
+        threshold=workspace.external_data_threshold_bytes,
+        code=code_version("resources.export", "resources.tasks", "resources.tokenization"),
+        libraries=library_versions("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
+    )
+
+    def make(folder: Path) -> OnnxGraph:
+        what = f"{entry.name}, revision {checkpoint.revision}: exporting to ONNX"
+        try:
+            with building():
+                exported, peak = run_isolated(
+                    _export,
+                    checkpoint,
+                    workspace.store.folder(checkpoint),
+                    folder,
+                    workspace.external_data_threshold_bytes,
+                    limits=workspace.limits,
+                    what=what,
+                    log=workspace.log(entry.name, "onnx_graph"),
+                )
+        except RefineryError as error:
+            log = workspace.log(entry.name, "onnx_graph")
+            raise ExportError(f"{what}: {error} The exporter's own words are in {log}.") from error
+        return OnnxGraph(
+            digest=digest,
+            model=entry.name,
+            weights_digest=checkpoint.weights_digest,
+            peak_memory_bytes=peak,
+            **asdict(exported),
+        )
+
+    return workspace.store.get_or_make(OnnxGraph, digest, make)

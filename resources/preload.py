@@ -1,0 +1,20 @@
+"""What the server of resources.isolation imports before it forks; see there. Import it nowhere else."""
+
+import os
+
+# Tokenizers warns, and turns itself single-threaded, when a process forks after using it; the server never uses it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import onnx
+import onnx_ir
+import onnxruntime
+import onnxruntime.quantization
+import onnxscript.rewriter.ort_fusions
+import torch
+import torch.onnx
+import transformers.modeling_utils
+import transformers.models.auto.modeling_auto
+import transformers.models.auto.tokenization_auto
+
+__all__ = ["onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"]

@@ -1,0 +1,122 @@
+"""What people see of the measurements: one table and one plot, the same in Dagster, in MLflow and on the terminal."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+from resources.artifacts.records import BenchmarkReport, CandidateVerdict, Latency
+from resources.engines import BASELINE
+
+_COLOURS = {"torch": "#9aa0a6", "onnxruntime_fp32": "#1a73e8", "onnxruntime_int8": "#188038"}
+
+
+def tail(latency: Latency) -> str:
+    """The 99th percentile where there are samples enough for one, else the maximum and of how many."""
+    if latency.p99_ms is not None:
+        return f"{latency.p99_ms:.1f}"
+    return f"max {latency.max_ms:.1f} of {latency.count}"
+
+
+def candidate_table(
+    reports: Sequence[BenchmarkReport], verdicts: Sequence[CandidateVerdict]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: p50 and p99 in ms and times faster than PyTorch at each shape, accuracy, size, verdict."""
+    said = {verdict.engine: verdict.verdict for verdict in verdicts}
+    shapes = list(dict.fromkeys(timing.shape for report in reports for timing in report.timings))
+    header = ["engine", *(f"{shape}: p50 / p99 ms (times PyTorch)" for shape in shapes), "accuracy", "size", "verdict"]
+    rows = []
+    for report in reports:
+        if report.status == "measured":
+            rows.append(_measured_row(report, shapes, said.get(report.engine, "")))
+    for report in reports:
+        if report.status != "measured":
+            why = said.get(report.engine, report.reason)
+            rows.append([report.engine, *("–" for _ in shapes), "–", "–", why])
+    return header, rows
+
+
+def _measured_row(report: BenchmarkReport, shapes: Sequence[str], verdict: str) -> list[str]:
+    timings = {timing.shape: timing for timing in report.timings}
+    cells = []
+    for shape in shapes:
+        timing = timings[shape]
+        ratio = f" ({timing.speedup:.2f}×)" if report.engine != BASELINE else ""
+        cells.append(f"{timing.candidate.p50_ms:.1f} / {tail(timing.candidate)}{ratio}")
+    return [report.engine, *cells, accuracy_text(report), size_text(report.engine_size_bytes), verdict]
+
+
+def accuracy_text(report: BenchmarkReport) -> str:
+    """The task's metrics in one line."""
+    if report.accuracy is None:
+        return "–"
+    if report.accuracy.broken:
+        return report.accuracy.broken
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.5g}"
+        for name, value in report.accuracy.metrics.items()
+        if name != "max_abs_error"
+    )
+
+
+def size_text(size_bytes: int) -> str:
+    """Megabytes, as disks count them."""
+    return f"{size_bytes / 1e6:.1f} MB"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; cells keep their bars and line breaks out of its way."""
+    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    lines += [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def latency_plot(reports: Sequence[BenchmarkReport], title: str) -> bytes | None:
+    """A PNG: median latency by shape, logarithmic, the 90th percentile as whisker. None without timings."""
+    measured = [report for report in reports if report.timings]
+    if not measured:
+        return None
+    # The object interface: pyplot keeps figures and a backend of its own for ever.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shapes = [timing.shape for timing in measured[0].timings]
+    figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / len(measured)
+    for number, report in enumerate(measured):
+        medians = [timing.candidate.p50_ms for timing in report.timings]
+        whiskers = [timing.candidate.p90_ms - timing.candidate.p50_ms for timing in report.timings]
+        places = [place + (number - (len(measured) - 1) / 2) * width for place in range(len(shapes))]
+        axes.bar(
+            places,
+            medians,
+            width * 0.92,
+            yerr=[[0.0] * len(shapes), whiskers],
+            label=report.engine,
+            color=_COLOURS.get(report.engine),
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )
+        for place, timing in zip(places, report.timings, strict=True):
+            text = f"{timing.candidate.p50_ms:.1f}"
+            if report.engine != BASELINE:
+                text += f"\n{timing.speedup:.1f}×"
+            axes.annotate(text, (place, timing.candidate.p90_ms), ha="center", va="bottom", fontsize=7)
+    axes.set_yscale("log")
+    axes.margins(y=0.15)
+    axes.set_xticks(range(len(shapes)), shapes)
+    axes.set_xlabel("batch x tokens")
+    axes.set_ylabel("p50 latency, ms (to p90)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def markdown_image(png: bytes, caption: str) -> str:
+    """The picture inside Markdown, which is how Dagster shows one."""
+    return f"![{caption}](data:image/png;base64,{base64.b64encode(png).decode()})"

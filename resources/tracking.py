@@ -1,0 +1,367 @@
+"""MLflow: an experiment a model, a parent run an optimization, a child run a candidate.
+
+Not dagster-mlflow, which pins an older Dagster; all that is needed is `MlflowClient`.
+A run that changes nothing writes nothing: the parent run is made with its first child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resources.artifacts.fingerprint import library_versions
+from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine
+from resources.errors import TrackingError
+from resources.locks import file_lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+#: MLflow's codes for something that does not exist.
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_TAG = "refinery."
+#: MLflow cuts parameters there, and refuses longer ones in some stores.
+_LONGEST_PARAMETER = 6000
+ALIAS = "champion"
+
+
+@dataclass(frozen=True)
+class RunLink:
+    """One MLflow run, and where to see it (the tracking server's page, if one is configured)."""
+
+    run_id: str
+    url: str
+
+
+class Tracker:
+    """All writing to MLflow.
+
+    uri: the tracking store. ui: the address of its pages. folder: keeps the links to runs already written, so that an
+    unchanged optimization neither writes again nor waits for MLflow to be imported, and the artifacts of a local store.
+    """
+
+    def __init__(self, uri: str, *, ui: str | None, folder: Path) -> None:
+        self._uri, self._ui, self._folder = uri, ui, folder
+        self._known_client: MlflowClient | None = None
+
+    def prepare(self) -> None:
+        """Make the store if it is not there. Two processes that open a fresh sqlite store at once crash."""
+        with _clear_errors(self._uri):
+            self._client()
+
+    def candidate(
+        self, dagster_run: str, checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport, missed: Sequence[str]
+    ) -> RunLink | None:
+        """The child run of a candidate; written, under this Dagster run's parent, unless it was before.
+
+        An unsupported engine has none: there is nothing to compare.
+        """
+        if report.status == "skipped":
+            return None
+        known = self._recall(f"candidate-{report.digest}")
+        if known is not None and report.status == "measured":
+            return known
+        with _clear_errors(self._uri):
+            link = self._log_candidate(dagster_run, checkpoint, engine, report, missed)
+        self._remember(f"candidate-{report.digest}", link)
+        return link
+
+    def champion(
+        self,
+        dagster_run: str,
+        champion: Champion,
+        reports: Sequence[BenchmarkReport],
+        table: str,
+        plot: bytes | None,
+    ) -> RunLink | None:
+        """Close this Dagster run's parent with its verdict, table (Markdown) and latency plot (PNG).
+
+        The winner becomes a version of the registered model, under the alias `champion-<target>`. Without a parent,
+        nothing was measured anew: the answer is the run that chose this champion before.
+        """
+        known = self._recall(f"champion-{champion.digest}")
+        with _clear_errors(self._uri):
+            parent = None
+            if known is None or self._known_client is not None:
+                parent = self._find(champion.model, self._parent_filter(dagster_run))
+            if parent is None:
+                return known
+            self._log_champion(parent, champion, reports, table, plot)
+        self._remember(f"champion-{champion.digest}", parent)
+        return parent
+
+    def release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> None:
+        """Tag the champion's registered version, and the run that measured it, with its Triton release's number."""
+        with _clear_errors(self._uri):
+            client, name = self._client(), champion.model
+            try:
+                version = client.get_model_version_by_alias(name, f"{ALIAS}-{champion.target}")
+            except _exceptions() as error:
+                if getattr(error, "error_code", "") not in _NOT_THERE:
+                    raise
+                return
+            if version.tags.get(f"{_TAG}engine") != champion.engine_digest:
+                return
+            tags = {f"{_TAG}release": str(number), f"{_TAG}revision": checkpoint.revision}
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version.version, key, value)
+            if version.run_id:
+                client.set_tag(version.run_id, f"{_TAG}release", str(number))
+
+    def abandon(self, dagster_run: str, model: str, why: str) -> None:
+        """Close this Dagster run's parent as failed, if it has one."""
+        if self._known_client is None:  # this process wrote none
+            return
+        with _clear_errors(self._uri):
+            parent = self._find(model, self._parent_filter(dagster_run))
+            if parent is not None:
+                client = self._client()
+                client.set_tag(parent.run_id, "mlflow.note.content", why[:4000])
+                client.set_terminated(parent.run_id, "FAILED")
+
+    def _log_candidate(
+        self, dagster_run: str, checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport, missed: Sequence[str]
+    ) -> RunLink:
+        client = self._client()
+        parent = self._parent(dagster_run, checkpoint, report)
+        tags = {
+            "mlflow.parentRunId": parent.run_id,
+            f"{_TAG}report": report.digest,
+            f"{_TAG}engine": engine.digest,
+            f"{_TAG}status": report.status,
+            f"{_TAG}target": report.target,
+            f"{_TAG}accurate": _yes(report.status == "measured" and not missed),
+            "mlflow.note.content": report.reason or "; ".join(missed) or "Every accuracy gate is kept.",
+            **self._common_tags(dagster_run, checkpoint, report),
+        }
+        experiment = self._experiment(checkpoint.model)
+        run_id = client.create_run(experiment, run_name=report.engine, tags=tags).info.run_id
+        parameters = {
+            "engine": engine.name,
+            "runtime": engine.runtime,
+            "precision": engine.precision,
+            "target": engine.target,
+            "threads": report.threads,
+            **engine.parameters,
+        }
+        self._log(run_id, parameters, candidate_metrics(engine, report))
+        if report.accuracy is not None:
+            client.log_dict(run_id, report.accuracy.model_dump(), "accuracy.json")
+            client.log_dict(run_id, {"timings": [timing.model_dump() for timing in report.timings]}, "timings.json")
+        client.set_terminated(run_id, "FINISHED" if report.status == "measured" else "FAILED")
+        return RunLink(run_id, self._url(experiment, run_id))
+
+    def _log_champion(
+        self,
+        parent: RunLink,
+        champion: Champion,
+        reports: Sequence[BenchmarkReport],
+        table: str,
+        plot: bytes | None,
+    ) -> None:
+        client = self._client()
+        best = next(report for report in reports if report.engine == champion.engine)
+        client.log_text(parent.run_id, table, "candidates.md")
+        client.log_dict(parent.run_id, {"verdicts": [v.model_dump() for v in champion.verdicts]}, "verdicts.json")
+        if plot is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "latency.png"
+                path.write_bytes(plot)
+                client.log_artifact(parent.run_id, str(path))
+        metrics = {"champion_score": champion.score, **speedups(best)}
+        self._log(parent.run_id, {"objective": champion.objective}, metrics)
+        tags = {
+            "champion": champion.engine,
+            "champion_reason": champion.reason,
+            "model_version": self._register(champion, self._recall(f"candidate-{best.digest}") or parent),
+        }
+        for name, value in tags.items():
+            client.set_tag(parent.run_id, _TAG + name, value)
+        client.set_terminated(parent.run_id)
+
+    def _register(self, champion: Champion, link: RunLink) -> str:
+        client, name = self._client(), champion.model
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name, description="Engines chosen by transformer-refinery.")
+        found = client.search_model_versions(f"name = '{name}'")
+        same = [item for item in found if item.tags.get(f"{_TAG}champion") == champion.digest]
+        version = (
+            same[0]
+            if same
+            else client.create_model_version(
+                name,
+                # The bytes live in the artifact store and in the Triton repository; this is their address.
+                source=f"refinery:{champion.engine_digest}",
+                run_id=link.run_id,
+                tags={
+                    f"{_TAG}champion": champion.digest,
+                    f"{_TAG}engine": champion.engine_digest,
+                    f"{_TAG}target": champion.target,
+                    f"{_TAG}engine_name": champion.engine,
+                },
+                description=champion.reason,
+            )
+        )
+        client.set_registered_model_alias(name, f"{ALIAS}-{champion.target}", version.version)
+        return str(version.version)
+
+    def _parent(self, dagster_run: str, checkpoint: Checkpoint, report: BenchmarkReport) -> RunLink:
+        found = self._find(checkpoint.model, self._parent_filter(dagster_run))
+        if found is not None:
+            return found
+        client, experiment = self._client(), self._experiment(checkpoint.model)
+        tags = {f"{_TAG}parent": "true", **self._common_tags(dagster_run, checkpoint, report)}
+        run = client.create_run(experiment, run_name=f"{checkpoint.revision[:12]} {dagster_run[:8]}", tags=tags)
+        self._log(
+            run.info.run_id,
+            {
+                "source": checkpoint.source,
+                "revision": checkpoint.revision,
+                "task": checkpoint.task,
+                "architecture": checkpoint.architecture,
+                "max_tokens": checkpoint.max_tokens,
+                "allow_pickle": checkpoint.allow_pickle,
+                "trust_remote_code": checkpoint.trust_remote_code,
+            },
+            {"checkpoint_bytes": float(checkpoint.weights_bytes)},
+        )
+        return RunLink(run.info.run_id, self._url(experiment, run.info.run_id))
+
+    @staticmethod
+    def _parent_filter(dagster_run: str) -> str:
+        return f"tags.`{_TAG}parent` = 'true' and tags.`{_TAG}dagster_run` = '{dagster_run}'"
+
+    @staticmethod
+    def _common_tags(dagster_run: str, checkpoint: Checkpoint, report: BenchmarkReport) -> dict[str, str]:
+        versions = library_versions("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
+        return {
+            f"{_TAG}dagster_run": dagster_run,
+            f"{_TAG}model": checkpoint.model,
+            f"{_TAG}revision": checkpoint.revision,
+            f"{_TAG}device": report.device,
+            f"{_TAG}libraries": json.dumps(versions),
+            f"{_TAG}allow_pickle": _yes(checkpoint.allow_pickle),
+            f"{_TAG}trust_remote_code": _yes(checkpoint.trust_remote_code),
+        }
+
+    def _find(self, model: str, query: str) -> RunLink | None:
+        client = self._client()
+        experiment = client.get_experiment_by_name(model)
+        if experiment is None:
+            return None
+        runs = client.search_runs([experiment.experiment_id], query, max_results=1)
+        if not runs:
+            return None
+        return RunLink(runs[0].info.run_id, self._url(experiment.experiment_id, runs[0].info.run_id))
+
+    def _experiment(self, model: str) -> str:
+        client = self._client()
+        found = client.get_experiment_by_name(model)
+        if found is not None:
+            return str(found.experiment_id)
+        location = (
+            None if not self._uri.startswith("sqlite:") else (self._folder / "artifacts" / model).resolve().as_uri()
+        )
+        return str(client.create_experiment(model, artifact_location=location))
+
+    def _log(self, run_id: str, parameters: dict[str, Any], metrics: dict[str, float]) -> None:
+        from mlflow.entities import Metric, Param
+
+        self._client().log_batch(
+            run_id,
+            metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()],
+            params=[Param(name, str(value)[:_LONGEST_PARAMETER]) for name, value in parameters.items()],
+        )
+
+    def _recall(self, name: str) -> RunLink | None:
+        try:
+            data = json.loads((self._folder / "links" / f"{name}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        if data.get("store") != self._uri:  # written to another server: this one does not know it
+            return None
+        return RunLink(data["run_id"], f"{self._ui or ''}{data['path']}")
+
+    def _remember(self, name: str, link: RunLink) -> None:
+        path = self._folder / "links" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        where = link.url.removeprefix(self._ui or "")
+        draft.write_text(json.dumps({"store": self._uri, "run_id": link.run_id, "path": where}))
+        draft.replace(path)
+
+    def _url(self, experiment: str, run_id: str) -> str:
+        return f"{self._ui or ''}/#/experiments/{experiment}/runs/{run_id}"
+
+    def _client(self) -> MlflowClient:
+        if self._known_client is None:
+            import logging
+
+            # Two hundred lines of schema migrations otherwise, on the first use of a store.
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            from mlflow import MlflowClient
+
+            # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
+            with file_lock(self._folder / "store.lock"):
+                client = MlflowClient(self._uri)
+                client.search_experiments(max_results=1)
+            self._known_client = client
+        return self._known_client
+
+
+def candidate_metrics(engine: Engine, report: BenchmarkReport) -> dict[str, float]:
+    """Flat names, latencies in milliseconds by shape: `p50_ms.8x128`, `speedup.8x128`, `accuracy.cosine_mean`."""
+    metrics = {"build_seconds": engine.build_seconds, "size_bytes": float(report.engine_size_bytes)}
+    for timing in report.timings:
+        latency = timing.candidate
+        values = {
+            "p50_ms": latency.p50_ms,
+            "p90_ms": latency.p90_ms,
+            "p99_ms": latency.p99_ms,
+            "mean_ms": latency.mean_ms,
+            "std_ms": latency.std_ms,
+            "max_ms": latency.max_ms,
+            "throughput_per_s": latency.throughput_per_s,
+            "peak_memory_bytes": float(timing.candidate_memory_bytes),
+        }
+        metrics |= {f"{name}.{timing.shape}": value for name, value in values.items() if value is not None}
+    metrics |= speedups(report)
+    if report.accuracy is not None:
+        metrics |= {f"accuracy.{name}": value for name, value in report.accuracy.metrics.items()}
+    return metrics
+
+
+def speedups(report: BenchmarkReport) -> dict[str, float]:
+    """Times faster than PyTorch, by shape."""
+    return {f"speedup.{timing.shape}": timing.speedup for timing in report.timings}
+
+
+def _yes(value: bool) -> str:
+    return "true" if value else "false"
+
+
+@contextlib.contextmanager
+def _clear_errors(uri: str) -> Iterator[None]:
+    """MLflow's own errors, and the network's, as one TrackingError that names the store."""
+    try:
+        yield
+    except _exceptions() as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrackingError(
+            f"MLflow at {uri} cannot be written: {first[:300]} Start that server or mend REFINERY_MLFLOW_URI, then run "
+            "again: what was measured is kept and will be written then."
+        ) from error
+
+
+def _exceptions() -> tuple[type[Exception], ...]:
+    """What MLflow and its stores raise; asked for only once something has been raised."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, requests.RequestException, SQLAlchemyError)

@@ -1,0 +1,122 @@
+"""`config.pbtxt`, written with Triton's own protobuf and read back before it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resources.errors import ReleaseError
+from resources.triton.layout import CONFIG, internal_name
+from resources.triton.release import LABELS_FILE, ReleasePlan
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+TEXT = "TEXT"
+#: A server with one model has nothing to gain from waiting; batches form by themselves while the engine is busy.
+MAX_QUEUE_DELAY_MICROSECONDS = 0
+_WARM_UP_TOKENS = 16
+
+
+def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> ModelConfig:
+    """The ensemble that is pinned to one release: text in, the task's answer out."""
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    config = pb.ModelConfig(name=name or plan.model, platform="ensemble", max_batch_size=plan.max_batch_size)
+    config.version_policy.specific.versions.append(number)
+    config.input.append(pb.ModelInput(name=TEXT, data_type=pb.TYPE_STRING, dims=[1]))
+    config.output.append(pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=[plan.engine.width]))
+    tokenizer, engine = config.ensemble_scheduling.step.add(), config.ensemble_scheduling.step.add()
+    tokenizer.model_name, tokenizer.model_version = internal_name(plan.model, number, "tokenizer"), 1
+    tokenizer.input_map[TEXT] = TEXT
+    engine.model_name, engine.model_version = internal_name(plan.model, number, "engine"), 1
+    for array in plan.inputs:
+        tokenizer.output_map[array] = array
+    for array in _engine_inputs(plan):
+        engine.input_map[array] = array
+    engine.output_map[plan.output] = plan.output
+    _parameters(
+        config, {"refinery_release": str(number), "refinery_revision": plan.checkpoint.revision, **plan.lineage}
+    )
+    return config
+
+
+def tokenizer_config(plan: ReleasePlan, number: int) -> ModelConfig:
+    """The Python model that tokenizes."""
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    config = _step(plan, internal_name(plan.model, number, "tokenizer"), backend="python")
+    config.input.append(pb.ModelInput(name=TEXT, data_type=pb.TYPE_STRING, dims=[1]))
+    for array in plan.inputs:
+        config.output.append(pb.ModelOutput(name=array, data_type=pb.TYPE_INT64, dims=[-1]))
+    warm = config.model_warmup.add(name="empty text", batch_size=1)
+    warm.inputs[TEXT].data_type = pb.TYPE_STRING
+    warm.inputs[TEXT].dims.append(1)
+    warm.inputs[TEXT].zero_data = True
+    return config
+
+
+def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
+    """The engine: a Python model that runs it, or Triton's own backend."""
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    backend = "python" if plan.flavour == "python" else plan.engine.runtime
+    config = _step(plan, internal_name(plan.model, number, "engine"), backend=backend)
+    for array in _engine_inputs(plan):
+        config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=[-1]))
+    output = pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=[plan.engine.width])
+    if plan.checkpoint.labels:
+        output.label_filename = LABELS_FILE
+    config.output.append(output)
+    if plan.flavour == "python":
+        _parameters(config, {"entry_file": plan.engine.entry_file, "threads": str(plan.threads)})
+    else:
+        _parameters(config, {"intra_op_thread_count": str(plan.threads), "inter_op_thread_count": "1"})
+    # Zero ids and a mask of ones: random ids lie outside the vocabulary, and the load would fail.
+    warm = config.model_warmup.add(name="one short text", batch_size=1)
+    for array in _engine_inputs(plan):
+        item = warm.inputs[array]
+        item.data_type = pb.TYPE_INT64
+        item.dims.append(_WARM_UP_TOKENS)
+        if array == "attention_mask":
+            item.input_data_file = "ones"
+        else:
+            item.zero_data = True
+    return config
+
+
+def write_warm_up(folder: Path) -> None:
+    """The file that the engine's warm-up reads its mask from: `[tokens]` int64 ones, raw."""
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "ones").write_bytes((1).to_bytes(8, "little") * _WARM_UP_TOKENS)
+
+
+def write_config(config: ModelConfig, path: Path) -> None:
+    """Write it and read it back. Triton's own complaint about a bad one is only 'failed to poll'."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    path.write_text(text_format.MessageToString(config), encoding="utf-8")
+    if text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig()) != config:
+        raise ReleaseError(f"{path.parent.name}/{CONFIG} does not read back as it was written.")
+
+
+def _engine_inputs(plan: ReleasePlan) -> tuple[str, ...]:
+    """The arrays the graph really reads: an exporter drops inputs that do nothing."""
+    return tuple(name for name in plan.inputs if name in plan.engine.inputs)
+
+
+def _step(plan: ReleasePlan, name: str, backend: str) -> Any:
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    config = pb.ModelConfig(name=name, backend=backend, max_batch_size=plan.max_batch_size)
+    config.version_policy.specific.versions.append(1)
+    config.dynamic_batching.max_queue_delay_microseconds = MAX_QUEUE_DELAY_MICROSECONDS
+    # Left out, Triton would start two on a CPU, each with all the threads that one was measured with.
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    return config
+
+
+def _parameters(config: ModelConfig, values: dict[str, str]) -> None:
+    for name, value in sorted(values.items()):
+        config.parameters[name].string_value = value

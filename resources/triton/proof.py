@@ -1,0 +1,186 @@
+"""Proving a release: a real server must answer real texts as PyTorch does, however the requests come."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from resources.errors import ServerError
+from resources.triton.client import Protocol, TextClient
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Texts that are asked, spread over all lengths.
+TEXTS = 96
+THREADS = 6
+_INVALID = b"\xff\xfe not text"
+#: Whatever a user may send: each must get a finite answer.
+_EDGES = ("", " ", "\n\t", "🙂🙃", "é́", "word " * 4000, "a" * 5000, "nul \x00 inside")
+
+
+class Proof(BaseModel):
+    """What a server answered. `failures`: each as a sentence; none: proven."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    passed: bool
+    server: str
+    texts: int
+    requests: int
+    seconds: float
+    metrics: dict[str, dict[str, float]] = Field(description="The task's metrics by protocol and way of asking.")
+    failures: tuple[str, ...] = ()
+
+
+#: Metrics and missed gates of answers fp32 `[texts, width]` against PyTorch's: resources.tasks.Task.verdict.
+Verdict = Callable[["np.ndarray", "np.ndarray"], tuple[dict[str, float], list[str]]]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What is asked. reference: PyTorch's answers fp32 `[texts, width]`, in the order of `texts`."""
+
+    output: str
+    texts: Sequence[str]
+    reference: np.ndarray
+    verdict: Verdict
+    max_batch_size: int
+
+
+def choose_texts(texts: Sequence[str], count: int = TEXTS) -> list[int]:
+    """Indices spread evenly over the texts in order of length, shortest and longest included, in mixed order."""
+    order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
+    count = min(count, len(order))
+    chosen = [order[round(place * (len(order) - 1) / max(1, count - 1))] for place in range(count)]
+    random.Random(0).shuffle(chosen)  # noqa: S311 - an order, not a secret
+    return list(dict.fromkeys(chosen))
+
+
+def prove(exam: Exam, model: str, *, grpc: str, http: str | None) -> Proof:
+    """Ask one by one, in batches, and from several threads, over gRPC and, where it has an address, HTTP.
+
+    Raises ServerError only where there is no server; a wrong or missing answer is a failure of the proof.
+    """
+    started = time.monotonic()
+    with TextClient(grpc) as client:
+        server = client.version()
+    examiner = _Examiner(exam, model)
+    addresses: list[tuple[Protocol, str]] = [("grpc", grpc)]
+    if http is not None:
+        addresses.append(("http", http))
+    for protocol, address in addresses:
+        try:
+            examiner.examine(protocol, address)
+        except ServerError as error:
+            examiner.failures.append(str(error))
+    return Proof(
+        passed=not examiner.failures,
+        server=server,
+        texts=len(examiner.chosen),
+        requests=examiner.requests,
+        seconds=round(time.monotonic() - started, 2),
+        metrics=examiner.metrics,
+        failures=tuple(examiner.failures),
+    )
+
+
+class _Examiner:
+    def __init__(self, exam: Exam, model: str) -> None:
+        self.exam, self.model = exam, model
+        self.chosen = choose_texts(exam.texts)
+        self.requests = 0
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.failures: list[str] = []
+
+    def examine(self, protocol: Protocol, address: str) -> None:
+        """Every way of asking, over one protocol."""
+        singles = [[index] for index in self.chosen]
+        with TextClient(address, protocol) as client:
+            self._judge(f"{protocol}, one by one", singles, [self._ask(client, group) for group in singles])
+            groups = self._batches(self.exam.max_batch_size)
+            self._judge(f"{protocol}, in batches", groups, [self._ask(client, group) for group in groups])
+            self._edges(client, protocol)
+        # Batches of every size at once: where answers are mixed up, it is here.
+        mixed = self._batches(min(4, self.exam.max_batch_size)) + singles[::2]
+        with ThreadPoolExecutor(THREADS) as pool:
+            answers = list(pool.map(lambda share: self._ask_many(protocol, address, share), _deal(mixed, THREADS)))
+        asked = [group for share in _deal(mixed, THREADS) for group in share]
+        self._judge(f"{protocol}, {THREADS} threads", asked, [answer for share in answers for answer in share])
+        if protocol == "grpc":
+            self._invalid_beside_valid(address)
+
+    def _batches(self, largest: int) -> list[list[int]]:
+        """The chosen texts in batches of 1, 2, 3 ... rows, the largest as often as they go on."""
+        groups, start, size = [], 0, 1
+        while start < len(self.chosen):
+            groups.append(self.chosen[start : start + size])
+            start, size = start + size, min(size + max(1, largest // 8), largest)
+        return groups
+
+    def _ask(self, client: TextClient, group: Sequence[int]) -> np.ndarray:
+        self.requests += 1
+        return client.ask(self.model, self.exam.output, [self.exam.texts[index] for index in group])
+
+    def _ask_many(self, protocol: Protocol, address: str, groups: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        with TextClient(address, protocol) as client:
+            return [self._ask(client, group) for group in groups]
+
+    def _judge(self, how: str, groups: Sequence[Sequence[int]], answers: Sequence[np.ndarray]) -> None:
+        import numpy as np
+
+        wrong = [
+            (len(group), answer.shape)
+            for group, answer in zip(groups, answers, strict=True)
+            if len(group) != len(answer)
+        ]
+        if wrong:
+            self.failures.append(f"{how}: a request of {wrong[0][0]} rows was answered with shape {wrong[0][1]}")
+            return
+        indices = [index for group in groups for index in group]
+        metrics, missed = self.exam.verdict(self.exam.reference[indices], np.concatenate(answers))
+        self.metrics[how] = metrics
+        self.failures += [f"{how}: {sentence}" for sentence in missed]
+
+    def _edges(self, client: TextClient, protocol: Protocol) -> None:
+        import numpy as np
+
+        for text in _EDGES:
+            self.requests += 1
+            try:
+                answer = client.ask(self.model, self.exam.output, [text])
+            except ServerError as error:
+                self.failures.append(f"{protocol}: the text {text[:20]!r} was refused: {error}")
+                continue
+            if answer.shape != (1, self.exam.reference.shape[1]) or not np.isfinite(answer).all():
+                self.failures.append(f"{protocol}: the text {text[:20]!r} was answered with {answer.ravel()[:4]}")
+
+    def _invalid_beside_valid(self, address: str) -> None:
+        """Bytes that are no text are refused, and the requests that arrive with them are answered all the same."""
+
+        def ask_invalid() -> bool:
+            with TextClient(address) as client:
+                try:
+                    client.ask(self.model, self.exam.output, [_INVALID])
+                except ServerError as error:
+                    return "UTF-8" in str(error)
+                return False
+
+        valid = [[index] for index in self.chosen[: 2 * THREADS]]
+        with ThreadPoolExecutor(THREADS) as pool:
+            invalid = [pool.submit(ask_invalid) for _ in range(THREADS)]
+            answers = list(pool.map(lambda group: self._ask_many("grpc", address, [group])[0], valid))
+            refused = [future.result() for future in invalid]
+        self.requests += THREADS
+        if not all(refused):
+            self.failures.append("grpc: bytes that are not UTF-8 were not refused as such")
+        self._judge("grpc, beside invalid bytes", valid, answers)
+
+
+def _deal(groups: Sequence[Sequence[int]], hands: int) -> list[list[Sequence[int]]]:
+    return [list(groups[start::hands]) for start in range(hands)]

@@ -1,0 +1,162 @@
+"""One release: what it holds, what it is called by content, and how its folders are written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.records import Checkpoint, Engine, StoredFile, sha256_file
+from resources.errors import ReleaseError
+from resources.tasks import TASKS
+from resources.triton.proof import Proof
+from resources.triton.settings import Flavour
+
+_PYTHON_MODELS = Path(__file__).with_name("python_models")
+_TOKENIZATION = Path(__file__).resolve().parents[1] / "tokenization.py"
+LABELS_FILE = "labels.txt"
+
+
+class Release(BaseModel):
+    """The manifest of one release, `<model>/<N>/release.json`. Names no path of the machine that made it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    number: int
+    model: str
+    task: str
+    target: str
+    flavour: Flavour
+    engine: str
+    revision: str
+    output: str
+    width: int
+    labels: tuple[str, ...]
+    max_batch_size: int
+    max_tokens: int
+    content_digest: str
+    created: str = Field(description="UTC, ISO 8601.")
+    status: Literal["published", "unverified"]
+    proof: Proof | None = None
+    lineage: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, StoredFile] = Field(default_factory=dict, description="By path below the repository.")
+
+
+@dataclass(frozen=True)
+class ReleasePlan:
+    """What is to be released. `threads`: of the engine, as it was measured."""
+
+    model: str
+    target: str
+    flavour: Flavour
+    checkpoint: Checkpoint
+    checkpoint_folder: Path
+    engine: Engine
+    engine_folder: Path
+    max_batch_size: int
+    threads: int
+    lineage: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The model's inputs, in the tokenizer's order."""
+        settings = json.loads((self.checkpoint_folder / "encoder.json").read_text(encoding="utf-8"))
+        return tuple(settings["inputs"])
+
+    @property
+    def output(self) -> str:
+        return TASKS[self.checkpoint.task].output
+
+
+def content_digest(plan: ReleasePlan) -> str:
+    """Of everything a server would do differently: not of numbers, times, or where the release came from."""
+    return fingerprint(
+        "release",
+        model=plan.model,
+        target=plan.target,
+        flavour=plan.flavour,
+        task=plan.checkpoint.task,
+        engine=plan.engine.content_digest,
+        entry=plan.engine.entry_file,
+        tokenizer=plan.checkpoint.tokenizer_digest,
+        labels=plan.checkpoint.labels,
+        max_batch_size=plan.max_batch_size,
+        threads=plan.threads,
+        code=code_version(
+            "resources.triton.python_models",
+            "resources.triton.config",
+            "resources.triton.release",
+            "resources.tokenization",
+        ),
+        tokenizers=library_versions("tokenizers"),
+    )
+
+
+def new_release(plan: ReleasePlan, number: int) -> Release:
+    """The manifest of a release that is about to be staged."""
+    return Release(
+        number=number,
+        model=plan.model,
+        task=plan.checkpoint.task,
+        target=plan.target,
+        flavour=plan.flavour,
+        engine=plan.engine.name,
+        revision=plan.checkpoint.revision,
+        output=plan.output,
+        width=plan.engine.width,
+        labels=plan.checkpoint.labels,
+        max_batch_size=plan.max_batch_size,
+        max_tokens=plan.checkpoint.max_tokens,
+        content_digest=content_digest(plan),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        status="unverified",
+        lineage=plan.lineage,
+    )
+
+
+def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
+    """Everything in the tokenizer model's version folder."""
+    folder.mkdir(parents=True)
+    shutil.copyfile(_PYTHON_MODELS / "tokenizer_model.py", folder / "model.py")
+    shutil.copyfile(_TOKENIZATION, folder / "tokenization.py")
+    for name in ("tokenizer.json", "encoder.json"):
+        shutil.copyfile(plan.checkpoint_folder / name, folder / name)
+    # The package is abi3: one copy serves every Python 3 that a Triton container holds.
+    spec = find_spec("tokenizers")
+    if spec is None or spec.origin is None:
+        raise ReleaseError("The package 'tokenizers' is not installed; install transformer-refinery again.")
+    shutil.copytree(
+        Path(spec.origin).parent, folder / "tokenizers", ignore=shutil.ignore_patterns("__pycache__", "*.pyi", "tools")
+    )
+
+
+def write_engine(plan: ReleasePlan, folder: Path) -> None:
+    """Everything in the engine model's version folder."""
+    folder.mkdir(parents=True)
+    if plan.flavour == "python":
+        shutil.copyfile(_PYTHON_MODELS / f"{plan.engine.runtime}_model.py", folder / "model.py")
+        target = folder
+    else:
+        # Triton's backend takes weights beside the graph only where both lie in a folder of the graph's name.
+        external = len(plan.engine.files) > 1
+        target = folder / "model.onnx" if external else folder
+    for name in plan.engine.files:
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.engine_folder / name, place)
+
+
+def list_files(root: Path, folders: list[str]) -> dict[str, StoredFile]:
+    """Every file of the named folders below `root`, hashed."""
+    return {
+        path.relative_to(root).as_posix(): StoredFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
+        for folder in folders
+        for path in sorted((root / folder).rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,25 @@
+"""How releases are served and proven. Read by everything, so it imports nothing."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+#: `python`: the engine runs inside a `model.py`, what the embedded server can load. `native`: Triton's own backend.
+Flavour = Literal["python", "native"]
+
+
+@dataclass(frozen=True)
+class TritonSettings:
+    """`server`: gRPC address of a running Triton in explicit model control that serves `repositories/<target>`;
+    None: each release is proven on an embedded server of its own. `server_http`: the same server's HTTP address.
+    `environment`: the virtual environment that `refinery setup` builds for the embedded server.
+    """
+
+    flavour: Flavour = "python"
+    server: str | None = None
+    server_http: str | None = None
+    repositories: Path | None = None
+    environment: Path = Path(sys.prefix) / "triton"

@@ -1,0 +1,64 @@
+"""Where everything lies and what a step may take: the one object that assets get, made by orchestration.definitions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from resources.artifacts.store import ArtifactStore
+from resources.catalog import Catalog, ModelEntry, load_catalog
+from resources.isolation import Limits
+from resources.triton.settings import TritonSettings
+
+#: Protobuf cannot serialize a message of 2 GiB or more, so larger graphs keep their weights in a file beside them.
+#: A little below, because the graph itself takes room too.
+EXTERNAL_DATA_THRESHOLD_BYTES = 2**31 - 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """All mutable state lies below `home`, each part of it movable by a field of its own."""
+
+    home: Path
+    catalog_path: Path
+    targets: tuple[str, ...] = ("cpu",)
+    limits: Limits = Limits()
+    external_data_threshold_bytes: int = EXTERNAL_DATA_THRESHOLD_BYTES
+    artifacts: Path | None = None
+    tracking_uri: str | None = None
+    tracking_ui: str | None = None
+    triton: TritonSettings = field(default_factory=TritonSettings)
+
+    @property
+    def store(self) -> ArtifactStore:
+        return ArtifactStore(self.artifacts or self.home / "artifacts")
+
+    @property
+    def additions(self) -> Path:
+        """Models files that the command line added."""
+        return self.home / "models.d"
+
+    def catalog(self) -> Catalog:
+        """Read anew at each call: a long-lived Dagster process must see what was added since. Raises CatalogError."""
+        return load_catalog(self.catalog_path, self.additions)
+
+    def entry(self, model: str) -> ModelEntry:
+        return self.catalog().get(model)
+
+    def repository(self, target: str) -> Path:
+        """The Triton model repository of a target."""
+        return (self.triton.repositories or self.home / "triton_models") / target
+
+    def mlflow_uri(self) -> str:
+        return self.tracking_uri or f"sqlite:///{self.home.resolve() / 'mlflow.db'}"
+
+    def log(self, model: str, step: str) -> Path:
+        """Where the children of a step write what their libraries print."""
+        path = self.home / "logs" / model / f"{step}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def threads(self, entry: ModelEntry) -> int:
+        """Threads of PyTorch and of every engine alike: the models file's number, or the cores we may use."""
+        return entry.benchmark.threads or len(os.sched_getaffinity(0))

@@ -1,0 +1,90 @@
+"""The champion is the best of the accurate engines by the catalog's objective, and every loser hears why."""
+
+import pytest
+
+from resources.artifacts.records import Accuracy, BenchmarkReport, ShapeTiming
+from resources.errors import NoChampionError
+from resources.evaluation.choosing import judge, require_champion, score
+from resources.evaluation.statistics import summarize
+
+
+def timing(speedup, *, shape="1x16", memory=100):
+    return ShapeTiming(
+        shape=shape,
+        baseline=summarize([10.0 * speedup] * 3, 1),
+        candidate=summarize([10.0] * 3, 1),
+        speedup=speedup,
+        window_speedups=(speedup,),
+        agreed=True,
+        pairs=3,
+        candidate_memory_bytes=memory,
+        baseline_memory_bytes=400,
+    )
+
+
+def report(engine, *speedups, status="measured", size=50, memory=100, reason=""):
+    return BenchmarkReport(
+        digest=f"digest of {engine}",
+        model="m",
+        engine=engine,
+        engine_digest=engine,
+        evaluation_digest="e",
+        target="cpu",
+        status=status,
+        reason=reason,
+        accuracy=Accuracy(metrics={}, texts=1) if status == "measured" else None,
+        timings=tuple(timing(value, memory=memory) for value in speedups),
+        engine_size_bytes=size,
+    )
+
+
+def no_gates(_):
+    return []
+
+
+def test_best_geometric_mean_wins_over_best_single_shape():
+    verdicts = judge([report("spiky", 9.0, 0.5), report("steady", 3.0, 3.0)], no_gates, "p50", 100)
+    assert [(v.engine, v.eligible) for v in verdicts] == [("steady", True), ("spiky", True)]
+    assert verdicts[0].score == pytest.approx(3.0)
+    assert "2.12 times where steady is 3.00" in verdicts[1].verdict
+
+
+def test_baseline_is_never_chosen_even_if_best():
+    verdicts = judge([report("torch", 5.0), report("onnxruntime_fp32", 0.5)], no_gates, "p50", 100)
+    assert require_champion("m", "cpu", verdicts).engine == "onnxruntime_fp32"
+
+
+def test_inaccurate_and_unsupported_lose_with_their_reasons():
+    def missed(item):
+        return ["cosine_mean 0.9 is below 0.995"] if item.engine == "fast" else []
+
+    reports = [
+        report("fast", 9.0),
+        report("slow", 2.0),
+        report("gpu", status="skipped", reason="unsupported: needs an NVIDIA GPU"),
+    ]
+    verdicts = {v.engine: v for v in judge(reports, missed, "p50", 100)}
+    assert verdicts["slow"].verdict.startswith("champion")
+    assert "cosine_mean 0.9 is below" in verdicts["fast"].verdict
+    assert "NVIDIA" in verdicts["gpu"].verdict
+    assert not verdicts["fast"].eligible
+    assert verdicts["gpu"].score is None
+
+
+def test_no_accurate_engine_is_an_error_that_names_all_reasons():
+    verdicts = judge([report("torch", 1.0), report("a", 2.0)], lambda _: ["NaN in the answers"], "p50", 100)
+    with pytest.raises(NoChampionError, match=r"(?s)m: no engine for cpu.*a: not accurate enough: NaN"):
+        require_champion("m", "cpu", verdicts)
+    with pytest.raises(NoChampionError, match="nothing was measured"):
+        require_champion("m", "cpu", [])
+
+
+@pytest.mark.parametrize(("objective", "expected"), [("p50", 2.0), ("p90", 2.0), ("memory", 8.0), ("size", 4.0)])
+def test_objectives(objective, expected):
+    assert score(report("a", 2.0, 2.0, size=25, memory=50), objective, 100) == pytest.approx(expected)
+
+
+def test_objective_changes_the_winner():
+    reports = [report("fast", 4.0, size=100), report("small", 2.0, size=10)]
+    assert judge(reports, no_gates, "p50", 100)[0].engine == "fast"
+    assert judge(reports, no_gates, "size", 100)[0].engine == "small"

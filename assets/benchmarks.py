@@ -1,9 +1,8 @@
 """One asset an engine and target: how accurate it is, and how fast beside PyTorch."""
 
-from __future__ import annotations
-
 import dagster as dg
 
+from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
@@ -23,7 +22,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
     @dg.asset(
         key=["benchmarks", target, spec.name],
         # The baseline's too: every candidate is measured in turns with it.
-        deps=[*{("engines", target, BASELINE), ("engines", target, spec.name)}, "evaluation_set"],
+        deps=[dg.AssetKey(["engines", target, name]) for name in sorted({BASELINE, spec.name})] + [evaluation_set.key],
         partitions_def=models,
         group_name=f"benchmarks_{target}",
         kinds={"mlflow"},

@@ -1,7 +1,5 @@
 """The engine that is to be served on a target, and why."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import dagster as dg
@@ -22,7 +20,7 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
 
     @dg.asset(
         key=["champion", target],
-        deps=[["benchmarks", target, spec.name] for spec in specs],
+        deps=[dg.AssetKey(["benchmarks", target, spec.name]) for spec in specs],
         partitions_def=models,
         group_name="serving",
         kinds={"mlflow"},

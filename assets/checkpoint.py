@@ -1,7 +1,5 @@
 """The checkpoint: copied, checked, and never changed again."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from assets.materialization import OWNERS, materialized, remember

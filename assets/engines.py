@@ -1,7 +1,5 @@
 """One asset an engine and target, made from the list of engines, so that the lineage shows every candidate."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from assets.materialization import OWNERS, materialized, remember

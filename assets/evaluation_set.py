@@ -1,7 +1,5 @@
 """What every engine of a model is compared with."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from assets.checkpoint import checkpoint

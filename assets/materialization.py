@@ -1,7 +1,5 @@
 """What every materialization says, in one place."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

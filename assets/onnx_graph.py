@@ -1,10 +1,9 @@
 """The exported graph."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from assets.checkpoint import checkpoint
+from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
 from resources.artifacts.records import Checkpoint, OnnxGraph
@@ -14,7 +13,7 @@ from resources.workspace import Workspace
 
 
 @dg.asset(
-    deps=[checkpoint, "evaluation_set"],
+    deps=[checkpoint, evaluation_set],
     partitions_def=models,
     group_name="graph",
     kinds={"onnx", "pytorch"},

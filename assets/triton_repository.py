@@ -1,7 +1,5 @@
 """The release: published to a target's Triton repository once a real server has answered as PyTorch does."""
 
-from __future__ import annotations
-
 import dagster as dg
 from resources.triton.layout import current_release
 from resources.triton.make import make_release
@@ -18,7 +16,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
 
     @dg.asset(
         key=["triton_repository", target],
-        deps=[["champion", target]],
+        deps=[dg.AssetKey(["champion", target])],
         partitions_def=models,
         group_name="serving",
         kinds={"triton"},

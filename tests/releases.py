@@ -1,0 +1,194 @@
+"""Releases of tiny real engines: a table of random vectors, pooled over the tokens, in a few kilobytes of ONNX."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resources.artifacts.records import Checkpoint, Engine
+from resources.evaluation.texts import load_texts
+from resources.tasks import TASKS
+from resources.tokenization import TextEncoder
+from resources.triton.proof import Exam, Proof
+from resources.triton.release import Release, ReleasePlan
+from resources.triton.settings import Flavour
+
+WIDTH = 24
+MAX_TOKENS = 64
+LABELS = ("calm", "glad", "very angry")
+INPUTS = ("input_ids", "attention_mask")
+
+
+def make_plan(
+    folder: Path,
+    *,
+    model: str = "tiny",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+    external_data: bool = False,
+    flavour: Flavour = "python",
+    max_batch_size: int = 8,
+) -> ReleasePlan:
+    """A plan whose checkpoint and engine lie below `folder`. Another seed is another engine."""
+    task = "classification" if labels else "embedding"
+    tokenizer, engine = folder / "checkpoint", folder / f"engine-{seed}"
+    vocabulary = _write_tokenizer(tokenizer)
+    width = len(labels) or WIDTH
+    _write_engine(engine, vocabulary, width, TASKS[task].output, seed=seed, external_data=external_data)
+    return ReleasePlan(
+        model=model,
+        target="cpu",
+        flavour=flavour,
+        checkpoint=Checkpoint(
+            digest="c" * 64,
+            model=model,
+            source="made for a test",
+            revision="0123456789abcdef",
+            task=task,
+            architecture="Table",
+            weights_digest="w" * 64,
+            weights_bytes=1,
+            tokenizer_digest=hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
+            labels_digest="l" * 64,
+            labels=tuple(labels),
+            max_tokens=MAX_TOKENS,
+        ).with_files(tokenizer),
+        checkpoint_folder=tokenizer,
+        engine=Engine(
+            digest=f"{seed:064}",
+            model=model,
+            name="table",
+            target="cpu",
+            runtime="onnxruntime",
+            precision="fp32",
+            status="built",
+            entry_file="model.onnx",
+            inputs=INPUTS,
+            output=TASKS[task].output,
+            width=width,
+        ).with_files(engine),
+        engine_folder=engine,
+        max_batch_size=max_batch_size,
+        threads=1,
+        lineage={"refinery_dagster_run": "a run"},
+    )
+
+
+def answers_of(plan: ReleasePlan, texts: Sequence[str]) -> np.ndarray:
+    """What ONNX Runtime answers to each text alone, without Triton: fp32 `[texts, width]`."""
+    import onnxruntime
+
+    encoder = TextEncoder.from_folder(str(plan.checkpoint_folder))
+    session = onnxruntime.InferenceSession(
+        str(plan.engine_folder / plan.engine.entry_file), providers=["CPUExecutionProvider"]
+    )
+    return np.concatenate([session.run([plan.output], encoder.encode([text]))[0] for text in texts])
+
+
+def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None) -> Exam:
+    """The sample texts with the plan's own answers, or another's, as what is right."""
+    texts = load_texts()[:120]
+    task = TASKS[plan.checkpoint.task]
+    return Exam(
+        output=plan.output,
+        texts=texts,
+        reference=answers_of(reference_of or plan, texts),
+        verdict=lambda expected, found: task.verdict(expected, found, task.gates()),
+        max_batch_size=plan.max_batch_size,
+    )
+
+
+def unasked(folder: Path, release: Release) -> Proof:
+    """A proof that nobody gave, where a test is about files."""
+    assert folder.is_dir()
+    return Proof(passed=True, server=f"none, release {release.number}", texts=0, requests=0, seconds=0.0, metrics={})
+
+
+def tree_digest(*roots: Path) -> str:
+    """Digest of every name and byte below the folders."""
+    digest = hashlib.sha256()
+    for root in roots:
+        for path in sorted(root.rglob("*")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes() if path.is_file() else b"folder")
+    return digest.hexdigest()
+
+
+def release_digest(repository: Path, model: str, number: int) -> str:
+    """Digest of everything that belongs to one release."""
+    parts = sorted(repository.glob(f"{model}__r{number}__*"))
+    assert len(parts) == 2, parts
+    return tree_digest(*parts, repository / model / str(number))
+
+
+def _write_tokenizer(folder: Path) -> int:
+    """A WordPiece tokenizer of the sample texts, once a folder; its number of tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        trainer = trainers.WordPieceTrainer(vocab_size=800, special_tokens=special, show_progress=False)
+        tokenizer.train_from_iterator(load_texts(), trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = {"max_tokens": MAX_TOKENS, "inputs": list(INPUTS), "pad_id": 0}
+        (folder / "encoder.json").write_text(json.dumps(settings))
+    return int(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size())
+
+
+def _write_engine(
+    folder: Path, vocabulary: int, width: int, output: str, *, seed: int, external_data: bool
+) -> None:
+    """The masked mean of the tokens' vectors; normalized, or, for classification, through a softmax."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(seed)
+    scale = 6.0 if output == "probabilities" else 1.0
+    constants: dict[str, Any] = {
+        "table": (scale * random.standard_normal((vocabulary, width))).astype(np.float32),
+        "tokens_axis": np.array([1], dtype=np.int64),
+        "vector_axis": np.array([2], dtype=np.int64),
+    }
+    last = (
+        helper.make_node("Softmax", ["mean"], [output], axis=1)
+        if output == "probabilities"
+        else helper.make_node("LpNormalization", ["mean"], [output], axis=1, p=2)
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["vectors"]),
+            helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["mask", "vector_axis"], ["weights"]),
+            helper.make_node("Mul", ["vectors", "weights"], ["weighted"]),
+            helper.make_node("ReduceSum", ["weighted", "tokens_axis"], ["sum"], keepdims=0),
+            helper.make_node("ReduceSum", ["mask", "tokens_axis"], ["count"], keepdims=1),
+            helper.make_node("Div", ["sum", "count"], ["mean"]),
+            last,
+        ],
+        "table",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"]) for name in INPUTS],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", width])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(
+        model,
+        folder / "model.onnx",
+        save_as_external_data=external_data,
+        location="model.onnx.data" if external_data else None,
+        size_threshold=0,
+    )

@@ -96,6 +96,9 @@ class ModelEntry(_Strict):
                 raise ValueError(f"engines: {engine!r} is not one of {', '.join(known)}")
         if len(set(self.shapes)) != len(self.shapes):
             raise ValueError("shapes: one shape is listed twice")
+        for shape in self.shapes:
+            if shape.batch > self.max_batch_size:
+                raise ValueError(f"shapes: {shape} is a larger batch than max_batch_size serves ({self.max_batch_size})")
         return self
 
     def accuracy_gates(self) -> Gates:
@@ -168,9 +171,24 @@ def _parse_entry(data: Any, path: Path, position: int) -> ModelEntry:
         raise CatalogError(f"{where}: {explain(error)}") from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's own loader takes the last of two equal keys in silence; one of them is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the field {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> tuple[ModelEntry, ...]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

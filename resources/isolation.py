@@ -8,17 +8,18 @@ has no threads, and none of the parent's state.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -31,7 +32,6 @@ T = TypeVar("T")
 
 #: Imported once, by the server, before it forks. Modules that children import anyway.
 PRELOAD = ("resources.preload",)
-_PR_SET_PDEATHSIG = 1
 #: How often the parent looks at a child's memory. A child can overshoot its limit for this long.
 POLL_SECONDS = 0.1
 
@@ -167,8 +167,7 @@ class _Once:
 
 def _serve(connection: Connection, log: str) -> None:
     """The child's loop: an object first, then calls of its methods, until the pipe closes."""
-    # The parent of a forked child is the server, which ends when our process does; the child then goes too.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -192,9 +191,24 @@ def _serve(connection: Connection, log: str) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         try:
-            connection.send(answer)
+            data = ForkingPickler.dumps(answer)
+        except Exception as error:  # the result cannot travel
+            data = ForkingPickler.dumps((False, _portable(error), peak_memory_bytes()))
+        try:
+            connection.send_bytes(data)
         except BrokenPipeError:
             return
+
+
+def _end_with_parent() -> None:
+    """Kill this process when the one that wanted it is gone.
+
+    PR_SET_PDEATHSIG would not do: the parent of a forked child is the server, and that lives as long as its children.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _portable(error: BaseException) -> RefineryError | str:

@@ -57,7 +57,7 @@ def make_checkpoint(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Save a whole checkpoint; with labels it is a classifier. Weights are large, so that a wrong result cannot hide."""
+    """Save a whole checkpoint; with labels a classifier. Weights are large: a wrong result cannot hide."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 

@@ -112,7 +112,8 @@ def test_classification_is_softmax_or_sigmoid(made_checkpoint, problem, activati
 
 
 def test_regression_is_refused(own_checkpoint):
-    folder = own_checkpoint(labels=("score",))
+    folder = own_checkpoint(labels=("score", "unused"))
+    edit_json(folder / "config.json", problem_type="regression", id2label={"0": "score"})
     with pytest.raises(CheckpointError, match="regression"):
         TASKS["classification"].check(files_of(folder))
 

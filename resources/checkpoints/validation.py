@@ -10,25 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from resources.catalog import ModelEntry
-from resources.checkpoints.sources import UNWANTED, WANTED, WANTED_CODE, WANTED_PICKLE
+from resources.checkpoints.sources import PICKLE_REMEDY, WANTED, WANTED_CODE, is_hub_id
 from resources.errors import CheckpointError
 from resources.tasks import TASKS, CheckpointFiles
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TOKENIZER = "tokenizer.json"
-#: Files that transformers can make a fast tokenizer from.
-SLOW_TOKENIZERS = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-#: Model types that number positions from the pad id on, so that two and the pad id of the table are never used.
+#: Sets of files that transformers can make a fast tokenizer from, as patterns.
+SLOW_TOKENIZERS = (("vocab.txt",), ("vocab.json", "merges.txt"), ("*.model",))
+#: Model types whose first token has position pad id + 1, so that the first rows of the table are never used. Their pad
+#: id is 1 where config.json has none, and MPNet's is 1 whatever config.json says.
 POSITIONS_AFTER_PAD = (
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
     "roberta",
+    "roberta-prelayernorm",
     "xlm-roberta",
     "xlm-roberta-xl",
-    "camembert",
-    "longformer",
-    "mpnet",
     "xmod",
-    "data2vec-text",
 )
 #: transformers writes "no limit" as numbers of this size.
 _NO_LIMIT = 10**9
@@ -47,85 +51,119 @@ class Validated:
 
 def validate(entry: ModelEntry, folder: Path) -> Validated:
     """Read a checkpoint's folder without loading weights. Raises CheckpointError naming model, file and remedy."""
-    config = _read_json(entry, folder, "config.json")
+    config = _read_object(entry, folder, "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise _refuse(
+            entry, f"{folder / 'config.json'} has no model_type", "Give the folder that transformers saved, whole"
+        )
     if config.get("auto_map") and not entry.trust_remote_code:
         raise _refuse(
             entry,
             "config.json names Python code of the checkpoint's own (auto_map)",
             "Set trust_remote_code: true in its catalog entry if you trust its author: the code runs on this machine",
         )
-    weights, tensors = _weights(entry, folder)
-    names = _files(entry, folder)
+    stored = _weights(entry, folder)
+    weights = tuple(name for name in stored if not name.endswith(".json"))
+    tensors = {name for file in weights if file.endswith(".safetensors") for name in _tensors(entry, folder / file)}
+    files = {*stored, *_files(entry, folder)}
     _check_tokenizer(entry, folder, config)
-    TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config, tensors))
-    chosen = [name for name in names if name in weights or not name.endswith((".safetensors", ".bin"))]
-    return Validated(tuple(chosen), weights, config, tensors, _max_tokens(entry, folder, config))
+    TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config, frozenset(tensors)))
+    return Validated(
+        files=tuple(sorted(files)),
+        weights=weights,
+        config=config,
+        tensors=frozenset(tensors),
+        max_tokens=_max_tokens(entry, folder, config),
+    )
 
 
 def _refuse(entry: ModelEntry, why: str, remedy: str) -> CheckpointError:
     return CheckpointError(f"{entry.name}: {why}. {remedy}. (source: {entry.source})")
 
 
-def _read_json(entry: ModelEntry, folder: Path, name: str) -> dict[str, Any]:
+def _whole(entry: ModelEntry) -> str:
+    """The remedy for a folder that lacks something."""
+    if is_hub_id(entry.source):
+        return "Fetch it again with the network on, after removing that folder, or ask its author for the file"
+    return "Give the folder that save_pretrained wrote, whole"
+
+
+def _read(entry: ModelEntry, folder: Path, name: str) -> Any:
     try:
-        data = json.loads((folder / name).read_text(encoding="utf-8"))
+        return json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _refuse(
-            entry, f"{name} is missing from {folder}", "Give the folder that save_pretrained wrote, whole"
-        ) from None
+        raise _refuse(entry, f"{name} is missing from {folder}", _whole(entry)) from None
     except (OSError, ValueError) as error:
         raise _refuse(entry, f"{folder / name} cannot be read: {error}", "Copy the checkpoint again") from None
+
+
+def _read_object(entry: ModelEntry, folder: Path, name: str) -> dict[str, Any]:
+    data = _read(entry, folder, name)
     if not isinstance(data, dict):
         raise _refuse(entry, f"{folder / name} holds no JSON object", "Copy the checkpoint again")
     return data
 
 
 def _files(entry: ModelEntry, folder: Path) -> list[str]:
-    wanted = [
-        *WANTED,
-        *(WANTED_PICKLE if entry.allow_pickle else ()),
-        *(WANTED_CODE if entry.trust_remote_code else ()),
+    """Files other than weights, relative to the folder.
+
+    Of its sub-folders only those that modules.json names: a folder that is trained into is full of intermediate states.
+    """
+    patterns = [name for name in (*WANTED, *(WANTED_CODE if entry.trust_remote_code else ())) if name.startswith("*")]
+    names = [
+        (Path(place) / path.name).as_posix()
+        for place in ("", *_module_folders(entry, folder))
+        for path in (folder / place).iterdir()
+        if path.is_file() and not path.name.startswith(".")
     ]
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return [
-        name
-        for name in names
-        if any(fnmatch(name, pattern) for pattern in wanted)
-        and not any(fnmatch(name, pattern) for pattern in UNWANTED)
-        and not any(part.startswith(".") for part in Path(name).parts)
-    ]
+    indices = {INDEX, PICKLE_INDEX}  # they come with the weights, or not at all
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns) and name not in indices]
 
 
-def _weights(entry: ModelEntry, folder: Path) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The weight files and, from safetensors, the tensors' names."""
+def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:
+    """The sub-folders that sentence-transformers' modules.json names and that are there."""
+    if not (folder / "modules.json").is_file():
+        return []
+    modules = _read(entry, folder, "modules.json")
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise _refuse(entry, f"{folder / 'modules.json'} holds no list of modules", "Copy the checkpoint again")
+    places = {str(module.get("path") or "") for module in modules} - {"", "."}
+    outside = [place for place in places if Path(place).is_absolute() or ".." in Path(place).parts]
+    if outside:
+        raise _refuse(
+            entry,
+            f"{folder / 'modules.json'} names {outside[0]}, outside the checkpoint",
+            "Give a checkpoint that is whole in its own folder",
+        )
+    return sorted(place for place in places if (folder / place).is_dir())
+
+
+def _weights(entry: ModelEntry, folder: Path) -> tuple[str, ...]:
+    """The weight files, all there, with their index where they are several."""
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
             files = [single]
         elif (folder / index).is_file():
-            shards = _read_json(entry, folder, index).get("weight_map", {})
-            files = sorted(set(shards.values()))
-            missing = [name for name in files if not (folder / name).is_file()]
-            if missing or not files:
-                raise _refuse(
-                    entry,
-                    f"{index} names {', '.join(missing) or 'no file'}, which is missing",
-                    "Copy all of its shards",
-                )
+            files = [index, *_shards(entry, folder, index)]
         else:
             continue
         if single == PICKLE and not entry.allow_pickle:
-            raise _refuse(
-                entry,
-                f"its weights are a pickle ({', '.join(files)}), and unpickling runs whatever code is in it",
-                "Convert it to safetensors (save_pretrained), or set allow_pickle: true in its catalog entry if you "
-                "trust its author",
-            )
-        tensors: set[str] = set()
-        if single == SINGLE:
-            for name in files:
-                tensors |= _tensors(entry, folder / name)
-        return tuple(files), frozenset(tensors)
-    raise _refuse(entry, f"there are no weights ({SINGLE}) in {folder}", "Give the folder that save_pretrained wrote")
+            raise _refuse(entry, f"its weights are a pickle ({files[-1]})", PICKLE_REMEDY)
+        return tuple(files)
+    raise _refuse(entry, f"there are no weights ({SINGLE}) in {folder}", _whole(entry))
+
+
+def _shards(entry: ModelEntry, folder: Path, index: str) -> list[str]:
+    table = _read_object(entry, folder, index).get("weight_map")
+    named = list(table.values()) if isinstance(table, dict) else []
+    # A name with a folder in it could lead out of the checkpoint, and transformers never writes one.
+    if not named or not all(isinstance(name, str) and Path(name).name == name for name in named):
+        raise _refuse(entry, f"{folder / index} does not say which files hold the weights", "Copy the checkpoint again")
+    names = sorted(set(named))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise _refuse(entry, f"{index} names {', '.join(missing)}, which is missing from {folder}", _whole(entry))
+    return names
 
 
 def _tensors(entry: ModelEntry, path: Path) -> set[str]:
@@ -138,13 +176,13 @@ def _tensors(entry: ModelEntry, path: Path) -> set[str]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         try:
-            header = json.loads(stream.read(length)) if length <= size - 8 else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise _refuse(entry, f"{path} is truncated or no safetensors file ({size} bytes)", "Copy or download it again")
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            header: Any = json.loads(stream.read(length)) if length <= size - 8 else None
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, TypeError, AttributeError, LookupError):
+            raise _refuse(
+                entry, f"{path} is truncated or no safetensors file ({size} bytes)", "Copy or download it again"
+            ) from None
     if size != expected:
         raise _refuse(
             entry, f"{path} is damaged: {size} bytes where its header says {expected}", "Copy or download it again"
@@ -154,15 +192,14 @@ def _tensors(entry: ModelEntry, path: Path) -> set[str]:
 
 def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> None:
     if not (folder / TOKENIZER).is_file():
-        if not any((folder / name).is_file() for name in SLOW_TOKENIZERS):
+        if slow_tokenizer(folder) is None:
             raise _refuse(
                 entry,
                 f"there is no tokenizer ({TOKENIZER}) in {folder}",
                 "Save it there too (tokenizer.save_pretrained)",
             )
         return
-    tokenizer = _read_json(entry, folder, TOKENIZER)
-    largest = largest_token_id(tokenizer)
+    largest = largest_token_id(_read_object(entry, folder, TOKENIZER))
     vocabulary = config.get("vocab_size")
     if largest is None:
         raise _refuse(entry, f"{folder / TOKENIZER} holds no vocabulary", "Save the tokenizer again with transformers")
@@ -175,15 +212,25 @@ def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any]) ->
         )
 
 
+def slow_tokenizer(folder: Path) -> str | None:
+    """The first file of an older tokenizer that is there whole."""
+    for patterns in SLOW_TOKENIZERS:
+        found = [sorted(folder.glob(pattern)) for pattern in patterns]
+        if all(found):
+            return found[0][0].name
+    return None
+
+
 def largest_token_id(tokenizer: dict[str, Any]) -> int | None:
     """The largest id that a tokenizer.json can give, added tokens included; None where it has no vocabulary."""
-    vocabulary = tokenizer.get("model", {}).get("vocab")
-    ids = [token["id"] for token in tokenizer.get("added_tokens") or []]
-    if isinstance(vocabulary, dict):
-        ids += vocabulary.values()
-    elif isinstance(vocabulary, list):  # Unigram: the position is the id
-        ids.append(len(vocabulary) - 1)
-    return max(ids, default=None) if vocabulary else None
+    try:
+        vocabulary = tokenizer["model"]["vocab"]
+        ids = [token["id"] for token in tokenizer.get("added_tokens") or []]
+        # WordPiece, BPE and WordLevel: a table of ids. Unigram: a list, and the position is the id.
+        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return max(ids) if vocabulary else None
+    except (TypeError, LookupError):
+        return None
 
 
 def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> int:
@@ -191,10 +238,9 @@ def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> int:
     limits = []
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and positions > 0:
-        pad = config.get("pad_token_id") or 0
-        limits.append(positions - pad - 1 if config.get("model_type") in POSITIONS_AFTER_PAD else positions)
+        limits.append(positions - _positions_before_the_first(config))
     for name, field in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        value = _read_json(entry, folder, name).get(field) if (folder / name).is_file() else None
+        value = _read_object(entry, folder, name).get(field) if (folder / name).is_file() else None
         if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
             limits.append(int(value))
             break
@@ -205,3 +251,11 @@ def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> int:
             "Write model_max_length into tokenizer_config.json",
         )
     return min(limits)
+
+
+def _positions_before_the_first(config: dict[str, Any]) -> int:
+    """Rows of the position table that no token ever gets."""
+    kind, pad = config["model_type"], config.get("pad_token_id")
+    if kind not in POSITIONS_AFTER_PAD:
+        return 0
+    return 2 if kind == "mpnet" or not isinstance(pad, int) else pad + 1

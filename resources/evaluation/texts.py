@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resources.errors import EngineError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -23,22 +25,25 @@ def load_texts(path: Path = SAMPLE_TEXTS) -> list[str]:
 
 
 def batch_of_shape(texts: Sequence[str], encoder: TextEncoder, rows: int, tokens: int) -> dict[str, np.ndarray]:
-    """Arrays `[rows, tokens]` of real text without padding: each row goes on with the next texts until it is full."""
-    import numpy as np
+    """Arrays `[rows, tokens]` of real text without padding: each row goes on with the next texts until it is full.
 
+    Raises EngineError for rows too short to hold the special tokens and a word.
+    """
     exact = encoder.shortened(tokens)
     encodings = []
     for row in range(rows):
         start = row * len(texts) // rows
-        words = ""
-        for step in range(len(texts) * 64):
-            words += texts[(start + step) % len(texts)] + " "
-            # Four characters a token is the usual; asking the tokenizer at every step would cost more than it saves.
-            if len(words) >= 4 * tokens or step % 16 == 15:
-                encoding = exact.tokens([words])[0]
-                if len(encoding.ids) == tokens:
-                    break
+        words, size, position = "", 0, start
+        # Two characters a token at first, then twice as many, until the row is full.
+        for attempt in range(1, 7):
+            while len(words) < tokens * 2**attempt:
+                words += texts[position % len(texts)] + " "
+                position += 1
+            encoding = exact.tokens([words])[0]
+            size = len(encoding.ids)
+            if size == tokens:
+                break
+        if size != tokens:
+            raise EngineError(f"Text cannot fill rows of exactly {tokens} tokens (got {size}). Choose a longer shape.")
         encodings.append(encoding)
-    batch = exact.pad(encodings, tokens)
-    assert np.all(batch.get("attention_mask", 1))
-    return batch
+    return exact.pad(encodings, tokens)

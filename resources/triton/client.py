@@ -15,6 +15,8 @@ TEXT = "TEXT"
 #: For questions. Loading a model has a limit of its own.
 TIMEOUT_SECONDS = 60.0
 LOAD_TIMEOUT_SECONDS = 300.0
+#: For "is there a server at all".
+_LIVE_SECONDS = 2.0
 
 
 class TextClient:
@@ -34,7 +36,7 @@ class TextClient:
             import tritonclient.http as api
 
             self._client = api.InferenceServerClient(
-                address, network_timeout=TIMEOUT_SECONDS, connection_timeout=TIMEOUT_SECONDS
+                address, network_timeout=TIMEOUT_SECONDS, connection_timeout=_LIVE_SECONDS
             )
         self._api = api
 
@@ -51,7 +53,7 @@ class TextClient:
     def is_live(self) -> bool:
         """Whether a server answers at the address at all."""
         try:
-            return bool(self._client.is_server_live(**self._limit(2.0)))
+            return bool(self._client.is_server_live(**self._limit(_LIVE_SECONDS)))
         except Exception:  # the two clients raise errors of five libraries for a port where nobody listens
             return False
 
@@ -62,56 +64,89 @@ class TextClient:
         except Exception:
             return False
 
-    def ask(self, model: str, output: str, texts: Sequence[str | bytes]) -> np.ndarray:
-        """The answers fp32 `[texts, width]` to one request. Raises ServerError with the server's own words."""
+    def ask(self, model: str, output: str, texts: Sequence[str | bytes], *, as_json: bool = False) -> np.ndarray:
+        """The answers fp32 `[texts, width]` to one request. Raises ServerError with the server's own words.
+
+        as_json: send and get plain JSON, as curl would; HTTP alone.
+        """
         import numpy as np
 
         rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
         tensor = self._api.InferInput(TEXT, [len(texts), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array(rows, dtype=np.object_))
-        wanted = [self._api.InferRequestedOutput(output)]
+        binary = {} if self.protocol == "grpc" else {"binary_data": not as_json}
+        tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
+        wanted = [self._api.InferRequestedOutput(output, **binary)]
         limit = {"client_timeout": TIMEOUT_SECONDS} if self.protocol == "grpc" else {}
         try:
-            answer: np.ndarray = self._client.infer(model, [tensor], outputs=wanted, **limit).as_numpy(output)
+            answer = self._client.infer(model, [tensor], outputs=wanted, **limit).as_numpy(output)
         except Exception as error:
-            raise ServerError(f"{model} at {self.address} ({self.protocol}): {_first_line(error)}") from error
-        return answer
+            raise self._trouble(f"cannot be asked for {model}", error) from error
+        # Triton does not compare what a Python model answers with its configuration.
+        if answer is None or answer.ndim != 2 or answer.dtype != np.float32 or len(answer) != len(texts):
+            found = "nothing" if answer is None else f"{answer.dtype} {list(answer.shape)}"
+            raise ServerError(
+                f"{model} at {self.address} answered {len(texts)} texts with {found} as {output!r}, not with "
+                f"float32 [{len(texts)}, width]. It is broken: publish another release, or go back to the one before."
+            )
+        answers: np.ndarray = answer
+        return answers
 
     def output_of(self, model: str) -> str:
         """The name of a model's one output. Raises ServerError where the server does not have the model."""
         try:
             metadata = self._client.get_model_metadata(model, **self._limit(TIMEOUT_SECONDS))
         except Exception as error:
-            raise ServerError(
-                f"The server at {self.address} does not serve {model}: {_first_line(error)} Start it on the repository "
-                f"that holds a release of {model} (refinery serve), or load it there."
-            ) from error
+            raise self._trouble(f"does not serve {model}", error) from error
         outputs = metadata.outputs if self.protocol == "grpc" else metadata["outputs"]
         return str(outputs[0].name if self.protocol == "grpc" else outputs[0]["name"])
 
     def version(self) -> str:
-        """The server's name and version."""
-        metadata = self._client.get_server_metadata(**self._limit(TIMEOUT_SECONDS))
+        """The server's name and version. Raises ServerError."""
+        try:
+            metadata = self._client.get_server_metadata(**self._limit(TIMEOUT_SECONDS))
+        except Exception as error:
+            raise self._trouble("does not say its version", error) from error
         if self.protocol == "grpc":
             return f"{metadata.name} {metadata.version}"
         return f"{metadata['name']} {metadata['version']}"
+
+    def held_models(self) -> set[str]:
+        """Names of the models that the server has loaded, gRPC alone. Raises ServerError."""
+        try:
+            index = self._client.get_model_repository_index(client_timeout=TIMEOUT_SECONDS)
+        except Exception as error:
+            raise self._trouble("does not list its models", error) from error
+        return {model.name for model in index.models if model.state == "READY"}
 
     def load(self, model: str) -> None:
         """Load or reload a model, gRPC alone. Raises ServerError; the version that served before goes on serving."""
         try:
             self._client.load_model(model, client_timeout=LOAD_TIMEOUT_SECONDS)
         except Exception as error:
-            raise ServerError(f"The server at {self.address} cannot load {model}: {_first_line(error)}") from error
+            raise self._trouble(f"cannot load {model}", error) from error
 
     def unload(self, model: str) -> None:
         """Unload a model, gRPC alone. Raises ServerError."""
         try:
             self._client.unload_model(model, client_timeout=LOAD_TIMEOUT_SECONDS)
         except Exception as error:
-            raise ServerError(f"The server at {self.address} cannot unload {model}: {_first_line(error)}") from error
+            raise self._trouble(f"cannot unload {model}", error) from error
 
     def _limit(self, seconds: float) -> dict[str, float]:
         return {"client_timeout": seconds} if self.protocol == "grpc" else {}
+
+    def _trouble(self, what: str, error: Exception) -> ServerError:
+        """The server's own words, or, where there is no server, how to come by one."""
+        message = str(getattr(error, "message", lambda: error)()).strip()
+        first = (message.splitlines() or [type(error).__name__])[0][:500].removeprefix("[request id: <id_unknown>] ")
+        if "unknown model" in first:
+            first += ". Start the server on the repository that holds a release of it (refinery serve), or load it there"
+        elif not self.is_live():
+            return ServerError(
+                f"No Triton answers {self.protocol} at {self.address} ({first}). Start one (refinery serve), or give "
+                "the right address."
+            )
+        return ServerError(f"The server at {self.address} ({self.protocol}) {what}: {first}.")
 
 
 def is_live(address: str) -> bool:
@@ -121,14 +156,9 @@ def is_live(address: str) -> bool:
 
 
 def query_texts(address: str, model: str, texts: Sequence[str], protocol: Protocol = "grpc") -> np.ndarray:
-    """The answers fp32 `[texts, width]`, one request a text: batching is the server's work."""
+    """The answers fp32 `[texts, width]`, one request a text: batching is the server's work. Raises ServerError."""
     import numpy as np
 
     with TextClient(address, protocol) as client:
         output = client.output_of(model)
         return np.concatenate([client.ask(model, output, [text]) for text in texts])
-
-
-def _first_line(error: Exception) -> str:
-    message = str(getattr(error, "message", lambda: error)())
-    return (message.strip().splitlines() or [type(error).__name__])[0][:500]

@@ -5,6 +5,8 @@ minilm/<N>/release.json              what release N is; Triton needs the folder,
 minilm/<N>/config.pbtxt              the pointer as release N wrote it: rolling back is copying it one folder up
 minilm__r<N>__tokenizer/1/...        immutable
 minilm__r<N>__engine/1/...           immutable
+
+Models that somebody else put into the repository are never touched: ours are known by these names alone.
 """
 
 from __future__ import annotations
@@ -19,14 +21,22 @@ from resources.triton.release import Release
 
 CONFIG = "config.pbtxt"
 MANIFEST = "release.json"
-PARTS = ("tokenizer", "engine")
-_INTERNAL = re.compile(r"(?P<model>.+)__r(?P<number>\d+)__(?P<part>[a-z]+)")
-_PINNED = re.compile(r"version_policy\s*{\s*specific\s*{\s*versions:\s*(\d+)")
+Part = Literal["tokenizer", "engine", "proof"]
+#: What a release is made of. A `proof` is there only while a release is proven on a server of its own repository.
+PARTS: tuple[Part, ...] = ("tokenizer", "engine")
+_INTERNAL = re.compile(r"(?P<model>.+)__r(?P<number>\d+)__(?P<part>tokenizer|engine|proof)")
+#: As protobuf's text format writes it, and as people do: `version_policy: { specific: { versions: [3] } }`.
+_PINNED = re.compile(r"version_policy\s*:?\s*{\s*specific\s*:?\s*{\s*versions\s*:\s*\[?\s*(\d+)")
 
 
-def internal_name(model: str, number: int, part: Literal["tokenizer", "engine", "proof"]) -> str:
+def internal_name(model: str, number: int, part: Part) -> str:
     """The folder, and so the Triton name, of one part of a release."""
     return f"{model}__r{number}__{part}"
+
+
+def internal_names(model: str, number: int) -> list[str]:
+    """The folders of a release beside the public one."""
+    return [internal_name(model, number, part) for part in PARTS]
 
 
 def parse_internal(name: str) -> tuple[str, int, str] | None:
@@ -48,16 +58,21 @@ def read_release(repository: Path, model: str, number: int) -> Release | None:
     """The manifest of a release; None where it is not there or not readable."""
     try:
         return Release.model_validate_json((repository / model / str(number) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+    except (OSError, ValidationError, UnicodeDecodeError):
         return None
+
+
+def is_whole(repository: Path, release: Release) -> bool:
+    """Whether every file of the release is there in its size. Bytes are not read: releases hold gigabytes."""
+    pointer = repository / release.model / str(release.number) / CONFIG
+    paths = ((repository / name, file.size_bytes) for name, file in release.files.items())
+    return pointer.is_file() and all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
 def list_releases(repository: Path, model: str) -> list[Release]:
     """All releases of a model that the repository holds whole, oldest first."""
-    folder = repository / model
-    numbers = sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()) if folder.is_dir() else []
-    found = (read_release(repository, model, number) for number in numbers)
-    return [release for release in found if release is not None]
+    found = (read_release(repository, model, number) for number in _versions(repository / model))
+    return [release for release in found if release is not None and is_whole(repository, release)]
 
 
 def pinned_number(config: str) -> int | None:
@@ -66,20 +81,35 @@ def pinned_number(config: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def current_number(repository: Path, model: str) -> int | None:
+    """The number of the release that the public model names; None where the model was never published."""
+    try:
+        return pinned_number((repository / model / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def current_release(repository: Path, model: str) -> Release | None:
     """The release that serves; None where the model was never published."""
-    try:
-        number = pinned_number((repository / model / CONFIG).read_text(encoding="utf-8"))
-    except OSError:
-        return None
+    number = current_number(repository, model)
     return read_release(repository, model, number) if number is not None else None
 
 
+def is_published_here(repository: Path, model: str) -> bool:
+    """Whether the folder of the public name is one of ours."""
+    return any((repository / model / str(number) / MANIFEST).is_file() for number in _versions(repository / model))
+
+
 def highest_number(repository: Path, model: str) -> int:
-    """The largest release number that was ever seen for a model, whole or not; 0 for none. Numbers are not reused."""
-    numbers = [0]
+    """The largest release number that is to be seen for a model, whole or not; 0 for none. Numbers are not reused."""
+    numbers = [0, *_versions(repository / model)]
     if repository.is_dir():
         parsed = (parse_internal(path.name) for path in repository.iterdir())
         numbers += [number for item in parsed if item is not None for name, number, _ in [item] if name == model]
-        numbers += [int(path.name) for path in (repository / model).glob("[0-9]*") if path.name.isdigit()]
     return max(numbers)
+
+
+def _versions(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch("[0-9]+", path.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ TEXTS = 96
 THREADS = 6
 _INVALID = b"\xff\xfe not text"
 #: Whatever a user may send: each must get a finite answer.
-_EDGES = ("", " ", "\n\t", "🙂🙃", "é́", "word " * 4000, "a" * 5000, "nul \x00 inside")
+_EDGES = ("", " ", "\n\t", "🙂🙃", "e\u0301", "word " * 4000, "a" * 10_000, 'quoted "\\', "nul \x00 inside")
 
 
 class Proof(BaseModel):
@@ -62,10 +63,28 @@ def choose_texts(texts: Sequence[str], count: int = TEXTS) -> list[int]:
     return list(dict.fromkeys(chosen))
 
 
+def make_batches(indices: Sequence[int], largest: int) -> list[list[int]]:
+    """Batches of mixed sizes, the largest among them, that hold every index at least once.
+
+    Where one batch takes more than there are, indices come again.
+    """
+    sizes = list(dict.fromkeys(min(size, largest) for size in (largest, 1, 2, 3, max(1, largest // 2))))
+    endless, groups, asked = itertools.cycle(indices), [], 0
+    for size in itertools.cycle(sizes):
+        if asked >= len(indices) and len(groups) >= len(sizes):
+            return groups
+        # Only the first round of sizes may go beyond the texts.
+        count = size if len(groups) < len(sizes) else min(size, len(indices) - asked)
+        groups.append(list(itertools.islice(endless, count)))
+        asked += count
+    return groups
+
+
 def prove(exam: Exam, model: str, *, grpc: str, http: str | None) -> Proof:
     """Ask one by one, in batches, and from several threads, over gRPC and, where it has an address, HTTP.
 
-    Raises ServerError only where there is no server; a wrong or missing answer is a failure of the proof.
+    Raises ServerError only where there is no server; a wrong or missing answer is a failure of the proof. Every
+    request has a time limit, and the first that is not answered ends its protocol.
     """
     started = time.monotonic()
     with TextClient(grpc) as client:
@@ -103,25 +122,18 @@ class _Examiner:
         singles = [[index] for index in self.chosen]
         with TextClient(address, protocol) as client:
             self._judge(f"{protocol}, one by one", singles, [self._ask(client, group) for group in singles])
-            groups = self._batches(self.exam.max_batch_size)
+            groups = make_batches(self.chosen, self.exam.max_batch_size)
             self._judge(f"{protocol}, in batches", groups, [self._ask(client, group) for group in groups])
-            self._edges(client, protocol)
+            self._edges(client)
+            self._too_many(client)
         # Batches of every size at once: where answers are mixed up, it is here.
-        mixed = self._batches(min(4, self.exam.max_batch_size)) + singles[::2]
+        shares = _deal(make_batches(self.chosen, min(4, self.exam.max_batch_size)) + singles[::2], THREADS)
         with ThreadPoolExecutor(THREADS) as pool:
-            answers = list(pool.map(lambda share: self._ask_many(protocol, address, share), _deal(mixed, THREADS)))
-        asked = [group for share in _deal(mixed, THREADS) for group in share]
+            answers = list(pool.map(lambda share: self._ask_many(protocol, address, share), shares))
+        asked = [group for share in shares for group in share]
         self._judge(f"{protocol}, {THREADS} threads", asked, [answer for share in answers for answer in share])
         if protocol == "grpc":
             self._invalid_beside_valid(address)
-
-    def _batches(self, largest: int) -> list[list[int]]:
-        """The chosen texts in batches of 1, 2, 3 ... rows, the largest as often as they go on."""
-        groups, start, size = [], 0, 1
-        while start < len(self.chosen):
-            groups.append(self.chosen[start : start + size])
-            start, size = start + size, min(size + max(1, largest // 8), largest)
-        return groups
 
     def _ask(self, client: TextClient, group: Sequence[int]) -> np.ndarray:
         self.requests += 1
@@ -134,31 +146,39 @@ class _Examiner:
     def _judge(self, how: str, groups: Sequence[Sequence[int]], answers: Sequence[np.ndarray]) -> None:
         import numpy as np
 
-        wrong = [
-            (len(group), answer.shape)
-            for group, answer in zip(groups, answers, strict=True)
-            if len(group) != len(answer)
-        ]
+        width = self.exam.reference.shape[1]
+        wrong = [answer.shape for answer in answers if answer.shape[1] != width]
         if wrong:
-            self.failures.append(f"{how}: a request of {wrong[0][0]} rows was answered with shape {wrong[0][1]}")
+            self.failures.append(f"{how}: answers of width {wrong[0][1]} where PyTorch gives {width}")
             return
         indices = [index for group in groups for index in group]
         metrics, missed = self.exam.verdict(self.exam.reference[indices], np.concatenate(answers))
         self.metrics[how] = metrics
         self.failures += [f"{how}: {sentence}" for sentence in missed]
 
-    def _edges(self, client: TextClient, protocol: Protocol) -> None:
+    def _edges(self, client: TextClient) -> None:
+        """Odd texts are answered; over HTTP as plain JSON, the way curl asks."""
         import numpy as np
 
+        as_json = client.protocol == "http"
         for text in _EDGES:
             self.requests += 1
             try:
-                answer = client.ask(self.model, self.exam.output, [text])
+                answer = client.ask(self.model, self.exam.output, [text], as_json=as_json)
             except ServerError as error:
-                self.failures.append(f"{protocol}: the text {text[:20]!r} was refused: {error}")
+                self.failures.append(f"{client.protocol}: the text {text[:20]!r} was refused: {error}")
                 continue
-            if answer.shape != (1, self.exam.reference.shape[1]) or not np.isfinite(answer).all():
-                self.failures.append(f"{protocol}: the text {text[:20]!r} was answered with {answer.ravel()[:4]}")
+            if answer.shape[1] != self.exam.reference.shape[1] or not np.isfinite(answer).all():
+                self.failures.append(f"{client.protocol}: the text {text[:20]!r} was answered with {answer.ravel()[:4]}")
+
+    def _too_many(self, client: TextClient) -> None:
+        """A batch beyond the limit is refused, not cut."""
+        self.requests += 1
+        try:
+            client.ask(self.model, self.exam.output, ["one too many"] * (self.exam.max_batch_size + 1))
+        except ServerError:
+            return
+        self.failures.append(f"{client.protocol}: a batch of {self.exam.max_batch_size + 1} was not refused")
 
     def _invalid_beside_valid(self, address: str) -> None:
         """Bytes that are no text are refused, and the requests that arrive with them are answered all the same."""
@@ -172,7 +192,7 @@ class _Examiner:
                 return False
 
         valid = [[index] for index in self.chosen[: 2 * THREADS]]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(2 * THREADS) as pool:
             invalid = [pool.submit(ask_invalid) for _ in range(THREADS)]
             answers = list(pool.map(lambda group: self._ask_many("grpc", address, [group])[0], valid))
             refused = [future.result() for future in invalid]

@@ -1,65 +1,68 @@
 """Publishing: stage outside the repository, prove, rename whole folders in, and replace one file last.
 
-A killed publisher leaves staging folders and internals that no public model names; the next one sweeps them up. What
-serves is decided by `<model>/config.pbtxt` alone, and that file is only ever replaced whole.
+What serves is decided by `<model>/config.pbtxt` alone, and that file is only ever replaced whole. A publisher that is
+killed leaves a staging folder, and perhaps folders in the repository that no public model names; the next one sweeps
+them up, and moves the pointer where that was all that was missing.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from resources.errors import ReleaseError
+from resources.errors import ReleaseError, ServerError
 from resources.locks import file_lock
-from resources.triton.config import engine_config, public_config, tokenizer_config, write_config, write_warm_up
+from resources.triton.files import clear_disk_errors, discard, sync, sync_tree
 from resources.triton.layout import (
     CONFIG,
     MANIFEST,
+    current_number,
     current_release,
     highest_number,
-    internal_name,
+    internal_names,
+    is_published_here,
+    is_whole,
     list_releases,
     parse_internal,
+    pinned_number,
+    read_release,
 )
 from resources.triton.proof import Proof
-from resources.triton.release import (
-    LABELS_FILE,
-    Release,
-    ReleasePlan,
-    content_digest,
-    list_files,
-    new_release,
-    write_engine,
-    write_tokenizer,
-)
+from resources.triton.release import Release, ReleasePlan, check_plan, content_digest
+from resources.triton.stage import stage
+
+#: In a staging folder whose release is being brought in: the pointer that it is about to replace.
+_REPLACES = "replaces.pbtxt"
 
 
 @dataclass(frozen=True)
 class Published:
-    """The release that serves now (or waits for its proof), and whether it is new."""
+    """The release that serves now, or waits for its proof, and whether it is new. `advice`: what is left to do."""
 
     release: Release
     changed: bool
+    advice: str = ""
 
 
 @dataclass(frozen=True)
 class Steps:
     """What the publisher needs done by a server. Each gets the repository the release's folders lie in.
 
-    prove: before anything of the release is visible, on the staging folder alone; None: it is proven by `prove_inside`.
+    prove: before anything of the release is visible, on the staging folder alone.
     prove_inside: after the internals are in the repository, before the public model names them.
-    announce: after the pointer is replaced; a server that does not watch the repository is told to reload.
+    announce: at the end, also of an unchanged publish: a server that does not watch the repository is told to load.
+    retire: names of folders that are in the repository no more; a server may still hold them.
+    Without `prove` and `prove_inside` the release is staged, not published.
     """
 
     prove: Callable[[Path, Release], Proof] | None = None
     prove_inside: Callable[[Path, Release, ReleasePlan], Proof] | None = None
     announce: Callable[[Release], None] | None = None
+    retire: Callable[[list[str]], None] | None = None
 
 
 def staging_root(repository: Path) -> Path:
@@ -67,83 +70,103 @@ def staging_root(repository: Path) -> Path:
     return repository.parent / f".{repository.name}.staging"
 
 
+def unverified_root(repository: Path, model: str) -> Path:
+    """Where a release waits that nobody could prove: a repository of its own, which a person's server can try."""
+    return repository.parent / "unverified" / repository.name / model
+
+
 def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
     """Publish the plan as the next release of its model, unless the repository holds just that already.
 
-    An unchanged plan publishes nothing and moves no pointer, so it never undoes a rollback. Raises ReleaseError; then
-    what served before serves on, and nothing of the new release stays.
+    An unchanged plan publishes nothing and moves no pointer, so it never undoes a rollback. Raises ReleaseError or
+    ServerError; then what served before serves on, and nothing of the new release stays in the repository. The one
+    exception: a release that is published, and that the server then did not load; publishing again tells it again.
     """
-    repository.mkdir(parents=True, exist_ok=True)
-    with file_lock(repository.parent / f".{repository.name}.lock"), _clear_disk_errors(plan, repository):
-        sweep(repository)
-        digest = content_digest(plan)
-        for release in reversed(list_releases(repository, plan.model)):
-            if release.content_digest == digest and release.status == "published":
-                return Published(current_release(repository, plan.model) or release, changed=False)
-        number = highest_number(repository, plan.model) + 1
-        staged = staging_root(repository) / uuid.uuid4().hex
-        try:
-            release = stage(plan, number, staged)
-            return Published(_bring_in(plan, release, staged, repository, steps), changed=True)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+    check_plan(plan)
+    engine_bytes = sum(file.size_bytes for file in plan.engine.files.values())
+    with clear_disk_errors(plan.model, repository, engine_bytes):
+        repository.mkdir(parents=True, exist_ok=True)
+        with file_lock(repository.parent / f".{repository.name}.lock"):
+            _require_ours(repository, plan.model)
+            waiting = _waiting(repository, plan.model)
+            highest = max(highest_number(repository, plan.model), waiting.number if waiting else 0)
+            removed = sweep(repository)
+            if steps.retire is not None and removed:
+                steps.retire(removed)
+            result = _unchanged(plan, repository, steps, waiting) or _publish_next(plan, repository, steps, highest + 1)
+            if steps.announce is not None and result.release.status == "published":
+                steps.announce(result.release)
+            return result
 
 
-def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
-    """Write all folders of a release below an empty root, which is then a repository of its own."""
-    tokenizer, engine = (internal_name(plan.model, number, part) for part in ("tokenizer", "engine"))
-    write_tokenizer(plan, root / tokenizer / "1")
-    write_config(tokenizer_config(plan, number), root / tokenizer / CONFIG)
-    write_engine(plan, root / engine / "1")
-    write_warm_up(root / engine)
-    if plan.checkpoint.labels:
-        (root / engine / LABELS_FILE).write_text("\n".join(plan.checkpoint.labels) + "\n", encoding="utf-8")
-    write_config(engine_config(plan, number), root / engine / CONFIG)
-    folder = root / plan.model / str(number)
-    folder.mkdir(parents=True)
-    write_config(public_config(plan, number), folder / CONFIG)
-    shutil.copyfile(folder / CONFIG, root / plan.model / CONFIG)
-    release = new_release(plan, number)
-    return release.model_copy(update={"files": list_files(root, [tokenizer, engine])})
+def _unchanged(plan: ReleasePlan, repository: Path, steps: Steps, waiting: Release | None) -> Published | None:
+    digest = content_digest(plan)
+    if any(release.content_digest == digest for release in list_releases(repository, plan.model)):
+        current = current_release(repository, plan.model)
+        if current is not None:
+            return Published(current, changed=False)
+    provable = steps.prove is not None or steps.prove_inside is not None
+    if waiting is not None and waiting.content_digest == digest and not provable:
+        return Published(waiting, changed=False, advice=_advice(repository, plan.model))
+    return None
+
+
+def _publish_next(plan: ReleasePlan, repository: Path, steps: Steps, number: int) -> Published:
+    staged = staging_root(repository) / uuid.uuid4().hex
+    try:
+        release = stage(plan, number, staged)
+        if steps.prove is not None:
+            prove = steps.prove
+            release = _accept(release, lambda: prove(staged, release))
+        sync_tree(staged)
+        if steps.prove is None and steps.prove_inside is None:
+            _set_aside(release, staged, unverified_root(repository, plan.model))
+            return Published(release, changed=True, advice=_advice(repository, plan.model))
+        release = _bring_in(plan, release, staged, repository, steps)
+        with suppress(OSError):  # it is published; what waited before is only in the way
+            discard(unverified_root(repository, plan.model), staged.parent)
+        return Published(release, changed=True)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Path, steps: Steps) -> Release:
-    internals = [internal_name(plan.model, release.number, part) for part in ("tokenizer", "engine")]
-    if steps.prove is not None:
-        release = _accept(release, steps.prove(staged, release))
-    _sync_tree(staged)
+    public, number = repository / plan.model, str(release.number)
+    internals = internal_names(plan.model, release.number)
     try:
         for name in internals:
             (staged / name).rename(repository / name)
         if steps.prove_inside is not None:
-            release = _accept(release, steps.prove_inside(repository, release, plan))
+            prove = steps.prove_inside
+            release = _accept(release, lambda: prove(repository, release, plan))
+        _write_manifest(release, staged)
+        sync(repository)
+        if public.exists():
+            if (public / CONFIG).exists():
+                shutil.copyfile(public / CONFIG, staged / _REPLACES)
+            (staged / plan.model / number).rename(public / number)
+            sync(public)
+            (staged / plan.model / CONFIG).replace(public / CONFIG)
+        else:
+            # The first release: the whole folder at once, or a server could see a model without a configuration.
+            (staged / plan.model).rename(public)
     except BaseException:
-        for name in internals:
-            shutil.rmtree(repository / name, ignore_errors=True)
+        if current_number(repository, plan.model) != release.number:
+            for folder in (public / number, *(repository / name for name in internals)):
+                discard(folder, staging_root(repository))
+            if steps.retire is not None:
+                steps.retire(internals)
         raise
-    folder = staged / plan.model / str(release.number)
-    (folder / MANIFEST).write_text(release.model_dump_json(indent=1), encoding="utf-8")
-    _sync_tree(folder)
-    public = repository / plan.model
-    if release.status != "published":
-        # Nobody has seen it answer: it is there whole, and the public model does not name it.
-        public.mkdir(exist_ok=True)
-        folder.rename(public / str(release.number))
-    elif (public / CONFIG).exists():
-        folder.rename(public / str(release.number))
-        (staged / plan.model / CONFIG).replace(public / CONFIG)
-    else:
-        # The first release: the whole folder at once, or a server could see a model without a configuration.
-        shutil.rmtree(public, ignore_errors=True)
-        (staged / plan.model).rename(public)
-    _sync(public)
-    _sync(repository)
-    if steps.announce is not None and release.status == "published":
-        steps.announce(release)
+    sync(public)
+    sync(repository)
     return release
 
 
-def _accept(release: Release, proof: Proof) -> Release:
+def _accept(release: Release, prove: Callable[[], Proof]) -> Release:
+    try:
+        proof = prove()
+    except OSError as error:
+        raise ServerError(f"{release.model}: release {release.number} could not be proven: {error}") from error
     if not proof.passed:
         raise ReleaseError(
             f"{release.model}: release {release.number} ({release.engine}, revision {release.revision}) was not "
@@ -152,49 +175,76 @@ def _accept(release: Release, proof: Proof) -> Release:
     return release.model_copy(update={"proof": proof, "status": "published"})
 
 
+def _set_aside(release: Release, staged: Path, place: Path) -> None:
+    """Keep the staged repository for a person's own server; the one that waited before goes."""
+    _write_manifest(release, staged)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    discard(place, staged.parent)
+    staged.rename(place)
+    sync(place.parent)
+
+
+def _write_manifest(release: Release, root: Path) -> None:
+    folder = root / release.model / str(release.number)
+    (folder / MANIFEST).write_text(release.model_dump_json(indent=1), encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def _waiting(repository: Path, model: str) -> Release | None:
+    """The unverified release of a model, if there is one."""
+    found = list_releases(unverified_root(repository, model), model)
+    return found[-1] if found else None
+
+
+def _advice(repository: Path, model: str) -> str:
+    return (
+        f"Nobody has seen it answer, so it is not published. It waits in {unverified_root(repository, model)}, a model "
+        f"repository of its own. To publish it, start a Triton that has its backend on {repository} with "
+        "--model-control-mode=explicit, set REFINERY_TRITON_GRPC to its address, and optimize again."
+    )
+
+
+def _require_ours(repository: Path, model: str) -> None:
+    if (repository / model).exists() and not is_published_here(repository, model):
+        raise ReleaseError(
+            f"{model}: {repository / model} is there already and was not published by transformer-refinery. "
+            "Move it away, or give the model another name."
+        )
+
+
 def sweep(repository: Path) -> list[str]:
-    """Remove what a killed publisher left: staging, and internals of releases that were never completed."""
-    shutil.rmtree(staging_root(repository), ignore_errors=True)
+    """Undo what a killed publisher left, or finish it where only the pointer was missing.
+
+    Returns the names of the folders that are gone from the repository.
+    """
+    root = staging_root(repository)
+    if root.is_dir():
+        for staged in sorted(root.iterdir()):
+            _finish(staged, repository)
     removed = []
     for path in sorted(repository.iterdir()):
         parsed = parse_internal(path.name)
         if parsed is None:
             continue
         model, number, part = parsed
-        if part == "proof" or not (repository / model / str(number) / MANIFEST).is_file():
-            shutil.rmtree(path)
+        # A pinned release serves, whatever happened to its manifest.
+        kept = (repository / model / str(number) / MANIFEST).is_file() or current_number(repository, model) == number
+        if part == "proof" or not kept:
+            discard(path, root)
             removed.append(path.name)
+    shutil.rmtree(root, ignore_errors=True)
     return removed
 
 
-@contextmanager
-def _clear_disk_errors(plan: ReleasePlan, repository: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        needed = sum(file.size_bytes for file in plan.engine.files.values()) + 20 * 2**20
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = (
-            f"It needs about {needed / 1e6:.0f} MB there; make room and run again."
-            if full
-            else "Mend it and run again."
-        )
-        raise ReleaseError(
-            f"{plan.model}: the release could not be written to {repository}: {error.strerror or error}. {remedy} "
-            "What served before goes on serving."
-        ) from error
-
-
-def _sync_tree(root: Path) -> None:
-    """Files first, then folders from the deepest up: a rename must not reach the disk before what it names."""
-    for path in sorted(root.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(root)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _finish(staged: Path, repository: Path) -> None:
+    """Move the pointer to a proven release that is whole in the repository, unless somebody has moved it meanwhile."""
+    for config in staged.glob(f"*/{CONFIG}"):
+        public, number = repository / config.parent.name, pinned_number(config.read_text(encoding="utf-8"))
+        release = read_release(repository, public.name, number) if number is not None else None
+        if release is None or release.status != "published" or not is_whole(repository, release):
+            continue
+        replaces, now = staged / _REPLACES, public / CONFIG
+        if now.exists() == replaces.exists() and (not now.exists() or now.read_bytes() == replaces.read_bytes()):
+            config.replace(now)
+            sync(public)

@@ -22,6 +22,11 @@ from resources.triton.settings import Flavour
 _PYTHON_MODELS = Path(__file__).with_name("python_models")
 _TOKENIZATION = Path(__file__).resolve().parents[1] / "tokenization.py"
 LABELS_FILE = "labels.txt"
+_TOKENIZER_FILES = ("tokenizer.json", "encoder.json")
+#: Runtimes that can be released: those with a module in `python_models` and a native backend in Triton.
+_RUNTIMES = ("onnxruntime",)
+#: What Triton's ONNX Runtime backend opens.
+_NATIVE_ENTRY = "model.onnx"
 
 
 class Release(BaseModel):
@@ -34,6 +39,8 @@ class Release(BaseModel):
     target: str
     flavour: Flavour
     engine: str
+    engine_digest: str
+    checkpoint_digest: str
     revision: str
     output: str
     width: int
@@ -74,6 +81,33 @@ class ReleasePlan:
         return TASKS[self.checkpoint.task].output
 
 
+def check_plan(plan: ReleasePlan) -> None:
+    """Raise ReleaseError where no release can be made of the plan."""
+    engine, what = plan.engine, f"{plan.model}: engine {plan.engine.name}"
+    if engine.status != "built":
+        raise ReleaseError(f"{what} is {engine.status} and cannot be released: {engine.reason}")
+    if engine.runtime not in _RUNTIMES:
+        raise ReleaseError(f"{what} runs on {engine.runtime}, and only {', '.join(_RUNTIMES)} can be released.")
+    if plan.flavour == "native" and engine.entry_file != _NATIVE_ENTRY:
+        raise ReleaseError(
+            f"{what} begins at {engine.entry_file}, and Triton's own backend opens {_NATIVE_ENTRY} alone. "
+            "Use flavour 'python' (REFINERY_TRITON_FLAVOUR)."
+        )
+
+
+def check_copies(plan: ReleasePlan, files: dict[str, StoredFile]) -> None:
+    """Raise ReleaseError where a copied file of the engine or tokenizer is not what its record says, byte for byte."""
+    copied = {file.sha256 for file in files.values()}
+    records: tuple[Checkpoint | Engine, ...] = (plan.engine, plan.checkpoint)
+    for record in records:
+        for name, file in record.files.items():
+            if (record is plan.engine or name in _TOKENIZER_FILES) and file.sha256 not in copied:
+                raise ReleaseError(
+                    f"{plan.model}: {name} of the {record.kind.replace('_', ' ')} is damaged in the artifact store. "
+                    f"Remove the artifact {record.digest[:32]} there and optimize again."
+                )
+
+
 def content_digest(plan: ReleasePlan) -> str:
     """Of everything a server would do differently: not of numbers, times, or where the release came from."""
     return fingerprint(
@@ -107,6 +141,8 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
         target=plan.target,
         flavour=plan.flavour,
         engine=plan.engine.name,
+        engine_digest=plan.engine.digest,
+        checkpoint_digest=plan.checkpoint.digest,
         revision=plan.checkpoint.revision,
         output=plan.output,
         width=plan.engine.width,
@@ -125,7 +161,7 @@ def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
     folder.mkdir(parents=True)
     shutil.copyfile(_PYTHON_MODELS / "tokenizer_model.py", folder / "model.py")
     shutil.copyfile(_TOKENIZATION, folder / "tokenization.py")
-    for name in ("tokenizer.json", "encoder.json"):
+    for name in _TOKENIZER_FILES:
         shutil.copyfile(plan.checkpoint_folder / name, folder / name)
     # The package is abi3: one copy serves every Python 3 that a Triton container holds.
     spec = find_spec("tokenizers")
@@ -145,7 +181,7 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
     else:
         # Triton's backend takes weights beside the graph only where both lie in a folder of the graph's name.
         external = len(plan.engine.files) > 1
-        target = folder / "model.onnx" if external else folder
+        target = folder / _NATIVE_ENTRY if external else folder
     for name in plan.engine.files:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -24,27 +24,34 @@ class TritonPythonModel:
             options,
             providers=["CPUExecutionProvider"],
         )
-        self._given = [item["name"] for item in config["input"]]
         self._inputs = [item.name for item in self._session.get_inputs()]
         self._output = config["output"][0]["name"]
 
     def execute(self, requests):
         """One run of the engine for all requests of one length, which is how the dynamic batcher groups them."""
         batches = [
-            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._given}
+            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
             for request in requests
         ]
-        responses = [None] * len(requests)
         groups = {}
         for number, batch in enumerate(batches):
-            groups.setdefault(batch[self._given[0]].shape[1], []).append(number)
+            groups.setdefault(tuple(array.shape[1] for array in batch.values()), []).append(number)
+        responses = [None] * len(requests)
         for numbers in groups.values():
-            feed = {name: np.concatenate([batches[number][name] for number in numbers]) for name in self._inputs}
-            answers = self._session.run([self._output], feed)[0]
-            start = 0
-            for number in numbers:
-                end = start + len(batches[number][self._given[0]])
-                tensor = pb_utils.Tensor(self._output, np.ascontiguousarray(answers[start:end]))
-                responses[number] = pb_utils.InferenceResponse([tensor])
-                start = end
+            for number, response in zip(numbers, self._run([batches[number] for number in numbers]), strict=True):
+                responses[number] = response
         return responses
+
+    def _run(self, batches):
+        try:
+            feed = {name: np.concatenate([batch[name] for batch in batches]) for name in self._inputs}
+            answers = self._session.run([self._output], feed)[0]
+        except Exception as error:
+            if len(batches) > 1:  # one request with ids that the model does not know must not cost the others
+                return [self._run([batch])[0] for batch in batches]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))]
+        ends = np.cumsum([len(batch[self._inputs[0]]) for batch in batches])
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor(self._output, np.ascontiguousarray(rows))])
+            for rows in np.split(answers, ends[:-1])
+        ]

@@ -1,0 +1,49 @@
+"""Writing all folders of a release below an empty root, which is then a model repository of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from resources.triton.config import engine_config, public_config, tokenizer_config, write_config, write_warm_up
+from resources.triton.layout import CONFIG, internal_name
+from resources.triton.release import (
+    LABELS_FILE,
+    Release,
+    ReleasePlan,
+    check_copies,
+    list_files,
+    new_release,
+    write_engine,
+    write_tokenizer,
+)
+
+
+def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
+    """Write the release, all but its manifest, and return that. Raises ReleaseError for damaged sources, OSError."""
+    tokenizer, engine = internal_name(plan.model, number, "tokenizer"), internal_name(plan.model, number, "engine")
+    write_tokenizer(plan, root / tokenizer / "1")
+    write_config(tokenizer_config(plan, number), root / tokenizer / CONFIG)
+    write_engine(plan, root / engine / "1")
+    write_warm_up(root / engine)
+    if plan.checkpoint.labels:
+        # Triton reads one label a line.
+        lines = (label.replace("\n", " ") for label in plan.checkpoint.labels)
+        (root / engine / LABELS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_config(engine_config(plan, number), root / engine / CONFIG)
+    folder = root / plan.model / str(number)
+    folder.mkdir(parents=True)
+    write_config(public_config(plan, number), folder / CONFIG)
+    shutil.copyfile(folder / CONFIG, root / plan.model / CONFIG)
+    files = list_files(root, [tokenizer, engine])
+    check_copies(plan, files)
+    return new_release(plan, number).model_copy(update={"files": files})
+
+
+def stage_alias(plan: ReleasePlan, number: int, name: str, root: Path) -> Path:
+    """Write a second public ensemble of the release, under another name, below `root`; its folder."""
+    folder = root / name
+    (folder / str(number)).mkdir(parents=True)
+    (folder / str(number) / "placeholder").touch()
+    write_config(public_config(plan, number, name), folder / CONFIG)
+    return folder

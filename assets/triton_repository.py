@@ -1,13 +1,13 @@
 """The release: published to a target's Triton repository once a real server has answered as PyTorch does."""
 
 import dagster as dg
-from resources.triton.layout import current_release
-from resources.triton.make import make_release
 
 from assets.materialization import OWNERS
 from assets.partitions import models
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet
 from resources.tracking import Tracker
+from resources.triton.layout import current_release
+from resources.triton.make import make_release
 from resources.workspace import Workspace
 
 

@@ -131,9 +131,8 @@ def _ui(options: argparse.Namespace) -> int:
 
 def _setup(options: argparse.Namespace) -> int:
     del options
-    from resources.triton.environment import install
-
     from orchestration.settings import read_workspace
+    from resources.triton.environment import install
 
     install(read_workspace(os.environ).triton.environment, progress=lambda line: print(line, flush=True))
     return SUCCESS

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
-from resources.triton.layout import current_release, list_releases
 from rich.console import Console
 from rich.table import Table
 
 from orchestration.settings import read_workspace
 from resources.errors import ReleaseError
+from resources.triton.layout import current_release, list_releases
 
 
 def _console() -> Console:

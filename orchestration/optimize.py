@@ -77,12 +77,12 @@ def failures(result: ExecuteInProcessResult) -> list[str]:
 
 
 def _summarize(workspace: Workspace, model: str, target: str) -> None:
-    from resources.triton.layout import current_release
     from rich.console import Console
     from rich.table import Table
 
     from assets.champion import current_reports
     from resources.reporting import candidate_table
+    from resources.triton.layout import current_release
 
     console = Console(soft_wrap=False)
     champion = workspace.store.current(Champion, f"champion/{target}/{model}")

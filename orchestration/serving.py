@@ -11,13 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestration.settings import read_workspace
+from resources.errors import ReleaseError
 from resources.triton.client import is_live, query_texts
 from resources.triton.layout import current_release, public_models
 from resources.triton.release import Release
 from resources.triton.server import EmbeddedServer, serve_foreground
-
-from orchestration.settings import read_workspace
-from resources.errors import ReleaseError
 
 if TYPE_CHECKING:
     import numpy as np

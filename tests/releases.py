@@ -147,9 +147,7 @@ def _write_tokenizer(folder: Path) -> int:
     return int(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size())
 
 
-def _write_engine(
-    folder: Path, vocabulary: int, width: int, output: str, *, seed: int, external_data: bool
-) -> None:
+def _write_engine(folder: Path, vocabulary: int, width: int, output: str, *, seed: int, external_data: bool) -> None:
     """The masked mean of the tokens' vectors; normalized, or, for classification, through a softmax."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper

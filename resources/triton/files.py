@@ -45,6 +45,22 @@ def discard(path: Path, bin_folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def staging_root(repository: Path) -> Path:
+    """Beside the repository, on its file system: a dot folder inside would be polled as a model."""
+    return repository.parent / f".{repository.name}.staging"
+
+
+@contextmanager
+def staging_folder(repository: Path) -> Iterator[Path]:
+    """An empty folder there, removed at the end whatever is left in it."""
+    folder = staging_root(repository) / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def clear_disk_errors(model: str, repository: Path, engine_bytes: int) -> Iterator[None]:
     """Turn any OSError into a ReleaseError that says what, where and what to do."""
@@ -55,7 +71,9 @@ def clear_disk_errors(model: str, repository: Path, engine_bytes: int) -> Iterat
             needed = (engine_bytes + _BESIDE_ENGINE_BYTES) / 1e6
             remedy = f"It needs about {needed:.0f} MB there: make room, or set REFINERY_TRITON_REPOSITORIES elsewhere."
         elif error.errno == errno.EXDEV:
-            remedy = f"It is a file system of its own; mount it at {repository.parent}, so that folders can be moved in."
+            remedy = (
+                f"It is a file system of its own; mount it at {repository.parent}, so that folders can be moved in."
+            )
         else:
             remedy = f"Mend it ({error.filename or repository}) and run again."
         raise ReleaseError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from resources.errors import ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.tasks import TASKS
 from resources.triton.client import TextClient
-from resources.triton.config import public_config, write_config
-from resources.triton.layout import CONFIG, internal_name
+from resources.triton.files import discard, staging_folder, staging_root
+from resources.triton.layout import internal_name
 from resources.triton.proof import Exam, Proof, prove
 from resources.triton.publish import Published, Steps, publish
 from resources.triton.release import Release, ReleasePlan
 from resources.triton.server import EmbeddedServer
+from resources.triton.stage import stage_alias
 from resources.workspace import Workspace
 
 
@@ -63,17 +63,8 @@ def make_release(
         with EmbeddedServer(staged, settings, models=[release.model], log=log) as server:
             return prove(exam(), release.model, grpc=server.grpc_address, http=server.http_address)
 
-    def prove_inside(repository: Path, release: Release, plan: ReleasePlan) -> Proof:
-        assert settings.server is not None
-        return _prove_on(settings.server, settings.server_http, repository, release, plan, exam())
-
-    def announce(release: Release) -> None:
-        assert settings.server is not None
-        with TextClient(settings.server) as client:
-            client.load(release.model)
-
     if settings.server is not None:
-        steps = Steps(prove_inside=prove_inside, announce=announce)
+        steps = _server_steps(settings.server, settings.server_http, exam)
     elif settings.flavour == "python":
         steps = Steps(prove=prove_embedded)
     else:  # the embedded server has no native backend, so there is nobody to prove it on
@@ -81,35 +72,40 @@ def make_release(
     return publish(plan, workspace.repository(champion.target), steps)
 
 
-def _prove_on(grpc: str, http: str | None, repository: Path, release: Release, plan: ReleasePlan, exam: Exam) -> Proof:
-    """Prove through a temporary ensemble on a running server that serves this repository in explicit mode."""
-    name = internal_name(release.model, release.number, "proof")
-    parts = [internal_name(release.model, release.number, part) for part in ("tokenizer", "engine")]
-    with TextClient(grpc) as client:
-        if not client.is_live():
-            raise ServerError(
-                f"No Triton answers gRPC at {grpc} (REFINERY_TRITON_GRPC). Start it, or unset the variable."
-            )
+def _server_steps(grpc: str, http: str | None, exam: Callable[[], Exam]) -> Steps:
+    """Proving on a running server in explicit control that serves the repository itself, and telling it to load."""
+
+    def prove_inside(repository: Path, release: Release, plan: ReleasePlan) -> Proof:
+        """Through a second ensemble, which is there for the proof alone."""
+        name = internal_name(release.model, release.number, "proof")
+        with TextClient(grpc) as client:
+            if not client.is_live():
+                raise ServerError(
+                    f"No Triton answers gRPC at {grpc} (REFINERY_TRITON_GRPC). Start it, or unset the variable."
+                )
+            try:
+                with staging_folder(repository) as scratch:
+                    stage_alias(plan, release.number, name, scratch).rename(repository / name)
+                client.load(name)
+                return prove(exam(), name, grpc=grpc, http=http)
+            finally:
+                retire([name])
+                discard(repository / name, staging_root(repository))
+
+    def announce(release: Release) -> None:
         try:
-            with tempfile.TemporaryDirectory(dir=repository.parent, prefix=f".{repository.name}.proof-") as scratch:
-                folder = Path(scratch) / name
-                (folder / str(release.number)).mkdir(parents=True)
-                write_config(public_config(plan, release.number, name), folder / CONFIG)
-                (folder / str(release.number) / "placeholder").touch()
-                folder.rename(repository / name)
-            client.load(name)
-            proof = prove(exam, name, grpc=grpc, http=http)
-        except BaseException:
-            _forget(client, [name, *parts])
-            raise
-        else:
-            _forget(client, [name] if proof.passed else [name, *parts])
-            return proof
-        finally:
-            shutil.rmtree(repository / name, ignore_errors=True)
+            with TextClient(grpc) as client:
+                client.load(release.model)
+        except ServerError as error:
+            raise ServerError(
+                f"{release.model}: release {release.number} is in the repository, and the server does not serve it "
+                f"yet; what served before does. Optimize again to have it loaded. {error}"
+            ) from error
 
+    def retire(names: list[str]) -> None:
+        with TextClient(grpc) as client:
+            for name in names:
+                with suppress(ServerError):  # most were never loaded
+                    client.unload(name)
 
-def _forget(client: TextClient, models: list[str]) -> None:
-    for model in models:
-        with suppress(ServerError):
-            client.unload(model)
+    return Steps(prove_inside=prove_inside, announce=announce, retire=retire)

@@ -69,7 +69,8 @@ def make_batches(indices: Sequence[int], largest: int) -> list[list[int]]:
     Where one batch takes more than there are, indices come again.
     """
     sizes = list(dict.fromkeys(min(size, largest) for size in (largest, 1, 2, 3, max(1, largest // 2))))
-    endless, groups, asked = itertools.cycle(indices), [], 0
+    endless, asked = itertools.cycle(indices), 0
+    groups: list[list[int]] = []
     for size in itertools.cycle(sizes):
         if asked >= len(indices) and len(groups) >= len(sizes):
             return groups
@@ -136,7 +137,6 @@ class _Examiner:
             self._invalid_beside_valid(address)
 
     def _ask(self, client: TextClient, group: Sequence[int]) -> np.ndarray:
-        self.requests += 1
         return client.ask(self.model, self.exam.output, [self.exam.texts[index] for index in group])
 
     def _ask_many(self, protocol: Protocol, address: str, groups: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -146,6 +146,7 @@ class _Examiner:
     def _judge(self, how: str, groups: Sequence[Sequence[int]], answers: Sequence[np.ndarray]) -> None:
         import numpy as np
 
+        self.requests += len(groups)
         width = self.exam.reference.shape[1]
         wrong = [answer.shape for answer in answers if answer.shape[1] != width]
         if wrong:
@@ -169,7 +170,9 @@ class _Examiner:
                 self.failures.append(f"{client.protocol}: the text {text[:20]!r} was refused: {error}")
                 continue
             if answer.shape[1] != self.exam.reference.shape[1] or not np.isfinite(answer).all():
-                self.failures.append(f"{client.protocol}: the text {text[:20]!r} was answered with {answer.ravel()[:4]}")
+                self.failures.append(
+                    f"{client.protocol}: the text {text[:20]!r} was answered with {answer.ravel()[:4]}"
+                )
 
     def _too_many(self, client: TextClient) -> None:
         """A batch beyond the limit is refused, not cut."""

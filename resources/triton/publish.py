@@ -8,7 +8,6 @@ them up, and moves the pointer where that was all that was missing.
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError
 from resources.locks import file_lock
-from resources.triton.files import clear_disk_errors, discard, sync, sync_tree
+from resources.triton.files import clear_disk_errors, discard, staging_folder, staging_root, sync, sync_tree
 from resources.triton.layout import (
     CONFIG,
     MANIFEST,
@@ -65,11 +64,6 @@ class Steps:
     retire: Callable[[list[str]], None] | None = None
 
 
-def staging_root(repository: Path) -> Path:
-    """Beside the repository, on its file system: a dot folder inside would be polled as a model."""
-    return repository.parent / f".{repository.name}.staging"
-
-
 def unverified_root(repository: Path, model: str) -> Path:
     """Where a release waits that nobody could prove: a repository of its own, which a person's server can try."""
     return repository.parent / "unverified" / repository.name / model
@@ -112,8 +106,7 @@ def _unchanged(plan: ReleasePlan, repository: Path, steps: Steps, waiting: Relea
 
 
 def _publish_next(plan: ReleasePlan, repository: Path, steps: Steps, number: int) -> Published:
-    staged = staging_root(repository) / uuid.uuid4().hex
-    try:
+    with staging_folder(repository) as staged:
         release = stage(plan, number, staged)
         if steps.prove is not None:
             prove = steps.prove
@@ -125,9 +118,7 @@ def _publish_next(plan: ReleasePlan, repository: Path, steps: Steps, number: int
         release = _bring_in(plan, release, staged, repository, steps)
         with suppress(OSError):  # it is published; what waited before is only in the way
             discard(unverified_root(repository, plan.model), staged.parent)
-        return Published(release, changed=True)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    return Published(release, changed=True)
 
 
 def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Path, steps: Steps) -> Release:

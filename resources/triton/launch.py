@@ -1,0 +1,128 @@
+"""How the `tritonserver` of the nvidia-pytriton wheel is found and called."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import sysconfig
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from resources.errors import ServerError
+
+LOOPBACK = "127.0.0.1"
+#: Triton itself gives up waiting for open connections after this long.
+EXIT_SECONDS = 10
+#: Ends the server when its parent ends, however that is: PR_SET_PDEATHSIG survives exec. SIGTERM, so that the server
+#: takes its Python models along. The parent may have gone before the signal was asked for.
+_LAUNCHER = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Of one server, all on loopback."""
+
+    http: int
+    grpc: int
+    metrics: int
+
+    @classmethod
+    def choose(cls, http: int | None, grpc: int | None, metrics: int | None) -> Ports:
+        """The given ones, and free ones in place of None and 0."""
+        with ExitStack() as held:  # all at once, or the same one might be found twice
+            free = [_free_port(held) for _ in range(3)]
+        return cls(http or free[0], grpc or free[1], metrics or free[2])
+
+    def require_free(self) -> None:
+        """Raise ServerError where one is taken. Triton itself says so only deep in its log."""
+        for port, option in ((self.http, "--http-port"), (self.grpc, "--grpc-port"), (self.metrics, "--metrics-port")):
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((LOOPBACK, port))
+                except OSError as error:
+                    raise ServerError(
+                        f"Port {port} of {LOOPBACK} cannot be used: {error.strerror}. Choose another with {option}, or "
+                        "stop what listens there."
+                    ) from None
+
+
+def _free_port(held: ExitStack) -> int:
+    probe = held.enter_context(socket.socket())
+    probe.bind((LOOPBACK, 0))
+    return int(probe.getsockname()[1])
+
+
+def command(
+    environment: Path, repository: Path, backends: Path, ports: Ports, models: Sequence[str], parent: int
+) -> list[str]:
+    """The command line of a server that holds the named models alone and ends with the process `parent`."""
+    return [
+        *(sys.executable, "-I", "-c", _LAUNCHER, str(parent)),
+        str(_package(environment) / "tritonserver" / "bin" / "tritonserver"),
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        "--model-control-mode=explicit",
+        *(f"--load-model={name}" for name in models),
+        "--exit-on-error=true",
+        "--strict-readiness=true",
+        # It would fill in what a configuration lacks by guessing, a batch size of 4 among other things.
+        "--disable-auto-complete-config",
+        "--allow-gpu-metrics=false",
+        f"--exit-timeout-secs={EXIT_SECONDS}",
+        f"--http-address={LOOPBACK}",
+        f"--grpc-address={LOOPBACK}",
+        f"--metrics-address={LOOPBACK}",
+        f"--http-port={ports.http}",
+        f"--grpc-port={ports.grpc}",
+        f"--metrics-port={ports.metrics}",
+        # Servers that share a prefix tear down each other's shared memory.
+        f"--backend-config=python,shm-region-prefix-name=refinery-{uuid.uuid4().hex[:12]}",
+    ]
+
+
+def variables(environment: Path) -> dict[str, str]:
+    """Environment variables that the server needs set; `PATH` is to be put before what is there."""
+    libraries = [
+        str(_package(environment).parent / "nvidia_pytriton.libs"),
+        str(sysconfig.get_config_var("LIBDIR") or ""),
+    ]
+    return {
+        "PATH": str(environment / "bin"),
+        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
+        "VIRTUAL_ENV": str(environment),
+        # Releases are immutable, and a cache file would be a change.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+
+
+def assemble_backends(environment: Path, folder: Path) -> None:
+    """Make `folder` a backend directory of links. The wheel keeps one stub for each Python, apart from the backend."""
+    server = _package(environment) / "tritonserver"
+    version = _package(environment).parents[1].name.removeprefix("python")
+    python = folder / "python"
+    python.mkdir()
+    for path in (server / "backends" / "python").iterdir():
+        (python / path.name).symlink_to(path)
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise ServerError(f"nvidia-pytriton has no stub for Python {version}. Set up again with Python 3.11 or 3.12.")
+    place = python / stub.name
+    place.unlink(missing_ok=True)
+    # A copy, because the backend wants to find its own folder beside the stub.
+    shutil.copy2(stub, place)
+
+
+def _package(environment: Path) -> Path:
+    found = sorted(environment.glob("lib/python3*/site-packages/pytriton"))
+    if not found:
+        raise ServerError(f"{environment} holds no nvidia-pytriton. Run: refinery setup.")
+    return found[0]

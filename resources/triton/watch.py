@@ -1,0 +1,82 @@
+"""Keeping a running server in step with its repository: new pointers are loaded, releases left behind are unloaded."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from resources.errors import ServerError
+from resources.triton.client import TextClient
+from resources.triton.layout import CONFIG, parse_internal, pinned_number, public_models
+
+#: Requests that were under way in the release before may finish in it.
+GRACE_SECONDS = 5.0
+_STEP = re.compile(r'model_name\s*:\s*"([^"]+)"')
+
+
+class Watcher:
+    """Looks at `<model>/config.pbtxt` of every public model when asked to. `serving`: the pointers that are loaded."""
+
+    def __init__(self, repository: Path, client: TextClient, say: Callable[[str], None]) -> None:
+        self._repository, self._client, self._say = repository, client, say
+        self.serving: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
+        self._left: dict[str, float] = {}
+
+    def look(self) -> None:
+        """Load what is new or changed, once; what cannot be loaded is said once, and what served goes on serving."""
+        found = self._pointers()
+        for model, config in found.items():
+            if self.serving.get(model) != config and self._refused.get(model) != config:
+                self._load(model, config)
+        for model in [model for model in self.serving if not (self._repository / model).exists()]:
+            self._leave(self.serving.pop(model))
+            with suppress(ServerError):
+                self._client.unload(model)
+            self._say(f"{model}: serves no more; it left the repository")
+        self._unload_left()
+
+    def _load(self, model: str, config: str) -> None:
+        try:
+            self._client.load(model)
+        except ServerError as error:
+            self._refused[model] = config
+            self._leave(config)  # parts of it may have been loaded
+            self._say(f"{error} What served before goes on serving.")
+            return
+        self._refused.pop(model, None)
+        before = self.serving.get(model)
+        self.serving[model] = config
+        if before is not None:
+            self._leave(before)
+        self._say(f"{model}: release {pinned_number(config)} serves")
+
+    def _leave(self, config: str) -> None:
+        for name in _named(config):
+            self._left.setdefault(name, time.monotonic())
+
+    def _unload_left(self) -> None:
+        """Only what this process loaded once: a publisher may be proving a release on the same server."""
+        named = {name for config in self.serving.values() for name in _named(config)}
+        for name, since in list(self._left.items()):
+            if name in named:  # a rollback
+                del self._left[name]
+            elif time.monotonic() - since > GRACE_SECONDS:
+                del self._left[name]
+                with suppress(ServerError):
+                    self._client.unload(name)
+
+    def _pointers(self) -> dict[str, str]:
+        pointers = {}
+        for model in public_models(self._repository):
+            with suppress(OSError, UnicodeDecodeError):
+                pointers[model] = (self._repository / model / CONFIG).read_text(encoding="utf-8")
+        return pointers
+
+
+def _named(config: str) -> set[str]:
+    """The internals that a public model's configuration names."""
+    return {name for name in _STEP.findall(config) if parse_internal(name) is not None}

@@ -1,0 +1,82 @@
+"""Running the real job on a workspace of its own, as `refinery optimize` does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from orchestration.definitions import make_definitions
+from orchestration.optimize import failures
+from resources.catalog import ModelEntry, write_entry
+from resources.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of the job came to."""
+
+    result: Any
+    messages: list[str]
+
+    @property
+    def success(self) -> bool:
+        return bool(self.result.success)
+
+    def metadata(self, *key: str) -> dict[str, Any]:
+        """Metadata of the materialization of one asset."""
+        for event in self.result.get_asset_materialization_events():
+            if event.asset_key == dg.AssetKey(list(key)):
+                return {name: value.value for name, value in event.materialization.metadata.items()}
+        raise AssertionError(f"{'/'.join(key)} was not materialized")
+
+    def materialized(self) -> set[str]:
+        """Names of all assets that were materialized."""
+        return {"/".join(event.asset_key.path) for event in self.result.get_asset_materialization_events()}
+
+    def checks(self) -> dict[str, bool]:
+        """Whether each asset check passed."""
+        return {
+            f"{'/'.join(item.asset_key.path)}:{item.check_name}": item.passed
+            for item in self.result.get_asset_check_evaluations()
+        }
+
+
+@contextmanager
+def instance(home: Path) -> Iterator[dg.DagsterInstance]:
+    """A real instance on disk."""
+    folder = home / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    before = os.environ.get("DAGSTER_HOME")
+    os.environ["DAGSTER_HOME"] = str(folder)
+    try:
+        with dg.DagsterInstance.get() as found:
+            yield found
+    finally:
+        if before is None:
+            del os.environ["DAGSTER_HOME"]
+        else:
+            os.environ["DAGSTER_HOME"] = before
+
+
+def add_entry(workspace: Workspace, entry: ModelEntry) -> None:
+    """Make the entry part of the workspace's catalog."""
+    workspace.home.mkdir(parents=True, exist_ok=True)
+    if not workspace.catalog_path.exists():
+        workspace.catalog_path.write_text("models: []\n")
+    write_entry(entry, workspace.additions)
+
+
+def run_job(workspace: Workspace, model: str) -> Outcome:
+    """One run of the job `optimize`."""
+    job = make_definitions(workspace).resolve_job_def("optimize")
+    with instance(workspace.home) as found:
+        found.add_dynamic_partitions("model", [model])
+        result = job.execute_in_process(partition_key=model, instance=found, raise_on_error=False)
+        return Outcome(result, failures(result) if not result.success else [])

@@ -1,0 +1,232 @@
+"""The whole job on tiny real checkpoints: Dagster, MLflow, ONNX Runtime and a real Triton, from folder to answer."""
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+
+from resources.artifacts.records import BenchmarkReport, Champion, Engine, OnnxGraph
+from resources.triton.client import query_texts
+from resources.triton.layout import current_release, list_releases
+from resources.triton.server import EmbeddedServer
+from tests.checkpoints import edit_json
+from tests.conftest import entry_for
+from tests.pipeline import add_entry, run_job
+
+GATES = {"cosine_mean": 0.9, "cosine_worst": 0.5}
+SUPPORTED = ("torch", "onnxruntime_fp32", "onnxruntime_int8")
+UNSUPPORTED = ("onnxruntime_fp16", "tensorrt_fp16", "tensorrt_int8")
+
+
+@pytest.fixture
+def ready(workspace, triton_settings):
+    """A workspace whose embedded server is there."""
+    return replace(workspace, triton=triton_settings)
+
+
+def ask(workspace, texts, tmp_path, model="tiny"):
+    repository = workspace.repository("cpu")
+    with EmbeddedServer(repository, workspace.triton, models=[model], log=tmp_path / "ask.log") as server:
+        return query_texts(server.grpc_address, model, texts)
+
+
+def test_embedding_from_folder_to_answer_and_again(own_checkpoint, ready, tmp_path):
+    folder = own_checkpoint()
+    entry = entry_for(folder, gates=GATES)
+    add_entry(ready, entry)
+    first = run_job(ready, "tiny")
+    assert first.success, first.messages
+    # Every candidate is in the lineage, what cannot run here with its reason.
+    for name in SUPPORTED:
+        assert first.metadata("engines", "cpu", name)["status"] == "built"
+        assert first.metadata("benchmarks", "cpu", name)["status"] == "measured"
+    for name in UNSUPPORTED:
+        assert "needs an NVIDIA GPU" in first.metadata("engines", "cpu", name)["reason"]
+    checks = first.checks()
+    assert checks["checkpoint:required_files"]
+    assert checks["onnx_graph:onnx_valid"]
+    assert checks["onnx_graph:parity_with_pytorch"]
+    assert checks["benchmarks/cpu/onnxruntime_fp32:accuracy_gate"]
+    assert checks["triton_repository/cpu:served_answers_equal"]
+    release = current_release(ready.repository("cpu"), "tiny")
+    assert release.number == 1
+    assert release.proof.texts >= 64
+    assert len(release.proof.metrics) == 7
+
+    # The served answer is PyTorch's, asked for by nothing of this project but the client.
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["How long should I boil the eggs?", "", "naïve 🙂"]
+    batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    hidden = AutoModel.from_pretrained(folder).eval()(**batch).last_hidden_state.detach().numpy()
+    mask = batch["attention_mask"].numpy()[..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+    engine = ready.store.current(Champion, "champion/cpu/tiny").engine
+    np.testing.assert_allclose(ask(ready, texts, tmp_path), expected, atol=1e-4 if engine.endswith("fp32") else 0.5)
+
+    # Again, with nothing changed: nothing is made, nothing published, nothing written to MLflow.
+    store = (ready.home / "mlflow.db").stat().st_mtime_ns
+    second = run_job(ready, "tiny")
+    assert second.success
+    assert all(second.metadata(*name.split("/"))["reused"] for name in second.materialized())
+    assert [release.number for release in list_releases(ready.repository("cpu"), "tiny")] == [1]
+    assert (ready.home / "mlflow.db").stat().st_mtime_ns == store
+    same = "mlflow_run"
+    assert second.metadata("champion", "cpu")[same] == first.metadata("champion", "cpu")[same]
+
+    # New weights in the folder: the next release, and the first still there.
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: tensor * 1.01 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    third = run_job(ready, "tiny")
+    assert third.success, third.messages
+    assert current_release(ready.repository("cpu"), "tiny").number == 2
+    assert [release.number for release in list_releases(ready.repository("cpu"), "tiny")] == [1, 2]
+
+    # No engine accurate enough: a clear failure, and release 2 serves on.
+    add_entry(ready, entry_for(folder, gates={"cosine_mean": 1.0, "cosine_worst": 1.0}))
+    fourth = run_job(ready, "tiny")
+    assert not fourth.success
+    assert "tiny: no engine for cpu is accurate enough" in fourth.messages[0]
+    assert "onnxruntime_int8: not accurate enough: cosine_mean" in fourth.messages[0]
+    assert "triton_repository/cpu" not in fourth.materialized()
+    assert current_release(ready.repository("cpu"), "tiny").number == 2
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
+def test_classification_from_folder_to_answer(made_checkpoint, ready, tmp_path, problem):
+    folder = made_checkpoint(architecture="distilbert", labels=("bad", "fair", "good"), problem_type=problem)
+    fields = {"gates": {"label_agreement": 0.9, "probability_error": 0.4}, "engines": ["onnxruntime_fp32"]}
+    add_entry(ready, entry_for(folder, task="classification", shapes=["2x16"], **fields))
+    outcome = run_job(ready, "tiny")
+    assert outcome.success, outcome.messages
+    assert "Not among the engines" in outcome.metadata("engines", "cpu", "onnxruntime_int8")["reason"]
+    release = current_release(ready.repository("cpu"), "tiny")
+    assert release.labels == ("bad", "fair", "good")
+    labels = ready.repository("cpu") / "tiny__r1__engine" / "labels.txt"
+    assert labels.read_text().split() == ["bad", "fair", "good"]
+
+    from transformers import pipeline
+
+    texts = ["Soft-boiled eggs take six minutes.", "I want my money back."]
+    function = "sigmoid" if problem.startswith("multi") else "softmax"
+    ask_transformers = pipeline("text-classification", model=str(folder), device="cpu")
+    expected = [
+        {item["label"]: item["score"] for item in scores}
+        for scores in ask_transformers(texts, top_k=None, function_to_apply=function)
+    ]
+    for answer, scores in zip(ask(ready, texts, tmp_path), expected, strict=True):
+        assert dict(zip(release.labels, answer.tolist(), strict=True)) == pytest.approx(scores, abs=1e-4)
+
+    # Triton itself names the labels (its classification extension).
+    import tritonclient.grpc as triton
+
+    with EmbeddedServer(ready.repository("cpu"), ready.triton, models=["tiny"], log=tmp_path / "l.log") as server:
+        client = triton.InferenceServerClient(server.grpc_address)
+        tensor = triton.InferInput("TEXT", [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[texts[0].encode()]], dtype=np.object_))
+        wanted = [triton.InferRequestedOutput("probabilities", class_count=1)]
+        top = client.infer("tiny", [tensor], outputs=wanted).as_numpy("probabilities").ravel()[0].decode()
+        client.close()
+    assert top.split(":")[-1] == max(expected[0], key=expected[0].__getitem__)
+
+
+def test_a_killed_build_costs_that_candidate_alone(made_checkpoint, ready):
+    add_entry(ready, entry_for(made_checkpoint(), gates=GATES))
+    killed = []
+
+    def kill_the_build():
+        """The child that is there while int8 is built."""
+        log = ready.home / "logs" / "tiny" / "engine-cpu-onnxruntime_int8.log"
+        deadline = time.monotonic() + 120
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True) if log.exists() else []:
+                if any(str(log) == file.path for file in _open_files(process)):
+                    process.kill()
+                    killed.append(process.pid)
+            time.sleep(0.005)
+
+    def _open_files(process):
+        try:
+            return process.open_files()
+        except psutil.Error:
+            return []
+
+    killer = threading.Thread(target=kill_the_build)
+    killer.start()
+    outcome = run_job(ready, "tiny")
+    killer.join()
+    assert killed
+    assert outcome.success, outcome.messages
+    engine = ready.store.current(Engine, "engines/cpu/onnxruntime_int8/tiny")
+    assert engine.status == "failed"
+    assert "SIGKILL" in engine.reason
+    assert ready.store.current(BenchmarkReport, "benchmarks/cpu/onnxruntime_int8/tiny").status == "failed"
+    assert current_release(ready.repository("cpu"), "tiny").engine == "onnxruntime_fp32"
+    # Nobody kills it this time, and then it takes part.
+    assert run_job(ready, "tiny").success
+    assert ready.store.current(BenchmarkReport, "benchmarks/cpu/onnxruntime_int8/tiny").status == "measured"
+
+
+def test_a_checkpoint_that_answers_nan_is_refused(own_checkpoint, ready):
+    from safetensors.torch import load_file, save_file
+
+    folder = own_checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layer.1.output.dense.bias"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    add_entry(ready, entry_for(folder))
+    outcome = run_job(ready, "tiny")
+    assert not outcome.success
+    assert len(outcome.messages) == 1
+    assert outcome.messages[0].startswith("tiny, revision ")
+    assert "NaN or infinity to 320 of 320 texts" in outcome.messages[0]
+    assert outcome.materialized() == {"checkpoint"}
+    assert not ready.repository("cpu").exists()
+
+
+def test_weights_beside_the_graph_are_served_too(made_checkpoint, ready, tmp_path):
+    small = replace(ready, external_data_threshold_bytes=1000)
+    add_entry(small, entry_for(made_checkpoint(), gates=GATES, shapes=["1x16"]))
+    outcome = run_job(small, "tiny")
+    assert outcome.success, outcome.messages
+    graph = small.store.current(OnnxGraph, "onnx_graph/tiny")
+    assert graph.external_data
+    assert graph.files["model.onnx.data"].size_bytes > graph.files["model.onnx"].size_bytes / 4
+    for name in ("onnxruntime_fp32", "onnxruntime_int8"):
+        engine = small.store.current(Engine, f"engines/cpu/{name}/tiny")
+        assert engine.status == "built", engine.reason
+        assert set(engine.files) == {"model.onnx", "model.onnx.data"}
+    assert ask(small, ["hello"], tmp_path).shape == (1, 32)
+
+
+def test_a_shape_longer_than_the_checkpoint_takes(made_checkpoint, ready):
+    add_entry(ready, entry_for(made_checkpoint(), shapes=["1x128"]))
+    outcome = run_job(ready, "tiny")
+    assert outcome.messages == [
+        "tiny: shapes: 1x128 is longer than this checkpoint takes (64 tokens). Shorten it in the models file."
+    ]
+
+
+def test_a_damaged_store_is_seen_by_the_check_and_stops_the_run(made_checkpoint, ready):
+    folder = shutil.copytree(made_checkpoint(), ready.home.parent / "m")
+    add_entry(ready, entry_for(folder))
+    edit_json(folder / "config.json", architectures=["BertForCausalLM"])
+    outcome = run_job(ready, "tiny")
+    assert not outcome.success
+    assert "needs an encoder" in outcome.messages[0]
+
+
+def test_no_embedded_triton(made_checkpoint, workspace, tmp_path):
+    without = replace(workspace, triton=replace(workspace.triton, environment=tmp_path / "nothing"))
+    add_entry(without, entry_for(made_checkpoint(), gates=GATES, shapes=["1x16"], engines=["onnxruntime_fp32"]))
+    outcome = run_job(without, "tiny")
+    assert not outcome.success
+    assert "embedded Triton is not installed" in outcome.messages[0]
+    assert "refinery setup" in outcome.messages[0]
+    assert list(without.repository("cpu").iterdir()) == []

@@ -74,14 +74,18 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
                 passed=False,
                 severity=dg.AssetCheckSeverity.WARN,
                 description=f"Not measured: {record.reason}",
-                metadata={"gates": gates},
+                metadata={"gates": gates, "measured": dg.MetadataValue.bool(False)},
             )
         missed = gates_missed(entry, record)
         return dg.AssetCheckResult(
             passed=not missed,
             severity=dg.AssetCheckSeverity.WARN,
             description="; ".join(missed) or "every gate is kept",
-            metadata={"gates": gates, "measured": dg.MetadataValue.json(record.accuracy.metrics)},
+            metadata={
+                "gates": gates,
+                "measured": dg.MetadataValue.bool(True),
+                "metrics": dg.MetadataValue.json(record.accuracy.metrics),
+            },
         )
 
     return benchmark, accuracy_gate

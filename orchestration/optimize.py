@@ -84,17 +84,24 @@ def _summarize(workspace: Workspace, model: str, target: str) -> None:
     from resources.reporting import candidate_table
     from resources.triton.layout import current_release
 
-    console = Console(soft_wrap=False)
-    champion = workspace.store.current(Champion, f"champion/{target}/{model}")
-    header, rows = candidate_table(current_reports(workspace, ENGINES, target, model), champion.verdicts)
-    table = Table(title=f"{model} on {target}", title_justify="left", show_lines=True)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row, style="bold" if row[0] == champion.engine else None)
+    console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=180)  # a log has no width of its own
+    champion = workspace.store.current(Champion, f"champion/{target}/{model}")
+    reports = current_reports(workspace, ENGINES, target, model)
+    header, rows = candidate_table(reports, champion.verdicts)
+    title = f"{model} on {target} ({reports[0].device}): p50 / p99, (times faster than PyTorch)"
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold", justify="right" if name.endswith("ms") else "left")
+    measured = {report.engine for report in reports if report.status == "measured"}
+    for row in rows:
+        if row[0] in measured:
+            table.add_row(*row, style="bold" if row[0] == champion.engine else None)
     console.print(table)
+    for row in rows:
+        if row[0] not in measured:
+            console.print(f"{row[0]}: {row[-1]}", highlight=False)
     repository = workspace.repository(target)
     release = current_release(repository, model)
     if release is None:

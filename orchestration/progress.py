@@ -47,7 +47,8 @@ class ProgressHandler(logging.Handler):
             self._line(name, describe(metadata, time.monotonic() - self._step_started))
         elif kind is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
-            if not check.passed:
+            unmeasured = "measured" in check.metadata and check.metadata["measured"].value is False
+            if not check.passed and not unmeasured:  # why it was not measured is said already
                 colour = "red" if check.severity is dg.AssetCheckSeverity.ERROR else "yellow"
                 name = f"{'/'.join(check.asset_key.path)}: {check.check_name}"
                 self._line(name, f"not passed. {check.description or ''}", colour)
@@ -74,7 +75,7 @@ class ProgressHandler(logging.Handler):
 def describe(metadata: dict[str, Any], seconds: float) -> str:
     """What was made, in a few words, from the metadata of a materialization."""
     if metadata.get("status") in ("unsupported", "skipped"):
-        return f"{metadata['status']}: {metadata.get('reason', '')}"
+        return f"{metadata['status']}: {metadata.get('reason', '')}".removeprefix("skipped: ")
     if metadata.get("status") == "failed":
         return f"FAILED: {metadata.get('reason', '')}"
     done = "unchanged" if metadata.get("reused") else f"made in {seconds:.1f} s"

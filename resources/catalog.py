@@ -98,7 +98,9 @@ class ModelEntry(_Strict):
             raise ValueError("shapes: one shape is listed twice")
         for shape in self.shapes:
             if shape.batch > self.max_batch_size:
-                raise ValueError(f"shapes: {shape} is a larger batch than max_batch_size serves ({self.max_batch_size})")
+                raise ValueError(
+                    f"shapes: {shape} is a larger batch than max_batch_size ({self.max_batch_size}) serves"
+                )
         return self
 
     def accuracy_gates(self) -> Gates:

@@ -13,19 +13,22 @@ _COLOURS = {"torch": "#9aa0a6", "onnxruntime_fp32": "#1a73e8", "onnxruntime_int8
 
 
 def tail(latency: Latency) -> str:
-    """The 99th percentile where there are samples enough for one, else the maximum and of how many."""
+    """The 99th percentile where there are samples enough for one, else the maximum, and of how many samples."""
     if latency.p99_ms is not None:
         return f"{latency.p99_ms:.1f}"
-    return f"max {latency.max_ms:.1f} of {latency.count}"
+    return f"≤{latency.max_ms:.1f} (n={latency.count})"
 
 
 def candidate_table(
     reports: Sequence[BenchmarkReport], verdicts: Sequence[CandidateVerdict]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: p50 and p99 in ms and times faster than PyTorch at each shape, accuracy, size, verdict."""
+    """Header and rows: p50 / p99 in ms and times faster than PyTorch at each shape, accuracy, size, verdict.
+
+    What was not measured comes last, with its reason for a verdict.
+    """
     said = {verdict.engine: verdict.verdict for verdict in verdicts}
     shapes = list(dict.fromkeys(timing.shape for report in reports for timing in report.timings))
-    header = ["engine", *(f"{shape}: p50 / p99 ms (times PyTorch)" for shape in shapes), "accuracy", "size", "verdict"]
+    header = ["engine", *(f"{shape} ms" for shape in shapes), "accuracy", "size", "verdict"]
     rows = []
     for report in reports:
         if report.status == "measured":
@@ -53,10 +56,9 @@ def accuracy_text(report: BenchmarkReport) -> str:
         return "–"
     if report.accuracy.broken:
         return report.accuracy.broken
+    # The two that every task's gates begin with; all of them are in the report.
     return ", ".join(
-        f"{name.replace('_', ' ')} {value:.5g}"
-        for name, value in report.accuracy.metrics.items()
-        if name != "max_abs_error"
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in list(report.accuracy.metrics.items())[:2]
     )
 
 

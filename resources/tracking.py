@@ -303,7 +303,8 @@ class Tracker:
             import logging
 
             # Two hundred lines of schema migrations otherwise, on the first use of a store.
-            logging.getLogger("alembic").setLevel(logging.WARNING)
+            for name in ("alembic", "mlflow.store.db.utils"):
+                logging.getLogger(name).setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.

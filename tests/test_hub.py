@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+#: Where nothing listens: the discard service, port 9.
+NOBODY = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 LOCATE = """
@@ -22,19 +24,23 @@ import sys
 from resources.checkpoints import locate
 from resources.errors import CheckpointError
 try:
-    found = locate(sys.argv[1])
-    print(found.revision, sorted(path.name for path in found.folder.rglob("*") if path.is_file()))
+    found = locate(sys.argv[1], **{name: True for name in sys.argv[2:]})
+    files = (path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if path.is_file())
+    print(found.revision, sorted(files))
 except CheckpointError as error:
     print("refused:", error)
 """
 
 
-def locate(source, **environment):
-    """`locate` in a fresh process: huggingface_hub reads its variables when it is imported."""
+def locate(source, *allowed, **environment):
+    """`locate` in a fresh process: huggingface_hub reads its variables when it is imported.
+
+    Its answer in one line: the revision and the snapshot's files, or the refusal.
+    """
     # Whatever this machine's own variables say must not leak in.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
     result = subprocess.run(
-        [sys.executable, "-c", LOCATE, source],
+        [sys.executable, "-c", LOCATE, source, *allowed],
         env={**clean, **{name: str(value) for name, value in environment.items()}},
         capture_output=True,
         text=True,
@@ -68,6 +74,20 @@ def test_cached_snapshot_is_used_offline(cache):
     assert "model.safetensors" in found
 
 
+def test_cached_snapshot_is_used_where_the_hub_is_down(cache):
+    found = locate("tiny/bert", HF_HOME=cache, HF_ENDPOINT=NOBODY)
+    assert found.startswith(f"{COMMIT} ")
+    assert "model.safetensors" in found
+
+
+def test_cached_pickle_is_used_offline(cache):
+    """What is missing then is said by the validation, which looks at the folder."""
+    (snapshot,) = cache.glob("hub/*/snapshots/*")
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    for allowed in ([], ["allow_pickle"]):
+        assert "pytorch_model.bin" in locate("tiny/bert", *allowed, HF_HOME=cache, HF_HUB_OFFLINE=1)
+
+
 def test_offline_and_not_in_the_cache(cache):
     found = locate("tiny/other", HF_HOME=cache, HF_HUB_OFFLINE=1)
     assert found.startswith("refused: source: tiny/other is not in the Hub cache")
@@ -75,10 +95,16 @@ def test_offline_and_not_in_the_cache(cache):
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """`/api/models/<id>/revision/<revision>`, `.../tree/<revision>` and `/<id>/resolve/<commit>/<file>`, for tiny/bert alone."""
+    """Serves `folder` as tiny/bert, whose tag v1 is an older commit, and refuses tiny/gated as the Hub does.
+
+    Knows `/api/models/<id>/revision/<revision>`, `.../tree/<revision>` and `/<id>/resolve/<commit>/<file>`.
+    """
 
     folder: Path
     asked: list[str]
+
+    def _files(self):
+        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
 
     def log_message(self, *args):
         pass
@@ -95,27 +121,37 @@ class FakeHub(BaseHTTPRequestHandler):
     def do_GET(self):
         parts = self.path.split("?")[0].strip("/").split("/")
         self.asked.append(self.path)
-        if "tiny/bert" not in self.path:
+        if "tiny/gated" in self.path:
+            self._send(403, b'{"error": "Access to model tiny/gated is restricted"}', X_Error_Code="GatedRepo")
+        elif "tiny/bert" not in self.path:
             self._send(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
         elif parts[0] == "api":
-            revision = parts[-1] if {"revision", "tree"} & set(parts) else "main"
-            commits = {"main": COMMIT, COMMIT: COMMIT, "v1": OLDER, OLDER: OLDER}
-            if revision not in commits:
-                self._send(404, b'{"error": "no such revision"}', X_Error_Code="RevisionNotFound")
-                return
-            if "tree" in parts:
-                entries = [
-                    {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": COMMIT}
-                    for path in sorted(self.folder.iterdir())
-                ]
-                self._send(200, json.dumps(entries).encode())
-                return
-            files = [{"rfilename": path.name} for path in sorted(self.folder.iterdir())]
-            info = {"id": "tiny/bert", "modelId": "tiny/bert", "sha": commits[revision], "siblings": files, "tags": []}
-            self._send(200, json.dumps({**info, "private": False, "downloads": 0, "likes": 0}).encode())
+            self._describe(parts[-1] if {"revision", "tree"} & set(parts) else "main", tree="tree" in parts)
         else:
-            data = (self.folder / parts[-1]).read_bytes()
-            self._send(200, data, ETag=f'"{sha256(data).hexdigest()}"', X_Repo_Commit=parts[-2])
+            commit, name = parts[3], "/".join(parts[4:])
+            data = (self.folder / name).read_bytes()
+            self._send(200, data, ETag=f'"{sha256(data).hexdigest()}"', X_Repo_Commit=commit)
+
+    def _describe(self, revision, tree):
+        commits = {"main": COMMIT, COMMIT: COMMIT, "v1": OLDER, OLDER: OLDER}
+        if revision not in commits:
+            self._send(404, b'{"error": "no such revision"}', X_Error_Code="RevisionNotFound")
+            return
+        sizes = {name: (self.folder / name).stat().st_size for name in self._files()}
+        if tree:
+            answer = [{"type": "file", "path": name, "size": size, "oid": COMMIT} for name, size in sizes.items()]
+        else:
+            answer = {
+                "id": "tiny/bert",
+                "modelId": "tiny/bert",
+                "sha": commits[revision],
+                "siblings": [{"rfilename": name} for name in sizes],
+                "tags": [],
+                "private": False,
+                "downloads": 0,
+                "likes": 0,
+            }
+        self._send(200, json.dumps(answer).encode())
 
     do_HEAD = do_GET
 
@@ -123,39 +159,87 @@ class FakeHub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(made_checkpoint, tmp_path):
     folder = Path(shutil.copytree(made_checkpoint(), tmp_path / "on the hub"))
+    for name in (
+        "1_Pooling/config.json",
+        "onnx/config.json",
+        "openvino/openvino_model.bin",
+        "checkpoint-5/config.json",
+    ):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "model.fp16.safetensors").write_bytes(b"a variant")
     (folder / "modeling.py").write_text("raise SystemExit('ran')")
     handler = type("Hub", (FakeHub,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler.asked
+    yield (
+        handler,
+        {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": tmp_path / "hf",
+            "HF_HUB_DISABLE_XET": 1,
+        },
+    )
     server.shutdown()
     server.server_close()
     thread.join(5)
 
 
-def test_download_takes_what_is_used_and_nothing_else(hub, tmp_path):
-    endpoint, asked = hub
-    found = locate("tiny/bert", HF_ENDPOINT=endpoint, HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1)
-    assert found.startswith(f"{COMMIT} ")
-    assert "model.safetensors" in found
-    assert not [path for path in asked if "pytorch_model" in path or "modeling.py" in path]
+USED = ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
-def test_pinned_revision(hub, tmp_path):
-    found = locate("tiny/bert@v1", HF_ENDPOINT=hub[0], HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1)
-    assert found.startswith(f"{OLDER} ")
+def test_download_takes_what_is_used_and_nothing_else(hub):
+    handler, variables = hub
+    assert locate("tiny/bert", **variables) == f"{COMMIT} {USED}"
+    assert not [path for path in handler.asked if "resolve" in path and ".bin" in path]
+
+
+def test_second_look_downloads_nothing(hub):
+    handler, variables = hub
+    locate("tiny/bert", **variables)
+    handler.asked.clear()
+    assert locate("tiny/bert", **variables) == f"{COMMIT} {USED}"
+    assert not [path for path in handler.asked if "resolve" in path]
+
+
+def test_pinned_revision(hub):
+    _, variables = hub
+    assert locate("tiny/bert@v1", **variables).startswith(f"{OLDER} ")
+    assert locate(f"tiny/bert@{COMMIT}", **variables).startswith(f"{COMMIT} ")
+
+
+def test_code_comes_only_where_it_is_trusted(hub):
+    _, variables = hub
+    assert "modeling.py" in locate("tiny/bert", "trust_remote_code", **variables)
+
+
+def test_pickles_come_only_where_they_are_allowed_and_needed(hub):
+    handler, variables = hub
+    assert "pytorch_model.bin" not in locate("tiny/bert", "allow_pickle", **variables)
+    (handler.folder / "model.safetensors").unlink()
+    refusal = locate("tiny/bert@v1", **variables)
+    assert refusal.startswith("refused: source: tiny/bert@v1: its weights are a pickle.")
+    assert "allow_pickle: true" in refusal
+    assert "pytorch_model.bin" in locate("tiny/bert@v1", "allow_pickle", **variables)
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("tiny/unknown", "the Hub has no model 'tiny/unknown'"), ("tiny/bert@v9", "has no revision 'v9'")],
+    [
+        ("tiny/unknown", "the Hub has no model 'tiny/unknown'"),
+        ("tiny/bert@v9", "has no revision 'v9'"),
+        ("tiny/gated", "tiny/gated is gated. Ask for access on its page, then set HF_TOKEN"),
+    ],
 )
-def test_unknown_on_the_hub(hub, tmp_path, source, expected):
-    assert expected in locate(source, HF_ENDPOINT=hub[0], HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1)
+def test_refused_by_the_hub(hub, source, expected):
+    answer = locate(source, **hub[1])
+    assert answer.startswith("refused: source: ")
+    assert expected in answer
 
 
 def test_no_hub_at_the_endpoint(tmp_path):
-    found = locate("tiny/bert", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=tmp_path / "hf")
+    found = locate("tiny/bert", "allow_pickle", HF_ENDPOINT=NOBODY, HF_HOME=tmp_path / "hf")
     assert found.startswith("refused: source: tiny/bert is not in the Hub cache and cannot be fetched")
+    assert "Check the network" in found

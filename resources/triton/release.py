@@ -167,9 +167,13 @@ def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
     spec = find_spec("tokenizers")
     if spec is None or spec.origin is None:
         raise ReleaseError("The package 'tokenizers' is not installed; install transformer-refinery again.")
-    shutil.copytree(
-        Path(spec.origin).parent, folder / "tokenizers", ignore=shutil.ignore_patterns("__pycache__", "*.pyi", "tools")
-    )
+    package = Path(spec.origin).parent
+    for path in sorted(package.rglob("*")):
+        place = folder / "tokenizers" / path.relative_to(package)
+        # Not by shutil.copytree: its error does not say that the disk is full.
+        if path.suffix in (".py", ".so") and place.parent.name != "tools":
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def write_engine(plan: ReleasePlan, folder: Path) -> None:

@@ -1,0 +1,214 @@
+"""The command line, as processes: what people type, what they read, and exit codes that tell success from failure."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import entry_for
+from tests.pipeline import add_entry, run_job
+
+REFINERY = str(Path(sys.executable).with_name("refinery"))
+
+
+def environment(workspace, **more):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("REFINERY_", "DAGSTER_"))}
+    return {
+        **clean,
+        "REFINERY_HOME": str(workspace.home),
+        "REFINERY_CATALOG": str(workspace.catalog_path),
+        "COLUMNS": "200",
+        **more,
+    }
+
+
+def refinery(workspace, *arguments, timeout=240, **more):
+    result = subprocess.run(
+        [REFINERY, *arguments],
+        env=environment(workspace, **more),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.fixture
+def empty(workspace):
+    workspace.catalog_path.write_text("models: []\n")
+    return workspace
+
+
+def test_a_folder_becomes_a_model_and_is_asked(empty, made_checkpoint, triton_settings):
+    folder = made_checkpoint(labels=("no", "yes"))
+    options = ["--name", "yes-or-no", "--seq-len", "16", "--batch-size", "1,2", "--engines", "onnxruntime_fp32"]
+    code, out, err = refinery(empty, "optimize", str(folder), *options)
+    assert code == 0, out + err
+    # The task was told from the checkpoint; the entry is in a file of its own.
+    entry = (empty.home / "models.d" / "yes-or-no.yaml").read_text()
+    assert "task: classification" in entry
+    assert "- 2x16" in entry
+    # Plain lines in a log: no control characters, a line a step, the table, the release, and how to ask.
+    assert "\x1b" not in out
+    assert re.search(r"s  onnx_graph  made in", out)
+    assert re.search(r"onnxruntime_fp32 +│.*│ champion: ", out)
+    assert "tensorrt_fp16: unsupported" in out
+    assert "Release 1 of yes-or-no serves onnxruntime_fp32" in out
+    assert 'refinery query yes-or-no "any text"' in out
+
+    code, out, err = refinery(empty, "query", "yes-or-no", "Is this a question?", "No.", "--url", f"127.0.0.1:{free()}")
+    assert code == 0, err
+    assert "starting one for this question" in err
+    assert re.search(r"(no|yes) 0\.\d{4}, (no|yes) 0\.\d{4}", out)
+    code, out, _ = refinery(empty, "query", "yes-or-no", "x", "--json", "--url", f"127.0.0.1:{free()}")
+    assert sum(json.loads(out)) == pytest.approx(1.0, abs=1e-3)
+
+    code, out, _ = refinery(empty, "models")
+    assert code == 0
+    assert re.search(r"yes-or-no .*release 1, onnxruntime_fp32", out)
+    code, out, _ = refinery(empty, "releases", "yes-or-no")
+    assert code == 0
+    assert re.search(r"1 +│ yes", out)
+    # The name is taken now; what it is for is written in its file.
+    code, _, err = refinery(empty, "optimize", "yes-or-no", "--seq-len", "8")
+    assert code == 1
+    assert "--seq-len" in err
+
+
+def free():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settings):
+    from dataclasses import replace
+
+    ready = replace(empty, triton=triton_settings)
+    add_entry(ready, entry_for(made_checkpoint(), shapes=["1x16"], engines=["onnxruntime_fp32"]))
+    assert run_job(ready, "tiny").success
+    ports = [free() for _ in range(3)]
+    named = [f"--{name}-port" for name in ("http", "grpc", "metrics")]
+    options = [part for pair in zip(named, map(str, ports), strict=True) for part in pair]
+    command = [REFINERY, "serve", *options]
+    server = subprocess.Popen(command, env=environment(empty), stdout=subprocess.PIPE, text=True)
+    try:
+        line = server.stdout.readline()
+        assert f"127.0.0.1:{ports[1]}" in line
+        code, out, err = refinery(empty, "query", "tiny", "hello", "--url", f"127.0.0.1:{ports[1]}")
+        assert (code, err) == (0, "")
+        assert "32 values:" in out
+        # A second server on the same ports is refused, and the first serves on.
+        code, _, err = refinery(empty, "serve", *options)
+        assert code == 1
+        assert f"{ports[0]}" in err
+        assert "--http-port" in err
+        assert refinery(empty, "query", "tiny", "hello", "--url", f"127.0.0.1:{ports[1]}")[0] == 0
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+
+
+def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
+    command = [REFINERY, "optimize", str(made_checkpoint()), "--name", "tiny", "--seq-len", "16"]
+    process = subprocess.Popen(
+        command,
+        env=environment(empty),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "onnx_graph" in line:
+            break
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    store = empty.home / "artifacts"
+    assert not list((store / "staging").iterdir())
+    assert all(
+        (folder / "record.json").exists()
+        for kind in store.iterdir()
+        if kind.name not in ("current", "staging", "locks")
+        for folder in kind.iterdir()
+    )
+    assert not (empty.home / "triton_models").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["optimize", "no-such-model"], "There is no model named 'no-such-model' in the catalog"),
+        (["optimize", "./no-such-folder"], "does not exist"),
+        (["optimize", "/dev/null"], "not a folder"),
+        (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
+        (["optimize", "x/y", "--task", "embedding", "--seq-len", "long"], "not a shape"),
+        (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
+        (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is not one of cpu"),
+        (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "no release of it"),
+        (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
+        (["serve"], "holds no release yet"),
+    ],
+)
+def test_mistakes_are_one_clear_message(empty, arguments, expected):
+    code, out, err = refinery(empty, *arguments)
+    assert code == 1, out
+    assert err.startswith("refinery: ")
+    assert expected in err
+    assert "Traceback" not in err
+    assert not list((empty.home / "models.d").glob("*")) if (empty.home / "models.d").exists() else True
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"REFINERY_CATALOG": "/no/such/file.yaml"}, "Set REFINERY_CATALOG"),
+        ({"REFINERY_STEP_SECONDS": "soon"}, "REFINERY_STEP_SECONDS: 'soon'"),
+        ({"REFINERY_TARGETS": "tpu"}, "REFINERY_TARGETS: tpu"),
+        ({"REFINERY_TRITON_FLAVOUR": "vanilla"}, "REFINERY_TRITON_FLAVOUR: 'vanilla'"),
+    ],
+)
+def test_wrong_settings_are_named(empty, variables, expected):
+    code, _, err = refinery(empty, "models", **variables)
+    assert code == 1
+    assert expected in err
+
+
+def test_wrong_command_lines_exit_with_2(empty):
+    assert refinery(empty)[0] == 2
+    assert refinery(empty, "serve", "--http-port", "99999")[0] == 2
+
+
+def test_ui_refuses_a_port_in_use(empty):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = refinery(empty, "ui", "--dagster-port", str(port))
+    assert code == 1
+    assert f"Port {port}" in err
+    assert "--dagster-port" in err
+
+
+def test_dagster_accepts_the_definitions(empty):
+    command = [str(Path(sys.executable).with_name("dagster")), "definitions", "validate", "-w", "workspace.yaml"]
+    result = subprocess.run(
+        command,
+        env=environment(empty),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 0, result.stderr

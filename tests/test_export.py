@@ -1,0 +1,132 @@
+"""The exported graph is PyTorch's model at every shape, and a graph that is not is caught."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+
+from resources.checkpoints import collect_checkpoint
+from resources.engines.onnxruntime import OnnxRuntimeRunner
+from resources.errors import EngineError, ExportError
+from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
+from resources.export import exporter
+from resources.export.make import make_graph
+from resources.tokenization import TextEncoder
+from tests.conftest import entry_for
+
+
+def collected(workspace, folder, **fields):
+    entry = entry_for(folder, **fields)
+    return entry, collect_checkpoint(entry, workspace.store, workspace.limits).record
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "inputs", "output"),
+    [
+        ({}, "embedding", ("input_ids", "attention_mask", "token_type_ids"), "sentence_embedding"),
+        ({"architecture": "roberta"}, "embedding", ("input_ids", "attention_mask"), "sentence_embedding"),
+        ({"labels": ("a", "b")}, "classification", ("input_ids", "attention_mask", "token_type_ids"), "probabilities"),
+    ],
+)
+def test_graph_is_the_model(made_checkpoint, workspace, kind, task, inputs, output):
+    entry, checkpoint = collected(workspace, made_checkpoint(**kind), task=task)
+    graph = make_graph(workspace, entry, checkpoint).record
+    assert graph.problems == ()
+    assert graph.inputs == inputs
+    assert graph.output == output
+    shapes = {(case.shape, case.padded) for case in graph.parity}
+    assert {("1x1", False), ("1x7", False), ("3x33", True), ("5x64", False), ("2x64", True)} - shapes <= {
+        ("5x64", False)
+    }
+    assert all(case.max_relative_error < 1e-4 for case in graph.parity)
+    model = onnx.load(workspace.store.folder(graph) / "model.onnx")
+    axes = {item.name: [axis.dim_param for axis in item.type.tensor_type.shape.dim] for item in model.graph.input}
+    assert axes == dict.fromkeys(inputs, ["batch", "sequence"])
+
+    # Real text through the graph is what PyTorch alone answers to it.
+    evaluation = make_evaluation_set(workspace, entry, checkpoint).record
+    texts, reference = read_evaluation_set(workspace.store.folder(evaluation))
+    encoder = TextEncoder.from_folder(str(workspace.store.folder(checkpoint)))
+    runner = OnnxRuntimeRunner(workspace.store.folder(graph) / "model.onnx", output, threads=1)
+    np.testing.assert_allclose(runner.run(encoder.encode(texts[:7])), reference[:7], rtol=1e-3, atol=1e-4)
+
+
+def test_reference_is_each_text_alone(made_checkpoint, workspace):
+    import torch
+
+    from resources.checkpoints import checkpoint_files, load_arguments
+    from resources.tasks import TASKS
+
+    entry, checkpoint = collected(workspace, made_checkpoint())
+    evaluation = make_evaluation_set(workspace, entry, checkpoint).record
+    texts, reference = read_evaluation_set(workspace.store.folder(evaluation))
+    folder = workspace.store.folder(checkpoint)
+    module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder), **load_arguments(checkpoint))
+    encoder = TextEncoder.from_folder(str(folder))
+    for index in range(0, len(texts), 40):
+        (encoding,) = encoder.tokens([texts[index]])
+        batch = {name: torch.from_numpy(array) for name, array in encoder.pad([encoding], len(encoding.ids)).items()}
+        with torch.inference_mode():
+            np.testing.assert_allclose(module(**batch).numpy()[0], reference[index], rtol=1e-3, atol=1e-5)
+
+
+def broken_graph(source, target, change):
+    model = onnx.load(source)
+    change(model)
+    onnx.save(model, target)
+    return target
+
+
+def test_parity_finds_a_wrong_weight(made_checkpoint, workspace, tmp_path):
+    entry, checkpoint = collected(workspace, made_checkpoint())
+    graph = make_graph(workspace, entry, checkpoint).record
+    folder = workspace.store.folder(checkpoint)
+
+    def change(model):
+        weight = next(item for item in model.graph.initializer if "position" in item.name)
+        values = onnx.numpy_helper.to_array(weight) * np.float32(1.01)
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+    path = broken_graph(workspace.store.folder(graph) / "model.onnx", tmp_path / "model.onnx", change)
+    module = exporter.TASKS["embedding"].module(exporter.checkpoint_files(checkpoint, folder))
+    _, _, misses = exporter._compare(module, path, TextEncoder.from_folder(str(folder)), graph.output)
+    assert len(misses) >= 5
+    assert "differs from PyTorch by" in misses[0]
+
+
+def test_the_checker_refuses_an_invalid_graph(made_checkpoint, workspace, tmp_path):
+    entry, checkpoint = collected(workspace, made_checkpoint())
+    graph = make_graph(workspace, entry, checkpoint).record
+
+    def change(model):
+        model.graph.node[5].input[0] = "nothing makes this"
+
+    source = workspace.store.folder(graph) / "model.onnx"
+    assert exporter._check(source) == ""
+    assert "refuses the graph" in exporter._check(broken_graph(source, tmp_path / "model.onnx", change))
+
+
+def test_no_engine_is_built_from_a_wrong_graph(made_checkpoint, workspace):
+    from resources.engines import engine_spec
+    from resources.engines.make import make_engine, sources_of
+
+    entry, checkpoint = collected(workspace, made_checkpoint())
+    graph = make_graph(workspace, entry, checkpoint).record
+    wrong = graph.model_copy(update={"parity_misses": ("At 3x33 it differs.",)})
+    with pytest.raises(ExportError, match="At 3x33 it differs"):
+        make_engine(workspace, entry, engine_spec("onnxruntime_fp32"), "cpu", sources_of(workspace, checkpoint, wrong))
+
+
+def test_export_over_its_limit_is_one_clear_error(made_checkpoint, workspace):
+    limited = replace(workspace, limits=replace(workspace.limits, timeout_s=0.2))
+    entry, checkpoint = collected(workspace, made_checkpoint())
+    with pytest.raises(ExportError, match=r"tiny, revision \w+: exporting to ONNX.*limit of 0\.2 s.*onnx_graph\.log"):
+        make_graph(limited, entry, checkpoint)
+    assert not (workspace.store.root / "onnx_graph").exists()
+
+
+def test_a_file_that_is_no_graph(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(EngineError, match="ONNX Runtime cannot load the graph"):
+        OnnxRuntimeRunner(tmp_path / "model.onnx", "x", threads=1)

@@ -1,0 +1,456 @@
+"""Releases on the real Triton: what it answers, what it refuses, and how it comes, changes and goes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from resources.errors import ReleaseError, ServerError
+from resources.triton import server as server_module
+from resources.triton import watch
+from resources.triton.client import TextClient, query_texts
+from resources.triton.layout import CONFIG, current_release
+from resources.triton.make import _server_steps
+from resources.triton.proof import prove
+from resources.triton.publish import Steps, publish
+from resources.triton.server import EmbeddedServer, serve_foreground
+from tests.releases import LABELS, WIDTH, answers_of, exam_of, make_plan, release_digest, tree_digest, unasked
+
+ROOT = Path(__file__).resolve().parents[1]
+UNASKED = Steps(prove=unasked)
+OUTPUT = "sentence_embedding"
+TEXTS = ("How long should I boil the eggs?", "", " ", "naïve 🙂", "word " * 500, "Eggs.")
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    return [make_plan(folder, seed=seed) for seed in range(2)]
+
+
+def prove_embedded(settings, exam, log):
+    """The step that publishing takes where no server is configured."""
+
+    def step(staged, release):
+        with EmbeddedServer(staged, settings, models=[release.model], log=log) as server:
+            return prove(exam, release.model, grpc=server.grpc_address, http=server.http_address)
+
+    return Steps(prove=step)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, plans, triton_settings):
+    """A repository with release 1, proven for good, and what publishing returned. Not to be changed."""
+    folder = tmp_path_factory.mktemp("published")
+    steps = prove_embedded(triton_settings, exam_of(plans[0]), folder / "proof.log")
+    return folder / "cpu", publish(plans[0], folder / "cpu", steps)
+
+
+@pytest.fixture(scope="module")
+def served(published, triton_settings, tmp_path_factory):
+    """A server of that repository. Not to be changed."""
+    log = tmp_path_factory.mktemp("served") / "triton.log"
+    with EmbeddedServer(published[0], triton_settings, models=["tiny"], log=log) as server:
+        yield server
+
+
+@pytest.fixture
+def repository(published, tmp_path):
+    """A copy of the repository, to be changed."""
+    return Path(shutil.copytree(published[0], tmp_path / "models" / "cpu"))
+
+
+def wait_until(what, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def held(client):
+    """Names of the models that a server holds."""
+    return {item.name for item in client._client.get_model_repository_index().models if item.state == "READY"}
+
+
+def test_a_release_is_published_once_a_server_has_answered(published):
+    repository, result = published
+    assert result.changed
+    release = result.release
+    assert release.status == "published"
+    assert release.proof.passed
+    assert release.proof.texts >= 64
+    assert release.proof.server == "triton 2.51.0"
+    assert set(release.proof.metrics) == {
+        f"{protocol}, {how}" for protocol in ("grpc", "http") for how in ("one by one", "in batches", "6 threads")
+    } | {"grpc, beside invalid bytes"}
+    assert all(metrics["cosine_worst"] > 0.999999 for metrics in release.proof.metrics.values())
+    assert current_release(repository, "tiny") == release
+    # Serving changed nothing, not even by a cache file.
+    assert set(release.files) == {
+        path.relative_to(repository).as_posix() for path in repository.glob("tiny__r1__*/**/*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_what_is_served_is_what_the_engine_answers(served, plans, protocol):
+    address = served.grpc_address if protocol == "grpc" else served.http_address
+    np.testing.assert_allclose(
+        query_texts(address, "tiny", TEXTS, protocol), answers_of(plans[0], TEXTS), rtol=0, atol=1e-6
+    )
+    with TextClient(address, protocol) as client:
+        together = client.ask("tiny", OUTPUT, TEXTS)
+    np.testing.assert_allclose(together, answers_of(plans[0], TEXTS), rtol=0, atol=1e-6)
+
+
+def test_plain_json_as_curl_sends_it(served, plans):
+    question = {"inputs": [{"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [TEXTS[0]]}]}
+    request = urllib.request.Request(
+        f"http://{served.http_address}/v2/models/tiny/infer", data=json.dumps(question).encode()
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        outputs = json.load(response)["outputs"]
+    assert outputs[0]["shape"] == [1, WIDTH]
+    np.testing.assert_allclose(outputs[0]["data"], answers_of(plans[0], TEXTS[:1])[0], rtol=0, atol=1e-6)
+
+
+def test_a_request_that_is_wrong_fails_alone(served, plans):
+    """Invalid text, too many rows, a wrong shape: refused with a reason, while others around them are answered."""
+    right = answers_of(plans[0], TEXTS)
+
+    def ask(number):
+        with TextClient(served.grpc_address) as client:
+            if number % 3 == 0:
+                return client.ask("tiny", OUTPUT, list(TEXTS))
+            with pytest.raises(ServerError) as caught:
+                if number % 3 == 1:
+                    client.ask("tiny", OUTPUT, ["fine", b"\xc3\x28 and \xff"])
+                else:
+                    client.ask("tiny", OUTPUT, ["x"] * 9)
+            return str(caught.value)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(120)))
+    for number, answer in enumerate(answers):
+        if number % 3 == 0:
+            np.testing.assert_allclose(answer, right, rtol=0, atol=1e-6)
+        else:
+            assert ("TEXT is not valid UTF-8" if number % 3 == 1 else "batch-size must be <= 8") in answer
+
+
+def test_an_engine_asked_directly_keeps_bad_ids_to_themselves(served):
+    """Token ids beyond the vocabulary stop ONNX Runtime; whoever is in the same batch must not notice."""
+    import tritonclient.grpc as triton
+
+    def ask(token):
+        client = triton.InferenceServerClient(served.grpc_address)
+        tensors = []
+        for name, value in (("input_ids", token), ("attention_mask", 1)):
+            tensors.append(triton.InferInput(name, [1, 16], "INT64"))
+            tensors[-1].set_data_from_numpy(np.full((1, 16), value, dtype=np.int64))
+        try:
+            return client.infer("tiny__r1__engine", tensors, client_timeout=30).as_numpy(OUTPUT)
+        except triton.InferenceServerException as error:
+            return error.message()
+        finally:
+            client.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, [5, 10**9] * 40))
+    assert all(answer.shape == (1, WIDTH) for answer in answers[::2])
+    assert all("out of data bounds" in answer for answer in answers[1::2])
+
+
+def test_what_a_person_reads_when_nothing_answers(served, unused_port):
+    with pytest.raises(ServerError, match=r"does not serve other: .*refinery serve"):
+        query_texts(served.grpc_address, "other", ["x"])
+    with pytest.raises(ServerError, match=rf"No Triton answers grpc at 127\.0\.0\.1:{unused_port} .*refinery serve"):
+        query_texts(f"127.0.0.1:{unused_port}", "tiny", ["x"])
+    with pytest.raises(ServerError, match="No Triton answers http at"):
+        query_texts(f"127.0.0.1:{unused_port}", "tiny", ["x"], "http")
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_classification_with_weights_beside_the_graph(tmp_path, triton_settings):
+    import tritonclient.grpc as triton
+
+    plan = make_plan(tmp_path / "plan", labels=LABELS, external_data=True, max_batch_size=1)
+    steps = prove_embedded(triton_settings, exam_of(plan), tmp_path / "proof.log")
+    release = publish(plan, tmp_path / "cpu", steps).release
+    assert release.labels == LABELS
+    with EmbeddedServer(tmp_path / "cpu", triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
+        answers = query_texts(server.grpc_address, "tiny", TEXTS)
+        client = triton.InferenceServerClient(server.grpc_address)
+        tensor = triton.InferInput("TEXT", [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[TEXTS[0].encode()]], dtype=np.object_))
+        wanted = [triton.InferRequestedOutput("probabilities", class_count=3)]
+        named = client.infer("tiny", [tensor], outputs=wanted, client_timeout=30).as_numpy("probabilities").ravel()
+        client.close()
+    np.testing.assert_allclose(answers, answers_of(plan, TEXTS), rtol=0, atol=1e-6)
+    order = np.argsort(-answers[0])
+    assert [item.decode().split(":", 2)[2] for item in named] == [LABELS[index] for index in order]
+
+
+def test_an_engine_that_answers_otherwise_is_not_published(repository, plans, triton_settings, tmp_path):
+    before = tree_digest(repository)
+    steps = prove_embedded(triton_settings, exam_of(plans[1], reference_of=plans[0]), tmp_path / "proof.log")
+    with pytest.raises(ReleaseError) as caught:
+        publish(plans[1], repository, steps)
+    assert "release 2 (table, revision 0123456789abcdef) was not published" in str(caught.value)
+    assert "grpc, one by one: cosine_mean" in str(caught.value)
+    assert tree_digest(repository) == before
+
+
+def test_an_engine_that_cannot_be_loaded_is_not_published(repository, plans, triton_settings, tmp_path):
+    broken = shutil.copytree(plans[1].engine_folder, tmp_path / "broken")
+    (broken / "model.onnx").write_bytes(b"no graph at all")
+    engine = plans[1].engine.with_files(broken)
+    before = tree_digest(repository)
+    steps = prove_embedded(triton_settings, exam_of(plans[1]), tmp_path / "proof.log")
+    with pytest.raises(ServerError, match=r"(?s)The embedded Triton ended while starting:.*tiny__r2__engine"):
+        publish(replace(plans[1], engine=engine, engine_folder=broken), repository, steps)
+    assert tree_digest(repository) == before
+
+
+def test_a_running_server_proves_and_takes_up_a_release(repository, plans, triton_settings, tmp_path):
+    """What happens where REFINERY_TRITON_GRPC names a server of this repository."""
+    first = release_digest(repository, "tiny", 1)
+    with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
+        # A release that fails: the server holds and answers what it did before, and no trace is left.
+        before = tree_digest(repository)
+        wrong = _server_steps(server.grpc_address, server.http_address, lambda: exam_of(plans[1], plans[0]))
+        with pytest.raises(ReleaseError, match="cosine_mean"):
+            publish(plans[1], repository, wrong)
+        assert tree_digest(repository) == before
+        with TextClient(server.grpc_address) as client:
+            assert held(client) == {"tiny", "tiny__r1__tokenizer", "tiny__r1__engine"}
+        np.testing.assert_allclose(
+            query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[0], TEXTS), rtol=0, atol=1e-6
+        )
+        steps = _server_steps(server.grpc_address, server.http_address, lambda: exam_of(plans[1]))
+        assert publish(plans[1], repository, steps).release.number == 2
+        np.testing.assert_allclose(
+            query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[1], TEXTS), rtol=0, atol=1e-6
+        )
+        with TextClient(server.grpc_address) as client:
+            assert "tiny__r2__proof" not in held(client)
+        assert not list(repository.glob("*__proof"))
+        assert release_digest(repository, "tiny", 1) == first
+        # What a killed publisher had loaded is unloaded by the next.
+        shutil.copytree(repository / "tiny__r1__engine", repository / "tiny__r7__engine")
+        config = repository / "tiny__r7__engine" / CONFIG
+        config.write_text(config.read_text().replace("__r1__", "__r7__"))
+        with TextClient(server.grpc_address) as client:
+            client.load("tiny__r7__engine")
+            assert publish(plans[1], repository, steps).changed is False
+            assert "tiny__r7__engine" not in held(client)
+    assert not (repository / "tiny__r7__engine").exists()
+
+
+def test_a_configured_server_that_is_not_there(repository, plans, unused_port):
+    before = tree_digest(repository)
+    steps = _server_steps(f"127.0.0.1:{unused_port}", None, lambda: exam_of(plans[1]))
+    with pytest.raises(ServerError, match=rf"No Triton answers gRPC at 127\.0\.0\.1:{unused_port} \(REFINERY_TRITON"):
+        publish(plans[1], repository, steps)
+    assert tree_digest(repository) == before
+
+
+@pytest.mark.parametrize("option", ["http_port", "grpc_port", "metrics_port"])
+def test_a_port_in_use_is_named_with_its_option(published, triton_settings, tmp_path, option):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        server = EmbeddedServer(published[0], triton_settings, models=["tiny"], log=tmp_path / "log", **{option: port})
+        with pytest.raises(ServerError) as caught, server:
+            pass
+    assert f"Port {port} of 127.0.0.1 cannot be used: Address already in use" in str(caught.value)
+    assert "--" + option.replace("_", "-") in str(caught.value)
+
+
+def test_no_environment(published, triton_settings, tmp_path):
+    nowhere = replace(triton_settings, environment=tmp_path / "nothing")
+    with (
+        pytest.raises(ServerError, match=r"embedded Triton is not installed .* Run: refinery setup"),
+        EmbeddedServer(published[0], nowhere, models=["tiny"], log=tmp_path / "log"),
+    ):
+        pass
+
+
+def members(group):
+    """Processes of a process group."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return found
+
+
+def test_the_server_listens_on_loopback_alone(served):
+    listening = {
+        connection.laddr.ip
+        for process in members(served.pid)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_the_server_goes_with_its_parent_however_that_ends(published, triton_settings, tmp_path):
+    code = f"""
+import sys, time
+from pathlib import Path
+from resources.triton.server import EmbeddedServer
+from resources.triton.settings import TritonSettings
+settings = TritonSettings(environment=Path({str(triton_settings.environment)!r}))
+with EmbeddedServer(Path({str(published[0])!r}), settings, models=["tiny"], log=Path({str(tmp_path / "log")!r})) as s:
+    print(s.pid, flush=True)
+    time.sleep(120)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        group = int(parent.stdout.readline())
+        assert len(members(group)) == 3  # the server and a process for each Python model
+        parent.send_signal(signal.SIGKILL)
+        wait_until(lambda: not members(group))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+@contextmanager
+def serving(repository, settings, log):
+    """`serve_foreground` in a thread; yields its gRPC address and what it says. Raises what it raised."""
+    ports = server_module.Ports.choose(None, None, None)
+    said, raised, end = [], [], threading.Event()
+
+    def serve():
+        try:
+            serve_foreground(
+                repository,
+                settings,
+                http_port=ports.http,
+                grpc_port=ports.grpc,
+                metrics_port=ports.metrics,
+                log=log,
+                say=said.append,
+                stop=end.is_set,
+            )
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        wait_until(lambda: raised or any("serving tiny" in line for line in said))
+        yield f"127.0.0.1:{ports.grpc}", said
+    finally:
+        end.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    if raised:
+        raise raised[0]
+
+
+def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
+    repository, plans, triton_settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+    pointer = repository / "tiny" / CONFIG
+    right = [answers_of(plan, TEXTS) for plan in plans]
+    seen, trouble, end = [], [], threading.Event()
+
+    def ask_on(address):
+        """Constantly, noting which release answered; an answer is whole or it is trouble."""
+        with TextClient(address) as client:
+            while not end.is_set():
+                try:
+                    answer = client.ask("tiny", OUTPUT, list(TEXTS))
+                except ServerError as error:
+                    trouble.append(str(error))
+                    continue
+                same = [number for number in (1, 2) if np.allclose(answer, right[number - 1], atol=1e-5)]
+                seen.append(same[0] if same else trouble.append("an answer of no release"))
+
+    with serving(repository, triton_settings, tmp_path / "triton.log") as (address, said):
+        clients = [threading.Thread(target=ask_on, args=(address,)) for _ in range(3)]
+        for client in clients:
+            client.start()
+        try:
+            wait_until(lambda: 1 in seen)
+            publish(plans[1], repository, UNASKED)
+            wait_until(lambda: "tiny: release 2 serves" in said)
+            wait_until(lambda: seen[-1] == 2)
+            with TextClient(address) as client:
+                wait_until(lambda: "tiny__r1__engine" not in held(client))
+                draft = repository.parent / "draft"
+                shutil.copyfile(repository / "tiny" / "1" / CONFIG, draft)
+                draft.replace(pointer)
+                wait_until(lambda: said.count("tiny: release 1 serves") == 2)
+                wait_until(lambda: seen[-1] == 1)
+                wait_until(lambda: "tiny__r2__engine" not in held(client))
+            # What cannot be loaded is said once, and release 1 goes on.
+            draft.write_text("no configuration")
+            draft.replace(pointer)
+            wait_until(lambda: any("cannot load tiny" in line for line in said))
+            shutil.copytree(repository / "tiny__r1__engine", repository / "tiny__r8__engine")
+            time.sleep(1)
+            assert seen[-1] == 1
+        finally:
+            end.set()
+            for client in clients:
+                client.join(60)
+    assert trouble == []
+    assert len(seen) > 50
+    assert sum("cannot load tiny" in line for line in said) == 1
+
+
+def test_serving_ends_with_its_server(repository, triton_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.1)
+    with (
+        pytest.raises(ServerError, match="The embedded Triton ended by itself"),
+        serving(repository, triton_settings, tmp_path / "triton.log") as (address, said),
+    ):
+        port = int(address.split(":")[1])
+        owner = next(
+            process
+            for process in psutil.Process().children(recursive=True)
+            if any(connection.laddr.port == port for connection in process.net_connections("inet"))
+        )
+        group = os.getpgid(owner.pid)
+        owner.send_signal(signal.SIGKILL)
+        wait_until(lambda: not members(group))
+
+
+def test_nothing_that_could_be_served(repository, triton_settings, tmp_path):
+    shutil.rmtree(repository / "tiny__r1__engine")
+    with (
+        pytest.raises(ServerError, match=r"No model of .* could be loaded; the log is .*triton\.log"),
+        serving(repository, triton_settings, tmp_path / "triton.log") as (_, said),
+    ):
+        pass
+    assert "cannot load tiny" in said[0]

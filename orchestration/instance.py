@@ -12,6 +12,8 @@ _CONFIGURATION = """\
 # Dagster's documentation of dagster.yaml.
 telemetry:
   enabled: false
+nux:
+  enabled: false
 """
 
 

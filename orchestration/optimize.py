@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from dagster import ExecuteInProcessResult
 
 
+#: As workspace.yaml names the code location.
+LOCATION = "transformer-refinery"
+
+
 def optimize(options: Namespace) -> int:
     """Add the model to the catalog if need be, run the job, say what came of it."""
     workspace = _workspace(options)
@@ -37,6 +41,8 @@ def optimize(options: Namespace) -> int:
             instance=instance,
             run_config={"loggers": {"progress": {}}},
             raise_on_error=False,
+            # So that the job's page lists the run beside those that were started there.
+            tags={".dagster/repository": f"__repository__@{LOCATION}"},
         )
     if not result.success:
         for message in failures(result):

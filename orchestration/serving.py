@@ -79,6 +79,7 @@ def serve(options: Namespace) -> int:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         log=log,
+        say=lambda line: print(line, flush=True),
     )
     return 0
 

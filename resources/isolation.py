@@ -3,11 +3,13 @@
 A segmentation fault, an out-of-memory kill or an endless loop in a native library then costs one result, not the run.
 Children are forked from a server that has imported the heavy modules already, so that each starts in milliseconds
 instead of the ten seconds that torch, transformers and onnxscript take to import. The server is a fresh process: it
-has no threads, and none of the parent's state.
+has nothing of the parent's state, and no thread of ours.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -16,12 +18,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
 import psutil
@@ -34,6 +37,8 @@ T = TypeVar("T")
 PRELOAD = ("resources.preload",)
 #: How often the parent looks at a child's memory. A child can overshoot its limit for this long.
 POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
+_main_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Worker:
     """One child process that holds one object, made there by `factory(*args)`; `call` runs its methods, one at a time.
 
     While no call is under way the child is blocked on a pipe and takes no processor time. Arguments and results are
-    pickled. What the child prints goes to `log`. A context manager: leaving it ends the child.
+    pickled, so functions and classes must be importable: nothing defined in the script that was started. What the child
+    prints is added to `log`. A context manager: leaving it ends the child.
     Every error is an IsolationError, or the RefineryError that was raised in the child.
     """
 
@@ -62,10 +68,26 @@ class Worker:
         context.set_forkserver_preload(list(PRELOAD))
         self._what, self._limits = what, limits
         self.peak_memory_bytes = 0
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(log or os.devnull)), daemon=True)
-        self._process.start()
-        theirs.close()
+        # Nothing is ever sent through it: the child ends when its other end does. See _end_with.
+        their_lifeline, self._lifeline = context.Pipe(duplex=False)
+        arguments = (theirs, their_lifeline, str(log or os.devnull))
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        try:
+            with _no_main_module():
+                self._process.start()
+        except (EOFError, ConnectionError) as error:
+            self._connection.close()
+            self._lifeline.close()
+            raise IsolationError(
+                f"{what}: no child process could be started ({type(error).__name__}). What stopped it was printed "
+                "above; often a broken installation of torch or onnxruntime, or too little memory."
+            ) from None
+        finally:
+            theirs.close()
+            their_lifeline.close()
         try:
             self._request(factory, args)
         except BaseException:
@@ -88,6 +110,7 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        self._lifeline.close()
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +122,11 @@ class Worker:
 
     def _request(self, function: Callable[..., Any] | str, args: tuple[Any, ...]) -> Any:
         try:
-            self._connection.send((function, args))
+            request = ForkingPickler.dumps((function, args))
+        except Exception as error:
+            raise IsolationError(f"{self._what}: its arguments cannot be sent to a child process: {error}") from error
+        try:
+            self._connection.send_bytes(request)
         except (BrokenPipeError, ConnectionResetError):
             raise self._died() from None
         ok, value, peak = self._wait()
@@ -116,10 +143,7 @@ class Worker:
         while True:
             ready = wait([self._connection, self._process.sentinel], timeout=POLL_SECONDS)
             if self._connection in ready:
-                try:
-                    return self._connection.recv()
-                except (EOFError, ConnectionResetError):
-                    raise self._died() from None
+                return self._receive()
             if ready:
                 raise self._died()
             if time.monotonic() > deadline:
@@ -138,6 +162,17 @@ class Worker:
                     f"{self._what}: stopped at {resident / 1e9:.2f} GB of memory, over its limit of "
                     f"{self._limits.memory_bytes / 1e9:.2f} GB. Raise REFINERY_STEP_MEMORY_GB if the machine has more."
                 )
+
+    def _receive(self) -> tuple[bool, Any, int]:
+        try:
+            data = self._connection.recv_bytes()
+        except (EOFError, OSError):  # OSError: it ended in the middle of its answer
+            raise self._died() from None
+        try:
+            answer: tuple[bool, Any, int] = pickle.loads(data)  # noqa: S301 - from our own child
+        except Exception as error:
+            raise IsolationError(f"{self._what}: its answer cannot be read: {_text(error)}") from error
+        return answer
 
     def _died(self) -> IsolationError:
         self._process.join(timeout=5)
@@ -165,9 +200,9 @@ class _Once:
         return self._function(*self._args)
 
 
-def _serve(connection: Connection, log: str) -> None:
+def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
     """The child's loop: an object first, then calls of its methods, until the pipe closes."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with(lifeline)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -176,10 +211,11 @@ def _serve(connection: Connection, log: str) -> None:
     held: Any = None
     while True:
         try:
-            function, args = connection.recv()
+            request = connection.recv_bytes()
         except (EOFError, OSError):
             return
         try:
+            function, args = pickle.loads(request)  # noqa: S301 - from our own parent
             if isinstance(function, str):
                 reply: Any = getattr(held, function)(*args)
             else:
@@ -200,15 +236,35 @@ def _serve(connection: Connection, log: str) -> None:
             return
 
 
-def _end_with_parent() -> None:
-    """Kill this process when the one that wanted it is gone.
+def _end_with(lifeline: Connection) -> None:
+    """Have the kernel kill this process when the one that wanted it is gone, and its end of the pipe with it.
 
-    PR_SET_PDEATHSIG would not do: the parent of a forked child is the server, and that lives as long as its children.
+    The kernel (fcntl(2), O_ASYNC), because no thread of ours would run while native code holds the interpreter.
+    PR_SET_PDEATHSIG is for when the server is killed. Alone it would not do: the server is the parent of all children,
+    and lives as long as any of them.
     """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if lifeline.poll():  # it was gone before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Start a child that does not run the parent's script again.
+
+    multiprocessing has every child import the parent's `__main__`: under the `dagster` command that is a second a child
+    (0.07 s without), and a script without `if __name__ == "__main__"` would start children of its own.
+    """
+    with _main_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _portable(error: BaseException) -> RefineryError | str:
@@ -221,6 +277,11 @@ def _portable(error: BaseException) -> RefineryError | str:
             return str(error)
     if isinstance(error, MemoryError):
         return "out of memory"
+    return _text(error)
+
+
+def _text(error: BaseException) -> str:
+    """The type and the first line; libraries put whole graphs into the others."""
     first = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first[0][:500]}"
 

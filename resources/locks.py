@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 #: One a machine, not one a project folder: two projects on one machine disturb each other's timing just the same.
@@ -28,30 +28,51 @@ def file_lock(
     Raises TimeoutError after `timeout_s`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # World-writable: whoever came first must not lock other users of the machine out.
-    previous = os.umask(0)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    finally:
-        os.umask(previous)
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
     started = time.monotonic()
     announced = False
+    descriptor = _open(path)
     try:
         while True:
             try:
                 fcntl.flock(descriptor, operation)
-                break
+                if _is_at(descriptor, path):
+                    break
+                # Whoever tidied up removed the file while we waited: others lock the one that is there now.
+                stale, descriptor = descriptor, _open(path)
+                os.close(stale)
+                continue
             except BlockingIOError:
-                if not announced and waiting is not None:
-                    waiting()
-                announced = True
-                if timeout_s is not None and time.monotonic() - started > timeout_s:
-                    raise TimeoutError(f"{path} is held by another process") from None
-                time.sleep(0.05)
+                pass
+            if not announced and waiting is not None:
+                waiting()
+            announced = True
+            if timeout_s is not None and time.monotonic() - started > timeout_s:
+                raise TimeoutError(f"{path} is held by another process")
+            time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """The file's descriptor; made if it is not there, and then for every user: who came first locks nobody out."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        # Without O_CREAT, which Linux refuses for another user's file in /tmp (proc_sys_fs(5), protected_regular).
+        return os.open(path, flags)
+    except FileNotFoundError:
+        descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+    with suppress(PermissionError):  # another user made it in the meantime, and did the same
+        os.fchmod(descriptor, 0o666)
+    return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def building(waiting: Callable[[], None] | None = None) -> AbstractContextManager[None]:

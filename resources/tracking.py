@@ -267,7 +267,9 @@ class Tracker:
         location = (
             None if not self._uri.startswith("sqlite:") else (self._folder / "artifacts" / model).resolve().as_uri()
         )
-        return str(client.create_experiment(model, artifact_location=location))
+        # Without the kind, the page opens on traces of language models and not on runs.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(model, artifact_location=location, tags=tags))
 
     def _log(self, run_id: str, parameters: dict[str, Any], metrics: dict[str, float]) -> None:
         from mlflow.entities import Metric, Param

@@ -188,5 +188,5 @@ def _write_engine(folder: Path, vocabulary: int, width: int, output: str, *, see
         folder / "model.onnx",
         save_as_external_data=external_data,
         location="model.onnx.data" if external_data else None,
-        size_threshold=0,
+        size_threshold=1024,
     )

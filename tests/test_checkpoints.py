@@ -183,8 +183,8 @@ def test_only_what_is_used_is_copied(own_checkpoint, store):
     folder = own_checkpoint()
     with_pooling(folder)
     used = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in ("checkpoint-500/config.json", "onnx/config.json", ".cache/x.json"):
-        (folder / name).parent.mkdir()
+    for name in ("checkpoint-500/config.json", "onnx/config.json", ".cache/x.json", "pytorch_model.bin.index.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     for name in ("model.fp16.safetensors", "pytorch_model.bin", "optimizer.pt", "training_args.bin", "modeling.py"):
         (folder / name).write_bytes(b"not used")

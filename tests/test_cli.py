@@ -101,8 +101,8 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
     command = [REFINERY, "serve", *options]
     server = subprocess.Popen(command, env=environment(empty), stdout=subprocess.PIPE, text=True)
     try:
-        line = server.stdout.readline()
-        assert f"127.0.0.1:{ports[1]}" in line
+        lines = [server.stdout.readline() for _ in range(2)]
+        assert f"127.0.0.1:{ports[1]}" in "".join(lines)
         code, out, err = refinery(empty, "query", "tiny", "hello", "--url", f"127.0.0.1:{ports[1]}")
         assert (code, err) == (0, "")
         assert "32 values:" in out

@@ -42,7 +42,7 @@ def test_graph_is_the_model(made_checkpoint, workspace, kind, task, inputs, outp
     assert all(case.max_relative_error < 1e-4 for case in graph.parity)
     model = onnx.load(workspace.store.folder(graph) / "model.onnx")
     axes = {item.name: [axis.dim_param for axis in item.type.tensor_type.shape.dim] for item in model.graph.input}
-    assert axes == dict.fromkeys(inputs, ["batch", "sequence"])
+    assert axes == {name: ["batch", "sequence"] for name in inputs}
 
     # Real text through the graph is what PyTorch alone answers to it.
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record

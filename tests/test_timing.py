@@ -1,6 +1,7 @@
 """Measuring in turns, with real child processes. No test here asserts how long anything takes."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ class FakeProbe:
     def __init__(self, name, milliseconds, log):
         self._name, self._seconds, self._log, self._count = name, milliseconds / 1000, log, 0
 
-    def prepare(self, texts, rows, tokens):
+    def prepare(self, *shape):
         self._count = 0
 
     def burst(self, warm, timed):
@@ -26,7 +27,7 @@ class FakeProbe:
             self._count += 1
             if number >= warm:
                 samples.append((time.perf_counter_ns() - started) / 1e6)
-        with open(self._log, "a") as log:
+        with Path(self._log).open("a") as log:
             log.write(self._name)
         return samples
 

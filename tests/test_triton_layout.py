@@ -1,6 +1,7 @@
 """Names, layout and configuration of a Triton repository: what is read from names and files alone."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from google.protobuf import text_format
@@ -196,7 +197,7 @@ def test_the_texts_of_a_proof_are_of_all_lengths():
     assert len(set(chosen)) == 64
     assert lengths[0] == 0
     assert lengths[-1] == 299
-    assert max(second - first for first, second in zip(lengths, lengths[1:], strict=False)) < 10
+    assert max(second - first for first, second in pairwise(lengths)) < 10
     assert choose_texts(["b", "a"]) in ([0, 1], [1, 0])
 
 

@@ -202,7 +202,7 @@ def small_disk(tmp_path):
     folder.mkdir()
 
     def mount(size_bytes, options=""):
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}{options}", "tmpfs", str(folder)]
+        command = ["/usr/bin/env", "mount", "-t", "tmpfs", "-o", f"size={size_bytes}{options}", "tmpfs", str(folder)]
         subprocess.run(command, check=True, capture_output=True)
 
     try:
@@ -210,7 +210,7 @@ def small_disk(tmp_path):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting a small file system needs root; test_a_limit_on_file_sizes needs none")
     yield folder, lambda size_bytes: mount(size_bytes, ",remount")
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["/usr/bin/env", "umount", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_nothing_half_made(small_disk, plans):

@@ -121,7 +121,7 @@ def test_plain_json_as_curl_sends_it(served, plans):
     request = urllib.request.Request(
         f"http://{served.http_address}/v2/models/tiny/infer", data=json.dumps(question).encode()
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310 - http, a few lines above
         outputs = json.load(response)["outputs"]
     assert outputs[0]["shape"] == [1, WIDTH]
     np.testing.assert_allclose(outputs[0]["data"], answers_of(plans[0], TEXTS[:1])[0], rtol=0, atol=1e-6)
@@ -296,12 +296,12 @@ def test_no_environment(published, triton_settings, tmp_path):
         pass
 
 
-def members(group):
-    """Processes of a process group."""
+def members(session):
+    """Processes of a server, by the session they run in."""
     found = []
     for process in psutil.process_iter():
         try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (ProcessLookupError, psutil.Error):
             continue
@@ -315,30 +315,59 @@ def test_the_server_listens_on_loopback_alone(served):
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert listening == {"127.0.0.1"}
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
 
-def test_the_server_goes_with_its_parent_however_that_ends(published, triton_settings, tmp_path):
+@pytest.mark.parametrize("hanging", [False, True], ids=["idle", "in the middle of a request that hangs"])
+def test_the_server_goes_with_its_caller_however_that_ends(repository, triton_settings, tmp_path, hanging):
+    if hanging:
+        model = repository / "tiny__r1__engine" / "1" / "model.py"
+        waiting = "    def execute(self, requests):\n        import time; time.sleep(600)\n"
+        model.write_text(model.read_text().replace("    def execute(self, requests):\n", waiting))
+        config = repository / "tiny__r1__engine" / CONFIG
+        config.write_text(config.read_text().split("model_warmup")[0])
     code = f"""
 import sys, time
 from pathlib import Path
+from resources.triton import launch
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
+launch.EXIT_SECONDS = 1
 settings = TritonSettings(environment=Path({str(triton_settings.environment)!r}))
-with EmbeddedServer(Path({str(published[0])!r}), settings, models=["tiny"], log=Path({str(tmp_path / "log")!r})) as s:
-    print(s.pid, flush=True)
+with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Path({str(tmp_path / "log")!r})) as s:
+    print(s.pid, s.grpc_address, flush=True)
     time.sleep(120)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    asking = threading.Thread(target=lambda: None)
     try:
-        assert parent.stdout is not None
-        group = int(parent.stdout.readline())
-        assert len(members(group)) == 3  # the server and a process for each Python model
-        parent.send_signal(signal.SIGKILL)
-        wait_until(lambda: not members(group))
+        assert caller.stdout is not None
+        session, address = caller.stdout.readline().split()
+        # The supervisor, the server, and a process for each Python model.
+        assert len(members(int(session))) == 4
+        if hanging:
+            asking = threading.Thread(target=ask_in_vain, args=(address,))
+            asking.start()
+            time.sleep(1)
+        caller.send_signal(signal.SIGKILL)
+        wait_until(lambda: not members(int(session)))
     finally:
-        parent.kill()
-        parent.wait()
+        caller.kill()
+        caller.wait()
+        asking.join(60) if asking.ident else None
+
+
+def ask_in_vain(address):
+    with TextClient(address) as client, pytest.raises(ServerError):
+        client.ask("tiny", OUTPUT, ["x"])
+
+
+def test_a_killed_server_takes_its_models_along(published, triton_settings, tmp_path):
+    with EmbeddedServer(published[0], triton_settings, models=["tiny"], log=tmp_path / "log") as server:
+        assert not server.ended()
+        next(process for process in members(server.pid) if process.name() == "tritonserver").kill()
+        wait_until(lambda: not members(server.pid))
+        assert server.ended()
 
 
 @contextmanager
@@ -417,7 +446,6 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
             draft.write_text("no configuration")
             draft.replace(pointer)
             wait_until(lambda: any("cannot load tiny" in line for line in said))
-            shutil.copytree(repository / "tiny__r1__engine", repository / "tiny__r8__engine")
             time.sleep(1)
             assert seen[-1] == 1
         finally:
@@ -433,17 +461,13 @@ def test_serving_ends_with_its_server(repository, triton_settings, tmp_path, mon
     monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.1)
     with (
         pytest.raises(ServerError, match="The embedded Triton ended by itself"),
-        serving(repository, triton_settings, tmp_path / "triton.log") as (address, said),
+        serving(repository, triton_settings, tmp_path / "triton.log") as (address, _),
     ):
         port = int(address.split(":")[1])
-        owner = next(
-            process
-            for process in psutil.Process().children(recursive=True)
-            if any(connection.laddr.port == port for connection in process.net_connections("inet"))
-        )
-        group = os.getpgid(owner.pid)
-        owner.send_signal(signal.SIGKILL)
-        wait_until(lambda: not members(group))
+        servers = [process for process in psutil.Process().children(recursive=True) if process.name() == "tritonserver"]
+        listening = [one for one in servers if any(c.laddr.port == port for c in one.net_connections("inet"))]
+        listening[0].kill()
+        time.sleep(0.5)
 
 
 def test_nothing_that_could_be_served(repository, triton_settings, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,9 +15,19 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def fingerprint(kind: str, **inputs: Any) -> str:
-    """Hex SHA-256 of the kind and its inputs; inputs are anything JSON can say, and their order does not matter."""
-    text = json.dumps({"kind": kind, **inputs}, sort_keys=True, default=str, ensure_ascii=False)
+    """Hex SHA-256 of the kind and its inputs; their order does not matter.
+
+    Inputs are what JSON can say, and dataclasses. Anything else is a TypeError: the text of a set or of an object is
+    another in every process, and nothing would ever be found again.
+    """
+    text = json.dumps({"kind": kind, **inputs}, sort_keys=True, default=_fields)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"{value!r} cannot be part of a fingerprint")
 
 
 @cache
@@ -25,14 +36,14 @@ def code_version(*modules: str) -> str:
 
     What produces an artifact is part of what it was made from: a corrected exporter must export again.
     """
-    digest = hashlib.sha256()
+    files = []
     for module in modules:
         path = _PACKAGE_ROOT.joinpath(*module.split("."))
-        sources = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        sources = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
         for source in sources:
-            digest.update(source.name.encode())
-            digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+            name = source.relative_to(_PACKAGE_ROOT).as_posix()
+            files.append((name, hashlib.sha256(source.read_bytes()).hexdigest()))
+    return digest_of_files(files)[:16]
 
 
 @cache

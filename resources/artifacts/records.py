@@ -9,11 +9,14 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+#: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
+_CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
 
 class StoredFile(BaseModel):
     """One file of an artifact."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     sha256: str
     size_bytes: int
 
@@ -21,7 +24,7 @@ class StoredFile(BaseModel):
 class Record(BaseModel):
     """What every record has. `digest` names everything that made the artifact; see resources.artifacts.fingerprint."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     kind: ClassVar[str]
     digest: str
     model: str
@@ -100,7 +103,7 @@ class EvaluationSet(Record):
 class ParityCase(BaseModel):
     """One comparison of the exported graph with PyTorch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     shape: str
     padded: bool
     max_relative_error: float = Field(description="Largest difference over the largest value of PyTorch's answer.")
@@ -160,7 +163,7 @@ class Engine(Record):
 class Latency(BaseModel):
     """Wall-clock milliseconds of one runner at one shape. Below 100 samples `p99_ms` is None."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     count: int
     mean_ms: float
     std_ms: float
@@ -174,7 +177,7 @@ class Latency(BaseModel):
 class ShapeTiming(BaseModel):
     """PyTorch and a candidate, measured in turns at one shape."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     shape: str
     baseline: Latency
     candidate: Latency
@@ -189,7 +192,7 @@ class ShapeTiming(BaseModel):
 class Disagreement(BaseModel):
     """One of the texts whose answers differ most from PyTorch's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     text: str
     score: float
 
@@ -197,7 +200,7 @@ class Disagreement(BaseModel):
 class Accuracy(BaseModel):
     """A candidate's answers against PyTorch's, by the task's own measure."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     metrics: dict[str, float]
     broken: str = Field(default="", description="Why the answers cannot be compared at all: NaN, wrong shape.")
     texts: int
@@ -228,7 +231,7 @@ class BenchmarkReport(Record):
 class CandidateVerdict(BaseModel):
     """Why a candidate won or lost."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
     engine: str
     score: float | None = Field(description="The objective's geometric mean over the shapes; higher is better.")
     eligible: bool

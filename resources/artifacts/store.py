@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -54,17 +54,14 @@ class ArtifactStore:
 
     def find(self, kind: type[R], digest: str) -> R | None:
         """The stored record, or None. An unreadable one (an older version's, say) counts as not there."""
-        try:
-            record = kind.model_validate_json((self._folder(kind.kind, digest) / RECORD_FILE).read_text())
-        except (FileNotFoundError, ValidationError):
-            return None
         folder = self._folder(kind.kind, digest)
-        for name, file in record.files.items():
-            path = folder / name
+        try:
+            record = kind.model_validate_json((folder / RECORD_FILE).read_bytes())
             # Sizes only: hashing gigabytes on every look would cost more than the work it saves.
-            if not path.is_file() or path.stat().st_size != file.size_bytes:
-                return None
-        return record
+            whole = all((folder / name).stat().st_size == file.size_bytes for name, file in record.files.items())
+        except (FileNotFoundError, NotADirectoryError, ValidationError):
+            return None
+        return record if whole and record.digest == digest else None  # folders are named by half of the digest
 
     def damaged(self, record: Record) -> list[str]:
         """Files of the artifact that are missing or not, byte for byte, what the record says."""
@@ -79,6 +76,7 @@ class ArtifactStore:
         """The artifact of that digest; `make` fills an empty folder and returns the record if it is not there.
 
         Two processes asking for the same one do the work once. If `make` raises, nothing is left behind.
+        Raises ArtifactError where the maker's files include one that is called as the store's own record.
         """
         found = self.find(kind, digest)
         if found is not None and found.reusable:
@@ -92,8 +90,14 @@ class ArtifactStore:
                 record = make(folder)
                 if record.build_seconds == 0.0:
                     record = record.model_copy(update={"build_seconds": time.monotonic() - started})
+                assert record.digest == digest, "a record under another digest than was asked for is never found"
                 record = record.with_files(folder)
-                (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1))
+                if RECORD_FILE in record.files:
+                    raise ArtifactError(
+                        f"{record.model}: one of its files is called {RECORD_FILE}, which the artifact store keeps for "
+                        "its own record. Rename or remove that file in the source."
+                    )
+                (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
                 self._put(folder, self.folder(record))
         return Made(record, reused=False)
 
@@ -102,14 +106,14 @@ class ArtifactStore:
         path = self.root / "current" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        draft.write_text(json.dumps({"kind": record.kind, "digest": record.digest}))
+        draft.write_text(json.dumps({"kind": record.kind, "digest": record.digest}), encoding="utf-8")
         draft.replace(path)
 
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         try:
-            digest = json.loads((self.root / "current" / f"{name}.json").read_text())["digest"]
-        except (FileNotFoundError, ValueError, KeyError):
+            digest = json.loads((self.root / "current" / f"{name}.json").read_text(encoding="utf-8"))["digest"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             digest = ""
         record = self.find(kind, digest) if digest else None
         if record is None:
@@ -137,11 +141,14 @@ class ArtifactStore:
 
     def _put(self, staged: Path, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.root / "staging" / uuid.uuid4().hex
         if place.exists():  # not reusable, or damaged: it goes aside whole, never file by file
-            place.rename(self.root / "staging" / uuid.uuid4().hex)
+            place.rename(aside)
         staged.rename(place)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _sweep(self, parent: Path) -> None:
         for entry in os.scandir(parent):
-            if time.time() - entry.stat().st_mtime > STALE_STAGING_SECONDS:
-                shutil.rmtree(entry.path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process was done with it
+                if time.time() - entry.stat().st_mtime > STALE_STAGING_SECONDS:
+                    shutil.rmtree(entry.path, ignore_errors=True)

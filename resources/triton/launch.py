@@ -15,14 +15,9 @@ from pathlib import Path
 from resources.errors import ServerError
 
 LOOPBACK = "127.0.0.1"
-#: Triton itself gives up waiting for open connections after this long.
+#: Triton itself gives up waiting for requests under way after this long.
 EXIT_SECONDS = 10
-#: Ends the server when its parent ends, however that is: PR_SET_PDEATHSIG survives exec. SIGTERM, so that the server
-#: takes its Python models along. The parent may have gone before the signal was asked for.
-_LAUNCHER = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
-)
+_SUPERVISOR = Path(__file__).with_name("supervise.py")
 
 
 @dataclass(frozen=True)
@@ -61,11 +56,11 @@ def _free_port(held: ExitStack) -> int:
 
 
 def command(
-    environment: Path, repository: Path, backends: Path, ports: Ports, models: Sequence[str], parent: int
+    environment: Path, repository: Path, backends: Path, ports: Ports, models: Sequence[str], caller: int
 ) -> list[str]:
-    """The command line of a server that holds the named models alone and ends with the process `parent`."""
+    """The command line of a server that holds the named models alone and ends with the process `caller`."""
     return [
-        *(sys.executable, "-I", "-c", _LAUNCHER, str(parent)),
+        *(sys.executable, "-I", str(_SUPERVISOR), str(caller), str(EXIT_SECONDS + 2)),
         str(_package(environment) / "tritonserver" / "bin" / "tritonserver"),
         f"--model-repository={repository}",
         f"--backend-directory={backends}",
@@ -98,8 +93,6 @@ def variables(environment: Path) -> dict[str, str]:
         "PATH": str(environment / "bin"),
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "VIRTUAL_ENV": str(environment),
-        # Releases are immutable, and a cache file would be a change.
-        "PYTHONDONTWRITEBYTECODE": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }
 

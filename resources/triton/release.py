@@ -158,8 +158,7 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
 
 def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
     """Everything in the tokenizer model's version folder."""
-    folder.mkdir(parents=True)
-    shutil.copyfile(_PYTHON_MODELS / "tokenizer_model.py", folder / "model.py")
+    _write_model(folder, "tokenizer")
     shutil.copyfile(_TOKENIZATION, folder / "tokenization.py")
     for name in _TOKENIZER_FILES:
         shutil.copyfile(plan.checkpoint_folder / name, folder / name)
@@ -178,9 +177,8 @@ def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
 
 def write_engine(plan: ReleasePlan, folder: Path) -> None:
     """Everything in the engine model's version folder."""
-    folder.mkdir(parents=True)
     if plan.flavour == "python":
-        shutil.copyfile(_PYTHON_MODELS / f"{plan.engine.runtime}_model.py", folder / "model.py")
+        _write_model(folder, plan.engine.runtime)
         target = folder
     else:
         # Triton's backend takes weights beside the graph only where both lie in a folder of the graph's name.
@@ -190,6 +188,14 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.engine_folder / name, place)
+
+
+def _write_model(folder: Path, name: str) -> None:
+    folder.mkdir(parents=True)
+    shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
+    # A file where Python wants to make a folder, because Triton's stub does not heed PYTHONDONTWRITEBYTECODE: a
+    # release never changes, and compiled modules would carry paths of the machine that first served it.
+    (folder / "__pycache__").touch()
 
 
 def list_files(root: Path, folders: list[str]) -> dict[str, StoredFile]:

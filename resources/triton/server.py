@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from resources.errors import ServerError
 from resources.triton.client import TextClient
 from resources.triton.environment import require_installed
-from resources.triton.launch import EXIT_SECONDS, LOOPBACK, Ports, assemble_backends, command, variables
+from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, variables
 from resources.triton.settings import TritonSettings
 from resources.triton.watch import Watcher
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 READY_SECONDS = 120.0
+#: More than the server is given to finish what it is at, see launch.EXIT_SECONDS.
+STOP_SECONDS = 20.0
 #: How often a serving process looks for a new release.
 WATCH_SECONDS = 1.0
 
@@ -65,6 +67,7 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
+        """The leader of the session that the server and its Python models run in."""
         assert self._process is not None
         return self._process.pid
 
@@ -122,17 +125,16 @@ class EmbeddedServer:
         raise ServerError(f"The embedded Triton was not ready within {READY_SECONDS:g} s:\n{self.last_words()}")
 
     def _stop(self) -> None:
-        """SIGTERM, and after a while SIGKILL to its whole group: its Python models are processes of their own."""
+        """SIGTERM; resources/triton/supervise.py sees to the rest."""
         process = self._process
         if process is None:
             return
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(EXIT_SECONDS + 5)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def serve_foreground(
@@ -174,7 +176,7 @@ def serve_foreground(
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """`kill` ends a `with` block as Ctrl-C does. No signals can be set outside the main thread: there it does nothing."""
+    """`kill` ends a `with` block as Ctrl-C does. Outside the main thread no signal can be set, and nothing is done."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del number, frame

@@ -7,6 +7,7 @@ that any Triton with a Python backend and numpy serves it.
 import sys
 from pathlib import Path
 
+sys.dont_write_bytecode = True  # a release never changes
 _HERE = str(Path(__file__).resolve().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)

@@ -17,9 +17,10 @@ from resources.errors import CatalogError
 from resources.tasks import TASKS, Gates
 
 #: Triton's folder names and Dagster's partition keys both have to take a model's name: no `/`, no `|`, no `...`, and
-#: nothing that looks like one of our own immutable parts (`minilm__r3__engine`).
+#: nothing that looks like one of our own immutable parts (`minilm__r3__engine`). No dot at the end: Dagster writes a
+#: range of partitions as `first...last`.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-RESERVED_NAME = re.compile(r"__r\d+__|\.\.\.")
+RESERVED_NAME = re.compile(r"__r\d+__|\.\.\.|\.$")
 SHAPE_PATTERN = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,4})")
 
 
@@ -37,7 +38,8 @@ class Shape(BaseModel):
             return text
         match = SHAPE_PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(f"{text!r} is not a shape; write batch x tokens, such as 8x128")
+            read = " (YAML reads 0x16 as the number 22)" if isinstance(text, int) else ""
+            raise ValueError(f"{text!r} is not a shape{read}; write batch x tokens, both from 1 up, such as 8x128")
         return cls(batch=int(match[1]), sequence=int(match[2]))
 
     def __str__(self) -> str:
@@ -53,7 +55,7 @@ Objective = Literal["p50", "p90", "memory", "size"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BenchmarkSettings(_Strict):
@@ -77,7 +79,7 @@ class ModelEntry(_Strict):
     objective: Objective = "p50"
     benchmark: BenchmarkSettings = BenchmarkSettings()
     engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
-        default=None, description="Only these engines compete; default: all."
+        default=None, min_length=1, description="Only these engines compete; default: all."
     )
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -99,7 +101,8 @@ class ModelEntry(_Strict):
         for shape in self.shapes:
             if shape.batch > self.max_batch_size:
                 raise ValueError(
-                    f"shapes: {shape} is a larger batch than max_batch_size ({self.max_batch_size}) serves"
+                    f"shapes: {shape} is a larger batch than is served (max_batch_size {self.max_batch_size}); raise "
+                    "max_batch_size, or list the shapes that matter without it"
                 )
         return self
 
@@ -142,7 +145,7 @@ def check_name(name: str) -> None:
     if not NAME_PATTERN.fullmatch(name) or RESERVED_NAME.search(name):
         raise ValueError(
             f"name: {name!r} cannot be used by Triton and Dagster; use up to 100 of A-Z a-z 0-9 . _ - beginning "
-            "with a letter or digit, without '...' and without '__r<number>__'"
+            "with a letter or digit, not ending with a dot, without '...' and without '__r<number>__'"
         )
 
 
@@ -156,8 +159,10 @@ def explain(error: ValidationError, prefix: str = "") -> str:
             message = "no such field; check its spelling"
         elif item["type"] == "missing":
             message = "is required"
-        else:
-            message += f" (given: {item['input']!r})" if not isinstance(item["input"], dict) else ""
+        elif item["type"] == "string_type":
+            message = f"must be text, and YAML reads it as {item['input']!r}; put it in quotes"
+        elif not isinstance(item["input"], dict):
+            message += f" (given: {item['input']!r})"
         lines.append(f"{field}: {message}" if field.strip(".") else message)
     return "; ".join(lines)
 
@@ -178,13 +183,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the field {key!r} is there twice", key_node.start_mark
-                )
-            seen.add(key)
+        for key, _ in node.value:
+            # Only plain keys: `<<` brings in another mapping, whose fields may be written anew.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the field {key.value!r} is there twice; remove one", key.start_mark
+                    )
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -193,19 +199,29 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise CatalogError(f"{path}{line}: {error.problem}") from None
+    # ValueError: what looks like a date or a number and is none, such as 2026-13-01; and text that is not UTF-8.
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise CatalogError(f"The models file {path} cannot be read: {error}") from None
     if not isinstance(data, dict) or set(data) != {"models"} or not isinstance(data["models"], list):
         raise CatalogError(f"{path}: the file must hold one field, 'models', with a list of models")
-    entries = (_parse_entry(item, path, number) for number, item in enumerate(data["models"], start=1))
-    return tuple(_anchored(entry, path.resolve().parent) for entry in entries)
+    entries = [_parse_entry(item, path, number) for number, item in enumerate(data["models"], start=1)]
+    return tuple(_anchored(entry, path) for entry in entries)
 
 
-def _anchored(entry: ModelEntry, folder: Path) -> ModelEntry:
+def _anchored(entry: ModelEntry, path: Path) -> ModelEntry:
     """The entry with a folder source made absolute: `./x` in a models file means beside that file."""
     if not entry.source.startswith((".", "~")):
         return entry
-    return entry.model_copy(update={"source": str((folder / Path(entry.source).expanduser()).resolve())})
+    try:
+        source = Path(entry.source).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise CatalogError(
+            f"{path}: model {entry.name!r}: source: {entry.source!r}: {error}; write the whole path"
+        ) from None
+    return entry.model_copy(update={"source": str((path.resolve().parent / source).resolve())})
 
 
 def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
@@ -217,12 +233,16 @@ def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
     models: dict[str, tuple[ModelEntry, Path]] = {}
     for file in files:
         for entry in _read(file):
-            if entry.name in models:
-                first = models[entry.name][1]
+            # Names become folders, and on some disks `M` and `m` are one.
+            key = entry.name.casefold()
+            if key in models:
+                known, first = models[key]
+                as_what = "" if known.name == entry.name else f" as {known.name!r}"
                 raise CatalogError(
-                    f"{file}: model {entry.name!r}: name: a model of that name is already in {first}; rename one"
+                    f"{file}: model {entry.name!r}: name: a model of that name is already in {first}{as_what}; "
+                    "rename one"
                 )
-            models[entry.name] = (entry, file)
+            models[key] = (entry, file)
     return Catalog(models=tuple(entry for entry, _ in models.values()))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Gates(BaseModel):
     """Thresholds a candidate must keep to be eligible. Every task has its own; the models file can change them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Task(ABC):
 
     @abstractmethod
     def misses(self, metrics: dict[str, float], gates: Gates) -> list[str]:
-        """The gates that the metrics miss, each as a sentence."""
+        """The gates that the metrics miss, each as a sentence. NaN misses every gate."""
 
     def broken(self, reference: np.ndarray, answers: np.ndarray) -> str:
         """Why the answers cannot be compared at all (wrong shape, NaN, infinity); empty where they can."""
@@ -83,8 +83,13 @@ class Task(ABC):
 
         if answers.shape != reference.shape:
             return f"answers of shape {answers.shape} where PyTorch gives {reference.shape}"
-        rows = int((~np.isfinite(answers)).any(axis=1).sum())
-        return f"NaN or infinity in the answers to {rows} of {len(answers)} texts" if rows else ""
+        if not reference.size:
+            return "no answers to compare"
+        for whose, values in (("the", answers), ("PyTorch's", reference)):
+            rows = int((~np.isfinite(values)).any(axis=1).sum())
+            if rows:
+                return f"NaN or infinity in {whose} answers to {rows} of {len(values)} texts"
+        return ""
 
     def verdict(self, reference: np.ndarray, answers: np.ndarray, gates: Gates) -> tuple[dict[str, float], list[str]]:
         """Metrics and missed gates. Answers that cannot be compared miss before anything else is looked at."""
@@ -95,11 +100,13 @@ class Task(ABC):
         return metrics, self.misses(metrics, gates)
 
 
-def load_pretrained(auto_class: Any, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
+def load_pretrained(
+    auto_class: Any, files: CheckpointFiles, *, unread: tuple[str, ...] = (), **load: Any
+) -> torch.nn.Module:
     """`from_pretrained` as fp32 in evaluation mode, refusing a checkpoint that lacks weights of the model.
 
-    transformers fills missing weights with random numbers and a warning; a pooler that the task never reads is the
-    one exception. Raises CheckpointError.
+    transformers fills missing weights with random numbers and a warning. `unread`: the beginnings of names of weights
+    that the task never reads, and that may be missing. Raises CheckpointError.
     """
     import torch
 
@@ -112,7 +119,7 @@ def load_pretrained(auto_class: Any, files: CheckpointFiles, **load: Any) -> tor
         raise CheckpointError(
             f"{files.name}: transformers cannot load it as {auto_class.__name__}: {first[:300]}"
         ) from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unread))
     if missing:
         raise CheckpointError(
             f"{files.name}: the checkpoint lacks {len(missing)} weights that {type(model).__name__} needs "

@@ -48,7 +48,13 @@ class ClassificationTask(Task):
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
         table = files.config.get("id2label") or {}
         count = int(files.config.get("num_labels") or len(table) or 2)
-        names = {int(index): str(label) for index, label in table.items()}
+        try:
+            names = {int(index): str(label) for index, label in table.items()}
+        except (ValueError, AttributeError):
+            raise files.refuse(
+                "config.json, id2label: its keys are not the numbers of the labels",
+                'Write it as {"0": "the first label", "1": ...}',
+            ) from None
         return tuple(names.get(index, f"LABEL_{index}") for index in range(count))
 
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
@@ -79,9 +85,9 @@ class ClassificationTask(Task):
     def misses(self, metrics: dict[str, float], gates: Gates) -> list[str]:
         assert isinstance(gates, ClassificationGates)
         found = []
-        if metrics["label_agreement"] < gates.label_agreement:
+        if not metrics["label_agreement"] >= gates.label_agreement:
             found.append(f"label_agreement {metrics['label_agreement']:.4f} is below {gates.label_agreement:g}")
-        if metrics["probability_error"] > gates.probability_error:
+        if not metrics["probability_error"] <= gates.probability_error:
             found.append(f"probability_error {metrics['probability_error']:.4f} is above {gates.probability_error:g}")
         return found
 

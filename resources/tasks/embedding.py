@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ from resources.tasks.base import CheckpointFiles, Gates, Task, load_pretrained
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+T = TypeVar("T")
 
 #: The flags of sentence-transformers' `1_Pooling/config.json`, in the order in which it concatenates their results.
 _POOLING_FLAGS = {
@@ -44,29 +46,65 @@ def read_pooling(files: CheckpointFiles) -> Pooling:
 
     Raises CheckpointError for modules and modes that are not served.
     """
-    modules = files.folder / "modules.json"
-    if not modules.is_file():
+    if not (files.folder / "modules.json").is_file():
         return Pooling()
     pooling, normalize = Pooling(), False
-    for module in json.loads(modules.read_text(encoding="utf-8")):
-        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            pooling = _read_modes(files, Path(module.get("path", "")) / "config.json")
-        elif kind == "Normalize":
-            normalize = True
-        elif kind != "Transformer":
+    for module in _read_json(files, "modules.json", list):
+        package, _, kind = str(module.get("type", "")).rpartition(".")
+        if not package.startswith("sentence_transformers.") or kind not in ("Transformer", "Pooling", "Normalize"):
             raise files.refuse(
-                f"modules.json names a {kind} module, and only Transformer, Pooling and Normalize are served",
+                f"modules.json names a module {module.get('type')}, and only sentence-transformers' own Transformer, "
+                "Pooling and Normalize are served",
                 "Use a checkpoint without it",
             )
+        if kind == "Pooling":
+            pooling = _read_modes(files, (Path(module.get("path", "")) / "config.json").as_posix())
+        normalize = normalize or kind == "Normalize"
     return Pooling(pooling.modes, normalize)
 
 
-def _read_modes(files: CheckpointFiles, path: Path) -> Pooling:
+def _refuse_prompts(files: CheckpointFiles) -> None:
+    """Raise CheckpointError where sentence-transformers would change the text before its tokenizer sees it."""
+    name = "config_sentence_transformers.json"
+    config = _read_json(files, name, dict) if (files.folder / name).is_file() else {}
+    default = config.get("default_prompt_name")
+    if default and (config.get("prompts") or {}).get(default):
+        raise files.refuse(
+            f"{name} puts the prompt {default!r} before every text, which is not served",
+            "Set its default_prompt_name to null, and let the caller write the prompt before the text",
+        )
+    name = "sentence_bert_config.json"
+    config = _read_json(files, name, dict) if (files.folder / name).is_file() else {}
+    if config.get("do_lower_case") and not _lowers(files):
+        raise files.refuse(
+            f"{name} turns every text into lower case (do_lower_case) before the tokenizer, which is not served",
+            "Set do_lower_case to false there, and let the tokenizer do it (tokenizer.json, normalizer) or the caller",
+        )
+
+
+def _lowers(files: CheckpointFiles) -> bool:
+    """Whether the tokenizer turns text into lower case by itself."""
+    name = "tokenizer_config.json"
+    return bool((files.folder / name).is_file() and _read_json(files, name, dict).get("do_lower_case"))
+
+
+def _read_json(files: CheckpointFiles, name: str, kind: type[T]) -> T:
     try:
-        config = json.loads((files.folder / path).read_text(encoding="utf-8"))
+        data = json.loads((files.folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise files.refuse(f"{path} cannot be read ({error})", "Copy the checkpoint again, whole") from None
+        raise files.refuse(f"{name} cannot be read ({error})", "Copy the checkpoint again, whole") from None
+    if not isinstance(data, kind):
+        raise files.refuse(f"{name} holds no JSON {kind.__name__}", "Copy the checkpoint again, whole")
+    return data
+
+
+def _read_modes(files: CheckpointFiles, path: str) -> Pooling:
+    config = _read_json(files, path, dict)
+    if config.get("include_prompt") is False:
+        raise files.refuse(
+            f"{path} leaves the prompt out of the pooling (include_prompt), which is not served",
+            "Use a checkpoint that pools over all of the text",
+        )
     if "pooling_mode" in config:  # sentence-transformers 5 and later
         named = config["pooling_mode"]
         modes = tuple([named] if isinstance(named, str) else named)
@@ -99,6 +137,7 @@ class EmbeddingTask(Task):
                 "Use an encoder checkpoint (BERT, RoBERTa, MPNet, ModernBERT, ...)",
             )
         read_pooling(files)
+        _refuse_prompts(files)
 
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
         del files
@@ -107,7 +146,8 @@ class EmbeddingTask(Task):
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
         from transformers import AutoModel
 
-        return _embedder(load_pretrained(AutoModel, files, **load), read_pooling(files))
+        # Most checkpoints for sentences were saved without BERT's pooler, which only BERT's own heads read.
+        return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), read_pooling(files))
 
     def scores(self, reference: np.ndarray, answers: np.ndarray) -> np.ndarray:
         import numpy as np
@@ -137,9 +177,9 @@ class EmbeddingTask(Task):
         found = [
             f"{name} {metrics[name]:.5f} is below {limit:g}"
             for name, limit in (("cosine_mean", gates.cosine_mean), ("cosine_worst", gates.cosine_worst))
-            if metrics[name] < limit
+            if not metrics[name] >= limit
         ]
-        if metrics["norm_error"] > gates.norm_error:
+        if not metrics["norm_error"] <= gates.norm_error:
             found.append(f"norm_error {metrics['norm_error']:.5f} is above {gates.norm_error:g}")
         return found
 

@@ -64,7 +64,10 @@ class TextEncoder:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def tokens(self, texts: Sequence[str]) -> list[Any]:
-        """One `tokenizers.Encoding` a text, in parallel threads, truncated, not padded."""
+        """One `tokenizers.Encoding` a text, in parallel threads, truncated, not padded.
+
+        Raises TypeError for what cannot be written as UTF-8, such as half of a surrogate pair.
+        """
         return list(self._tokenizer.encode_batch(list(texts)))
 
     def bucket(self, tokens: int) -> int:
@@ -90,4 +93,4 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """The arrays of one request: its rows padded to the bucket of its longest."""
         encodings = self.tokens(texts)
-        return self.pad(encodings, self.bucket(max(len(encoding.ids) for encoding in encodings)))
+        return self.pad(encodings, self.bucket(max((len(encoding.ids) for encoding in encodings), default=0)))

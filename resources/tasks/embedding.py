@@ -58,7 +58,7 @@ def read_pooling(files: CheckpointFiles) -> Pooling:
                 "Use a checkpoint without it",
             )
         if kind == "Pooling":
-            pooling = _read_modes(files, (Path(module.get("path", "")) / "config.json").as_posix())
+            pooling = _read_modes(files, (Path(module.get("path") or "") / "config.json").as_posix())
         normalize = normalize or kind == "Normalize"
     return Pooling(pooling.modes, normalize)
 
@@ -107,7 +107,7 @@ def _read_modes(files: CheckpointFiles, path: str) -> Pooling:
         )
     if "pooling_mode" in config:  # sentence-transformers 5 and later
         named = config["pooling_mode"]
-        modes = tuple([named] if isinstance(named, str) else named)
+        modes = tuple(map(str, named)) if isinstance(named, list) else (str(named),)
     else:
         modes = tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag))
         modes += tuple(

@@ -61,7 +61,7 @@ class _Strict(BaseModel):
 class BenchmarkSettings(_Strict):
     """How long and with what each candidate is timed."""
 
-    seconds: float = Field(default=45.0, gt=0, le=3600, description="Upper bound for one candidate, all shapes.")
+    seconds: float = Field(default=45.0, gt=0, le=3600, description="Upper bound for one candidate: accuracy and all shapes.")
     threads: int | None = Field(
         default=None, ge=1, le=512, description="For PyTorch and every engine alike; default: all cores."
     )
@@ -159,6 +159,10 @@ def explain(error: ValidationError, prefix: str = "") -> str:
             message = "no such field; check its spelling"
         elif item["type"] == "missing":
             message = "is required"
+        elif item["type"] == "tuple_type":
+            message = f"must be a list, in brackets or one item a line (given: {item['input']!r})"
+        elif item["type"] in ("model_type", "dict_type"):
+            message = f"must be fields with values, in braces or one a line (given: {item['input']!r})"
         elif item["type"] == "string_type":
             message = f"must be text, and YAML reads it as {item['input']!r}; put it in quotes"
         elif not isinstance(item["input"], dict):

@@ -8,9 +8,12 @@ import time
 
 import pytest
 
-from resources.artifacts.fingerprint import code_version, fingerprint
-from resources.artifacts.records import Engine
-from resources.artifacts.store import ArtifactStore
+from resources.artifacts import fingerprint as fingerprints
+from resources.artifacts.fingerprint import code_version, digest_of_files, fingerprint, library_versions
+from resources.artifacts.records import Accuracy, BenchmarkReport, Engine, Record
+from resources.artifacts.store import STALE_STAGING_SECONDS, ArtifactStore
+from resources.catalog import Shape
+from resources.engines import ENGINES
 from resources.errors import ArtifactError
 
 
@@ -65,18 +68,107 @@ def test_failed_making_leaves_nothing(store):
     assert list((store.root / "staging").iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["remove", "truncate", "record"])
+def remove_file(folder):
+    (folder / "sub" / "model.onnx").unlink()
+
+
+def truncate_file(folder):
+    (folder / "sub" / "model.onnx").write_text("hell")
+
+
+def file_for_folder(folder):
+    remove_file(folder)
+    (folder / "sub").rmdir()
+    (folder / "sub").write_text("hello")
+
+
+def older_record(folder):
+    (folder / "record.json").write_text('{"digest": "x", "no_such_field": 1}')
+
+
+def garbled_record(folder):
+    (folder / "record.json").write_bytes(b"\xff\xfe")
+
+
+def no_record(folder):
+    (folder / "record.json").unlink()
+
+
+def foreign_record(folder):
+    (folder / "record.json").write_text(engine("a" * 32 + "b" * 32).model_dump_json())
+
+
+@pytest.mark.parametrize(
+    "damage", [remove_file, truncate_file, file_for_folder, older_record, garbled_record, no_record, foreign_record]
+)
 def test_damaged_artifacts_are_made_again(store, damage):
     record = store.get_or_make(Engine, "a" * 64, writer()).record
-    path = store.folder(record) / "sub" / "model.onnx"
-    if damage == "remove":
-        path.unlink()
-    elif damage == "truncate":
-        path.write_text("hell")
-    else:
-        (store.folder(record) / "record.json").write_text("{}")
+    damage(store.folder(record))
+    assert store.find(Engine, "a" * 64) is None
     assert not store.get_or_make(Engine, "a" * 64, writer()).reused
-    assert path.read_text() == "hello"
+    assert (store.folder(record) / "sub" / "model.onnx").read_text() == "hello"
+    assert store.get_or_make(Engine, "a" * 64, never).reused
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def test_damage_stays_where_it_is_until_there_is_something_better(store):
+    record = store.get_or_make(Engine, "a" * 64, writer()).record
+    truncate_file(store.folder(record))
+
+    def fail(folder):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        store.get_or_make(Engine, "a" * 64, fail)
+    assert (store.folder(record) / "sub" / "model.onnx").read_text() == "hell"
+
+
+def test_records_with_numbers_that_are_none_can_be_read_again(store):
+    """NaN is what a broken engine answers: exactly the record somebody will want to read."""
+    report = BenchmarkReport(
+        digest="a" * 64,
+        model="m",
+        engine="e",
+        engine_digest="b" * 64,
+        evaluation_digest="c" * 64,
+        target="cpu",
+        status="measured",
+        accuracy=Accuracy(metrics={"cosine_mean": float("nan"), "norm_error": float("inf")}, texts=3),
+    )
+    store.get_or_make(BenchmarkReport, report.digest, lambda folder: report)
+    found = store.find(BenchmarkReport, report.digest)
+    assert repr(found.accuracy) == repr(report.accuracy)
+
+
+def test_text_of_any_language_survives(store):
+    named = engine(reason="zu wenig Speicher, 内存不足 🙂")
+    store.get_or_make(Engine, "a" * 64, lambda folder: named)
+    assert store.find(Engine, "a" * 64).reason == named.reason
+
+
+def test_a_file_called_as_the_record_is_refused(store):
+    def make(folder):
+        (folder / "record.json").write_text("{}")
+        return engine()
+
+    with pytest.raises(ArtifactError, match=r"m: one of its files is called record\.json.*Rename"):
+        store.get_or_make(Engine, "a" * 64, make)
+    assert store.find(Engine, "a" * 64) is None
+
+
+def test_a_record_under_another_digest_is_a_defect(store):
+    with pytest.raises(AssertionError, match="never found"):
+        store.get_or_make(Engine, "b" * 64, lambda folder: engine("a" * 64))
+
+
+def test_what_a_killed_writer_left_is_swept_when_nobody_can_want_it(store):
+    staging = store.root / "staging"
+    for name, age in (("old", STALE_STAGING_SECONDS + 60), ("young", 60)):
+        (staging / name / "sub").mkdir(parents=True)
+        (staging / name / "sub" / "file").write_text("x")
+        os.utime(staging / name, (time.time() - age,) * 2)
+    with store.staging() as folder:
+        assert sorted(path.name for path in staging.iterdir()) == sorted([folder.name, "young"])
 
 
 def test_changed_bytes_of_the_same_length_are_named(store):
@@ -101,6 +193,14 @@ def test_current_names_the_newest(store):
     for digest in ("a" * 64, "b" * 64):
         store.point("engines/cpu/e/m", store.get_or_make(Engine, digest, writer(record=engine(digest))).record)
     assert store.current(Engine, "engines/cpu/e/m").digest == "b" * 64
+
+
+@pytest.mark.parametrize("text", ["", "[]", '"x"', "{}", '{"digest": "' + "f" * 64 + '"}'])
+def test_unreadable_pointers_count_as_not_made(store, text):
+    store.point("checkpoint/m", engine())
+    (store.root / "current" / "checkpoint" / "m.json").write_text(text)
+    with pytest.raises(ArtifactError, match="checkpoint/m has not been made yet"):
+        store.current(Engine, "checkpoint/m")
 
 
 MAKER = """
@@ -139,6 +239,7 @@ def test_a_killed_maker_leaves_no_artifact_and_no_lock(store, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
+    assert [path.name for path in next((store.root / "staging").iterdir()).iterdir()] == ["model.onnx"]
     assert store.find(Engine, "a" * 64) is None
     assert not store.get_or_make(Engine, "a" * 64, writer()).reused
 
@@ -146,6 +247,44 @@ def test_a_killed_maker_leaves_no_artifact_and_no_lock(store, tmp_path):
 def test_fingerprints_do_not_depend_on_order_and_do_on_everything_else():
     assert fingerprint("k", a=1, b=[2]) == fingerprint("k", b=[2], a=1)
     assert len({fingerprint("k", a=1), fingerprint("k", a=2), fingerprint("l", a=1), fingerprint("k", a="1")}) == 4
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), Shape(batch=1, sequence=8), int])
+def test_what_reads_differently_in_every_process_is_no_part_of_a_fingerprint(value):
+    with pytest.raises(TypeError, match="cannot be part of a fingerprint"):
+        fingerprint("k", value=value)
+
+
+def test_dataclasses_count_by_their_fields():
+    assert len({fingerprint("engine", spec=spec) for spec in ENGINES}) == len(ENGINES)
+    # Names of files may be any bytes.
+    assert fingerprint("k", name="\udcff") != fingerprint("k", name="\udcfe")
+
+
+def test_files_count_by_name_and_content_whatever_their_order():
+    assert digest_of_files([("a", "1"), ("b", "2")]) == digest_of_files(iter([("b", "2"), ("a", "1")]))
+    assert digest_of_files([("a", "1"), ("b", "2")]) != digest_of_files([("a", "2"), ("b", "1")])
+
+
+def test_library_versions_name_what_is_not_there():
+    assert library_versions("pytest", "no-such-package") == {"pytest": pytest.__version__, "no-such-package": "absent"}
+
+
+@pytest.mark.parametrize("changed", ["room/one.py", "room/inner/two.py"])
+def test_code_versions_change_with_any_file_of_a_package(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(fingerprints, "_PACKAGE_ROOT", tmp_path)
+    (tmp_path / "room" / "inner").mkdir(parents=True)
+    for name in ("room/one.py", "room/inner/two.py"):
+        (tmp_path / name).write_text("x = 1")
+    before = code_version.__wrapped__("room")
+    assert code_version.__wrapped__("room") == before
+    (tmp_path / changed).write_text("x = 2")
+    assert code_version.__wrapped__("room") != before
+
+
+def test_every_kind_of_record_has_a_name_of_its_own():
+    kinds = [kind.kind for kind in Record.__subclasses__()]
+    assert len(kinds) == len(set(kinds)) >= 6
 
 
 def test_code_versions_follow_the_source():

@@ -1,8 +1,9 @@
 """The models file: every mistake is named with its file, model, field and remedy, before any work begins."""
 
 import pytest
+from pydantic import ValidationError
 
-from resources.catalog import DEFAULT_SHAPES, ModelEntry, load_catalog, write_entry
+from resources.catalog import DEFAULT_SHAPES, BenchmarkSettings, ModelEntry, check_name, load_catalog, write_entry
 from resources.errors import CatalogError
 
 MODEL = "  - name: m\n    source: org/model\n    task: embedding\n"
@@ -72,7 +73,37 @@ def test_every_field_can_be_given(tmp_path):
         ("models: 3\n", ["'models'", "list"]),
         ("model: []\n", ["'models'"]),
         ("", ["'models'"]),
-        ("models: [\n", ["cannot be read"]),
+        ("models: [\n", ["models.yaml, line 2: "]),
+        ("models:\n" + MODEL + "\tshapes: [1x8]\n", ["models.yaml, line 5: ", "'\\t'"]),
+        ("models:\n" + MODEL + "    ? [a]\n    : b\n", ["models.yaml, line 5: ", "unhashable"]),
+        ("models:\n  - name: 2026-13-01\n", ["cannot be read", "month"]),
+        ("models:\n" + MODEL + "    benchmark: {threads: 1, threads: 2}\n", ["line 5", "'threads'", "twice"]),
+        ("models: []\nmodels: []\n", ["line 2", "'models'", "twice"]),
+        ("models:\n" + MODEL + "    source: !!python/object:os.system x\n", ["line 5", "twice"]),
+        ("models:\n" + MODEL.replace("org/model", "!!python/object:os.system x"), ["line 3", "constructor"]),
+        ("models:\n" + MODEL.replace("name: m", "name: no"), ["name: must be text", "False", "in quotes"]),
+        ("models:\n" + MODEL.replace("name: m", "name: 1.50"), ["name: must be text", "1.5", "in quotes"]),
+        ("models:\n" + MODEL.replace("name: m", "name: m."), ["name: 'm.'", "ending with a dot"]),
+        ("models:\n" + MODEL.replace("name: m", "name: ''"), ["name: ''"]),
+        ("models:\n" + MODEL + MODEL.replace("name: m", "name: M"), ["model 'M'", "already in", "as 'm'"]),
+        ("models:\n" + MODEL.replace("org/model", "''"), ["model 'm'", "source"]),
+        ("models:\n" + MODEL.replace("org/model", "~no-such-user-here/x"), ["model 'm'", "source", "whole path"]),
+        ("models:\n" + MODEL + "    shapes: [0x16]\n", ["shapes.0", "YAML reads 0x16 as the number 22", "8x128"]),
+        ("models:\n" + MODEL + "    shapes: [8X128]\n", ["shapes.0", "'8X128' is not a shape"]),
+        ("models:\n" + MODEL + "    shapes: 8x128\n", ["shapes: must be a list", "'8x128'"]),
+        ("models:\n" + MODEL + "    max_batch_size: 8\n", ["32x128", "max_batch_size 8", "list the shapes"]),
+        ("models:\n" + MODEL + "    max_batch_size: true\n", ["max_batch_size", "integer"]),
+        ("models:\n" + MODEL + "    gates: {cosine_mean: '0.9'}\n", ["gates.cosine_mean", "number"]),
+        ("models:\n" + MODEL + "    gates: {cosine_mean: .nan}\n", ["gates.cosine_mean", "finite"]),
+        ("models:\n" + MODEL + "    gates: {norm_error: .inf}\n", ["gates.norm_error", "finite"]),
+        ("models:\n" + MODEL + "    gates: {norm_error: -1}\n", ["gates.norm_error", "greater"]),
+        ("models:\n" + MODEL + "    benchmark: {seconds: .inf}\n", ["benchmark.seconds"]),
+        ("models:\n" + MODEL + "    benchmark: {second: 1}\n", ["benchmark.second: no such field"]),
+        ("models:\n" + MODEL + "    engines: []\n", ["engines", "at least 1"]),
+        ("models:\n" + MODEL + "    engines: onnxruntime_fp32\n", ["engines: must be a list"]),
+        ("models:\n" + MODEL + "    gates: 0.9\n", ["gates: must be fields with values", "0.9"]),
+        ("models:\n" + MODEL + "    benchmark: 45\n", ["benchmark: must be fields with values", "45"]),
+        ("models:\n" + MODEL + "    extra: {a: 1}\n    shapes: [x]\n", ["extra: no such field", "shapes.0"]),
         ("models:\n  - just a name\n", ["model number 1", "mapping"]),
     ],
 )
@@ -81,6 +112,83 @@ def test_mistakes_are_named(tmp_path, text, parts):
         load(tmp_path, text)
     for part in [*parts, "models.yaml"]:
         assert part in str(caught.value)
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_bytes(b"models: \xff\n")
+    with pytest.raises(CatalogError, match=r"models\.yaml cannot be read: 'utf-8'"):
+        load_catalog(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fine"),
+    [
+        ("all-MiniLM-L6-v2.1_final", True),
+        ("m__r3", True),
+        ("0", True),
+        ("a" * 100, True),
+        ("a" * 101, False),
+        ("-m", False),
+        (".m", False),
+        ("m\n", False),
+        ("mödel", False),
+        ("a b", False),
+        ("a..b", True),
+        ("x__r12__y", False),
+    ],
+)
+def test_names(name, fine):
+    if fine:
+        check_name(name)
+    else:
+        with pytest.raises(ValueError, match="name: "):
+            check_name(name)
+
+
+def test_settings_can_be_shared_by_yaml_merging(tmp_path):
+    text = "models:\n" + MODEL + "    gates: &strict {cosine_mean: 0.999, cosine_worst: 0.99}\n"
+    second = MODEL.replace("name: m", "name: n") + "    gates: {<<: *strict, cosine_worst: 0.995}\n"
+    assert load(tmp_path, text + second).get("n").gates == {"cosine_mean": 0.999, "cosine_worst": 0.995}
+
+
+def test_whole_numbers_are_numbers(tmp_path):
+    entry = load(tmp_path, "models:\n" + MODEL + "    gates: {cosine_mean: 1}\n    benchmark: {seconds: 7}\n").get("m")
+    assert entry.accuracy_gates().model_dump()["cosine_mean"] == 1.0
+    assert entry.benchmark == BenchmarkSettings(seconds=7.0)
+
+
+def test_no_models_is_a_catalog_too(tmp_path):
+    catalog = load(tmp_path, "models: []\n")
+    with pytest.raises(CatalogError, match=r"no model named 'n' in the catalog \(there: none\)"):
+        catalog.get("n")
+
+
+def test_entries_made_in_python_are_checked_alike():
+    with pytest.raises(ValidationError, match="gates.no_such: no such field"):
+        ModelEntry(name="m", source="a/b", task="embedding", gates={"no_such": 1.0})
+
+
+@pytest.mark.parametrize("name", ["no", "007", "1e3", "0x16", "8x128", "2026-01-01", "null", "m-1.0"])
+def test_written_entries_are_read_as_they_were(tmp_path, name):
+    entry = ModelEntry.model_validate(
+        {
+            "name": name,
+            "source": "/a folder/mit Umlaut ä: [x] # no comment",
+            "task": "classification",
+            "shapes": ["1x8", "1x16"],
+            "max_batch_size": 1,
+            "gates": {"label_agreement": 1.0},
+            "objective": "p90",
+            "benchmark": {"seconds": 0.5},
+            "engines": ["onnxruntime_int8", "onnxruntime_fp32"],
+            "allow_pickle": True,
+        }
+    )
+    path = write_entry(entry, tmp_path)
+    assert path.name == f"{name}.yaml"
+    assert load_catalog(path).models == (entry,)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_no_such_file(tmp_path):

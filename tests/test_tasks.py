@@ -12,6 +12,9 @@ from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.embedding import Pooling, read_pooling
 from tests.checkpoints import edit_json
 
+EMBEDDING = TASKS["embedding"]
+CLASSES = TASKS["classification"]
+
 
 def files_of(folder, name="m"):
     return CheckpointFiles(name, folder, json.loads((folder / "config.json").read_text()), frozenset())
@@ -44,7 +47,7 @@ def test_real_checkpoint_embeds_as_sentence_transformers_does(minilm):
 
     texts = [text for text in load_texts() if len(text) < 200][:24]
     expected = SentenceTransformer(str(minilm), device="cpu").encode(texts, batch_size=24)
-    found = run(TASKS["embedding"].module(files_of(minilm)), minilm, texts)
+    found = run(EMBEDDING.module(files_of(minilm)), minilm, texts)
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
@@ -63,9 +66,24 @@ def test_pooling_is_sentence_transformers_own(own_checkpoint, pooling, normalize
     folder = with_pooling(own_checkpoint(), pooling, normalize)
     texts = ["short", "a longer text with several words in it", ""]
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
-    found = run(TASKS["embedding"].module(files_of(folder)), folder, texts)
+    found = run(EMBEDDING.module(files_of(folder)), folder, texts)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("modes", ["cls", ["mean", "cls"], ["max", "mean"]])
+def test_what_sentence_transformers_writes_today_is_read_as_it_reads_it(own_checkpoint, tmp_path, modes):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    transformer = Transformer(str(own_checkpoint()))
+    model = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode=modes), Normalize()], device="cpu")
+    folder = tmp_path / "saved"
+    model.save(str(folder))
+    texts = ["short", "a longer text with several words in it"]
+    EMBEDDING.check(files_of(folder))
+    found = run(EMBEDDING.module(files_of(folder)), folder, texts)
+    np.testing.assert_allclose(found, model.encode(texts), rtol=1e-4, atol=1e-5)
 
 
 def test_pooling_without_a_configuration_is_the_mean(own_checkpoint):
@@ -78,19 +96,88 @@ def test_newer_configurations_name_the_mode(own_checkpoint, field):
     assert read_pooling(files_of(folder)).modes == (field,)
 
 
-@pytest.mark.parametrize("pooling", [{"pooling_mode_lasttoken": True}, {"pooling_mode": "weightedmean"}, {}])
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"pooling_mode_lasttoken": True},
+        {"pooling_mode_mean_tokens": True, "pooling_mode_weightedmean_tokens": True},
+        {"pooling_mode": "weightedmean"},
+        {"pooling_mode": ["mean", "lasttoken"]},
+        {"pooling_mode": None},
+        {},
+    ],
+)
 def test_other_pooling_is_refused(own_checkpoint, pooling):
     with pytest.raises(CheckpointError, match="only mean, cls and max are served"):
         read_pooling(files_of(with_pooling(own_checkpoint(), pooling)))
 
 
-def test_dense_layer_is_refused(own_checkpoint):
-    folder = with_pooling(own_checkpoint(), {"pooling_mode_mean_tokens": True})
+MEAN = {"pooling_mode_mean_tokens": True}
+
+
+@pytest.mark.parametrize("kind", ["sentence_transformers.models.Dense", "custom_st.Transformer", "Transformer", None])
+def test_modules_of_other_kinds_are_refused(own_checkpoint, kind):
+    folder = with_pooling(own_checkpoint(), MEAN)
     modules = json.loads((folder / "modules.json").read_text())
-    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    modules.append({"idx": 2, "name": "2", "path": "2_Other", "type": kind})
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(CheckpointError, match="Dense"):
-        TASKS["embedding"].check(files_of(folder))
+    with pytest.raises(CheckpointError, match=f"m: modules.json names a module {kind}, and only"):
+        EMBEDDING.check(files_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("modules.json", "{", "modules.json cannot be read.*Copy the checkpoint again"),
+        ("modules.json", "{}", "modules.json holds no JSON list"),
+        ("1_Pooling/config.json", "[]", "1_Pooling/config.json holds no JSON dict"),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": false}', "include_prompt"),
+        (
+            "config_sentence_transformers.json",
+            '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}',
+            "puts the prompt 'query' before every text",
+        ),
+        ("sentence_bert_config.json", '{"max_seq_length": 64, "do_lower_case": true}', "do_lower_case"),
+    ],
+)
+def test_configurations_that_are_not_served_are_refused(own_checkpoint, name, text, message):
+    folder = with_pooling(own_checkpoint(), MEAN)
+    EMBEDDING.check(files_of(folder))
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match=f"^m: .*{message}"):
+        EMBEDDING.check(files_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config_sentence_transformers.json", '{"prompts": {"query": "query: "}, "default_prompt_name": null}'),
+        ("config_sentence_transformers.json", '{"prompts": {"document": ""}, "default_prompt_name": "document"}'),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": true}'),
+    ],
+)
+def test_prompts_that_change_nothing_are_no_obstacle(own_checkpoint, name, text):
+    folder = with_pooling(own_checkpoint(), MEAN)
+    (folder / name).write_text(text)
+    EMBEDDING.check(files_of(folder))
+
+
+def test_a_tokenizer_that_lowers_by_itself_needs_nobody_else_to(own_checkpoint):
+    folder = with_pooling(own_checkpoint(), MEAN)
+    (folder / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    edit_json(folder / "tokenizer_config.json", do_lower_case=True)
+    EMBEDDING.check(files_of(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"architectures": ["GPT2LMHeadModel"]}, {"architectures": ["LlamaForCausalLM"]}, {"is_encoder_decoder": True}],
+)
+def test_decoders_do_not_embed(own_checkpoint, change):
+    folder = own_checkpoint()
+    edit_json(folder / "config.json", **change)
+    with pytest.raises(CheckpointError, match="task 'embedding' needs an encoder"):
+        EMBEDDING.check(files_of(folder))
 
 
 @pytest.mark.parametrize(
@@ -106,32 +193,83 @@ def test_classification_is_softmax_or_sigmoid(made_checkpoint, problem, activati
     with torch.inference_mode():
         logits = AutoModelForSequenceClassification.from_pretrained(folder).eval()(**batch).logits
     expected = activation(logits, -1) if activation else torch.sigmoid(logits)
-    found = run(TASKS["classification"].module(files_of(folder)), folder, texts)
+    found = run(CLASSES.module(files_of(folder)), folder, texts)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
-    assert TASKS["classification"].labels(files_of(folder)) == ("a", "b", "c")
+    assert CLASSES.labels(files_of(folder)) == ("a", "b", "c")
 
 
 def test_regression_is_refused(own_checkpoint):
     folder = own_checkpoint(labels=("score", "unused"))
     edit_json(folder / "config.json", problem_type="regression", id2label={"0": "score"})
     with pytest.raises(CheckpointError, match="regression"):
-        TASKS["classification"].check(files_of(folder))
+        CLASSES.check(files_of(folder))
+
+
+def test_a_checkpoint_without_a_head_does_not_classify(own_checkpoint):
+    with pytest.raises(CheckpointError, match="classification head, and this one is a BertModel.*'embedding'"):
+        CLASSES.check(files_of(own_checkpoint()))
+
+
+@pytest.mark.parametrize(
+    ("config", "labels"),
+    [
+        ({"id2label": {"10": "k", "2": "c", "0": "a"}, "num_labels": 11}, {0: "a", 2: "c", 3: "LABEL_3", 10: "k"}),
+        ({"id2label": {"1": "b", "0": "a"}}, {0: "a", 1: "b"}),
+        ({"num_labels": 3}, {0: "LABEL_0", 2: "LABEL_2"}),
+        ({}, {0: "LABEL_0", 1: "LABEL_1"}),
+    ],
+)
+def test_labels_are_in_the_order_of_the_columns(tmp_path, config, labels):
+    found = CLASSES.labels(CheckpointFiles("m", tmp_path, config, frozenset()))
+    assert len(found) == max(labels) + 1
+    assert {index: found[index] for index in labels} == labels
+
+
+@pytest.mark.parametrize("table", [{"zero": "a", "one": "b"}, ["a", "b"]])
+def test_labels_that_are_not_numbered_are_refused(tmp_path, table):
+    with pytest.raises(CheckpointError, match="m: config.json, id2label"):
+        CLASSES.labels(CheckpointFiles("m", tmp_path, {"id2label": table}, frozenset()))
 
 
 def test_missing_weights_are_refused_not_invented(own_checkpoint):
     folder = own_checkpoint()
     edit_json(folder / "config.json", architectures=["BertForSequenceClassification"], id2label={"0": "a", "1": "b"})
     with pytest.raises(CheckpointError, match=r"m: the checkpoint lacks 2 weights.*classifier"):
-        TASKS["classification"].module(files_of(folder))
+        CLASSES.module(files_of(folder))
+
+
+def without_pooler(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler." not in name}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_pooler_may_be_missing_where_nothing_reads_it(own_checkpoint):
+    folder = own_checkpoint()
+    texts = ["short", "a longer text"]
+    before = run(EMBEDDING.module(files_of(folder)), folder, texts)
+    np.testing.assert_array_equal(run(EMBEDDING.module(files_of(without_pooler(folder))), folder, texts), before)
+
+
+def test_a_pooler_may_not_be_missing_where_the_head_reads_it(own_checkpoint):
+    with pytest.raises(CheckpointError, match=r"m: the checkpoint lacks 2 weights.*bert\.pooler\.dense"):
+        CLASSES.module(files_of(without_pooler(own_checkpoint(labels=("a", "b")))))
+
+
+def test_weights_of_another_shape_are_refused(own_checkpoint):
+    folder = own_checkpoint()
+    edit_json(folder / "config.json", intermediate_size=48)
+    with pytest.raises(CheckpointError, match="^m: "):
+        EMBEDDING.module(files_of(folder))
 
 
 def unit(rows, seed=0):
     values = np.random.default_rng(seed).normal(size=(rows, 16)).astype(np.float32)
     return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
-EMBEDDING = TASKS["embedding"]
-CLASSES = TASKS["classification"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +291,59 @@ def test_embedding_gates(change, missed):
     _, found = EMBEDDING.verdict(reference, change(reference).astype(np.float32), EMBEDDING.gates())
     assert len(found) == len(missed)
     assert all(part in sentence for part, sentence in zip(missed, found, strict=True))
+
+
+def test_permuted_rows_are_found_even_among_similar_texts():
+    reference = unit(1).repeat(20, axis=0) + unit(20, 1) * 0.2
+    swapped = reference[[1, 0, *range(2, 20)]]
+    _, found = EMBEDDING.verdict(reference, swapped, EMBEDDING.gates())
+    assert any("cosine_worst" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "missed"),
+    [
+        ({"cosine_mean": 0.995, "cosine_worst": 0.99, "norm_error": 0.1}, []),
+        ({"cosine_mean": 0.99499, "cosine_worst": 0.99, "norm_error": 0.1}, ["cosine_mean"]),
+        ({"cosine_mean": 0.995, "cosine_worst": 0.98999, "norm_error": 0.1}, ["cosine_worst"]),
+        ({"cosine_mean": 0.995, "cosine_worst": 0.99, "norm_error": 0.10001}, ["norm_error"]),
+        (dict.fromkeys(("cosine_mean", "cosine_worst", "norm_error"), np.nan), [*EMBEDDING.gates.model_fields]),
+    ],
+)
+def test_embedding_gates_to_the_last_digit(metrics, missed):
+    assert [sentence.split()[0] for sentence in EMBEDDING.misses(metrics, EMBEDDING.gates())] == missed
+
+
+@pytest.mark.parametrize(
+    ("metrics", "missed"),
+    [
+        ({"label_agreement": 0.99, "probability_error": 0.05}, []),
+        ({"label_agreement": 0.98999, "probability_error": 0.05}, ["label_agreement"]),
+        ({"label_agreement": 0.99, "probability_error": 0.05001}, ["probability_error"]),
+        (dict.fromkeys(("label_agreement", "probability_error"), np.nan), [*CLASSES.gates.model_fields]),
+    ],
+)
+def test_classification_gates_to_the_last_digit(metrics, missed):
+    assert [sentence.split()[0] for sentence in CLASSES.misses(metrics, CLASSES.gates())] == missed
+
+
+def test_gates_can_be_changed():
+    metrics = {"cosine_mean": 0.9991, "cosine_worst": 0.995, "norm_error": 0.01}
+    assert EMBEDDING.misses(metrics, EMBEDDING.gates()) == []
+    (missed,) = EMBEDDING.misses(metrics, EMBEDDING.gates(cosine_mean=0.9995))
+    assert missed == "cosine_mean 0.99910 is below 0.9995"
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_nothing_is_accurate_against_a_broken_reference(task):
+    answers = unit(3)
+    for value in (np.nan, np.inf):
+        reference = np.where(np.arange(3)[:, None] == 1, np.float32(value), answers)
+        assert task.verdict(reference, answers, task.gates()) == (
+            {},
+            ["NaN or infinity in PyTorch's answers to 1 of 3 texts"],
+        )
+    assert task.verdict(answers[:0], answers[:0], task.gates()) == ({}, ["no answers to compare"])
 
 
 def test_worst_cosine_is_of_the_worst_text():

@@ -1,5 +1,7 @@
 """Tokens with the `tokenizers` library alone are the tokens of transformers."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,58 @@ def test_same_ids_as_transformers(encoder, minilm):
     texts = TEXTS + load_texts()
     expected = AutoTokenizer.from_pretrained(minilm)(texts, truncation=True, max_length=256)["input_ids"]
     assert [encoding.ids for encoding in encoder.tokens(texts)] == expected
+
+
+def test_truncation_and_padding_baked_into_the_file_are_cleared(encoder, minilm, tmp_path):
+    from tokenizers import Tokenizer
+
+    baked = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    baked.enable_truncation(8, stride=2, direction="left")
+    baked.enable_padding(direction="left", length=64, pad_id=5)
+    baked.save(str(tmp_path / "tokenizer.json"))
+    read = TextEncoder(str(tmp_path / "tokenizer.json"), **encoder.settings())
+    assert [item.ids for item in read.tokens(TEXTS)] == [item.ids for item in encoder.tokens(TEXTS)]
+
+
+def test_settings_are_read_from_the_folder_they_were_written_to(encoder, minilm, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((minilm / "tokenizer.json").read_bytes())
+    (tmp_path / "encoder.json").write_text(json.dumps(encoder.settings()))
+    read = TextEncoder.from_folder(str(tmp_path))
+    assert read.settings() == encoder.settings() == {"max_tokens": 256, "inputs": list(encoder.inputs), "pad_id": 0}
+    assert read.vocabulary_size == 30522
+
+
+def test_the_limit_can_be_another_for_exact_shapes(encoder):
+    short = encoder.shortened(8)
+    assert [len(item.ids) for item in short.tokens(["word " * 100, "one"])] == [8, 3]
+    assert short.buckets == (8,)
+    assert [len(item.ids) for item in encoder.tokens(["word " * 100])] == [102]
+
+
+def test_no_texts_make_arrays_of_no_rows(encoder):
+    assert {name: array.shape for name, array in encoder.encode([]).items()} == dict.fromkeys(encoder.inputs, (0, 16))
+
+
+def test_half_a_surrogate_pair_is_no_text(encoder):
+    with pytest.raises(TypeError):
+        encoder.tokens(["fine", "\ud83d"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"), [(0, 16), (1, 16), (16, 16), (17, 32), (96, 96), (97, 128), (193, 256), (256, 256)]
+)
+def test_bucket_is_the_next_larger(encoder, tokens, size):
+    assert encoder.bucket(tokens) == size
+
+
+def test_segments_follow_the_inputs_that_the_model_takes(minilm):
+    encoder = TextEncoder(
+        str(minilm / "tokenizer.json"), max_tokens=64, inputs=["attention_mask", "token_type_ids"], pad_id=7
+    )
+    batch = encoder.encode(["one"])
+    assert list(batch) == ["attention_mask", "token_type_ids"]
+    assert batch["attention_mask"][0].tolist() == [1] * 3 + [0] * 13
+    assert not batch["token_type_ids"].any()
 
 
 def test_rows_are_padded_to_the_bucket_of_the_longest(encoder):

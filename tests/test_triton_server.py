@@ -23,6 +23,7 @@ from resources.errors import ReleaseError, ServerError
 from resources.triton import server as server_module
 from resources.triton import watch
 from resources.triton.client import TextClient, query_texts
+from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, current_release
 from resources.triton.make import _server_steps
 from resources.triton.proof import prove
@@ -322,10 +323,10 @@ def test_the_server_listens_on_loopback_alone(served):
 def test_the_server_goes_with_its_caller_however_that_ends(repository, triton_settings, tmp_path, hanging):
     if hanging:
         model = repository / "tiny__r1__engine" / "1" / "model.py"
-        waiting = "    def execute(self, requests):\n        import time; time.sleep(600)\n"
-        model.write_text(model.read_text().replace("    def execute(self, requests):\n", waiting))
-        config = repository / "tiny__r1__engine" / CONFIG
-        config.write_text(config.read_text().split("model_warmup")[0])
+        begin = "    def execute(self, requests):\n"
+        # Not at once: the warm-up must get through.
+        hang = f"        import os, time; os.path.exists({str(tmp_path / 'hang')!r}) and time.sleep(600)\n"
+        model.write_text(model.read_text().replace(begin, begin + hang))
     code = f"""
 import sys, time
 from pathlib import Path
@@ -346,6 +347,7 @@ with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Pa
         # The supervisor, the server, and a process for each Python model.
         assert len(members(int(session))) == 4
         if hanging:
+            (tmp_path / "hang").touch()
             asking = threading.Thread(target=ask_in_vain, args=(address,))
             asking.start()
             time.sleep(1)
@@ -354,7 +356,8 @@ with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Pa
     finally:
         caller.kill()
         caller.wait()
-        asking.join(60) if asking.ident else None
+        if asking.ident is not None:
+            asking.join(60)
 
 
 def ask_in_vain(address):
@@ -373,8 +376,9 @@ def test_a_killed_server_takes_its_models_along(published, triton_settings, tmp_
 @contextmanager
 def serving(repository, settings, log):
     """`serve_foreground` in a thread; yields its gRPC address and what it says. Raises what it raised."""
-    ports = server_module.Ports.choose(None, None, None)
-    said, raised, end = [], [], threading.Event()
+    ports = Ports.choose(None, None, None)
+    said, raised = [], []
+    end = threading.Event()
 
     def serve():
         try:
@@ -411,7 +415,8 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
     monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
     pointer = repository / "tiny" / CONFIG
     right = [answers_of(plan, TEXTS) for plan in plans]
-    seen, trouble, end = [], [], threading.Event()
+    seen, trouble = [], []
+    end = threading.Event()
 
     def ask_on(address):
         """Constantly, noting which release answered; an answer is whole or it is trouble."""
@@ -423,12 +428,14 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
                     trouble.append(str(error))
                     continue
                 same = [number for number in (1, 2) if np.allclose(answer, right[number - 1], atol=1e-5)]
-                seen.append(same[0] if same else trouble.append("an answer of no release"))
+                seen.extend(same)
+                if not same:
+                    trouble.append("an answer of no release")
 
     with serving(repository, triton_settings, tmp_path / "triton.log") as (address, said):
         clients = [threading.Thread(target=ask_on, args=(address,)) for _ in range(3)]
-        for client in clients:
-            client.start()
+        for thread in clients:
+            thread.start()
         try:
             wait_until(lambda: 1 in seen)
             publish(plans[1], repository, UNASKED)
@@ -450,8 +457,8 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
             assert seen[-1] == 1
         finally:
             end.set()
-            for client in clients:
-                client.join(60)
+            for thread in clients:
+                thread.join(60)
     assert trouble == []
     assert len(seen) > 50
     assert sum("cannot load tiny" in line for line in said) == 1

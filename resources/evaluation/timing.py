@@ -89,8 +89,12 @@ def time_shapes(
     deadline = time.monotonic() + seconds
     timings: list[ShapeTiming] = []
     samples: dict[str, PairSamples] = {}
-    for number, shape in enumerate(sorted(shapes, key=lambda item: item.batch * item.sequence)):
-        share = max(0.0, deadline - time.monotonic()) / (len(shapes) - number)
+    ordered = sorted(shapes, key=lambda item: item.batch * item.sequence)
+    # Shares by the square root of the work: a large batch needs more time for its twenty pairs than a small one for
+    # its hundred, but not as many times more as it is larger.
+    weights = [math.sqrt(shape.batch * shape.sequence) for shape in ordered]
+    for number, shape in enumerate(ordered):
+        share = max(0.0, deadline - time.monotonic()) * weights[number] / sum(weights[number:])
         timing, samples[str(shape)] = time_shape(baseline, candidate, texts, shape, share)
         timings.append(timing)
     return timings, samples

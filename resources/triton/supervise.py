@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
 _WATCHED = (signal.SIGTERM, signal.SIGCHLD)
@@ -24,18 +25,14 @@ def supervise(caller: int, seconds: float, command: list[str]) -> int:
     if os.getppid() != caller:  # it ended before the kernel was told
         return 1
     process = subprocess.Popen(command, preexec_fn=_prepare, process_group=0)
-    try:
-        while process.poll() is None:
-            if signal.sigwait(_WATCHED) == signal.SIGTERM:
-                process.terminate()
+    while process.poll() is None:
+        if signal.sigwait(_WATCHED) == signal.SIGTERM:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+            break
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     return process.wait()
 
 

@@ -61,7 +61,7 @@ class _Strict(BaseModel):
 class BenchmarkSettings(_Strict):
     """How long and with what each candidate is timed."""
 
-    seconds: float = Field(default=45.0, gt=0, le=3600, description="Upper bound for one candidate: accuracy and all shapes.")
+    seconds: float = Field(default=45.0, gt=0, le=3600, description="Bound for one candidate, all in all.")
     threads: int | None = Field(
         default=None, ge=1, le=512, description="For PyTorch and every engine alike; default: all cores."
     )
@@ -188,8 +188,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            # Only plain keys: `<<` brings in another mapping, whose fields may be written anew.
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            # As written, before `<<` brings in another mapping's fields: those may be given anew.
+            if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the field {key.value!r} is there twice; remove one", key.start_mark

@@ -37,7 +37,6 @@ class TextEncoder:
         self._file = tokenizer_file
         self._tokenizer = Tokenizer.from_file(tokenizer_file)
         self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self._tokenizer.enable_truncation(max_length=max_tokens)
         self.max_tokens = max_tokens
         self.buckets = buckets_up_to(max_tokens)

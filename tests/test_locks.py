@@ -77,9 +77,9 @@ def test_free_again_after_an_error(path):
 def test_waiting_is_announced_once_and_ends(path, hold):
     hold("alone")
     said = []
-    with pytest.raises(TimeoutError, match=r"a\.lock is held by another process"):
-        with file_lock(path, timeout_s=0.3, waiting=lambda: said.append("waiting")):
-            pass
+    lock = file_lock(path, timeout_s=0.3, waiting=lambda: said.append("waiting"))
+    with pytest.raises(TimeoutError, match=r"a\.lock is held by another process"), lock:
+        pass
     assert said == ["waiting"]
 
 
@@ -129,7 +129,8 @@ def test_a_link_in_its_place_is_not_followed(path, tmp_path):
 
 def test_builds_run_together_and_benchmarks_alone(path, monkeypatch):
     monkeypatch.setattr(locks, "MACHINE_LOCK", path)
-    with building(), building():
+    with building():
+        assert is_free(path, "shared")
         assert not is_free(path, "alone")
     with benchmarking():
         assert not is_free(path, "shared")

@@ -1,7 +1,6 @@
 """The embedded server's environment: when it counts as there, and what an installation that fails leaves."""
 
 import json
-import shutil
 
 import pytest
 
@@ -53,11 +52,20 @@ def test_pip_that_fails_is_quoted_and_leaves_no_environment(tmp_path, monkeypatc
     assert not is_installed(environment)
     with pytest.raises(ServerError, match="is not installed"):
         require_installed(environment)
+    # The next attempt begins anew over what is left.
+    with pytest.raises(ServerError, match="No matching distribution"):
+        install(environment, progress=lambda line: None)
 
 
-def test_no_room_for_the_environment(tmp_path):
-    """A file where the folder should be stands for whatever keeps it from being made."""
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ServerError, match="cannot be installed"):
+    with pytest.raises(ServerError, match=r"cannot be installed into .*file/triton: File exists.*ENVIRONMENT"):
         install(tmp_path / "file" / "triton", progress=lambda line: None)
-    shutil.rmtree(tmp_path)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(ServerError, match=r"photos holds something that `refinery setup` did not make"):
+        install(tmp_path / "photos", progress=lambda line: None)
+    assert (tmp_path / "photos" / "cat.jpg").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -82,11 +83,6 @@ def wait_until(what, seconds=30.0):
         time.sleep(0.05)
 
 
-def held(client):
-    """Names of the models that a server holds."""
-    return {item.name for item in client._client.get_model_repository_index().models if item.state == "READY"}
-
-
 def test_a_release_is_published_once_a_server_has_answered(published):
     repository, result = published
     assert result.changed
@@ -104,6 +100,16 @@ def test_a_release_is_published_once_a_server_has_answered(published):
     assert set(release.files) == {
         path.relative_to(repository).as_posix() for path in repository.glob("tiny__r1__*/**/*") if path.is_file()
     }
+
+
+def test_a_release_names_no_path_of_the_machine_that_made_it(published, plans):
+    repository, _ = published
+    places = (repository.parent, plans[0].engine_folder.parent, ROOT, Path(sys.prefix), Path.home() / ".cache")
+    for path in repository.rglob("*"):
+        # The paths in a compiled library are those of the machine that built its wheel.
+        if path.is_file() and path.suffix != ".so":
+            content = path.read_bytes()
+            assert not any(str(place).encode() in content for place in places), path
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -221,6 +227,57 @@ def test_an_engine_that_answers_otherwise_is_not_published(repository, plans, tr
     assert tree_digest(repository) == before
 
 
+#: Faults of a server, each by the file it is put into, the line it replaces, and what the proof says of it (a pattern).
+SABOTAGE = {
+    "requests that share an execution get each other's answers": (
+        ("engine", "        return responses\n", "        return responses[::-1]\n"),
+        r"(6 threads|beside invalid bytes): cosine_|answered \d texts with float32",
+    ),
+    "rows of a batch are mixed up": (
+        ("engine", "np.ascontiguousarray(rows)", "np.ascontiguousarray(rows[::-1])"),
+        "in batches: cosine_",
+    ),
+    "an answer that is not finite": (
+        ("engine", "        ends = ", "        answers[feed['attention_mask'].sum(1) < 3] = np.nan\n        ends = "),
+        r"the text '' was answered with \[nan",
+    ),
+    "an answer of another width": (("engine", "[0]\n        except", "[0][:, :5]\n        except"), "of width 5"),
+    "an answer of another type": (
+        ("engine", "np.ascontiguousarray(rows)", "rows.astype(np.float64)"),
+        r"with float64 \[1, 24\] as 'sentence_embedding'",
+    ),
+    "text that is no text is answered": (
+        ("tokenizer", 'decode("utf-8")', 'decode("utf-8", "replace")'),
+        "bytes that are not UTF-8 were not refused as such",
+    ),
+    "text that is no text takes others with it": (
+        ("tokenizer", "except UnicodeDecodeError", "except ZeroDivisionError"),
+        "codec can't decode",
+    ),
+}
+
+
+def test_a_proof_finds_what_is_wrong_with_a_server(plans, triton_settings, tmp_path):
+    repository = tmp_path / "cpu"
+    sound, *_ = names = [f"model-{number}" for number in range(len(SABOTAGE) + 1)]
+    for name, fault in zip(names, [None, *SABOTAGE.values()], strict=True):
+        publish(replace(plans[0], model=name), repository, UNASKED)
+        if fault is not None:
+            part, line, changed = fault[0]
+            model = repository / f"{name}__r1__{part}" / "1" / "model.py"
+            assert line in model.read_text()
+            model.write_text(model.read_text().replace(line, changed))
+    exam = exam_of(plans[0])
+    with EmbeddedServer(repository, triton_settings, models=names, log=tmp_path / "log") as server:
+        proofs = [prove(exam, name, grpc=server.grpc_address, http=server.http_address) for name in names]
+        small = prove(replace(exam, max_batch_size=4), sound, grpc=server.grpc_address, http=None)
+    assert proofs[0].passed, proofs[0].failures
+    for (fault, (_, words)), proof in zip(SABOTAGE.items(), proofs[1:], strict=True):
+        assert not proof.passed, fault
+        assert any(re.search(words, failure) for failure in proof.failures), (fault, proof.failures)
+    assert small.failures == ("grpc: a batch of 5 was not refused",)
+
+
 def test_an_engine_that_cannot_be_loaded_is_not_published(repository, plans, triton_settings, tmp_path):
     broken = shutil.copytree(plans[1].engine_folder, tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"no graph at all")
@@ -243,7 +300,8 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
             publish(plans[1], repository, wrong)
         assert tree_digest(repository) == before
         with TextClient(server.grpc_address) as client:
-            assert held(client) == {"tiny", "tiny__r1__tokenizer", "tiny__r1__engine"}
+            assert client.is_ready("tiny__r1__engine")
+            assert not any(client.is_ready(f"tiny__r2__{part}") for part in ("tokenizer", "engine", "proof"))
         np.testing.assert_allclose(
             query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[0], TEXTS), rtol=0, atol=1e-6
         )
@@ -253,7 +311,8 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
             query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[1], TEXTS), rtol=0, atol=1e-6
         )
         with TextClient(server.grpc_address) as client:
-            assert "tiny__r2__proof" not in held(client)
+            assert not client.is_ready("tiny__r2__proof")
+            assert client.is_ready("tiny__r2__engine")
         assert not list(repository.glob("*__proof"))
         assert release_digest(repository, "tiny", 1) == first
         # What a killed publisher had loaded is unloaded by the next.
@@ -262,8 +321,9 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
         config.write_text(config.read_text().replace("__r1__", "__r7__"))
         with TextClient(server.grpc_address) as client:
             client.load("tiny__r7__engine")
+            assert client.is_ready("tiny__r7__engine")
             assert publish(plans[1], repository, steps).changed is False
-            assert "tiny__r7__engine" not in held(client)
+            assert not client.is_ready("tiny__r7__engine")
     assert not (repository / "tiny__r7__engine").exists()
 
 
@@ -412,7 +472,7 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
     repository, plans, triton_settings, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.2)
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 1.5)
     pointer = repository / "tiny" / CONFIG
     right = [answers_of(plan, TEXTS) for plan in plans]
     seen, trouble = [], []
@@ -441,20 +501,25 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
             publish(plans[1], repository, UNASKED)
             wait_until(lambda: "tiny: release 2 serves" in said)
             wait_until(lambda: seen[-1] == 2)
+            # Back before release 1 was unloaded, and forward again when release 2 has gone.
+            draft = repository.parent / "draft"
+            shutil.copyfile(repository / "tiny" / "1" / CONFIG, draft)
+            draft.replace(pointer)
+            wait_until(lambda: said.count("tiny: release 1 serves") == 2)
+            wait_until(lambda: seen[-1] == 1)
             with TextClient(address) as client:
-                wait_until(lambda: "tiny__r1__engine" not in held(client))
-                draft = repository.parent / "draft"
-                shutil.copyfile(repository / "tiny" / "1" / CONFIG, draft)
+                wait_until(lambda: not client.is_ready("tiny__r2__engine"))
+                assert client.is_ready("tiny__r1__engine")
+                shutil.copyfile(repository / "tiny" / "2" / CONFIG, draft)
                 draft.replace(pointer)
-                wait_until(lambda: said.count("tiny: release 1 serves") == 2)
-                wait_until(lambda: seen[-1] == 1)
-                wait_until(lambda: "tiny__r2__engine" not in held(client))
-            # What cannot be loaded is said once, and release 1 goes on.
+                wait_until(lambda: not client.is_ready("tiny__r1__engine"))
+                assert seen[-1] == 2
+            # What cannot be loaded is said once, and release 2 goes on.
             draft.write_text("no configuration")
             draft.replace(pointer)
             wait_until(lambda: any("cannot load tiny" in line for line in said))
             time.sleep(1)
-            assert seen[-1] == 1
+            assert seen[-1] == 2
         finally:
             end.set()
             for thread in clients:
@@ -462,6 +527,40 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
     assert trouble == []
     assert len(seen) > 50
     assert sum("cannot load tiny" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_serving_ends_at_ctrl_c_and_kill(published, triton_settings, tmp_path, number):
+    code = f"""
+from pathlib import Path
+from resources.triton.launch import Ports
+from resources.triton.server import serve_foreground
+from resources.triton.settings import TritonSettings
+ports = Ports.choose(None, None, None)
+serve_foreground(
+    Path({str(published[0])!r}),
+    TritonSettings(environment=Path({str(triton_settings.environment)!r})),
+    http_port=ports.http,
+    grpc_port=ports.grpc,
+    metrics_port=ports.metrics,
+    log=Path({str(tmp_path / "log")!r}),
+    say=lambda line: print(line, flush=True),
+)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "tiny: release 1 serves\n"
+        assert process.stdout.readline().startswith("serving tiny: http 127.0.0.1:")
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 4
+        process.send_signal(number)
+        assert process.stdout.read() == "stopped\n"
+        assert process.wait(30) == 0
+        assert not any(child.is_running() for child in children)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_serving_ends_with_its_server(repository, triton_settings, tmp_path, monkeypatch):

@@ -112,7 +112,12 @@ def load_pretrained(
 
     try:
         model, info = auto_class.from_pretrained(
-            files.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **load
+            files.folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name: transformers' own error names none
+            local_files_only=True,
+            **load,
         )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -126,7 +131,12 @@ def load_pretrained(
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); they would be random. "
             "Give the task this checkpoint was trained for, or a complete checkpoint."
         )
-    mismatched = info.get("mismatched_keys")
-    if mismatched:
-        raise CheckpointError(f"{files.name}: weights of the wrong shape: {sorted(map(str, mismatched))[:3]}")
+    wrong = sorted(info["mismatched_keys"])
+    if wrong:
+        key, stored, wanted = wrong[0]
+        raise CheckpointError(
+            f"{files.name}: {len(wrong)} weights are not of the shape that config.json asks for, the first being {key} "
+            f"with {list(stored)} where {type(model).__name__} has {list(wanted)}. Give the config.json that was saved "
+            "with these weights."
+        )
     return model.eval()

@@ -19,6 +19,7 @@ _TRITON = "nvidia-pytriton==0.7.0"
 #: Triton's Python backend of that version loads with numpy 2, and then fails at the first request.
 _NUMPY = "numpy<2"
 _STAMP = "refinery.json"
+_BEGUN = "refinery.begun"
 _INSTALL_SECONDS = 1800
 
 
@@ -62,20 +63,42 @@ def install(environment: Path, progress: Callable[[str], None] = print) -> None:
         raise ServerError(
             "The embedded Triton runs on Linux alone. Point REFINERY_TRITON_GRPC to a server of your own."
         )
-    with file_lock(environment.with_name(f".{environment.name}.lock")):
-        if is_installed(environment):
-            return
-        progress(f"installing the embedded Triton into {environment} (once, about 600 MB)")
-        shutil.rmtree(environment, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(environment)])
-        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        wanted = requirements()
-        _run([*pip, "--no-deps", *wanted["alone"]])
-        _run([*pip, *wanted["whole"]])
-        draft = environment / f"{_STAMP}.tmp"
-        draft.write_text(json.dumps(_wanted(environment)), encoding="utf-8")
-        draft.replace(environment / _STAMP)
-        progress("installed")
+    try:
+        with file_lock(environment.with_name(f".{environment.name}.lock")):
+            if not is_installed(environment):
+                _require_ours(environment)
+                progress(f"installing the embedded Triton into {environment} (once, about 600 MB)")
+                _build(environment)
+                progress("installed")
+    except OSError as error:
+        raise ServerError(
+            f"The embedded Triton cannot be installed into {environment}: {error.strerror or error}. Mend it, or set "
+            "REFINERY_TRITON_ENVIRONMENT to another folder."
+        ) from error
+
+
+def _require_ours(environment: Path) -> None:
+    """What is there will be removed: it must be an installation of ours, whole or not."""
+    ours = (environment / _STAMP).exists() or (environment / _BEGUN).exists()
+    if environment.exists() and not ours and any(environment.iterdir()):
+        raise ServerError(
+            f"{environment} holds something that `refinery setup` did not make. Set REFINERY_TRITON_ENVIRONMENT to "
+            "another folder, or remove this one."
+        )
+
+
+def _build(environment: Path) -> None:
+    shutil.rmtree(environment, ignore_errors=True)
+    environment.mkdir(parents=True)
+    (environment / _BEGUN).touch()
+    _run([sys.executable, "-m", "venv", str(environment)])
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    wanted = requirements()
+    _run([*pip, "--no-deps", *wanted["alone"]])
+    _run([*pip, *wanted["whole"]])
+    draft = environment / f"{_STAMP}.tmp"
+    draft.write_text(json.dumps(_wanted(environment)), encoding="utf-8")
+    draft.replace(environment / _STAMP)
 
 
 def _wanted(environment: Path) -> dict[str, object]:

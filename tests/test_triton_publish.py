@@ -297,7 +297,7 @@ def kill_everywhere(folder, case):
         assert_clean(repository)
         assert not publish(plan, repository, steps).changed
         shutil.rmtree(repository.parent)
-    print(json.dumps(killed))  # noqa: T201
+    print(json.dumps(killed))
 
 
 def fail_everywhere(folder):
@@ -317,7 +317,7 @@ def fail_everywhere(folder):
         assert publish(plan, repository, steps).release.number == number
         assert_clean(repository)
         shutil.rmtree(repository.parent)
-    print(event)  # noqa: T201
+    print(event)
 
 
 def _prepare(folder, case):

@@ -399,13 +399,20 @@ with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Pa
     print(s.pid, s.grpc_address, flush=True)
     time.sleep(120)
 """
-    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     asking = threading.Thread(target=lambda: None)
     try:
         assert caller.stdout is not None
         session, address = caller.stdout.readline().split()
         # The supervisor, the server, and a process for each Python model.
         assert len(members(int(session))) == 4
+        assert list(tmp_path.glob("refinery-triton-*"))
         if hanging:
             (tmp_path / "hang").touch()
             asking = threading.Thread(target=ask_in_vain, args=(address,))
@@ -413,6 +420,7 @@ with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Pa
             time.sleep(1)
         caller.send_signal(signal.SIGKILL)
         wait_until(lambda: not members(int(session)))
+        assert not list(tmp_path.glob("refinery-triton-*"))
     finally:
         caller.kill()
         caller.wait()

@@ -58,9 +58,12 @@ def _free_port(held: ExitStack) -> int:
 def command(
     environment: Path, repository: Path, backends: Path, ports: Ports, models: Sequence[str], caller: int
 ) -> list[str]:
-    """The command line of a server that holds the named models alone and ends with the process `caller`."""
+    """The command line of a server that holds the named models alone and ends with the process `caller`.
+
+    The folder `backends` goes with it.
+    """
     return [
-        *(sys.executable, "-I", str(_SUPERVISOR), str(caller), str(EXIT_SECONDS + 2)),
+        *(sys.executable, "-I", str(_SUPERVISOR), str(caller), str(EXIT_SECONDS + 2), str(backends)),
         str(_package(environment) / "tritonserver" / "bin" / "tritonserver"),
         f"--model-repository={repository}",
         f"--backend-directory={backends}",

@@ -1,14 +1,16 @@
 """A program of its own, started by launch.py: runs a command and lets nothing of it outlive it, or the caller.
 
-    supervise.py CALLER SECONDS COMMAND...
+    supervise.py CALLER SECONDS FOLDER COMMAND...
 
 Triton's Python models are processes that stay, blocked, when their server is killed, and a server that waits for a
 model that hangs does not heed SIGTERM for ever. So the command's whole process group is killed when the command has
 ended, or has not ended SECONDS after SIGTERM. That signal also comes from the kernel when the process CALLER ends.
+FOLDER is the command's, and is removed at the end.
 """
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,4 +49,8 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(abs(supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])))
+    try:
+        status = supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[4:])
+    finally:
+        shutil.rmtree(sys.argv[3], ignore_errors=True)
+    sys.exit(abs(status))

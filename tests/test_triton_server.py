@@ -201,10 +201,10 @@ def test_classification_with_weights_beside_the_graph(tmp_path, triton_settings)
     import tritonclient.grpc as triton
 
     plan = make_plan(tmp_path / "plan", labels=LABELS, external_data=True, max_batch_size=1)
-    steps = prove_embedded(triton_settings, exam_of(plan), tmp_path / "proof.log")
-    release = publish(plan, tmp_path / "cpu", steps).release
+    release = publish(plan, tmp_path / "cpu", UNASKED).release
     assert release.labels == LABELS
     with EmbeddedServer(tmp_path / "cpu", triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
+        assert prove(exam_of(plan), "tiny", grpc=server.grpc_address, http=server.http_address).passed
         answers = query_texts(server.grpc_address, "tiny", TEXTS)
         client = triton.InferenceServerClient(server.grpc_address)
         tensor = triton.InferInput("TEXT", [1, 1], "BYTES")

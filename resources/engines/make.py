@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
@@ -85,8 +86,8 @@ def make_engine(
                     log=workspace.log(entry.name, f"engine-{target}-{spec.name}"),
                 )
         except EngineError as error:
-            for leftover in folder.iterdir():
-                leftover.unlink()
+            shutil.rmtree(folder)
+            folder.mkdir()
             return record.model_copy(update={"status": "failed", "reason": str(error)})
         update = {
             "entry_file": built.entry_file,

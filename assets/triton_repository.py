@@ -38,13 +38,14 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
             workspace, entry, checkpoint, engine, evaluation, champion, dagster_run=context.run.run_id
         )
         release = published.release
-        if published.changed:
+        if published.changed and release.status == "published":
             tracker.release(checkpoint, champion, release.number)
         return dg.MaterializeResult(
             metadata={
                 "release": f"release {release.number} ({release.engine})",
                 "reused": dg.MetadataValue.bool(not published.changed),
                 "status": release.status,
+                "advice": published.advice or "–",
                 "flavour": release.flavour,
                 "revision": release.revision,
                 "content_digest": release.content_digest,

@@ -88,7 +88,8 @@ def _summarize(workspace: Workspace, model: str, target: str) -> None:
 
     from assets.champion import current_reports
     from resources.reporting import candidate_table
-    from resources.triton.layout import current_release
+    from resources.triton.layout import current_release, list_releases
+    from resources.triton.publish import unverified_root
 
     console = Console()
     if not console.is_terminal:
@@ -111,7 +112,10 @@ def _summarize(workspace: Workspace, model: str, target: str) -> None:
     repository = workspace.repository(target)
     release = current_release(repository, model)
     if release is None:
-        console.print(f"No release of {model} is served from {repository}; see the run in Dagster.")
+        console.print(f"No release of {model} is served from {repository}.")
+        for release in list_releases(unverified_root(repository, model), model):
+            console.print(f"Release {release.number} waits unverified in {unverified_root(repository, model)}.")
+            console.print("Point REFINERY_TRITON_GRPC to a Triton that can load it, and run again: it is proven there.")
         return
     console.print(f"{champion.reason}", highlight=False)
     console.print(f"Release {release.number} of {model} serves {release.engine} from {repository}.", highlight=False)

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -130,7 +129,6 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
     for line in process.stdout:
         if "onnx_graph" in line:
             break
-    time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode not in (0, None)

@@ -74,7 +74,6 @@ class Sources:
     checkpoint_folder: Path
     graph: OnnxGraph
     graph_folder: Path
-    external_data_threshold_bytes: int
 
 
 @dataclass(frozen=True)

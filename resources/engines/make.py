@@ -30,7 +30,6 @@ def sources_of(workspace: Workspace, checkpoint: Checkpoint, graph: OnnxGraph) -
         checkpoint_folder=store.folder(checkpoint),
         graph=graph,
         graph_folder=store.folder(graph),
-        external_data_threshold_bytes=workspace.external_data_threshold_bytes,
     )
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
+from resources.triton.client import TEXT
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.release import LABELS_FILE, ReleasePlan
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-TEXT = "TEXT"
 #: A server with one model has nothing to gain from waiting; batches form by themselves while the engine is busy.
 MAX_QUEUE_DELAY_MICROSECONDS = 0
 _WARM_UP_TOKENS = 16

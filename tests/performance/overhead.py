@@ -70,7 +70,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     assert preload.torch is torch
     lap("imports")
     source = store.folder(checkpoint)
-    sources = Sources(checkpoint, source, graph, store.folder(graph), 2**31)
+    sources = Sources(checkpoint, source, graph, store.folder(graph))
     encoder = TextEncoder.from_folder(str(source))
     texts, _ = read_evaluation_set(store.folder(evaluation))
     encodings = encoder.tokens(texts)

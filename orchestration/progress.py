@@ -27,7 +27,7 @@ class ProgressHandler(logging.Handler):
         try:
             if event is not None:
                 self._event(event)
-            elif record.levelno >= logging.WARNING:
+            elif record.levelno == logging.WARNING:  # errors are Dagster's own, a line for every step not run
                 message = record.__dict__.get("dagster_meta", {}).get("orig_message", record.getMessage())
                 self._line("warning", str(message), "yellow")
         except Exception:

@@ -182,6 +182,16 @@ def test_wrong_settings_are_named(empty, variables, expected):
     assert expected in err
 
 
+def test_a_failed_run_ends_in_one_message(empty, tmp_path):
+    """Not in a line for every step that did not run because of it."""
+    (tmp_path / "hollow").mkdir()
+    code, out, err = refinery(empty, "optimize", str(tmp_path / "hollow"), "--task", "embedding")
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert err.startswith("refinery: hollow: config.json is missing")
+    assert len(err.splitlines()) == 1
+
+
 def test_wrong_command_lines_exit_with_2(empty):
     assert refinery(empty)[0] == 2
     assert refinery(empty, "serve", "--http-port", "99999")[0] == 2

@@ -36,6 +36,8 @@ def find_or_add(workspace: Workspace, options: Namespace) -> ModelEntry:
     source = _source(options.model)
     if source is None:
         return catalog.get(options.model)  # raises, naming what there is
+    if source.startswith("/"):
+        locate(source)  # a folder that is not there is no model; the Hub may be asked again later
     name = options.name or _name_from(source)
     # Only the models file can hold that name for another purpose; an earlier entry of our own is written anew.
     for known in load_catalog(workspace.catalog_path).models:

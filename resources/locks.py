@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 #: One a machine, not one a project folder: two projects on one machine disturb each other's timing just the same.
-MACHINE_LOCK = Path(tempfile.gettempdir()) / "transformer-refinery.lock"
+#: Nor does it follow TMPDIR, which differs between users and jobs.
+MACHINE_LOCK = Path("/tmp/transformer-refinery.lock")  # noqa: S108
 
 
 @contextmanager

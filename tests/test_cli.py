@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import entry_for
@@ -148,6 +150,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
     [
         (["optimize", "no-such-model"], "There is no model named 'no-such-model' in the catalog"),
         (["optimize", "./no-such-folder"], "does not exist"),
+        (["optimize", "./no-such-folder", "--task", "embedding"], "does not exist"),
         (["optimize", "/dev/null"], "not a folder"),
         (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
         (["optimize", "x/y", "--task", "embedding", "--seq-len", "long"], "not a shape"),
@@ -206,6 +209,24 @@ def test_ui_refuses_a_port_in_use(empty):
     assert code == 1
     assert f"Port {port}" in err
     assert "--dagster-port" in err
+
+
+def test_ui_serves_both_pages_until_terminated(empty):
+    ports = {name: free() for name in ("dagster", "mlflow")}
+    command = [REFINERY, "ui", *(part for name in ports for part in (f"--{name}-port", str(ports[name])))]
+    pages = subprocess.Popen(command, env=environment(empty), stdout=subprocess.PIPE, text=True)
+    try:
+        said = [pages.stdout.readline() for _ in range(3)]
+        for name, port in ports.items():
+            assert f"http://127.0.0.1:{port}" in "".join(said)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
+                assert name in page.read().decode().lower()
+        begun = psutil.Process(pages.pid).children(recursive=True)
+        assert len(begun) >= 2
+    finally:
+        pages.terminate()
+        assert pages.wait(60) == 0
+    assert not [process for process in psutil.wait_procs(begun, timeout=20)[1] if process.is_running()]
 
 
 def test_dagster_accepts_the_definitions(empty):

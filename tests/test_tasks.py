@@ -17,7 +17,7 @@ CLASSES = TASKS["classification"]
 
 
 def files_of(folder, name="m"):
-    return CheckpointFiles(name, folder, json.loads((folder / "config.json").read_text()), frozenset())
+    return CheckpointFiles(name, folder, json.loads((folder / "config.json").read_text()))
 
 
 def run(module, folder, texts):
@@ -220,7 +220,7 @@ def test_a_checkpoint_without_a_head_does_not_classify(own_checkpoint):
     ],
 )
 def test_labels_are_in_the_order_of_the_columns(tmp_path, config, labels):
-    found = CLASSES.labels(CheckpointFiles("m", tmp_path, config, frozenset()))
+    found = CLASSES.labels(CheckpointFiles("m", tmp_path, config))
     assert len(found) == max(labels) + 1
     assert {index: found[index] for index in labels} == labels
 
@@ -228,7 +228,7 @@ def test_labels_are_in_the_order_of_the_columns(tmp_path, config, labels):
 @pytest.mark.parametrize("table", [{"zero": "a", "one": "b"}, ["a", "b"]])
 def test_labels_that_are_not_numbered_are_refused(tmp_path, table):
     with pytest.raises(CheckpointError, match="m: config.json, id2label"):
-        CLASSES.labels(CheckpointFiles("m", tmp_path, {"id2label": table}, frozenset()))
+        CLASSES.labels(CheckpointFiles("m", tmp_path, {"id2label": table}))
 
 
 def test_missing_weights_are_refused_not_invented(own_checkpoint):

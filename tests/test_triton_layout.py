@@ -137,7 +137,7 @@ def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):
 
 
 def test_labels_lie_beside_the_engine_one_a_line(tmp_path, classifier):
-    odd = classifier.checkpoint.model_copy(update={"labels": ("calm", "very\nglad", "größer")})
+    odd = classifier.checkpoint.model_copy(update={"labels": ("calm", "very\r\nglad", "größer")})
     stage(replace(classifier, checkpoint=odd), 1, tmp_path)
     assert read_config(tmp_path / "tiny__r1__engine" / "config.pbtxt").output[0].label_filename == "labels.txt"
     assert (tmp_path / "tiny__r1__engine" / "labels.txt").read_text() == "calm\nvery glad\ngrößer\n"

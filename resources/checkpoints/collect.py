@@ -76,7 +76,7 @@ def collect_checkpoint(
             )
         settings = {"max_tokens": found.max_tokens, "inputs": list(signature.inputs), "pad_id": signature.pad_id}
         (folder / ENCODER_FILE).write_text(json.dumps(settings), encoding="utf-8")
-        files = CheckpointFiles(entry.name, folder, found.config, found.tensors)
+        files = CheckpointFiles(entry.name, folder, found.config)
         labels = TASKS[entry.task].labels(files)
         return Checkpoint(
             digest=digest,
@@ -180,9 +180,9 @@ def _pad_id(model: str, config: Any, tokenizer: Any) -> int:
 
 
 def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
-    """What tasks read of a stored checkpoint. Its check is over, so the tensors' names are not read again."""
+    """What tasks read of a stored checkpoint."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return CheckpointFiles(record.model, folder, config, frozenset())
+    return CheckpointFiles(record.model, folder, config)
 
 
 def load_arguments(record: Checkpoint) -> dict[str, Any]:

@@ -45,7 +45,6 @@ class Validated:
     files: tuple[str, ...]
     weights: tuple[str, ...]
     config: dict[str, Any]
-    tensors: frozenset[str]
     max_tokens: int
 
 
@@ -64,15 +63,16 @@ def validate(entry: ModelEntry, folder: Path) -> Validated:
         )
     stored = _weights(entry, folder)
     weights = tuple(name for name in stored if not name.endswith(".json"))
-    tensors = {name for file in weights if file.endswith(".safetensors") for name in _tensors(entry, folder / file)}
+    for file in weights:
+        if file.endswith(".safetensors"):
+            _check_whole(entry, folder / file)
     files = {*stored, *_files(entry, folder)}
     _check_tokenizer(entry, folder, config)
-    TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config, frozenset(tensors)))
+    TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config))
     return Validated(
         files=tuple(sorted(files)),
         weights=weights,
         config=config,
-        tensors=frozenset(tensors),
         max_tokens=_max_tokens(entry, folder, config),
     )
 
@@ -166,8 +166,8 @@ def _shards(entry: ModelEntry, folder: Path, index: str) -> list[str]:
     return names
 
 
-def _tensors(entry: ModelEntry, path: Path) -> set[str]:
-    """Names in a safetensors header; the file must be as long as the header says it is.
+def _check_whole(entry: ModelEntry, path: Path) -> None:
+    """Refuse a safetensors file that is not as long as its header says it is.
 
     The format: 8 bytes, the header's length; the header, JSON with each tensor's byte range; the tensors' bytes.
     """
@@ -187,7 +187,6 @@ def _tensors(entry: ModelEntry, path: Path) -> set[str]:
         raise _refuse(
             entry, f"{path} is damaged: {size} bytes where its header says {expected}", "Copy or download it again"
         )
-    return set(header)
 
 
 def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from resources.artifacts.records import Engine
 from resources.engines import Built, EngineSpec, Sources
+from resources.engines.sessions import open_session
 from resources.errors import EngineError
 
 MODEL_FILE = "model.onnx"
@@ -78,25 +78,12 @@ def _try_once(model: Path, sources: Sources) -> None:
         raise EngineError(f"The engine answers {answer.shape} with values {answer.ravel()[:4]} to a batch of ones.")
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """The options that are measured here and served by resources/triton/python_models."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Idle threads would otherwise spin for a while after each run, on cores that others need by then.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
 class OnnxRuntimeRunner:
     """One session on the CPU."""
 
     def __init__(self, model: Path, output: str, threads: int) -> None:
         try:
-            # The provider by name: asking for CUDA where there is none logs an error and falls back in silence.
-            self._session = onnxruntime.InferenceSession(
-                str(model), session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = open_session(str(model), threads)
         except Exception as error:
             raise EngineError(f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0][:300]}") from error
         self._output = output

@@ -29,7 +29,6 @@ class CheckpointFiles:
     name: str
     folder: Path
     config: dict[str, Any]
-    tensors: frozenset[str]
 
     @property
     def architecture(self) -> str:

@@ -20,7 +20,7 @@ from resources.triton.proof import Proof
 from resources.triton.settings import Flavour
 
 _PYTHON_MODELS = Path(__file__).with_name("python_models")
-_TOKENIZATION = Path(__file__).resolve().parents[1] / "tokenization.py"
+_RESOURCES = Path(__file__).resolve().parents[1]
 LABELS_FILE = "labels.txt"
 _TOKENIZER_FILES = ("tokenizer.json", "encoder.json")
 #: Runtimes that can be released: those with a module in `python_models` and a native backend in Triton.
@@ -127,6 +127,7 @@ def content_digest(plan: ReleasePlan) -> str:
             "resources.triton.config",
             "resources.triton.release",
             "resources.tokenization",
+            "resources.engines.sessions",
         ),
         tokenizers=library_versions("tokenizers"),
     )
@@ -158,8 +159,7 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
 
 def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
     """Everything in the tokenizer model's version folder."""
-    _write_model(folder, "tokenizer")
-    shutil.copyfile(_TOKENIZATION, folder / "tokenization.py")
+    _write_model(folder, "tokenizer", _RESOURCES / "tokenization.py")
     for name in _TOKENIZER_FILES:
         shutil.copyfile(plan.checkpoint_folder / name, folder / name)
     # The package is abi3: one copy serves every Python 3 that a Triton container holds.
@@ -178,7 +178,7 @@ def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
 def write_engine(plan: ReleasePlan, folder: Path) -> None:
     """Everything in the engine model's version folder."""
     if plan.flavour == "python":
-        _write_model(folder, plan.engine.runtime)
+        _write_model(folder, plan.engine.runtime, _RESOURCES / "engines" / "sessions.py")
         target = folder
     else:
         # Triton's backend takes weights beside the graph only where both lie in a folder of the graph's name.
@@ -190,9 +190,11 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
         shutil.copyfile(plan.engine_folder / name, place)
 
 
-def _write_model(folder: Path, name: str) -> None:
+def _write_model(folder: Path, name: str, shared: Path) -> None:
+    """`shared`: the module that the model has in common with the rest of this project."""
     folder.mkdir(parents=True)
     shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
+    shutil.copyfile(shared, folder / shared.name)
     # A file where Python wants to make a folder, because Triton's stub does not heed PYTHONDONTWRITEBYTECODE: a
     # release never changes, and compiled modules would carry paths of the machine that first served it.
     (folder / "__pycache__").touch()

@@ -28,7 +28,7 @@ def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
     write_warm_up(root / engine)
     if plan.checkpoint.labels:
         # Triton reads one label a line.
-        lines = (label.replace("\n", " ") for label in plan.checkpoint.labels)
+        lines = (" ".join(label.splitlines()) for label in plan.checkpoint.labels)
         (root / engine / LABELS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_config(engine_config(plan, number), root / engine / CONFIG)
     folder = root / plan.model / str(number)

@@ -1,29 +1,30 @@
-"""Runs inside Triton: an ONNX Runtime engine, where there is no backend of that name (the embedded server)."""
+"""Runs inside Triton: an ONNX Runtime engine, where there is no backend of that name (the embedded server).
+
+Its version folder also holds the engine's files and sessions.py.
+"""
 
 import json
+import sys
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-import triton_python_backend_utils as pb_utils
+sys.dont_write_bytecode = True  # a release never changes
+_HERE = str(Path(__file__).resolve().parent)
+if _HERE not in sys.path:
+    sys.path.insert(0, _HERE)
+
+import numpy as np  # noqa: E402
+import triton_python_backend_utils as pb_utils  # noqa: E402
+from sessions import open_session  # noqa: E402
 
 
 class TritonPythonModel:
     """int64 inputs `[batch, sequence]` to one fp32 output `[batch, width]`."""
 
     def initialize(self, args):
-        """Open the session as it was measured: the same threads, the same options."""
+        """Open the session as it was measured, with the same threads."""
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(parameters["threads"])
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = onnxruntime.InferenceSession(
-            str(Path(__file__).resolve().parent / parameters["entry_file"]),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
+        self._session = open_session(str(Path(_HERE) / parameters["entry_file"]), int(parameters["threads"]))
         self._inputs = [item.name for item in self._session.get_inputs()]
         self._output = config["output"][0]["name"]
 

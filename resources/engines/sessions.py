@@ -1,0 +1,17 @@
+"""Opening an ONNX Runtime session: one module for what is measured and for what serves.
+
+A release carries a copy of this file beside its `model.py`, so it needs nothing else of this project.
+"""
+
+import onnxruntime
+
+
+def open_session(path: str, threads: int) -> onnxruntime.InferenceSession:
+    """A session on the CPU with so many threads. Raises what ONNX Runtime raises."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Idle threads would otherwise spin for a while after each run, on cores that others need by then.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # The provider by name: asking for CUDA where there is none logs an error and falls back in silence.
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -54,12 +54,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("query", help="ask a served model")
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("text", metavar="TEXT", nargs="+")
+    command.add_argument("text", metavar="TEXT", nargs="+", help="texts, or contexts, one answer each")
+    command.add_argument("--query", metavar="TEXT", help="what the texts are ranked for (reranking)")
+    command.add_argument("--question", metavar="TEXT", help="what the contexts are asked (question-answering)")
+    command.add_argument("--labels", metavar="L[,L]", help="what the texts may be (zero-shot-classification)")
     command.add_argument(
         "--url", default="127.0.0.1:8001", help="gRPC address of a Triton server (default: %(default)s)"
     )
     command.add_argument("--target", default="cpu", help="whose repository to serve where no server answers")
-    command.add_argument("--json", action="store_true", help="print the whole answer, one JSON list a text")
+    command.add_argument("--json", action="store_true", help="print the whole answers, one JSON document a line")
     command.set_defaults(command=_query)
 
     command = commands.add_parser("serve", help="serve the repository with the embedded Triton until Ctrl-C")

@@ -16,6 +16,13 @@ from resources.checkpoints import locate
 from resources.errors import CatalogError
 from resources.workspace import Workspace
 
+#: What a checkpoint saved from such a class is for. Those for sequences may also rerank or judge labels; that only
+#: their author knows.
+_HEADS = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
 _ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines")
 
 
@@ -89,10 +96,13 @@ def _entry(name: str, source: str, options: Namespace) -> ModelEntry:
 
 
 def _guess_task(source: str) -> str:
-    """By the class the checkpoint was saved from: a classification head classifies, everything else embeds."""
+    """By the class the checkpoint was saved from; what has no head of its own embeds."""
     folder = locate(source, allow_pickle=False, trust_remote_code=False).folder
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
     except (OSError, ValueError, AttributeError):
         return "embedding"  # collecting the checkpoint says what is wrong with it, better than a guess could
-    return "classification" if str(architectures[0]).endswith("ForSequenceClassification") else "embedding"
+    for head, task in _HEADS.items():
+        if str(architectures[0]).endswith(head):
+            return task
+    return "embedding"

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from resources.errors import CatalogError
-from resources.tasks import TASKS, Gates
+from resources.tasks import TASKS, Gates, Options
 
 #: Triton's folder names and Dagster's partition keys both have to take a model's name: no `/`, no `|`, no `...`, and
 #: nothing that looks like one of our own immutable parts (`minilm__r3__engine`). No dot at the end: Dagster writes a
@@ -76,6 +76,7 @@ class ModelEntry(_Strict):
     shapes: Annotated[tuple[ShapeField, ...], Field(min_length=1, strict=False)] = DEFAULT_SHAPES
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Largest batch that is served.")
     gates: dict[str, float] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict, description="The task's, see resources.tasks.")
     objective: Objective = "p50"
     benchmark: BenchmarkSettings = BenchmarkSettings()
     engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
@@ -92,6 +93,7 @@ class ModelEntry(_Strict):
         if self.task not in TASKS:
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(sorted(TASKS))}")
         self.accuracy_gates()
+        self.task_options()
         known = [spec.name for spec in ENGINES]
         for engine in self.engines or ():
             if engine not in known:
@@ -113,6 +115,13 @@ class ModelEntry(_Strict):
             return gates.model_validate(self.gates)
         except ValidationError as error:
             raise ValueError(explain(error, prefix="gates.")) from None
+
+    def task_options(self) -> Options:
+        """The task's options, with this entry's own values in place of the defaults. Raises ValueError."""
+        try:
+            return TASKS[self.task].options.model_validate(self.options)
+        except ValidationError as error:
+            raise ValueError(explain(error, prefix="options.")) from None
 
     def competes(self, engine: str) -> bool:
         """Whether the engine of that name is a candidate here. The PyTorch baseline is always measured."""

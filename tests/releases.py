@@ -13,7 +13,7 @@ import numpy as np
 from resources.artifacts.records import Checkpoint, Engine
 from resources.evaluation.texts import load_texts
 from resources.tasks import TASKS
-from resources.tokenization import TextEncoder
+from resources.pipelines.tokenization import TextEncoder
 from resources.triton.proof import Exam, Proof
 from resources.triton.release import Release, ReleasePlan
 from resources.triton.settings import Flavour

@@ -3,7 +3,7 @@
 import pytest
 
 from resources.evaluation.batches import equal_length_batches, plan_batches
-from resources.tokenization import buckets_up_to
+from resources.pipelines.tokenization import buckets_up_to
 
 BUCKETS = buckets_up_to(256)
 

@@ -14,7 +14,7 @@ from resources.checkpoints.collect import copy_unchanged
 from resources.checkpoints.validation import largest_token_id, validate
 from resources.errors import CheckpointError
 from resources.isolation import Limits
-from resources.tokenization import TextEncoder
+from resources.pipelines.tokenization import TextEncoder
 from tests.checkpoints import MINILM_PACKAGE, edit_json
 from tests.conftest import entry_for
 

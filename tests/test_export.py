@@ -12,7 +12,7 @@ from resources.errors import EngineError, ExportError
 from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
 from resources.export import exporter
 from resources.export.make import make_graph
-from resources.tokenization import TextEncoder
+from resources.pipelines.tokenization import TextEncoder
 from tests.conftest import entry_for
 
 

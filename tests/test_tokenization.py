@@ -7,7 +7,7 @@ import pytest
 
 from resources.errors import EngineError
 from resources.evaluation.texts import batch_of_shape, load_texts
-from resources.tokenization import LENGTH_BUCKETS, TextEncoder, buckets_up_to
+from resources.pipelines.tokenization import LENGTH_BUCKETS, TextEncoder, buckets_up_to
 
 TEXTS = [
     "",

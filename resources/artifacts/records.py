@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -68,7 +68,7 @@ def sha256_file(path: Path) -> str:
 class Checkpoint(Record):
     """A Hugging Face checkpoint, copied and checked.
 
-    The three part digests let a change of a label's name rebuild the release and nothing before it.
+    The part digests let a change of a label's name rebuild the release and nothing before it.
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -81,23 +81,27 @@ class Checkpoint(Record):
     weights_bytes: int
     tokenizer_digest: str
     labels_digest: str
+    pipeline_digest: str = Field(description="Of what makes answers of the engine's numbers: resources.pipelines.")
     labels: tuple[str, ...] = ()
+    output: str = Field(description="What the engine's output is called.")
+    settings: dict[str, Any] = Field(description="The pipeline's.")
     max_tokens: int = Field(description="Longest text that is served, in tokens, special tokens included.")
     allow_pickle: bool = False
     trust_remote_code: bool = False
 
 
 class EvaluationSet(Record):
-    """Real texts and what PyTorch in fp32 answers to each of them alone, without padding.
+    """Real requests and what PyTorch in fp32 answers to each row of them alone, without padding.
 
-    `reference.npy`: fp32 `[texts, width]`; `texts.json`: the texts, in the same order.
+    `items.json`: the requests; `reference.npz`: the engine's rows, see resources.evaluation.reference.
     """
 
     kind: ClassVar[str] = "evaluation_set"
-    texts: int
+    items: int
+    rows: int = Field(description="Of the engine: windows and labels make several of one request.")
     width: int
     longest_tokens: int
-    tokenizer_checked: int = Field(description="Texts whose token ids were compared with transformers' tokenizer.")
+    tokenizer_checked: int = Field(description="Rows whose token ids were compared with transformers' tokenizer.")
 
 
 class ParityCase(BaseModel):
@@ -202,6 +206,7 @@ class Accuracy(BaseModel):
 
     model_config = _CONFIG
     metrics: dict[str, float]
+    gated: tuple[str, ...] = Field(default=(), description="The metrics that have a gate.")
     broken: str = Field(default="", description="Why the answers cannot be compared at all: NaN, wrong shape.")
     texts: int
     worst: tuple[Disagreement, ...] = ()

@@ -18,7 +18,8 @@ from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
 from resources.errors import CheckpointError
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
-from resources.tasks import TASKS, CheckpointFiles
+from resources.pipelines import PIPELINE_FILE, pipeline_class
+from resources.tasks import TASKS, CheckpointFiles, SpecialTokens
 
 ENCODER_FILE = "encoder.json"
 #: Fields of config.json that say nothing about what the model computes; labels have a digest of their own.
@@ -29,6 +30,7 @@ _NOT_WEIGHTS = ("id2label", "label2id", "_name_or_path", "transformers_version")
 class _Signature:
     inputs: tuple[str, ...]
     pad_id: int
+    tokens: SpecialTokens
 
 
 def collect_checkpoint(
@@ -55,9 +57,10 @@ def collect_checkpoint(
         revision=located.revision,
         content=content,
         task=entry.task,
+        options=entry.task_options().model_dump(),
         allow_pickle=entry.allow_pickle,
         trust_remote_code=entry.trust_remote_code,
-        code=code_version("resources.checkpoints", "resources.tasks", "resources.tokenization"),
+        code=code_version("resources.checkpoints", "resources.tasks", "resources.pipelines"),
         libraries=library_versions("transformers", "tokenizers"),
     )
 
@@ -74,10 +77,20 @@ def collect_checkpoint(
                 what=f"{entry.name}: reading the checkpoint's tokenizer",
                 log=log,
             )
-        settings = {"max_tokens": found.max_tokens, "inputs": list(signature.inputs), "pad_id": signature.pad_id}
-        (folder / ENCODER_FILE).write_text(json.dumps(settings), encoding="utf-8")
+        task, options = TASKS[entry.task], entry.task_options()
         files = CheckpointFiles(entry.name, folder, found.config)
-        labels = TASKS[entry.task].labels(files)
+        labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
+        max_tokens = task.max_tokens(found.max_tokens, options)
+        encoder = {
+            "max_tokens": max_tokens,
+            "inputs": list(signature.inputs),
+            "pad_id": signature.pad_id,
+            "strategy": pipeline_class(entry.task).strategy,
+            "stride": task.stride(max_tokens, options),
+        }
+        (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
+        pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
+        (folder / PIPELINE_FILE).write_text(pipeline, encoding="utf-8")
         return Checkpoint(
             digest=digest,
             model=entry.name,
@@ -90,8 +103,11 @@ def collect_checkpoint(
             weights_bytes=sum((folder / name).stat().st_size for name in found.weights),
             tokenizer_digest=digest_of_files((name, sha256_file(folder / name)) for name in (TOKENIZER, ENCODER_FILE)),
             labels_digest=fingerprint("labels", labels=labels, problem=found.config.get("problem_type")),
+            pipeline_digest=fingerprint("pipeline", task=entry.task, settings=settings),
             labels=labels,
-            max_tokens=found.max_tokens,
+            output=task.output(files),
+            settings=settings,
+            max_tokens=max_tokens,
             allow_pickle=entry.allow_pickle,
             trust_remote_code=entry.trust_remote_code,
             peak_memory_bytes=peak,
@@ -163,7 +179,8 @@ def _prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool) -> _Si
         for name in ("input_ids", "attention_mask", "token_type_ids")
         if name in accepted and (name != "token_type_ids" or segments)
     )
-    return _Signature(inputs=inputs, pad_id=_pad_id(model, config, tokenizer))
+    tokens = SpecialTokens(tokenizer.unk_token_id, tokenizer.mask_token_id, tokenizer.mask_token)
+    return _Signature(inputs=inputs, pad_id=_pad_id(model, config, tokenizer), tokens=tokens)
 
 
 def _pad_id(model: str, config: Any, tokenizer: Any) -> int:

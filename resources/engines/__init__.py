@@ -86,7 +86,9 @@ class Built:
 
 
 class Runner(Protocol):
-    """An engine, loaded. `run` takes int64 arrays `[batch, sequence]` by input name, answers fp32 `[batch, width]`."""
+    """An engine, loaded. `run` takes int64 arrays `[batch, sequence]` by input name, and answers fp32 `[batch, width]`,
+    or `[batch, sequence, width]` where the task is one of tokens.
+    """
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray: ...
 

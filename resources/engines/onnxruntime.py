@@ -12,6 +12,7 @@ from resources.artifacts.records import Engine
 from resources.engines import Built, EngineSpec, Sources
 from resources.engines.sessions import open_session
 from resources.errors import EngineError
+from resources.tasks import TASKS
 
 MODEL_FILE = "model.onnx"
 
@@ -70,11 +71,16 @@ def _quantize(source: Path, target: Path, external: bool) -> None:
 def _try_once(model: Path, sources: Sources) -> None:
     """Raise EngineError where the runtime refuses the graph or answers with anything but finite numbers."""
     runner = OnnxRuntimeRunner(model, sources.graph.output, threads=1)
-    batch = {name: np.ones((2, 8), dtype=np.int64) for name in sources.graph.inputs}
+    task = TASKS[sources.checkpoint.task]
+    shape = (2, 8)
+    batch = {
+        name: np.ones((2, 1) if name in task.extra_inputs else shape, dtype=np.int64) for name in sources.graph.inputs
+    }
     if "token_type_ids" in batch:
         batch["token_type_ids"][:] = 0
     answer = runner.run(batch)
-    if answer.shape != (2, sources.graph.width) or not np.isfinite(answer).all():
+    expected = (*shape, sources.graph.width) if task.per_token else (2, sources.graph.width)
+    if answer.shape != expected or not np.isfinite(answer).all():
         raise EngineError(f"The engine answers {answer.shape} with values {answer.ravel()[:4]} to a batch of ones.")
 
 

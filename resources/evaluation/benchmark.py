@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
 from resources.artifacts.records import Accuracy, BenchmarkReport, Disagreement, Engine, EvaluationSet
@@ -15,18 +16,18 @@ from resources.catalog import ModelEntry
 from resources.device import describe_device
 from resources.engines import Sources
 from resources.errors import EngineError
-from resources.evaluation.batches import plan_batches
 from resources.evaluation.reference import read_evaluation_set
+from resources.evaluation.texts import texts_of
 from resources.evaluation.timing import time_shapes
 from resources.isolation import Worker
 from resources.locks import benchmarking
 from resources.tasks import TASKS, Gates, Task
+from resources.tasks.base import broken_answers
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from resources.evaluation.probe import Probe
+    from resources.pipelines.base import Item
 
 SAMPLES_FILE = "samples.json"
 WORST_SHOWN = 5
@@ -53,7 +54,7 @@ def make_benchmark(
         seconds=entry.benchmark.seconds,
         threads=threads,
         device=device,
-        code=code_version("resources.evaluation", "resources.isolation", "resources.tasks"),
+        code=code_version("resources.evaluation", "resources.isolation", "resources.tasks", "resources.pipelines"),
         libraries=library_versions("numpy", "tokenizers"),
     )
     record = BenchmarkReport(
@@ -93,7 +94,7 @@ def _measure(
     folder: Path,
 ) -> BenchmarkReport:
     store = workspace.store
-    texts, reference = read_evaluation_set(store.folder(evaluation))
+    items, reference = read_evaluation_set(store.folder(evaluation))
     what = f"{entry.name}: benchmarking {engine.name} on {engine.target}"
     log = workspace.log(entry.name, f"benchmark-{engine.target}-{engine.name}")
 
@@ -106,22 +107,21 @@ def _measure(
         started = time.monotonic()
         # In a process of its own: allocators keep what the largest batch took, and memory is reported by shape.
         with start(engine) as worker:
-            lengths, buckets = worker.call("lengths", texts)
-            padded = dict(zip(lengths, buckets, strict=True))
-            plan = plan_batches(lengths, padded.__getitem__, entry.max_batch_size)
-            answers = worker.call("answers", texts, plan)
+            answered = worker.call("answers", items, entry.max_batch_size)
             peak = worker.peak_memory_bytes
         with start(engine) as candidate, start(baseline) as rival:
             # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
             seconds = max(entry.benchmark.seconds - (time.monotonic() - started), entry.benchmark.seconds / 4)
-            timings, samples = time_shapes(rival, candidate, texts, entry.shapes, seconds)
+            timings, samples = time_shapes(rival, candidate, texts_of(items), entry.shapes, seconds)
         peak = max(peak, candidate.peak_memory_bytes, rival.peak_memory_bytes)
     raw = {shape: asdict(pairs) for shape, pairs in samples.items()}
     (folder / SAMPLES_FILE).write_text(json.dumps(raw))
     return record.model_copy(
         update={
             "status": "measured",
-            "accuracy": measure_accuracy(TASKS[entry.task], texts, reference, answers),
+            "accuracy": measure_accuracy(
+                TASKS[entry.task], sources.checkpoint.settings, items, reference, answered.answers, answered.broken
+            ),
             "timings": tuple(timings),
             "peak_memory_bytes": peak,
         }
@@ -135,20 +135,30 @@ def _probe(engine: Engine, folder: Path, sources: Sources, threads: int) -> Prob
     return Probe(engine, folder, sources, threads)
 
 
-def measure_accuracy(task: Task, texts: list[str], reference: np.ndarray, answers: np.ndarray) -> Accuracy:
-    """Compare `answers` with PyTorch's, both fp32 `[texts, width]`, by the task's own measure."""
-    broken = task.broken(reference, answers)
+def measure_accuracy(
+    task: Task,
+    settings: dict[str, Any],
+    items: Sequence[Item],
+    reference: Sequence[Any],
+    answers: Sequence[Any],
+    broken: str = "",
+) -> Accuracy:
+    """Compare answers with PyTorch's, one an item, by the task's own measure. broken: why there are none."""
+    broken = broken or broken_answers(reference, answers)
     if broken:
-        return Accuracy(metrics={}, broken=broken, texts=len(texts))
-    scores = task.scores(reference, answers)
-    worst = sorted(range(len(texts)), key=lambda index: float(scores[index]))[:WORST_SHOWN]
+        return Accuracy(metrics={}, broken=broken, texts=len(items))
+    scores = task.scores(settings, reference, answers)
+    worst = sorted(range(len(items)), key=lambda index: float(scores[index]))[:WORST_SHOWN]
     return Accuracy(
-        metrics=task.compare(reference, answers),
-        texts=len(texts),
-        worst=tuple(Disagreement(text=texts[index][:200], score=float(scores[index])) for index in worst),
+        metrics=task.compare(settings, items, reference, answers),
+        gated=task.gate_names(settings),
+        texts=len(items),
+        worst=tuple(
+            Disagreement(text=" | ".join(items[index].values())[:200], score=float(scores[index])) for index in worst
+        ),
     )
 
 
 def missed_gates(task: Task, accuracy: Accuracy, gates: Gates) -> list[str]:
     """Why the engine may not be served, each as a sentence; none: it is accurate."""
-    return [accuracy.broken] if accuracy.broken else task.misses(accuracy.metrics, gates)
+    return [accuracy.broken] if accuracy.broken else task.misses(accuracy.gated, accuracy.metrics, gates)

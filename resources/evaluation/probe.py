@@ -10,10 +10,13 @@ import numpy as np
 
 from resources.artifacts.records import Engine
 from resources.engines import Sources, load
-from resources.evaluation.batches import PlannedBatch
+from resources.evaluation.answering import Answered, answer_items
+from resources.evaluation.batches import plan_batches
 from resources.evaluation.texts import batch_of_shape
 from resources.isolation import peak_memory_bytes, reset_peak_memory
-from resources.tokenization import TextEncoder
+from resources.pipelines import open_pipeline
+from resources.pipelines.base import Item
+from resources.tasks import TASKS
 
 
 class Probe:
@@ -26,29 +29,27 @@ class Probe:
         reset_peak_memory()
         self._bare = peak_memory_bytes()
         self._runner = load(engine, folder, sources, threads)
-        self._encoder = TextEncoder.from_folder(str(sources.checkpoint_folder))
+        self._task = TASKS[sources.checkpoint.task]
+        self._pipeline = open_pipeline(str(sources.checkpoint_folder))
+        self._width = sources.graph.width
         self._batch: dict[str, np.ndarray] = {}
         self._runs = 0
 
-    def answers(self, texts: Sequence[str], plan: Sequence[PlannedBatch]) -> np.ndarray:
-        """The engine's answers fp32 `[texts, width]`, computed in the planned batches."""
-        encodings = self._encoder.tokens(texts)
-        rows: dict[int, np.ndarray] = {}
-        for batch in plan:
-            answer = self._run(self._encoder.pad([encodings[index] for index in batch.indices], batch.length))
-            if answer.shape[0] != len(batch.indices):
-                return answer  # of a shape that the comparison refuses and names
-            rows.update(zip(batch.indices, answer, strict=True))
-        return np.stack([rows[index] for index in range(len(texts))])
-
-    def lengths(self, texts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Tokens of each text, and the bucket it is padded to."""
-        tokens = [len(encoding.ids) for encoding in self._encoder.tokens(texts)]
-        return tokens, [self._encoder.bucket(count) for count in tokens]
+    def answers(self, items: Sequence[Item], max_batch_size: int) -> Answered:
+        """The answers to the items, computed in every way in which requests reach a server."""
+        bucket = self._pipeline.encoder.bucket
+        return answer_items(
+            self._pipeline,
+            self._run,
+            items,
+            lambda lengths: plan_batches(lengths, bucket, max_batch_size),
+            per_token=self._task.per_token,
+            width=self._width,
+        )
 
     def prepare(self, texts: Sequence[str], rows: int, tokens: int) -> None:
         """Make a batch of that shape the one that `burst` runs. Memory and runs are counted anew."""
-        self._batch = batch_of_shape(texts, self._encoder, rows, tokens)
+        self._batch = batch_of_shape(texts, self._pipeline.encoder, rows, tokens, self._task.extra_inputs)
         self._runs = 0
         reset_peak_memory()
 

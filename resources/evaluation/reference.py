@@ -1,56 +1,61 @@
-"""The evaluation set: real texts, and what PyTorch in fp32 answers to each of them alone."""
+"""The evaluation set: real requests, and what PyTorch in fp32 answers to each of their rows alone."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
-from resources.artifacts.records import Checkpoint, EvaluationSet, sha256_file
+from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.checkpoints import checkpoint_files, load_arguments
 from resources.errors import CheckpointError
 from resources.evaluation.batches import equal_length_batches
-from resources.evaluation.texts import SAMPLE_TEXTS, load_texts
 from resources.isolation import run_isolated
 from resources.locks import building
 from resources.tasks import TASKS
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
-    import numpy as np
+    from resources.pipelines.base import Item, Pipeline
 
-REFERENCE_FILE = "reference.npy"
-TEXTS_FILE = "texts.json"
+REFERENCE_NUMBERS = "reference.npy"
+REFERENCE_DOCUMENTS = "reference.json"
+ITEMS_FILE = "items.json"
 _BATCH = 16
 
 
 @dataclass(frozen=True)
 class _Reference:
+    rows: int
     width: int
     longest_tokens: int
+    tokenizer_checked: int
 
 
 def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[EvaluationSet]:
-    """The texts and PyTorch's answers. Raises CheckpointError where those answers cannot be a reference."""
+    """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a reference."""
     for shape in entry.shapes:
         if shape.sequence > checkpoint.max_tokens:
             raise CheckpointError(
                 f"{entry.name}: shapes: {shape} is longer than this checkpoint takes ({checkpoint.max_tokens} tokens). "
                 "Shorten it in the models file."
             )
-    texts = load_texts()
+    items = TASKS[checkpoint.task].items(checkpoint.settings)
     digest = fingerprint(
         "evaluation_set",
         model=entry.name,
-        texts=sha256_file(SAMPLE_TEXTS),
+        items=items,
         weights=checkpoint.weights_digest,
         tokenizer=checkpoint.tokenizer_digest,
+        pipeline=checkpoint.pipeline_digest,
         task=checkpoint.task,
-        code=code_version("resources.evaluation.reference", "resources.tasks", "resources.tokenization"),
+        code=code_version(
+            "resources.evaluation.reference", "resources.evaluation.answering", "resources.tasks", "resources.pipelines"
+        ),
         libraries=library_versions("torch", "transformers", "tokenizers"),
     )
 
@@ -60,79 +65,96 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
                 _answer,
                 checkpoint,
                 workspace.store.folder(checkpoint),
-                texts,
+                items,
                 folder,
                 workspace.threads(entry),
                 limits=workspace.limits,
-                what=f"{entry.name}, revision {checkpoint.revision}: PyTorch's answers to the evaluation texts",
+                what=f"{entry.name}, revision {checkpoint.revision}: PyTorch's answers to the evaluation set",
                 log=workspace.log(entry.name, "evaluation_set"),
             )
         return EvaluationSet(
             digest=digest,
             model=entry.name,
-            texts=len(texts),
+            items=len(items),
+            rows=found.rows,
             width=found.width,
             longest_tokens=found.longest_tokens,
-            tokenizer_checked=len(texts),
+            tokenizer_checked=found.tokenizer_checked,
             peak_memory_bytes=peak,
         )
 
     return workspace.store.get_or_make(EvaluationSet, digest, make)
 
 
-def read_evaluation_set(folder: Path) -> tuple[list[str], np.ndarray]:
-    """The texts, and PyTorch's answers fp32 `[texts, width]`."""
-    import numpy as np
+def read_evaluation_set(folder: Path) -> tuple[list[Item], list[Any]]:
+    """The requests, and PyTorch's answer to each: fp32 `[width]`, or a JSON document."""
+    items: list[Item] = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
+    if (folder / REFERENCE_NUMBERS).is_file():
+        import numpy as np
 
-    return json.loads((folder / TEXTS_FILE).read_text(encoding="utf-8")), cast(
-        "np.ndarray", np.load(folder / REFERENCE_FILE)
-    )
+        return items, list(np.load(folder / REFERENCE_NUMBERS))
+    return items, json.loads((folder / REFERENCE_DOCUMENTS).read_text(encoding="utf-8"))
 
 
-def _answer(checkpoint: Checkpoint, source: Path, texts: list[str], folder: Path, threads: int) -> _Reference:
+def _answer(checkpoint: Checkpoint, source: Path, items: list[Item], folder: Path, threads: int) -> _Reference:
     import numpy as np
     import torch
 
-    from resources.tokenization import TextEncoder
+    from resources.evaluation.answering import answer_items
+    from resources.pipelines import open_pipeline
 
     torch.set_num_threads(threads)
-    encoder = TextEncoder.from_folder(str(source))
-    encodings = encoder.tokens(texts)
-    _check_tokenizer(checkpoint, source, texts, [encoding.ids for encoding in encodings])
-    module = TASKS[checkpoint.task].module(checkpoint_files(checkpoint, source), **load_arguments(checkpoint))
-    lengths = [len(encoding.ids) for encoding in encodings]
-    rows: list[np.ndarray | None] = [None] * len(texts)
-    for batch in equal_length_batches(lengths, _BATCH):
-        arrays = encoder.pad([encodings[index] for index in batch.indices], batch.length)
+    pipeline, task = open_pipeline(str(source)), TASKS[checkpoint.task]
+    checked = _check_tokenizer(checkpoint, source, pipeline, items)
+    module = task.module(checkpoint_files(checkpoint, source), **load_arguments(checkpoint))
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
         with torch.inference_mode():
-            answers = module(**{name: torch.from_numpy(array) for name, array in arrays.items()}).numpy()
-        for index, answer in zip(batch.indices, answers, strict=True):
-            rows[index] = answer
-    reference = np.stack([row for row in rows if row is not None]).astype(np.float32)
-    broken = int((~np.isfinite(reference)).any(axis=1).sum())
-    if broken:
+            answer: np.ndarray = module(**{name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
+        return answer.astype(np.float32)
+
+    answered = answer_items(
+        pipeline, run, items, lambda lengths: equal_length_batches(lengths, _BATCH), per_token=task.per_token
+    )
+    if answered.broken:
         raise CheckpointError(
-            f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself answers NaN or infinity to {broken} "
-            f"of {len(texts)} texts in fp32, so there is nothing to serve. The weights are damaged or the training "
-            "diverged: give another checkpoint."
+            f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself gives {answered.broken} of the "
+            "evaluation set in fp32, so there is nothing to serve. The weights are damaged or the training diverged: "
+            "give another checkpoint."
         )
-    np.save(folder / REFERENCE_FILE, reference)
-    (folder / TEXTS_FILE).write_text(json.dumps(texts, ensure_ascii=False, indent=0), encoding="utf-8")
-    return _Reference(width=int(reference.shape[1]), longest_tokens=max(lengths))
+    if pipeline.structured:
+        text = json.dumps(answered.answers, ensure_ascii=False)
+        (folder / REFERENCE_DOCUMENTS).write_text(text, encoding="utf-8")
+    else:
+        np.save(folder / REFERENCE_NUMBERS, np.stack(answered.answers))
+    (folder / ITEMS_FILE).write_text(json.dumps(items, ensure_ascii=False, indent=0), encoding="utf-8")
+    return _Reference(answered.rows, answered.width, answered.longest_tokens, checked)
 
 
-def _check_tokenizer(checkpoint: Checkpoint, source: Path, texts: list[str], ids: list[list[int]]) -> None:
-    """What is served tokenizes with `tokenizers` alone; transformers' own tokenizer must agree on every text."""
+def _check_tokenizer(checkpoint: Checkpoint, source: Path, pipeline: Pipeline, items: list[Item]) -> int:
+    """What is served tokenizes with `tokenizers` alone; transformers' own tokenizer must agree on every row."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
         source, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
     )
-    expected = tokenizer(texts, truncation=True, max_length=checkpoint.max_tokens)["input_ids"]
+    encoder = pipeline.encoder
+    segments = [segment for item in items for segment in pipeline.segments(item)]
+    encodings = encoder.tokens(segments)
+    texts = [list(part) for part in zip(*segments, strict=True)]
+    cutting = {"truncation": encoder.strategy, "max_length": encoder.max_tokens}
+    if pipeline.windowed:
+        cutting |= {"stride": encoder.stride, "return_overflowing_tokens": True}
+        ids = [window.ids for encoding in encodings for window in (encoding, *encoding.overflowing)]
+    else:
+        ids = [encoding.ids for encoding in encodings]
+    expected = tokenizer(*texts, **cutting)["input_ids"]
     wrong = [number for number, (first, second) in enumerate(zip(ids, expected, strict=True)) if first != second]
     if wrong:
         raise CheckpointError(
             f"{checkpoint.model}, revision {checkpoint.revision}: tokenizer.json gives other tokens than transformers "
-            f"for {len(wrong)} of {len(texts)} texts, the first being {texts[wrong[0]][:60]!r}. Save the tokenizer "
-            "again with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) and use that folder."
+            f"for {len(wrong)} of {len(ids)} rows, the first being {tokenizer.decode(expected[wrong[0]])[:60]!r}. Save "
+            "the tokenizer again with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) and use "
+            "that folder."
         )
+    return len(ids)

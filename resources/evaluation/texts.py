@@ -1,10 +1,8 @@
-"""The texts that accuracy and speed are measured on."""
+"""The texts that speed is measured on."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resources.errors import EngineError
@@ -12,23 +10,25 @@ from resources.errors import EngineError
 if TYPE_CHECKING:
     import numpy as np
 
-    from resources.tokenization import TextEncoder
-
-#: Written for this project and under its licence: questions, notes, reports, chat, in a dozen languages.
-SAMPLE_TEXTS = Path(__file__).with_name("sample_texts.jsonl")
+    from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 
-def load_texts(path: Path = SAMPLE_TEXTS) -> list[str]:
-    """The texts of a JSON Lines file, one object with a `text` a line."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+def texts_of(items: Sequence[Item]) -> list[str]:
+    """What the requests' texts say, one string a request; candidate labels are no text."""
+    return [" ".join(text for name, text in item.items() if name != "LABELS") for item in items]
 
 
-def batch_of_shape(texts: Sequence[str], encoder: TextEncoder, rows: int, tokens: int) -> dict[str, np.ndarray]:
+def batch_of_shape(
+    texts: Sequence[str], encoder: TextEncoder, rows: int, tokens: int, extra: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """Arrays `[rows, tokens]` of real text without padding: each row goes on with the next texts until it is full.
 
-    Raises EngineError for rows too short to hold the special tokens and a word.
+    extra: inputs that are one position a row, `[rows, 1]`. Raises EngineError for rows too short to hold the special
+    tokens and a word.
     """
+    import numpy as np
+
     exact = encoder.shortened(tokens)
     encodings = []
     for row in range(rows):
@@ -46,4 +46,5 @@ def batch_of_shape(texts: Sequence[str], encoder: TextEncoder, rows: int, tokens
         if size != tokens:
             raise EngineError(f"Text cannot fill rows of exactly {tokens} tokens (got {size}). Choose a longer shape.")
         encodings.append(encoding)
-    return exact.pad(encodings, tokens)
+    positions = np.full((rows, 1), tokens // 2, dtype=np.int64)
+    return {**exact.pad(encodings, tokens), **dict.fromkeys(extra, positions)}

@@ -33,7 +33,7 @@ def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) 
         tokenizer=checkpoint.tokenizer_digest,
         task=checkpoint.task,
         threshold=workspace.external_data_threshold_bytes,
-        code=code_version("resources.export", "resources.tasks", "resources.tokenization"),
+        code=code_version("resources.export", "resources.tasks", "resources.pipelines.tokenization"),
         libraries=library_versions("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
     )
 

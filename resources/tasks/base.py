@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from resources.errors import CheckpointError
+from resources.pipelines import pipeline_class
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from resources.pipelines.base import Item
+
+Metrics = dict[str, float]
+
 
 class Gates(BaseModel):
-    """Thresholds a candidate must keep to be eligible. Every task has its own; the models file can change them."""
+    """Thresholds a candidate must keep to be eligible. Every task has its own; the models file can change them.
+
+    A gate has the name of the metric that it bounds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def at_least(value: float, low: float = 0.0, high: float | None = 1.0) -> Any:
+    """A gate that a metric must reach."""
+    return Field(default=value, ge=low, le=high, json_schema_extra={"bound": "least"})
+
+
+def at_most(value: float, high: float | None = None) -> Any:
+    """A gate that a metric must not exceed."""
+    return Field(default=value, ge=0.0, le=high, json_schema_extra={"bound": "most"})
+
+
+class Options(BaseModel):
+    """What a task's answers look like, where that is a matter of choice. Part of the release, not of the engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -39,64 +64,168 @@ class CheckpointFiles:
         """The error for a checkpoint that the task cannot take."""
         return CheckpointError(f"{self.name}: {why}. {remedy}")
 
+    def require_head(self, task: str, head: str, what: str) -> None:
+        """Raise CheckpointError unless the checkpoint was saved from a class whose name ends with `head`."""
+        if not self.architecture.endswith(head):
+            raise self.refuse(
+                f"task {task!r} needs a checkpoint with {what}, and this one is a "
+                f"{self.architecture or 'model of unknown architecture'}",
+                f"Use the task it was trained for, or a checkpoint saved from ...{head}",
+            )
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a tokenizer calls the tokens that pipelines ask for; None where it has none."""
+
+    unknown_id: int | None = None
+    mask_id: int | None = None
+    mask_token: str | None = None
+
 
 class Task(ABC):
-    """One task. Instances hold no state; heavy libraries are imported inside the methods that need them."""
+    """One task. Instances hold no state; heavy libraries are imported inside the methods that need them.
+
+    `per_token`: the engine answers each token, fp32 `[batch, sequence, width]`, and not each row `[batch, width]`.
+    `extra_inputs`: inputs of the engine beside the tokenizer's, int64 `[batch, 1]`.
+    """
 
     name: ClassVar[str]
-    output: ClassVar[str]
     gates: ClassVar[type[Gates]]
+    options: ClassVar[type[Options]] = Options
+    per_token: ClassVar[bool] = False
+    extra_inputs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, files: CheckpointFiles) -> None:
         """Raise CheckpointError where the checkpoint cannot do this task. Reads no weights."""
 
     @abstractmethod
+    def output(self, files: CheckpointFiles) -> str:
+        """The name of the engine's output."""
+
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
-        """What the columns of the output are called, in order; empty where they have no names."""
+        """What the columns of the engine's output are called, in order; empty where they have no names."""
+        del files
+        return ()
 
     @abstractmethod
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
-        """The module that is exported: token ids in, this task's answer out, fp32 `[batch, width]`.
+        """The module that is exported: token ids in, what the pipeline needs out, in fp32.
 
         `load` goes to `from_pretrained`. Pooling, normalization and softmax are part of the module and stay in fp32:
         in half precision `clamp(min=1e-9)` is 0 and a row of padding alone becomes NaN.
-        Its `forward` takes `input_ids`, `attention_mask` and, where the model knows them, `token_type_ids`.
+        Its `forward` takes `input_ids`, `attention_mask`, where the model knows them `token_type_ids`, and the
+        `extra_inputs`.
         """
 
-    @abstractmethod
-    def scores(self, reference: np.ndarray, answers: np.ndarray) -> np.ndarray:
-        """How alike two answers to each text are, fp64 `[texts]`; 1 is equal, lower is worse. For finding the worst."""
+    def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
+        """What the task's pipeline (resources.pipelines) is made with. Raises CheckpointError."""
+        del files, tokens
+        return options.model_dump()
+
+    def max_tokens(self, limit: int, options: Options) -> int:
+        """Tokens of one row, where the checkpoint takes at most `limit`."""
+        del options
+        return limit
+
+    def stride(self, max_tokens: int, options: Options) -> int:
+        """Tokens that neighbouring windows of a long text have in common."""
+        del max_tokens, options
+        return 0
 
     @abstractmethod
-    def compare(self, reference: np.ndarray, answers: np.ndarray) -> dict[str, float]:
-        """The task's metrics of `answers` `[texts, width]` against PyTorch's."""
+    def items(self, settings: dict[str, Any]) -> list[Item]:
+        """The evaluation items where the user gives none."""
+
+    def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
+        """Requests with an odd text in every place where a user may write one; each has an answer."""
+        del settings
+        return [dict.fromkeys(pipeline_class(self.name).inputs, text)]
+
+    def refused_items(self, settings: dict[str, Any]) -> list[Item]:
+        """Requests that have no answer and are refused, each for itself."""
+        del settings
+        return []
 
     @abstractmethod
-    def misses(self, metrics: dict[str, float], gates: Gates) -> list[str]:
-        """The gates that the metrics miss, each as a sentence. NaN misses every gate."""
+    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+        """How alike two answers to each item are, fp64 `[items]`; 1 is equal, lower is worse. For finding the worst."""
 
-    def broken(self, reference: np.ndarray, answers: np.ndarray) -> str:
-        """Why the answers cannot be compared at all (wrong shape, NaN, infinity); empty where they can."""
-        import numpy as np
+    @abstractmethod
+    def compare(
+        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        """The task's metrics of `answers` against PyTorch's, one answer an item."""
 
-        if answers.shape != reference.shape:
-            return f"answers of shape {answers.shape} where PyTorch gives {reference.shape}"
-        if not reference.size:
-            return "no answers to compare"
-        for whose, values in (("the", answers), ("PyTorch's", reference)):
-            rows = int((~np.isfinite(values)).any(axis=1).sum())
-            if rows:
-                return f"NaN or infinity in {whose} answers to {rows} of {len(values)} texts"
-        return ""
+    def gate_names(self, settings: dict[str, Any]) -> tuple[str, ...]:
+        """The gates that apply to such a checkpoint; its metrics hold every one of them."""
+        del settings
+        return tuple(self.gates.model_fields)
 
-    def verdict(self, reference: np.ndarray, answers: np.ndarray, gates: Gates) -> tuple[dict[str, float], list[str]]:
+    def misses(self, names: Sequence[str], metrics: Metrics, gates: Gates) -> list[str]:
+        """The gates of those names that the metrics miss, each as a sentence. NaN misses every gate."""
+        found = []
+        for name in names:
+            limit, value = getattr(gates, name), metrics[name]
+            extra = self.gates.model_fields[name].json_schema_extra
+            assert isinstance(extra, dict), "every gate is made by at_least or at_most"
+            if extra["bound"] == "least" and not value >= limit:
+                found.append(f"{name} {value:.5f} is below {limit:g}")
+            elif extra["bound"] == "most" and not value <= limit:
+                found.append(f"{name} {value:.5f} is above {limit:g}")
+        return found
+
+    def verdict(
+        self,
+        settings: dict[str, Any],
+        items: Sequence[Item],
+        reference: Sequence[Any],
+        answers: Sequence[Any],
+        gates: Gates,
+    ) -> tuple[Metrics, list[str]]:
         """Metrics and missed gates. Answers that cannot be compared miss before anything else is looked at."""
-        broken = self.broken(reference, answers)
+        broken = broken_answers(reference, answers)
         if broken:
             return {}, [broken]
-        metrics = self.compare(reference, answers)
-        return metrics, self.misses(metrics, gates)
+        metrics = self.compare(settings, items, reference, answers)
+        return metrics, self.misses(self.gate_names(settings), metrics, gates)
+
+
+def broken_answers(reference: Sequence[Any], answers: Sequence[Any]) -> str:
+    """Why answers, one an item, cannot be compared at all (wrong shape, NaN, infinity); empty where they can."""
+    import numpy as np
+
+    if len(answers) != len(reference):
+        return f"{len(answers)} answers where PyTorch gives {len(reference)}"
+    if not len(reference):
+        return "no answers to compare"
+    for expected, found in zip(reference, answers, strict=True):
+        if np.shape(expected) != np.shape(found) and isinstance(expected, np.ndarray):
+            return f"an answer of shape {np.shape(found)} where PyTorch gives {np.shape(expected)}"
+    for whose, values in (("the", answers), ("PyTorch's", reference)):
+        bad = sum(not all(np.isfinite(number).all() for number in _numbers(value)) for value in values)
+        if bad:
+            return f"NaN or infinity in {whose} answers to {bad} of {len(values)} texts"
+    return ""
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _numbers(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)
+    elif not isinstance(value, str):
+        yield value
+
+
+def stacked(answers: Sequence[Any]) -> np.ndarray:
+    """Answers that are numbers as fp64 `[items, width]`."""
+    import numpy as np
+
+    return np.stack([np.asarray(answer) for answer in answers]).astype(np.float64)
 
 
 def load_pretrained(
@@ -139,3 +268,17 @@ def load_pretrained(
             "with these weights."
         )
     return model.eval()
+
+
+def read_labels(files: CheckpointFiles, default: int = 2) -> tuple[str, ...]:
+    """`id2label` of config.json in order; `LABEL_0` and so on where it has none. Raises CheckpointError."""
+    table = files.config.get("id2label") or {}
+    count = int(files.config.get("num_labels") or len(table) or default)
+    try:
+        names = {int(index): str(label) for index, label in table.items()}
+    except (ValueError, AttributeError):
+        raise files.refuse(
+            "config.json, id2label: its keys are not the numbers of the labels",
+            'Write it as {"0": "the first label", "1": ...}',
+        ) from None
+    return tuple(names.get(index, f"LABEL_{index}") for index in range(count))

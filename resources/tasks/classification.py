@@ -1,115 +1,108 @@
-"""Sequence classification: one probability a label."""
+"""Sequence classification: one probability a label, or the numbers that a regression model predicts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from resources.tasks.base import CheckpointFiles, Gates, Task, load_pretrained
+from resources.tasks.base import (
+    CheckpointFiles,
+    Gates,
+    Metrics,
+    Options,
+    SpecialTokens,
+    Task,
+    at_least,
+    at_most,
+    load_pretrained,
+    read_labels,
+    stacked,
+)
+from resources.tasks.heads import Activation, classifier
+from resources.tasks.samples import text_items
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from resources.pipelines.base import Item
+
+HEAD = "ForSequenceClassification"
+
 
 class ClassificationGates(Gates):
-    """Share of texts with the same labels as PyTorch gives, and the largest difference of one probability."""
+    """Share of texts with the same labels as PyTorch gives, and the largest difference of one probability.
 
-    label_agreement: float = Field(default=0.99, ge=0, le=1)
-    probability_error: float = Field(default=0.05, ge=0, le=1)
+    Regression: the largest error of a value, in standard deviations of PyTorch's.
+    """
+
+    label_agreement: float = at_least(0.99)
+    probability_error: float = at_most(0.05, high=1.0)
+    value_error: float = at_most(0.05)
 
 
-def is_multi_label(files: CheckpointFiles) -> bool:
-    """Whether labels are independent of each other (sigmoid) or exclude each other (softmax)."""
-    return bool(files.config.get("problem_type") == "multi_label_classification")
+def activation(files: CheckpointFiles) -> Activation:
+    """What makes answers of logits, as transformers' pipeline chooses it."""
+    problem = files.config.get("problem_type")
+    if problem == "regression":
+        return "identity"
+    return "sigmoid" if problem == "multi_label_classification" or len(read_labels(files)) == 1 else "softmax"
 
 
 class ClassificationTask(Task):
-    """Text in, `probabilities` FP32 `[batch, labels]` out; labels are named in Triton's label file."""
+    """Text in, `probabilities` FP32 `[batch, labels]` out, labels named in Triton's label file; regression: `values`."""
 
     name: ClassVar[str] = "classification"
-    output: ClassVar[str] = "probabilities"
     gates: ClassVar[type[Gates]] = ClassificationGates
 
     def check(self, files: CheckpointFiles) -> None:
-        if not files.architecture.endswith("ForSequenceClassification"):
-            raise files.refuse(
-                "task 'classification' needs a checkpoint with a classification head, and this one is a "
-                f"{files.architecture or 'model of unknown architecture'}",
-                "Use task 'embedding', or a checkpoint saved from ...ForSequenceClassification",
-            )
-        if files.config.get("problem_type") == "regression" or len(self.labels(files)) < 2:
-            raise files.refuse(
-                "it has one output and no labels (regression), which task 'classification' does not serve",
-                "Use a checkpoint with at least two labels",
-            )
+        files.require_head(self.name, HEAD, "a classification head")
+        self.labels(files)
+
+    def output(self, files: CheckpointFiles) -> str:
+        return "values" if activation(files) == "identity" else "probabilities"
 
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
-        table = files.config.get("id2label") or {}
-        count = int(files.config.get("num_labels") or len(table) or 2)
-        try:
-            names = {int(index): str(label) for index, label in table.items()}
-        except (ValueError, AttributeError):
-            raise files.refuse(
-                "config.json, id2label: its keys are not the numbers of the labels",
-                'Write it as {"0": "the first label", "1": ...}',
-            ) from None
-        return tuple(names.get(index, f"LABEL_{index}") for index in range(count))
+        return read_labels(files)
 
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        return _classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), is_multi_label(files))
+        return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), activation(files))
 
-    def scores(self, reference: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
+        return {**super().settings(files, options, tokens), "activation": activation(files)}
+
+    def items(self, settings: dict[str, Any]) -> list[Item]:
+        del settings
+        return text_items()
+
+    def gate_names(self, settings: dict[str, Any]) -> tuple[str, ...]:
+        return ("value_error",) if settings["activation"] == "identity" else ("label_agreement", "probability_error")
+
+    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
-        result: np.ndarray = 1.0 - np.abs(reference.astype(np.float64) - answers).max(axis=1)
+        scale = _spread(stacked(reference)) if settings["activation"] == "identity" else 1.0
+        result: np.ndarray = 1.0 - np.abs(stacked(reference) - stacked(answers)).max(axis=1) / scale
         return result
 
-    def compare(self, reference: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+    def compare(
+        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
         import numpy as np
 
-        # Softmax rows sum to 1 and have one answer; sigmoid rows have an answer each side of one half.
-        exclusive = bool(np.allclose(reference.sum(axis=1), 1.0, atol=1e-3))
-        if exclusive:
-            same = reference.argmax(axis=1) == answers.argmax(axis=1)
+        expected, found = stacked(reference), stacked(answers)
+        largest = float(np.abs(expected - found).max())
+        if settings["activation"] == "identity":
+            return {"value_error": largest / _spread(expected), "max_abs_error": largest}
+        if settings["activation"] == "softmax":
+            same = expected.argmax(axis=1) == found.argmax(axis=1)
         else:
-            same = ((reference > 0.5) == (answers > 0.5)).all(axis=1)
-        return {
-            "label_agreement": float(same.mean()),
-            "probability_error": float(np.abs(reference - answers).max()),
-        }
-
-    def misses(self, metrics: dict[str, float], gates: Gates) -> list[str]:
-        assert isinstance(gates, ClassificationGates)
-        found = []
-        if not metrics["label_agreement"] >= gates.label_agreement:
-            found.append(f"label_agreement {metrics['label_agreement']:.4f} is below {gates.label_agreement:g}")
-        if not metrics["probability_error"] <= gates.probability_error:
-            found.append(f"probability_error {metrics['probability_error']:.4f} is above {gates.probability_error:g}")
-        return found
+            same = ((expected > 0.5) == (found > 0.5)).all(axis=1)
+        return {"label_agreement": float(same.mean()), "probability_error": largest}
 
 
-def _classifier(model: torch.nn.Module, multi_label: bool) -> torch.nn.Module:
-    import torch
-
-    class Classifier(torch.nn.Module):
-        """Logits to probabilities, in fp32."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(
-            self,
-            input_ids: torch.Tensor,
-            attention_mask: torch.Tensor,
-            token_type_ids: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits.float()
-            return torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=-1)
-
-    return Classifier().eval()
+def _spread(values: np.ndarray) -> float:
+    """Standard deviation over all texts; of a model that always says the same, the size of what it says."""
+    return float(values.std(axis=0).max()) or float(abs(values).max()) or 1.0

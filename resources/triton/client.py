@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from resources.errors import ServerError
 
-if TYPE_CHECKING:
-    import numpy as np
-
 Protocol = Literal["grpc", "http"]
-TEXT = "TEXT"
 #: For questions. Loading a model has a limit of its own.
 TIMEOUT_SECONDS = 60.0
 LOAD_TIMEOUT_SECONDS = 300.0
 #: For "is there a server at all".
 _LIVE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a public model takes and gives. `structured`: answers are JSON documents, and not fp32 numbers."""
+
+    inputs: tuple[str, ...]
+    output: str
+    structured: bool
 
 
 class TextClient:
@@ -64,41 +71,50 @@ class TextClient:
         except Exception:
             return False
 
-    def ask(self, model: str, output: str, texts: Sequence[str | bytes], *, as_json: bool = False) -> np.ndarray:
-        """The answers fp32 `[texts, width]` to one request. Raises ServerError with the server's own words.
+    def ask(
+        self, model: str, contract: Contract, items: Sequence[Mapping[str, str | bytes]], *, as_json: bool = False
+    ) -> list[Any]:
+        """The answers to one request of several rows: fp32 `[width]` each, or JSON documents.
 
-        as_json: send and get plain JSON, as curl would; HTTP alone.
+        as_json: send and get plain JSON, as curl would; HTTP alone. Raises ServerError with the server's own words.
         """
         import numpy as np
 
-        rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
-        tensor = self._api.InferInput(TEXT, [len(texts), 1], "BYTES")
         binary = {} if self.protocol == "grpc" else {"binary_data": not as_json}
-        tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
-        wanted = [self._api.InferRequestedOutput(output, **binary)]
+        tensors = []
+        for name in contract.inputs:
+            texts = [item[name] for item in items]
+            rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
+            tensor = self._api.InferInput(name, [len(items), 1], "BYTES")
+            tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
+            tensors.append(tensor)
+        wanted = [self._api.InferRequestedOutput(contract.output, **binary)]
         limit = {"client_timeout": TIMEOUT_SECONDS} if self.protocol == "grpc" else {}
         try:
-            answer = self._client.infer(model, [tensor], outputs=wanted, **limit).as_numpy(output)
+            answer = self._client.infer(model, tensors, outputs=wanted, **limit).as_numpy(contract.output)
         except Exception as error:
             raise self._trouble(f"refused a request to {model}", error) from error
         # Triton does not compare what a Python model answers with its configuration.
-        if answer is None or answer.ndim != 2 or answer.dtype != np.float32 or len(answer) != len(texts):
+        kind = np.dtype(np.object_ if contract.structured else np.float32)
+        if answer is None or answer.ndim != 2 or answer.dtype != kind or len(answer) != len(items):
             found = "nothing" if answer is None else f"{answer.dtype} {list(answer.shape)}"
             raise ServerError(
-                f"{model} at {self.address} answered {len(texts)} texts with {found} as {output!r}, not with "
-                f"float32 [{len(texts)}, width]. It is broken: publish another release, or go back to the one before."
+                f"{model} at {self.address} answered {len(items)} rows with {found} as {contract.output!r}, not with "
+                f"{kind} [{len(items)}, width]. It is broken: publish another release, or go back to the one before."
             )
-        answers: np.ndarray = answer
-        return answers
+        return [json.loads(row[0]) for row in answer] if contract.structured else list(answer)
 
-    def output_of(self, model: str) -> str:
-        """The name of a model's one output. Raises ServerError where the server does not have the model."""
+    def contract(self, model: str) -> Contract:
+        """What the model takes and gives. Raises ServerError where the server does not have the model."""
         try:
-            metadata = self._client.get_model_metadata(model, **self._limit(TIMEOUT_SECONDS))
+            found = self._client.get_model_metadata(
+                model, **self._limit(TIMEOUT_SECONDS), **({"as_json": True} if self.protocol == "grpc" else {})
+            )
         except Exception as error:
             raise self._trouble(f"does not serve {model}", error) from error
-        outputs = metadata.outputs if self.protocol == "grpc" else metadata["outputs"]
-        return str(outputs[0].name if self.protocol == "grpc" else outputs[0]["name"])
+        output = found["outputs"][0]
+        inputs = tuple(str(item["name"]) for item in found["inputs"])
+        return Contract(inputs, str(output["name"]), structured=output["datatype"] == "BYTES")
 
     def version(self) -> str:
         """The server's name and version. Raises ServerError."""
@@ -110,12 +126,16 @@ class TextClient:
             return f"{metadata.name} {metadata.version}"
         return f"{metadata['name']} {metadata['version']}"
 
-    def load(self, model: str) -> None:
-        """Load or reload a model, gRPC alone. Raises ServerError; the version that served before goes on serving."""
-        try:
-            self._client.load_model(model, client_timeout=LOAD_TIMEOUT_SECONDS)
-        except Exception as error:
-            raise self._trouble(f"cannot load {model}", error) from error
+    def load(self, model: str, before: Sequence[str] = ()) -> None:
+        """Load or reload a model, gRPC alone; `before`: the models that it calls, which Triton does not know of.
+
+        Raises ServerError; the version that served before goes on serving.
+        """
+        for name in (*before, model):
+            try:
+                self._client.load_model(name, client_timeout=LOAD_TIMEOUT_SECONDS)
+            except Exception as error:
+                raise self._trouble(f"cannot load {name}", error) from error
 
     def unload(self, model: str) -> None:
         """Unload a model, gRPC alone. Raises ServerError."""
@@ -147,12 +167,3 @@ def is_live(address: str) -> bool:
     """Whether a Triton server answers gRPC there."""
     with TextClient(address) as client:
         return client.is_live()
-
-
-def query_texts(address: str, model: str, texts: Sequence[str], protocol: Protocol = "grpc") -> np.ndarray:
-    """The answers fp32 `[texts, width]`, one request a text: batching is the server's work. Raises ServerError."""
-    import numpy as np
-
-    with TextClient(address, protocol) as client:
-        output = client.output_of(model)
-        return np.concatenate([client.ask(model, output, [text]) for text in texts])

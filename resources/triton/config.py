@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
-from resources.triton.client import TEXT
+from resources.tasks import TASKS, Task
 from resources.triton.layout import CONFIG, internal_name
-from resources.triton.release import LABELS_FILE, ReleasePlan
+from resources.triton.release import LABELS_FILE, RESULT, ReleasePlan
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -19,40 +19,62 @@ _WARM_UP_TOKENS = 16
 
 
 def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> ModelConfig:
-    """The ensemble that is pinned to one release: text in, the task's answer out."""
+    """The ensemble that is pinned to one release: text in, the task's answer out.
+
+    A pipeline is its only step, and calls the engine itself, as often as windows and labels ask for.
+    """
     from tritonclient.grpc import model_config_pb2 as pb
 
     config = pb.ModelConfig(name=name or plan.model, platform="ensemble", max_batch_size=plan.max_batch_size)
     config.version_policy.specific.versions.append(number)
-    config.input.append(pb.ModelInput(name=TEXT, data_type=pb.TYPE_STRING, dims=[1]))
-    config.output.append(pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=[plan.engine.width]))
-    tokenizer, engine = config.ensemble_scheduling.step.add(), config.ensemble_scheduling.step.add()
-    tokenizer.model_name, tokenizer.model_version = internal_name(plan.model, number, "tokenizer"), 1
-    tokenizer.input_map[TEXT] = TEXT
-    engine.model_name, engine.model_version = internal_name(plan.model, number, "engine"), 1
-    for array in plan.inputs:
-        tokenizer.output_map[array] = array
-    for array in _engine_inputs(plan):
-        engine.input_map[array] = array
-    engine.output_map[plan.output] = plan.output
-    _parameters(
-        config, {"refinery_release": str(number), "refinery_revision": plan.checkpoint.revision, **plan.lineage}
-    )
+    _texts(config, plan)
+    lineage = {"refinery_release": str(number), "refinery_revision": plan.checkpoint.revision, **plan.lineage}
+    engine_name = internal_name(plan.model, number, "engine")
+    front = config.ensemble_scheduling.step.add(model_version=1)
+    for text in plan.texts:
+        front.input_map[text] = text
+    if plan.structured:
+        front.model_name = internal_name(plan.model, number, "pipeline")
+        front.output_map[RESULT] = RESULT
+        config.output.append(pb.ModelOutput(name=RESULT, data_type=pb.TYPE_STRING, dims=[1]))
+        lineage["refinery_engine"] = engine_name
+    else:
+        front.model_name = internal_name(plan.model, number, "tokenizer")
+        for array in plan.inputs:
+            front.output_map[array] = array
+        engine = config.ensemble_scheduling.step.add(model_name=engine_name, model_version=1)
+        for array in _engine_inputs(plan):
+            engine.input_map[array] = array
+        engine.output_map[plan.output] = plan.output
+        config.output.append(pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=_output_dims(plan)))
+    _parameters(config, lineage)
     return config
 
 
-def tokenizer_config(plan: ReleasePlan, number: int) -> ModelConfig:
-    """The Python model that tokenizes."""
+def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
+    """The Python model that reads text: a tokenizer, or a pipeline that calls the engine."""
     from tritonclient.grpc import model_config_pb2 as pb
 
-    config = _step(plan, internal_name(plan.model, number, "tokenizer"), backend="python")
-    config.input.append(pb.ModelInput(name=TEXT, data_type=pb.TYPE_STRING, dims=[1]))
+    config = _step(plan, internal_name(plan.model, number, "pipeline" if plan.structured else "tokenizer"), "python")
+    _texts(config, plan)
+    if plan.structured:
+        # No warm-up: it would call the engine, which nobody has loaded yet. The model warms its tokenizer itself.
+        config.output.append(pb.ModelOutput(name=RESULT, data_type=pb.TYPE_STRING, dims=[1]))
+        called = {
+            "engine": internal_name(plan.model, number, "engine"),
+            "engine_inputs": ",".join(_engine_inputs(plan)),
+            "engine_output": plan.output,
+            "per_token": str(_task(plan).per_token).lower(),
+        }
+        _parameters(config, called)
+        return config
     for array in plan.inputs:
         config.output.append(pb.ModelOutput(name=array, data_type=pb.TYPE_INT64, dims=[-1]))
     warm = config.model_warmup.add(name="empty text", batch_size=1)
-    warm.inputs[TEXT].data_type = pb.TYPE_STRING
-    warm.inputs[TEXT].dims.append(1)
-    warm.inputs[TEXT].zero_data = True
+    for text in plan.texts:
+        warm.inputs[text].data_type = pb.TYPE_STRING
+        warm.inputs[text].dims.append(1)
+        warm.inputs[text].zero_data = True
     return config
 
 
@@ -61,11 +83,13 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
     from tritonclient.grpc import model_config_pb2 as pb
 
     backend = "python" if plan.flavour == "python" else plan.engine.runtime
-    config = _step(plan, internal_name(plan.model, number, "engine"), backend=backend)
+    config = _step(plan, internal_name(plan.model, number, "engine"), backend)
+    extra = _task(plan).extra_inputs
     for array in _engine_inputs(plan):
-        config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=[-1]))
-    output = pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=[plan.engine.width])
-    if plan.checkpoint.labels:
+        dims = [1] if array in extra else [-1]
+        config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=dims))
+    output = pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=_output_dims(plan))
+    if plan.has_label_file:
         output.label_filename = LABELS_FILE
     config.output.append(output)
     if plan.flavour == "python":
@@ -77,7 +101,7 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
     for array in _engine_inputs(plan):
         item = warm.inputs[array]
         item.data_type = pb.TYPE_INT64
-        item.dims.append(_WARM_UP_TOKENS)
+        item.dims.append(1 if array in extra else _WARM_UP_TOKENS)
         if array == "attention_mask":
             item.input_data_file = "ones"
         else:
@@ -103,7 +127,23 @@ def write_config(config: ModelConfig, path: Path) -> None:
 
 def _engine_inputs(plan: ReleasePlan) -> tuple[str, ...]:
     """The arrays the graph really reads: an exporter drops inputs that do nothing."""
-    return tuple(name for name in plan.inputs if name in plan.engine.inputs)
+    return tuple(name for name in (*plan.inputs, *_task(plan).extra_inputs) if name in plan.engine.inputs)
+
+
+def _task(plan: ReleasePlan) -> Task:
+    return TASKS[plan.checkpoint.task]
+
+
+def _output_dims(plan: ReleasePlan) -> list[int]:
+    """Without the batch: the engine's numbers of a row, or of each of its tokens."""
+    return [-1, plan.engine.width] if _task(plan).per_token else [plan.engine.width]
+
+
+def _texts(config: ModelConfig, plan: ReleasePlan) -> None:
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    for text in plan.texts:
+        config.input.append(pb.ModelInput(name=text, data_type=pb.TYPE_STRING, dims=[1]))
 
 
 def _step(plan: ReleasePlan, name: str, backend: str) -> Any:

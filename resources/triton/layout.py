@@ -3,7 +3,7 @@
 minilm/config.pbtxt                  the pointer: the public ensemble, pinned to one release
 minilm/<N>/release.json              what release N is; Triton needs the folder, and git would drop it if empty
 minilm/<N>/config.pbtxt              the pointer as release N wrote it: rolling back is copying it one folder up
-minilm__r<N>__tokenizer/1/...        immutable
+minilm__r<N>__tokenizer/1/...        immutable; tasks with structured answers have a `pipeline` in its place
 minilm__r<N>__engine/1/...           immutable
 
 Models that somebody else put into the repository are never touched: ours are known by these names alone.
@@ -21,10 +21,11 @@ from resources.triton.release import Release
 
 CONFIG = "config.pbtxt"
 MANIFEST = "release.json"
-Part = Literal["tokenizer", "engine", "proof"]
-#: What a release is made of. A `proof` is there only while a release is proven on a server of its own repository.
-PARTS: tuple[Part, ...] = ("tokenizer", "engine")
-_INTERNAL = re.compile(r"(?P<model>.+)__r(?P<number>\d+)__(?P<part>tokenizer|engine|proof)")
+#: A `proof` is there only while a release is proven on a server of its own repository.
+Part = Literal["tokenizer", "pipeline", "engine", "proof"]
+_INTERNAL = re.compile(r"(?P<model>.+)__r(?P<number>\d+)__(?P<part>tokenizer|pipeline|engine|proof)")
+_STEP = re.compile(r'model_name\s*:\s*"([^"]+)"')
+_QUOTED = re.compile(r'"([^"]+)"')
 #: As protobuf's text format writes it, and as people do: `version_policy: { specific: { versions: [3] } }`.
 _PINNED = re.compile(r"version_policy\s*:?\s*{\s*specific\s*:?\s*{\s*versions\s*:\s*\[?\s*(\d+)")
 
@@ -34,9 +35,25 @@ def internal_name(model: str, number: int, part: Part) -> str:
     return f"{model}__r{number}__{part}"
 
 
-def internal_names(model: str, number: int) -> list[str]:
+def internal_names(release: Release) -> list[str]:
     """The folders of a release beside the public one."""
-    return [internal_name(model, number, part) for part in PARTS]
+    return sorted({name.split("/")[0] for name in release.files})
+
+
+def named_internals(config: str) -> list[str]:
+    """The internals that a public model's configuration names, those first that Triton does not load with it.
+
+    It loads an ensemble's steps by itself, and not the engine that one of them calls, which is named as a parameter.
+    """
+    steps = _STEP.findall(config)
+    named = dict.fromkeys(name for name in _QUOTED.findall(config) if parse_internal(name) is not None)
+    return sorted(named, key=lambda name: name in steps)
+
+
+def called_internals(config: str) -> list[str]:
+    """The internals that have to be loaded before the public model of that configuration."""
+    steps = _STEP.findall(config)
+    return [name for name in named_internals(config) if name not in steps]
 
 
 def parse_internal(name: str) -> tuple[str, int, str] | None:

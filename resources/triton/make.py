@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet
 from resources.catalog import ModelEntry
 from resources.errors import ServerError
 from resources.evaluation.reference import read_evaluation_set
-from resources.tasks import TASKS
-from resources.triton.client import TextClient
+from resources.tasks import TASKS, Gates
+from resources.triton.client import Contract, TextClient
 from resources.triton.files import discard, staging_folder, staging_root
-from resources.triton.layout import internal_name
-from resources.triton.proof import Exam, Proof, prove
+from resources.triton.layout import CONFIG, called_internals, internal_name
+from resources.triton.proof import ODD_TEXTS, Exam, Proof, prove
 from resources.triton.publish import Published, Steps, publish
-from resources.triton.release import Release, ReleasePlan
+from resources.triton.release import RESULT, Release, ReleasePlan
 from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage_alias
 from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    from resources.pipelines.base import Item
 
 
 def make_release(
@@ -48,15 +52,8 @@ def make_release(
     )
 
     def exam() -> Exam:
-        task, gates = TASKS[entry.task], entry.accuracy_gates()
-        texts, reference = read_evaluation_set(store.folder(evaluation))
-        return Exam(
-            output=task.output,
-            texts=texts,
-            reference=reference,
-            verdict=lambda expected, found: task.verdict(expected, found, gates),
-            max_batch_size=entry.max_batch_size,
-        )
+        items, reference = read_evaluation_set(store.folder(evaluation))
+        return make_exam(plan, entry.accuracy_gates(), items, reference)
 
     def prove_embedded(staged: Path, release: Release) -> Proof:
         log = workspace.log(entry.name, f"triton-{champion.target}")
@@ -64,7 +61,7 @@ def make_release(
             return prove(exam(), release.model, grpc=server.grpc_address, http=server.http_address)
 
     if settings.server is not None:
-        steps = _server_steps(settings.server, settings.server_http, exam)
+        steps = _server_steps(settings.server, settings.server_http, exam, workspace.repository(champion.target))
     elif settings.flavour == "python":
         steps = Steps(prove=prove_embedded)
     else:  # the embedded server has no native backend, so there is nobody to prove it on
@@ -72,8 +69,26 @@ def make_release(
     return publish(plan, workspace.repository(champion.target), steps)
 
 
-def _server_steps(grpc: str, http: str | None, exam: Callable[[], Exam]) -> Steps:
-    """Proving on a running server in explicit control that serves the repository itself, and telling it to load."""
+def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference: Sequence[Any]) -> Exam:
+    """What a server has to answer. reference: PyTorch's answers to the items."""
+    task, settings = TASKS[plan.checkpoint.task], plan.checkpoint.settings
+
+    def verdict(indices: Sequence[int], answers: Sequence[Any]) -> tuple[dict[str, float], list[str]]:
+        asked, expected = [items[index] for index in indices], [reference[index] for index in indices]
+        return task.verdict(settings, asked, expected, answers, gates)
+
+    return Exam(
+        contract=Contract(plan.texts, RESULT if plan.structured else plan.output, plan.structured),
+        items=items,
+        verdict=verdict,
+        max_batch_size=plan.max_batch_size,
+        odd=[item for text in ODD_TEXTS for item in task.odd_items(settings, text)],
+        refused=task.refused_items(settings),
+    )
+
+
+def _server_steps(grpc: str, http: str | None, exam: Callable[[], Exam], home: Path) -> Steps:
+    """Proving on a running server in explicit control that serves the repository `home`, and telling it to load."""
 
     def prove_inside(repository: Path, release: Release, plan: ReleasePlan) -> Proof:
         """Through a second ensemble, which is there for the proof alone."""
@@ -86,7 +101,7 @@ def _server_steps(grpc: str, http: str | None, exam: Callable[[], Exam]) -> Step
             try:
                 with staging_folder(repository) as scratch:
                     stage_alias(plan, release.number, name, scratch).rename(repository / name)
-                client.load(name)
+                client.load(name, called_internals((repository / name / CONFIG).read_text(encoding="utf-8")))
                 return prove(exam(), name, grpc=grpc, http=http)
             finally:
                 retire([name])
@@ -94,8 +109,9 @@ def _server_steps(grpc: str, http: str | None, exam: Callable[[], Exam]) -> Step
 
     def announce(release: Release) -> None:
         try:
+            pointer = home / release.model / CONFIG
             with TextClient(grpc) as client:
-                client.load(release.model)
+                client.load(release.model, called_internals(pointer.read_text(encoding="utf-8")))
         except ServerError as error:
             raise ServerError(
                 f"{release.model}: release {release.number} is in the repository, and the server does not serve it "

@@ -1,4 +1,4 @@
-"""Proving a release: a real server must answer real texts as PyTorch does, however the requests come."""
+"""Proving a release: a real server must answer real requests as PyTorch does, however they come."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.errors import ServerError
-from resources.triton.client import Protocol, TextClient
+from resources.tasks.base import broken_answers
+from resources.triton.client import Contract, Protocol, TextClient
 
 if TYPE_CHECKING:
-    import numpy as np
+    from resources.pipelines.base import Item
 
-#: Texts that are asked, spread over all lengths.
-TEXTS = 96
+#: Requests that are asked, spread over all lengths.
+ITEMS = 96
 THREADS = 6
 _INVALID = b"\xff\xfe not text"
 #: Whatever a user may send: each must get a finite answer.
-_EDGES = ("", " ", "\n\t", "🙂🙃", "e\u0301", "word " * 4000, "a" * 10_000, 'quoted "\\', "nul \x00 inside")
+ODD_TEXTS = ("", " ", "\n\t", "🙂🙃", "e\u0301", "word " * 4000, "a" * 10_000, 'quoted "\\', "nul \x00 inside")
 
 
 class Proof(BaseModel):
@@ -32,31 +33,33 @@ class Proof(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     passed: bool
     server: str
-    texts: int
+    items: int
     requests: int
     seconds: float
     metrics: dict[str, dict[str, float]] = Field(description="The task's metrics by protocol and way of asking.")
     failures: tuple[str, ...] = ()
 
 
-#: Metrics and missed gates of answers fp32 `[texts, width]` against PyTorch's: resources.tasks.Task.verdict.
-Verdict = Callable[["np.ndarray", "np.ndarray"], tuple[dict[str, float], list[str]]]
+#: Metrics and missed gates of answers to the items of those numbers: resources.tasks.Task.verdict.
+Verdict = Callable[[Sequence[int], Sequence[Any]], tuple[dict[str, float], list[str]]]
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What is asked. reference: PyTorch's answers fp32 `[texts, width]`, in the order of `texts`."""
+    """What is asked. odd: requests that have an answer all the same; refused: requests that have none."""
 
-    output: str
-    texts: Sequence[str]
-    reference: np.ndarray
+    contract: Contract
+    items: Sequence[Item]
     verdict: Verdict
     max_batch_size: int
+    odd: Sequence[Item]
+    refused: Sequence[Item] = ()
 
 
-def choose_texts(texts: Sequence[str], count: int = TEXTS) -> list[int]:
-    """Indices spread evenly over the texts in order of length, shortest and longest included, in mixed order."""
-    order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
+def choose_items(items: Sequence[Item], count: int = ITEMS) -> list[int]:
+    """Indices spread evenly over the items in order of length, shortest and longest included, in mixed order."""
+    lengths = [sum(map(len, item.values())) for item in items]
+    order = sorted(range(len(items)), key=lambda index: (lengths[index], index))
     count = min(count, len(order))
     chosen = [order[round(place * (len(order) - 1) / max(1, count - 1))] for place in range(count)]
     random.Random(0).shuffle(chosen)  # noqa: S311 - an order, not a secret
@@ -102,7 +105,7 @@ def prove(exam: Exam, model: str, *, grpc: str, http: str | None) -> Proof:
     return Proof(
         passed=not examiner.failures,
         server=server,
-        texts=len(examiner.chosen),
+        items=len(examiner.chosen),
         requests=examiner.requests,
         seconds=round(time.monotonic() - started, 2),
         metrics=examiner.metrics,
@@ -113,7 +116,7 @@ def prove(exam: Exam, model: str, *, grpc: str, http: str | None) -> Proof:
 class _Examiner:
     def __init__(self, exam: Exam, model: str) -> None:
         self.exam, self.model = exam, model
-        self.chosen = choose_texts(exam.texts)
+        self.chosen = choose_items(exam.items)
         self.requests = 0
         self.metrics: dict[str, dict[str, float]] = {}
         self.failures: list[str] = []
@@ -125,7 +128,8 @@ class _Examiner:
             self._judge(f"{protocol}, one by one", singles, [self._ask(client, group) for group in singles])
             groups = make_batches(self.chosen, self.exam.max_batch_size)
             self._judge(f"{protocol}, in batches", groups, [self._ask(client, group) for group in groups])
-            self._edges(client)
+            self._odd(client)
+            self._refused(client)
             self._too_many(client)
         # Batches of every size at once: where answers are mixed up, it is here.
         shares = _deal(make_batches(self.chosen, min(4, self.exam.max_batch_size)) + singles[::2], THREADS)
@@ -136,49 +140,50 @@ class _Examiner:
         if protocol == "grpc":
             self._invalid_beside_valid(address)
 
-    def _ask(self, client: TextClient, group: Sequence[int]) -> np.ndarray:
-        return client.ask(self.model, self.exam.output, [self.exam.texts[index] for index in group])
+    def _ask(self, client: TextClient, group: Sequence[int]) -> list[Any]:
+        return client.ask(self.model, self.exam.contract, [self.exam.items[index] for index in group])
 
-    def _ask_many(self, protocol: Protocol, address: str, groups: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def _ask_many(self, protocol: Protocol, address: str, groups: Sequence[Sequence[int]]) -> list[list[Any]]:
         with TextClient(address, protocol) as client:
             return [self._ask(client, group) for group in groups]
 
-    def _judge(self, how: str, groups: Sequence[Sequence[int]], answers: Sequence[np.ndarray]) -> None:
-        import numpy as np
-
+    def _judge(self, how: str, groups: Sequence[Sequence[int]], answers: Sequence[list[Any]]) -> None:
         self.requests += len(groups)
-        width = self.exam.reference.shape[1]
-        wrong = [answer.shape for answer in answers if answer.shape[1] != width]
-        if wrong:
-            self.failures.append(f"{how}: answers of width {wrong[0][1]} where PyTorch gives {width}")
-            return
         indices = [index for group in groups for index in group]
-        metrics, missed = self.exam.verdict(self.exam.reference[indices], np.concatenate(answers))
+        metrics, missed = self.exam.verdict(indices, [answer for group in answers for answer in group])
         self.metrics[how] = metrics
         self.failures += [f"{how}: {sentence}" for sentence in missed]
 
-    def _edges(self, client: TextClient) -> None:
+    def _odd(self, client: TextClient) -> None:
         """Odd texts are answered; over HTTP as plain JSON, the way curl asks."""
-        import numpy as np
-
         as_json = client.protocol == "http"
-        for text in _EDGES:
+        for item in self.exam.odd:
             self.requests += 1
             try:
-                answer = client.ask(self.model, self.exam.output, [text], as_json=as_json)
+                answers = client.ask(self.model, self.exam.contract, [item], as_json=as_json)
             except ServerError as error:
-                self.failures.append(f"{client.protocol}: the text {text[:20]!r} was refused: {error}")
+                self.failures.append(f"{client.protocol}: {_shown(item)} was refused: {error}")
                 continue
-            if answer.shape[1] != self.exam.reference.shape[1] or not np.isfinite(answer).all():
-                self.failures.append(
-                    f"{client.protocol}: the text {text[:20]!r} was answered with {answer.ravel()[:4]}"
-                )
+            broken = broken_answers(answers, answers)
+            if broken:
+                self.failures.append(f"{client.protocol}: {_shown(item)} was answered with {broken}")
+
+    def _refused(self, client: TextClient) -> None:
+        """Requests that mean nothing are refused, not answered with something."""
+        for item in self.exam.refused:
+            self.requests += 1
+            try:
+                answers = client.ask(self.model, self.exam.contract, [item])
+            except ServerError:
+                continue
+            self.failures.append(f"{client.protocol}: {_shown(item)} was not refused but answered: {answers[0]}")
 
     def _too_many(self, client: TextClient) -> None:
         """A batch beyond the limit is refused, not cut."""
         self.requests += 1
+        item = self.exam.items[self.chosen[0]]
         try:
-            client.ask(self.model, self.exam.output, ["one too many"] * (self.exam.max_batch_size + 1))
+            client.ask(self.model, self.exam.contract, [item] * (self.exam.max_batch_size + 1))
         except ServerError:
             return
         self.failures.append(f"{client.protocol}: a batch of {self.exam.max_batch_size + 1} was not refused")
@@ -202,7 +207,7 @@ class _Examiner:
 
     def _is_refused(self, client: TextClient) -> bool:
         try:
-            client.ask(self.model, self.exam.output, [_INVALID])
+            client.ask(self.model, self.exam.contract, [dict.fromkeys(self.exam.contract.inputs, _INVALID)])
         except ServerError as error:
             return "UTF-8" in str(error)
         return False
@@ -210,3 +215,7 @@ class _Examiner:
 
 def _deal(groups: Sequence[Sequence[int]], hands: int) -> list[list[Sequence[int]]]:
     return [list(groups[start::hands]) for start in range(hands)]
+
+
+def _shown(item: Item) -> str:
+    return " | ".join(repr(text[:20]) for text in item.values())

@@ -123,7 +123,7 @@ def _publish_next(plan: ReleasePlan, repository: Path, steps: Steps, number: int
 
 def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Path, steps: Steps) -> Release:
     public, number = repository / plan.model, str(release.number)
-    internals = internal_names(plan.model, release.number)
+    internals = internal_names(release)
     try:
         for name in internals:
             (staged / name).rename(repository / name)

@@ -15,14 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
 from resources.artifacts.records import Checkpoint, Engine, StoredFile, sha256_file
 from resources.errors import ReleaseError
-from resources.tasks import TASKS
+from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.triton.proof import Proof
 from resources.triton.settings import Flavour
 
 _PYTHON_MODELS = Path(__file__).with_name("python_models")
 _RESOURCES = Path(__file__).resolve().parents[1]
 LABELS_FILE = "labels.txt"
-_TOKENIZER_FILES = ("tokenizer.json", "encoder.json")
+#: The public output of structured answers.
+RESULT = "RESULT"
+#: A file where Python wants to make a folder, because Triton's stub does not heed PYTHONDONTWRITEBYTECODE: a release
+#: never changes, and compiled modules would carry paths of the machine that first served it.
+_NO_CACHE = "__pycache__"
+_TOKENIZER_FILES = ("tokenizer.json", "encoder.json", PIPELINE_FILE)
 #: Runtimes that can be released: those with a module in `python_models` and a native backend in Triton.
 _RUNTIMES = ("onnxruntime",)
 #: What Triton's ONNX Runtime backend opens.
@@ -42,8 +47,8 @@ class Release(BaseModel):
     engine_digest: str
     checkpoint_digest: str
     revision: str
-    output: str
-    width: int
+    output: str = Field(description="Of the public model.")
+    width: int = Field(description="Of the engine's output.")
     labels: tuple[str, ...]
     max_batch_size: int
     max_tokens: int
@@ -78,7 +83,23 @@ class ReleasePlan:
 
     @property
     def output(self) -> str:
-        return TASKS[self.checkpoint.task].output
+        """What the engine's output is called."""
+        return self.checkpoint.output
+
+    @property
+    def structured(self) -> bool:
+        """Whether answers are JSON documents, and not the engine's own numbers."""
+        return pipeline_class(self.checkpoint.task).structured
+
+    @property
+    def has_label_file(self) -> bool:
+        """Whether Triton's classification extension can name the public output's columns."""
+        return bool(self.checkpoint.labels) and not self.structured
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The inputs of the public model."""
+        return pipeline_class(self.checkpoint.task).inputs
 
 
 def check_plan(plan: ReleasePlan) -> None:
@@ -119,6 +140,7 @@ def content_digest(plan: ReleasePlan) -> str:
         engine=plan.engine.content_digest,
         entry=plan.engine.entry_file,
         tokenizer=plan.checkpoint.tokenizer_digest,
+        pipeline=plan.checkpoint.pipeline_digest,
         labels=plan.checkpoint.labels,
         max_batch_size=plan.max_batch_size,
         threads=plan.threads,
@@ -126,7 +148,7 @@ def content_digest(plan: ReleasePlan) -> str:
             "resources.triton.python_models",
             "resources.triton.config",
             "resources.triton.release",
-            "resources.tokenization",
+            "resources.pipelines",
             "resources.engines.sessions",
         ),
         tokenizers=library_versions("tokenizers"),
@@ -145,7 +167,7 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
         engine_digest=plan.engine.digest,
         checkpoint_digest=plan.checkpoint.digest,
         revision=plan.checkpoint.revision,
-        output=plan.output,
+        output=RESULT if plan.structured else plan.output,
         width=plan.engine.width,
         labels=plan.checkpoint.labels,
         max_batch_size=plan.max_batch_size,
@@ -157,9 +179,14 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
     )
 
 
-def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
-    """Everything in the tokenizer model's version folder."""
-    _write_model(folder, "tokenizer", _RESOURCES / "tokenization.py")
+def write_pipeline(plan: ReleasePlan, folder: Path) -> None:
+    """Everything in the version folder of the tokenizer model, or of the pipeline that calls the engine itself."""
+    _write_model(folder, "pipeline" if plan.structured else "tokenizer")
+    for module in sorted((_RESOURCES / "pipelines").glob("*.py")):
+        place = folder / "pipelines" / module.name
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(module, place)
+    (folder / "pipelines" / _NO_CACHE).touch()
     for name in _TOKENIZER_FILES:
         shutil.copyfile(plan.checkpoint_folder / name, folder / name)
     # The package is abi3: one copy serves every Python 3 that a Triton container holds.
@@ -178,7 +205,8 @@ def write_tokenizer(plan: ReleasePlan, folder: Path) -> None:
 def write_engine(plan: ReleasePlan, folder: Path) -> None:
     """Everything in the engine model's version folder."""
     if plan.flavour == "python":
-        _write_model(folder, plan.engine.runtime, _RESOURCES / "engines" / "sessions.py")
+        _write_model(folder, plan.engine.runtime)
+        shutil.copyfile(_RESOURCES / "engines" / "sessions.py", folder / "sessions.py")
         target = folder
     else:
         # Triton's backend takes weights beside the graph only where both lie in a folder of the graph's name.
@@ -190,14 +218,10 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
         shutil.copyfile(plan.engine_folder / name, place)
 
 
-def _write_model(folder: Path, name: str, shared: Path) -> None:
-    """`shared`: the module that the model has in common with the rest of this project."""
+def _write_model(folder: Path, name: str) -> None:
     folder.mkdir(parents=True)
     shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
-    shutil.copyfile(shared, folder / shared.name)
-    # A file where Python wants to make a folder, because Triton's stub does not heed PYTHONDONTWRITEBYTECODE: a
-    # release never changes, and compiled modules would carry paths of the machine that first served it.
-    (folder / "__pycache__").touch()
+    (folder / _NO_CACHE).touch()
 
 
 def list_files(root: Path, folders: list[str]) -> dict[str, StoredFile]:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from resources.errors import ServerError
 from resources.triton.client import TextClient
 from resources.triton.environment import require_installed
 from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, variables
+from resources.triton.layout import CONFIG, called_internals
 from resources.triton.settings import TritonSettings
 from resources.triton.watch import Watcher
 
@@ -81,7 +82,7 @@ class EmbeddedServer:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             output = starting.enter_context(self._log.open("wb"))
             self._process = subprocess.Popen(
-                command(environment, self._repository, backends, self._ports, self._models, os.getpid()),
+                command(environment, self._repository, backends, self._ports, self._loaded(), os.getpid()),
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -112,6 +113,15 @@ class EmbeddedServer:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         ours = variables(self._settings.environment)
         return {**inherited, **ours, "PATH": f"{ours['PATH']}{os.pathsep}{inherited.get('PATH', '')}"}
+
+    def _loaded(self) -> list[str]:
+        """The models, each after those that it calls."""
+        names: list[str] = []
+        for model in self._models:
+            with suppress(OSError):  # the server itself says that it is not there
+                names += called_internals((self._repository / model / CONFIG).read_text(encoding="utf-8"))
+            names.append(model)
+        return names
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from resources.triton.config import engine_config, public_config, tokenizer_config, write_config, write_warm_up
+from resources.triton.config import engine_config, front_config, public_config, write_config, write_warm_up
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.release import (
     LABELS_FILE,
@@ -15,18 +15,19 @@ from resources.triton.release import (
     list_files,
     new_release,
     write_engine,
-    write_tokenizer,
+    write_pipeline,
 )
 
 
 def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
     """Write the release, all but its manifest, and return that. Raises ReleaseError for damaged sources, OSError."""
-    tokenizer, engine = internal_name(plan.model, number, "tokenizer"), internal_name(plan.model, number, "engine")
-    write_tokenizer(plan, root / tokenizer / "1")
-    write_config(tokenizer_config(plan, number), root / tokenizer / CONFIG)
+    front = internal_name(plan.model, number, "pipeline" if plan.structured else "tokenizer")
+    engine = internal_name(plan.model, number, "engine")
+    write_pipeline(plan, root / front / "1")
+    write_config(front_config(plan, number), root / front / CONFIG)
     write_engine(plan, root / engine / "1")
     write_warm_up(root / engine)
-    if plan.checkpoint.labels:
+    if plan.has_label_file:
         # Triton reads one label a line.
         lines = (" ".join(label.splitlines()) for label in plan.checkpoint.labels)
         (root / engine / LABELS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -35,7 +36,7 @@ def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
     folder.mkdir(parents=True)
     write_config(public_config(plan, number), folder / CONFIG)
     shutil.copyfile(folder / CONFIG, root / plan.model / CONFIG)
-    files = list_files(root, [tokenizer, engine])
+    files = list_files(root, [front, engine])
     check_copies(plan, files)
     return new_release(plan, number).model_copy(update={"files": files})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,11 +9,10 @@ from pathlib import Path
 
 from resources.errors import ServerError
 from resources.triton.client import TextClient
-from resources.triton.layout import CONFIG, parse_internal, pinned_number, public_models
+from resources.triton.layout import CONFIG, called_internals, named_internals, pinned_number, public_models
 
 #: Requests that were under way in the release before may finish in it.
 GRACE_SECONDS = 5.0
-_STEP = re.compile(r'model_name\s*:\s*"([^"]+)"')
 
 
 class Watcher:
@@ -41,7 +39,7 @@ class Watcher:
 
     def _load(self, model: str, config: str) -> None:
         try:
-            self._client.load(model)
+            self._client.load(model, called_internals(config))
         except ServerError as error:
             self._refused[model] = config
             self._leave(config)  # parts of it may have been loaded
@@ -55,12 +53,12 @@ class Watcher:
         self._say(f"{model}: release {pinned_number(config)} serves")
 
     def _leave(self, config: str) -> None:
-        for name in _named(config):
+        for name in named_internals(config):
             self._left.setdefault(name, time.monotonic())
 
     def _unload_left(self) -> None:
         """Only what this process loaded once: a publisher may be proving a release on the same server."""
-        named = {name for config in self.serving.values() for name in _named(config)}
+        named = {name for config in self.serving.values() for name in named_internals(config)}
         for name, since in list(self._left.items()):
             if name in named:  # a rollback
                 del self._left[name]
@@ -75,8 +73,3 @@ class Watcher:
             with suppress(OSError, UnicodeDecodeError):
                 pointers[model] = (self._repository / model / CONFIG).read_text(encoding="utf-8")
         return pointers
-
-
-def _named(config: str) -> set[str]:
-    """The internals that a public model's configuration names."""
-    return {name for name in _STEP.findall(config) if parse_internal(name) is not None}

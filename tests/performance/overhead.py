@@ -65,7 +65,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     from resources.evaluation.reference import read_evaluation_set
     from resources.evaluation.texts import batch_of_shape
     from resources.export.exporter import export
-    from resources.tokenization import TextEncoder
+    from resources.pipelines.tokenization import TextEncoder
 
     assert preload.torch is torch
     lap("imports")

@@ -1,7 +1,7 @@
 """Runs inside Triton: text to token ids.
 
-Its version folder also holds tokenization.py, tokenizer.json, encoder.json and a copy of the `tokenizers` package, so
-that any Triton with a Python backend and numpy serves it.
+Its version folder also holds the package `pipelines`, what that reads (pipeline.json, encoder.json, tokenizer.json) and
+a copy of the `tokenizers` package, so that any Triton with a Python backend and numpy serves it.
 """
 
 import sys
@@ -14,43 +14,43 @@ if _HERE not in sys.path:
 
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
-from tokenization import TextEncoder  # noqa: E402
+from pipelines import open_pipeline  # noqa: E402
 
 
 class TritonPythonModel:
-    """TEXT, strings `[batch, 1]`, to the model's int64 inputs `[batch, sequence]`."""
+    """The pipeline's texts, strings `[batch, 1]` each, to the model's int64 inputs `[batch, sequence]`."""
 
     def initialize(self, args):
-        """Load the tokenizer beside this file."""
+        """Load the pipeline beside this file."""
         del args
-        self._encoder = TextEncoder.from_folder(_HERE)
+        self._pipeline = open_pipeline(_HERE)
 
     def execute(self, requests):
         """One call of the tokenizer for all requests; one with text that is not UTF-8 fails alone."""
-        texts, rows, responses = [], [], []
+        items, counts, refusals = [], [], []
         for request in requests:
             try:
-                decoded = [item.decode("utf-8") for item in _strings(request)]
-                responses.append(None)
+                columns = [_strings(request, name) for name in self._pipeline.inputs]
+                refusals.append(None)
             except UnicodeDecodeError as error:
-                decoded = []
-                responses.append(_refusal(f"TEXT is not valid UTF-8: {error}"))
-            rows.append(range(len(texts), len(texts) + len(decoded)))
-            texts += decoded
-        encodings = self._encoder.tokens(texts)
-        for number, wanted in enumerate(rows):
-            if responses[number] is None:
-                responses[number] = self._response([encodings[row] for row in wanted])
-        return responses
+                columns = [[]]
+                refusals.append(_refusal(f"a text is not valid UTF-8: {error}"))
+            found = [dict(zip(self._pipeline.inputs, texts, strict=True)) for texts in zip(*columns, strict=True)]
+            counts.append(len(found))
+            items += found
+        groups = iter(self._pipeline.rows(items))
+        rows = [[row for _ in range(count) for row in next(groups)] for count in counts]
+        return [refusal or self._response(own) for refusal, own in zip(refusals, rows, strict=True)]
 
-    def _response(self, encodings):
-        length = self._encoder.bucket(max((len(encoding.ids) for encoding in encodings), default=0))
-        arrays = self._encoder.pad(encodings, length)
+    def _response(self, rows):
+        length = self._pipeline.encoder.bucket(max((row.tokens for row in rows), default=0))
+        arrays = self._pipeline.arrays(rows, length)
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
 
 
-def _strings(request):
-    return pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy().astype(np.object_).ravel().tolist()
+def _strings(request, name):
+    texts = pb_utils.get_input_tensor_by_name(request, name).as_numpy().astype(np.object_).ravel().tolist()
+    return [text.decode("utf-8") for text in texts]
 
 
 def _refusal(message):

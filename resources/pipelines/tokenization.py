@@ -1,12 +1,8 @@
-"""Text to token ids with the `tokenizers` library alone.
-
-One module for all that tokenize: the evaluation, the benchmarks, and the released tokenizer model, which carries a copy
-of this file beside its `model.py`. So what is measured is what serves, and the server needs no `transformers`.
-Needs only `tokenizers` and numpy (1 or 2), and nothing else of this project.
-"""
+"""Text to token ids with the `tokenizers` library alone."""
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +19,35 @@ def buckets_up_to(max_tokens: int) -> tuple[int, ...]:
 
 
 class TextEncoder:
-    """Turns texts into the int64 arrays `[batch, sequence]` that a model takes.
+    """Turns texts, or pairs of them, into the int64 arrays `[batch, sequence]` that a model takes.
 
     tokenizer_file: a `tokenizer.json`. Truncation and padding written in it are cleared: they are whatever the last
         training run left there, and padding of every text to a fixed length is common.
     max_tokens: longer texts are cut to this many tokens, special tokens included.
     inputs: which arrays, and in which order: `input_ids`, `attention_mask`, `token_type_ids`.
+    strategy: which of two texts is cut: `longest_first`, `only_first`, `only_second`.
+    stride: tokens that the pieces of a cut text have in common; see `tokens`.
     """
 
-    def __init__(self, tokenizer_file: str, *, max_tokens: int, inputs: Sequence[str], pad_id: int) -> None:
-        from tokenizers import Tokenizer
-
+    def __init__(
+        self,
+        tokenizer_file: str,
+        *,
+        max_tokens: int,
+        inputs: Sequence[str],
+        pad_id: int,
+        strategy: str = "longest_first",
+        stride: int = 0,
+    ) -> None:
         self._file = tokenizer_file
-        self._tokenizer = Tokenizer.from_file(tokenizer_file)
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length=max_tokens)
+        self._tokenizer = _open(tokenizer_file)
+        self._tokenizer.enable_truncation(max_length=max_tokens, strategy=strategy, stride=stride)
         self.max_tokens = max_tokens
         self.buckets = buckets_up_to(max_tokens)
         self.inputs = tuple(inputs)
         self.pad_id = pad_id
+        self.strategy = strategy
+        self.stride = stride
 
     @classmethod
     def from_folder(cls, folder: str) -> "TextEncoder":
@@ -51,10 +57,16 @@ class TextEncoder:
 
     def settings(self) -> dict[str, Any]:
         """What `encoder.json` holds."""
-        return {"max_tokens": self.max_tokens, "inputs": list(self.inputs), "pad_id": self.pad_id}
+        return {
+            "max_tokens": self.max_tokens,
+            "inputs": list(self.inputs),
+            "pad_id": self.pad_id,
+            "strategy": self.strategy,
+            "stride": self.stride,
+        }
 
     def shortened(self, max_tokens: int) -> "TextEncoder":
-        """The same encoder with another limit, for batches of an exact length."""
+        """An encoder of single texts with another limit, for batches of an exact length."""
         return TextEncoder(self._file, max_tokens=max_tokens, inputs=self.inputs, pad_id=self.pad_id)
 
     @property
@@ -62,12 +74,43 @@ class TextEncoder:
         """Number of token ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def tokens(self, texts: Sequence[str]) -> list[Any]:
-        """One `tokenizers.Encoding` a text, in parallel threads, truncated, not padded.
+    @property
+    def subword_prefix(self) -> str | None:
+        """What marks a token that goes on with a word (`##`), where the tokenizer's model has such a mark."""
+        return getattr(self._tokenizer.model, "continuing_subword_prefix", None) or None
 
+    def special_tokens(self, *, pair: bool = False) -> int:
+        """How many tokens are added to a text, or to a pair of them."""
+        return int(self._tokenizer.num_special_tokens_to_add(pair))
+
+    def tokens(self, texts: Sequence[Any]) -> list[Any]:
+        """One `tokenizers.Encoding` a text or pair of texts, in parallel threads, truncated, not padded.
+
+        What was cut off is in the encoding's `overflowing`, in pieces that share `stride` tokens with their neighbours.
         Raises TypeError for what cannot be written as UTF-8, such as half of a surrogate pair.
         """
-        return list(self._tokenizer.encode_batch(list(texts)))
+        single = [text[0] if isinstance(text, tuple) and len(text) == 1 else text for text in texts]
+        return list(self._tokenizer.encode_batch(single))
+
+    def whole(self, text: str) -> Any:
+        """The encoding of one text, special tokens included, not truncated."""
+        return self._endless.encode(text)
+
+    def cut(self, text: str, tokens: int) -> str:
+        """The beginning of a text, as much of it as so many tokens hold."""
+        found = self._endless.encode(text, add_special_tokens=False)
+        if len(found.ids) <= tokens:
+            return text
+        return text[: found.offsets[tokens - 1][1]]
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """Tokens as text, pieces of words joined."""
+        decoder = self._tokenizer.decoder
+        return str(decoder.decode(list(tokens))) if decoder is not None else " ".join(tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Token ids as text."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def bucket(self, tokens: int) -> int:
         """The smallest bucket that holds so many tokens."""
@@ -93,3 +136,16 @@ class TextEncoder:
         """The arrays of one request: its rows padded to the bucket of its longest."""
         encodings = self.tokens(texts)
         return self.pad(encodings, self.bucket(max((len(encoding.ids) for encoding in encodings), default=0)))
+
+    @cached_property
+    def _endless(self) -> Any:
+        return _open(self._file)
+
+
+def _open(tokenizer_file: str) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

@@ -1,0 +1,82 @@
+"""From a request's texts to rows of an engine's input, and from the engine's answers to the request's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .tokenization import TextEncoder
+
+#: One request, by the name of its input: {"QUESTION": ..., "CONTEXT": ...}.
+Item = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row for the engine: a `tokenizers.Encoding`, and the model's inputs that are one number a row."""
+
+    encoding: Any
+    extra: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Its length without padding, special tokens included."""
+        return len(self.encoding.ids)
+
+
+class Pipeline:
+    """What stands before and behind the engine of one task.
+
+    `inputs`: the names of a request's texts. `strategy`: which of two texts is cut where both together are too long.
+    `windowed`: a text that is too long becomes several rows that overlap, up to `windows` of them, and is not cut.
+    `structured`: an answer is a JSON document; else it is the engine's own numbers.
+    Holds no state between requests, so that one instance may be used by several threads.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("TEXT",)
+    strategy: ClassVar[str] = "longest_first"
+    windowed: ClassVar[bool] = False
+    structured: ClassVar[bool] = True
+
+    def __init__(self, encoder: TextEncoder, settings: dict[str, Any]) -> None:
+        self.encoder, self.settings = encoder, settings
+
+    def complaint(self, item: Item) -> str:
+        """Why a request has no answer, for the client to read; empty: it has one."""
+        del item
+        return ""
+
+    def segments(self, item: Item) -> list[tuple[str, ...]]:
+        """What is tokenized for the request, one or two texts each."""
+        return [tuple(item[name] for name in self.inputs)]
+
+    def rows(self, items: Sequence[Item]) -> list[list[Row]]:
+        """The engine's rows for each request. All texts are tokenized in one call, which uses all cores."""
+        segments = [self.segments(item) for item in items]
+        encodings = iter(self.encoder.tokens([segment for group in segments for segment in group]))
+        return [[row for _ in group for row in self._windows(next(encodings))] for group in segments]
+
+    def arrays(self, rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:
+        """The engine's int64 inputs: `[rows, length]`, padded on the right, and `[rows, 1]` for the extra ones."""
+        arrays = self.encoder.pad([row.encoding for row in rows], length)
+        for name in rows[0].extra if rows else ():
+            arrays[name] = np.array([[row.extra[name]] for row in rows], dtype=np.int64)
+        return arrays
+
+    def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> Any:
+        """The request's answer. outputs: one a row, fp32 `[width]` or `[tokens, width]`, without padding."""
+        raise NotImplementedError
+
+    def _windows(self, encoding: Any) -> list[Row]:
+        more = encoding.overflowing[: self.settings["windows"] - 1] if self.windowed else ()
+        return [Row(window) for window in (encoding, *more)]
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    powers = np.exp(values - values.max(axis=-1, keepdims=True))
+    result: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
+    return result

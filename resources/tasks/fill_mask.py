@@ -1,0 +1,120 @@
+"""Fill-mask: what a masked language model would write in place of a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from resources.tasks.base import (
+    CheckpointFiles,
+    Gates,
+    Metrics,
+    Options,
+    SpecialTokens,
+    Task,
+    at_least,
+    at_most,
+    load_pretrained,
+)
+from resources.tasks.heads import mask_filler
+from resources.tasks.samples import masked_items
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from resources.pipelines.base import Item
+
+
+class FillMaskGates(Gates):
+    """Share of masks for which PyTorch's best token comes first, and the largest error of the score of a token that
+    both list.
+    """
+
+    token_agreement: float = at_least(0.98)
+    score_error: float = at_most(0.05, high=1.0)
+
+
+class FillMaskOptions(Options):
+    """`top_k`: candidates for each mask."""
+
+    top_k: int = Field(default=5, ge=1, le=1000)
+
+
+class FillMaskTask(Task):
+    """TEXT with masks in, RESULT out: a JSON list of candidates, or one such list for each mask."""
+
+    name: ClassVar[str] = "fill-mask"
+    gates: ClassVar[type[Gates]] = FillMaskGates
+    options: ClassVar[type[Options]] = FillMaskOptions
+    extra_inputs: ClassVar[tuple[str, ...]] = ("mask_position",)
+
+    def check(self, files: CheckpointFiles) -> None:
+        if not files.architecture.endswith("ForPreTraining"):  # BERT's holds the same head and one more
+            files.require_head(self.name, "ForMaskedLM", "a masked language model's head")
+
+    def output(self, files: CheckpointFiles) -> str:
+        del files
+        return "token_probabilities"
+
+    def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
+        from transformers import AutoModelForMaskedLM
+
+        return mask_filler(load_pretrained(AutoModelForMaskedLM, files, **load))
+
+    def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
+        if tokens.mask_id is None:
+            raise files.refuse("its tokenizer has no mask token", "Save the tokenizer with its mask_token")
+        settings = super().settings(files, options, tokens)
+        return {**settings, "mask_id": tokens.mask_id, "mask_token": tokens.mask_token}
+
+    def items(self, settings: dict[str, Any]) -> list[Item]:
+        return masked_items(settings["mask_token"])
+
+    def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
+        mask = settings["mask_token"]
+        return [{"TEXT": f"{text} {mask}"}, {"TEXT": f"{mask} {text} {mask}"}]
+
+    def refused_items(self, settings: dict[str, Any]) -> list[Item]:
+        del settings
+        return [{"TEXT": "no mask"}, {"TEXT": ""}]
+
+    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+        import numpy as np
+
+        return np.array([_likeness(first, second) for first, second in zip(reference, answers, strict=True)])
+
+    def compare(
+        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        masks = [
+            pair
+            for first, second in zip(reference, answers, strict=True)
+            for pair in zip(_by_mask(first), _by_mask(second), strict=True)
+        ]
+        same = sum(first[0]["token"] == second[0]["token"] for first, second in masks)
+        return {
+            "token_agreement": same / len(masks),
+            "score_error": max(_error(first, second) for first, second in masks),
+        }
+
+
+def _by_mask(answer: list[Any]) -> list[list[dict[str, Any]]]:
+    return answer if isinstance(answer[0], list) else [answer]
+
+
+def _error(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> float:
+    found = {candidate["token"]: candidate["score"] for candidate in second}
+    return max(
+        (abs(item["score"] - found[item["token"]]) for item in first if item["token"] in found),
+        default=float("inf"),
+    )
+
+
+def _likeness(first: list[Any], second: list[Any]) -> float:
+    pairs = list(zip(_by_mask(first), _by_mask(second), strict=True))
+    return min(
+        1.0 - _error(expected, found) if expected[0]["token"] == found[0]["token"] else 0.0 for expected, found in pairs
+    )

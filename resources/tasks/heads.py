@@ -1,0 +1,104 @@
+"""Modules around a transformers model, as they are exported: logits to what pipelines take, in fp32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Activation = Literal["identity", "sigmoid", "softmax"]
+
+
+def classifier(model: torch.nn.Module, activation: Activation) -> torch.nn.Module:
+    """The activation over the last axis of the model's logits: `[batch, width]` or `[batch, sequence, width]`."""
+    import torch
+
+    class Classifier(torch.nn.Module):
+        """Token ids to activated logits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            token_type_ids: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            logits = self.model(**_given(input_ids, attention_mask, token_type_ids)).logits.float()
+            if activation == "sigmoid":
+                return torch.sigmoid(logits)
+            return torch.softmax(logits, dim=-1) if activation == "softmax" else logits
+
+    return Classifier().eval()
+
+
+def span_finder(model: torch.nn.Module) -> torch.nn.Module:
+    """Logits of start and end, `[batch, sequence, 2]`."""
+    import torch
+
+    class SpanFinder(torch.nn.Module):
+        """Token ids to two logits a token."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            token_type_ids: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            answer = self.model(**_given(input_ids, attention_mask, token_type_ids))
+            return torch.stack([answer.start_logits, answer.end_logits], dim=-1).float()
+
+    return SpanFinder().eval()
+
+
+def mask_filler(model: torch.nn.Module) -> torch.nn.Module:
+    """Probabilities over the vocabulary at one position a row, `[batch, vocabulary]`.
+
+    The head is as wide as the vocabulary and costs as much as several layers, so the encoder's other positions are
+    dropped before it; heads work on each position alone.
+    """
+    import torch
+
+    class MaskFiller(torch.nn.Module):
+        """Token ids and `mask_position` `[batch, 1]` to probabilities."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            mask_position: torch.Tensor,
+            token_type_ids: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            def only_the_mask(module: torch.nn.Module, inputs: Any, answer: Any) -> Any:
+                del module, inputs
+                hidden = answer.last_hidden_state
+                index = mask_position.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+                answer.last_hidden_state = torch.gather(hidden, 1, index)
+                return answer
+
+            hook = self.model.base_model.register_forward_hook(only_the_mask)
+            try:
+                logits = self.model(**_given(input_ids, attention_mask, token_type_ids)).logits
+            finally:
+                hook.remove()
+            return torch.softmax(logits[:, 0].float(), dim=-1)
+
+    return MaskFiller().eval()
+
+
+def _given(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return given if token_type_ids is None else {**given, "token_type_ids": token_type_ids}

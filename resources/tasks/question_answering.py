@@ -1,0 +1,95 @@
+"""Extractive question answering: the span of a context that answers a question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from resources.tasks.base import CheckpointFiles, Gates, Metrics, Options, Task, at_least, at_most, load_pretrained
+from resources.tasks.heads import span_finder
+from resources.tasks.samples import question_items
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from resources.pipelines.base import Item
+
+
+class QuestionAnsweringGates(Gates):
+    """Share of questions with exactly PyTorch's span, and the largest error of a score of those."""
+
+    span_agreement: float = at_least(0.98)
+    score_error: float = at_most(0.05, high=1.0)
+
+
+class QuestionAnsweringOptions(Options):
+    """As transformers' pipeline has them: a row of at most `max_tokens`, windows that share `stride` tokens, answers
+    of at most `max_answer_tokens`. `handle_impossible_answer`: for models trained to say that there is no answer.
+    `windows`: the most of them, beyond which a context is cut.
+    """
+
+    max_tokens: int = Field(default=384, ge=16)
+    stride: int = Field(default=128, ge=0)
+    max_answer_tokens: int = Field(default=15, ge=1)
+    handle_impossible_answer: bool = False
+    windows: int = Field(default=64, ge=1)
+
+
+class QuestionAnsweringTask(Task):
+    """QUESTION and CONTEXT in, RESULT out: a JSON object with answer, score, start and end."""
+
+    name: ClassVar[str] = "question-answering"
+    gates: ClassVar[type[Gates]] = QuestionAnsweringGates
+    options: ClassVar[type[Options]] = QuestionAnsweringOptions
+    per_token: ClassVar[bool] = True
+
+    def check(self, files: CheckpointFiles) -> None:
+        files.require_head(self.name, "ForQuestionAnswering", "a question answering head")
+
+    def output(self, files: CheckpointFiles) -> str:
+        del files
+        return "span_logits"
+
+    def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
+        from transformers import AutoModelForQuestionAnswering
+
+        return span_finder(load_pretrained(AutoModelForQuestionAnswering, files, **load))
+
+    def max_tokens(self, limit: int, options: Options) -> int:
+        assert isinstance(options, QuestionAnsweringOptions)
+        return min(limit, options.max_tokens)
+
+    def stride(self, max_tokens: int, options: Options) -> int:
+        assert isinstance(options, QuestionAnsweringOptions)
+        return min(options.stride, max_tokens // 2)
+
+    def items(self, settings: dict[str, Any]) -> list[Item]:
+        del settings
+        return question_items()
+
+    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+        import numpy as np
+
+        return np.array(
+            [
+                1.0 - abs(first["score"] - second["score"]) if _span(first) == _span(second) else 0.0
+                for first, second in zip(reference, answers, strict=True)
+            ]
+        )
+
+    def compare(
+        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        pairs = list(zip(reference, answers, strict=True))
+        same = [(first, second) for first, second in pairs if _span(first) == _span(second)]
+        return {
+            "span_agreement": len(same) / len(pairs),
+            "score_error": max((abs(first["score"] - second["score"]) for first, second in same), default=0.0),
+        }
+
+
+def _span(answer: dict[str, Any]) -> tuple[int, int]:
+    return answer["start"], answer["end"]

@@ -1,0 +1,117 @@
+"""Reranking: how well a text answers a query, by a cross-encoder that reads both at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from resources.tasks.base import CheckpointFiles, Gates, Metrics, Task, at_least, at_most, load_pretrained, stacked
+from resources.tasks.classification import HEAD
+from resources.tasks.heads import Activation, classifier
+from resources.tasks.samples import ranking_items
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from resources.pipelines.base import Item
+
+#: Two texts whose scores differ by less than this share of all scores' range have no order.
+_TIE = 1e-4
+_ACTIVATIONS: dict[str, Activation] = {"Identity": "identity", "Sigmoid": "sigmoid"}
+
+
+class RerankingGates(Gates):
+    """Share of pairs of texts of one query that keep PyTorch's order, and the largest error of a score, as a share of
+    the range of all scores.
+    """
+
+    order_agreement: float = at_least(0.98)
+    score_error: float = at_most(0.05)
+
+
+def activation(files: CheckpointFiles) -> Activation:
+    """As sentence-transformers' CrossEncoder chooses it: the configuration's own, else sigmoid. Raises
+    CheckpointError for one that is not served.
+    """
+    section = files.config.get("sentence_transformers")
+    named = section.get("activation_fn") if isinstance(section, dict) else None
+    named = named or files.config.get("sbert_ce_default_activation_function") or "torch.nn.modules.activation.Sigmoid"
+    kind = str(named).rpartition(".")[2]
+    if kind not in _ACTIVATIONS:
+        raise files.refuse(
+            f"config.json asks for the activation {named}, and only Identity and Sigmoid are served",
+            "Use a cross-encoder with one of those",
+        )
+    return _ACTIVATIONS[kind]
+
+
+class RerankingTask(Task):
+    """QUERY and TEXT in, `score` FP32 `[batch, 1]` out; higher is better."""
+
+    name: ClassVar[str] = "reranking"
+    gates: ClassVar[type[Gates]] = RerankingGates
+
+    def check(self, files: CheckpointFiles) -> None:
+        files.require_head(self.name, HEAD, "a cross-encoder's head")
+        labels = len(files.config.get("id2label") or {"0": ""})
+        if labels != 1:
+            raise files.refuse(
+                f"task 'reranking' needs a cross-encoder with one output, and this checkpoint has {labels}",
+                "Use task 'classification' or 'zero-shot-classification'",
+            )
+        activation(files)
+
+    def output(self, files: CheckpointFiles) -> str:
+        del files
+        return "score"
+
+    def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
+        from transformers import AutoModelForSequenceClassification
+
+        return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), activation(files))
+
+    def items(self, settings: dict[str, Any]) -> list[Item]:
+        del settings
+        return ranking_items()
+
+    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+        import numpy as np
+
+        expected, found = stacked(reference), stacked(answers)
+        result: np.ndarray = 1.0 - np.abs(expected - found)[:, 0] / _range(expected)
+        return result
+
+    def compare(
+        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        import numpy as np
+
+        expected, found = stacked(reference)[:, 0], stacked(answers)[:, 0]
+        error = float(np.abs(expected - found).max())
+        return {
+            "order_agreement": order_agreement([item["QUERY"] for item in items], expected, found),
+            "score_error": error / _range(expected),
+            "max_abs_error": error,
+        }
+
+
+def order_agreement(queries: Sequence[str], expected: np.ndarray, found: np.ndarray) -> float:
+    """Share of pairs of one query's texts, as far as `expected` orders them, that `found` orders alike; both
+    `[items]`. 1 where nothing is ordered.
+    """
+    import numpy as np
+
+    tie = _TIE * _range(expected)
+    same = ordered = 0
+    for query in dict.fromkeys(queries):
+        of_query = [number for number, other in enumerate(queries) if other == query]
+        true = expected[of_query, None] - expected[None, of_query]
+        asked = true > tie
+        ordered += int(asked.sum())
+        same += int((asked & (found[of_query, None] > found[None, of_query])).sum())
+    return same / ordered if ordered else float(np.isfinite(found).all())
+
+
+def _range(scores: np.ndarray) -> float:
+    return float(scores.max() - scores.min()) or 1.0

@@ -1,0 +1,134 @@
+"""Token classification: entities, with their place in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from resources.tasks.base import (
+    CheckpointFiles,
+    Gates,
+    Metrics,
+    Options,
+    SpecialTokens,
+    Task,
+    at_least,
+    at_most,
+    load_pretrained,
+    read_labels,
+)
+from resources.tasks.heads import classifier
+from resources.tasks.samples import text_items
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from resources.pipelines.base import Item
+
+
+class TokenClassificationGates(Gates):
+    """F1 of the entities against PyTorch's (same characters, same kind), and the largest error of a score of those
+    that both found.
+    """
+
+    entity_agreement: float = at_least(0.98)
+    score_error: float = at_most(0.05, high=1.0)
+
+
+class TokenClassificationOptions(Options):
+    """`aggregation_strategy`: as transformers' pipeline names them. `stride`: tokens that neighbouring windows of a
+    long text share; `windows`: the most of them, beyond which a text is cut.
+    """
+
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
+    stride: int = Field(default=64, ge=0)
+    windows: int = Field(default=64, ge=1)
+
+
+class TokenClassificationTask(Task):
+    """TEXT in, RESULT out: a JSON list of entities."""
+
+    name: ClassVar[str] = "token-classification"
+    gates: ClassVar[type[Gates]] = TokenClassificationGates
+    options: ClassVar[type[Options]] = TokenClassificationOptions
+    per_token: ClassVar[bool] = True
+
+    def check(self, files: CheckpointFiles) -> None:
+        files.require_head(self.name, "ForTokenClassification", "a token classification head")
+        read_labels(files)
+
+    def output(self, files: CheckpointFiles) -> str:
+        del files
+        return "token_probabilities"
+
+    def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
+        return read_labels(files)
+
+    def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
+        from transformers import AutoModelForTokenClassification
+
+        return classifier(load_pretrained(AutoModelForTokenClassification, files, **load), "softmax")
+
+    def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
+        assert isinstance(options, TokenClassificationOptions)
+        return {
+            **super().settings(files, options, tokens),
+            "labels": list(read_labels(files)),
+            "unknown_id": tokens.unknown_id,
+            # Without aggregation an entity is a token, and tokens of windows that overlap cannot be told apart.
+            "windows": 1 if options.aggregation_strategy == "none" else options.windows,
+        }
+
+    def stride(self, max_tokens: int, options: Options) -> int:
+        assert isinstance(options, TokenClassificationOptions)
+        return min(options.stride, max_tokens // 2)
+
+    def items(self, settings: dict[str, Any]) -> list[Item]:
+        del settings
+        return text_items()
+
+    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+        import numpy as np
+
+        return np.array([_f1(*_counts([first], [second])) for first, second in zip(reference, answers, strict=True)])
+
+    def compare(
+        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        errors = [0.0]
+        for first, second in zip(reference, answers, strict=True):
+            expected, found = _by_place(first), _by_place(second)
+            errors += [abs(expected[place] - found[place]) for place in expected.keys() & found.keys()]
+        return {
+            "entity_agreement": _f1(*_counts(reference, answers)),
+            "score_error": max(errors),
+            "entities": float(sum(len(entities) for entities in reference)),
+        }
+
+
+Place = tuple[int, int, str]
+
+
+def _by_place(entities: Sequence[dict[str, Any]]) -> dict[Place, float]:
+    return {
+        (entity["start"], entity["end"], entity.get("entity_group") or entity["entity"]): entity["score"]
+        for entity in entities
+    }
+
+
+def _counts(reference: Sequence[Any], answers: Sequence[Any]) -> tuple[int, int, int]:
+    """Entities expected, found, and both, over all texts."""
+    pairs = [(set(_by_place(first)), set(_by_place(second))) for first, second in zip(reference, answers, strict=True)]
+    return (
+        sum(len(first) for first, _ in pairs),
+        sum(len(second) for _, second in pairs),
+        sum(len(first & second) for first, second in pairs),
+    )
+
+
+def _f1(expected: int, found: int, both: int) -> float:
+    """Harmonic mean of precision and recall; 1 where neither has any."""
+    return 2 * both / (expected + found) if expected + found else 1.0

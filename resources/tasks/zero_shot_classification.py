@@ -1,0 +1,125 @@
+"""Zero-shot classification: labels that come with the request, judged by a model of natural language inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from resources.tasks.base import (
+    CheckpointFiles,
+    Gates,
+    Metrics,
+    Options,
+    SpecialTokens,
+    Task,
+    at_least,
+    at_most,
+    load_pretrained,
+    read_labels,
+)
+from resources.tasks.classification import HEAD
+from resources.tasks.heads import classifier
+from resources.tasks.samples import labelled_items
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from resources.pipelines.base import Item
+
+
+class ZeroShotGates(Gates):
+    """Share of texts whose best label is PyTorch's, and the largest error of one score."""
+
+    label_agreement: float = at_least(0.99)
+    score_error: float = at_most(0.05, high=1.0)
+
+
+class ZeroShotOptions(Options):
+    """`hypothesis_template`: the sentence that the text is to entail, with {} for the label. `multi_label`: each label
+    is judged for itself.
+    """
+
+    hypothesis_template: str = Field(default="This example is {}.", pattern=r"\{\}")
+    multi_label: bool = False
+
+
+class ZeroShotClassificationTask(Task):
+    """TEXT and LABELS (a JSON list) in, RESULT out: a JSON object with labels and scores, best first."""
+
+    name: ClassVar[str] = "zero-shot-classification"
+    gates: ClassVar[type[Gates]] = ZeroShotGates
+    options: ClassVar[type[Options]] = ZeroShotOptions
+
+    def check(self, files: CheckpointFiles) -> None:
+        files.require_head(self.name, HEAD, "the head of a model of natural language inference")
+        _entailment(files)
+
+    def output(self, files: CheckpointFiles) -> str:
+        del files
+        return "inference_logits"
+
+    def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
+        return read_labels(files)
+
+    def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
+        from transformers import AutoModelForSequenceClassification
+
+        return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), "identity")
+
+    def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
+        entailment = _entailment(files)
+        # As transformers' pipeline has it: the first label contradicts, unless that is the one that entails.
+        contradiction = len(read_labels(files)) - 1 if entailment == 0 else 0
+        settings = super().settings(files, options, tokens)
+        return {**settings, "entailment_id": entailment, "contradiction_id": contradiction}
+
+    def items(self, settings: dict[str, Any]) -> list[Item]:
+        del settings
+        return labelled_items()
+
+    def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
+        del settings
+        return [{"TEXT": text, "LABELS": json.dumps([text, "other"])}, {"TEXT": text, "LABELS": json.dumps([text])}]
+
+    def refused_items(self, settings: dict[str, Any]) -> list[Item]:
+        del settings
+        return [{"TEXT": "a text", "LABELS": labels} for labels in ("[]", "urgent", "[1]", "{}")]
+
+    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+        import numpy as np
+
+        return np.array([1.0 - _error(first, second) for first, second in zip(reference, answers, strict=True)])
+
+    def compare(
+        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        pairs = list(zip(reference, answers, strict=True))
+        same = sum(first["labels"][0] == second["labels"][0] for first, second in pairs)
+        return {
+            "label_agreement": same / len(pairs),
+            "score_error": max(_error(first, second) for first, second in pairs),
+        }
+
+
+def _entailment(files: CheckpointFiles) -> int:
+    labels = read_labels(files)
+    for number, label in enumerate(labels):
+        if label.lower().startswith("entail"):
+            return number
+    raise files.refuse(
+        "task 'zero-shot-classification' needs a model of natural language inference, and none of the labels in "
+        f"config.json (id2label: {', '.join(labels[:5])}) begins with 'entail'",
+        "Use such a model, or name its labels",
+    )
+
+
+def _error(first: dict[str, Any], second: dict[str, Any]) -> float:
+    expected = dict(zip(first["labels"], first["scores"], strict=True))
+    found = dict(zip(second["labels"], second["scores"], strict=True))
+    if expected.keys() != found.keys():
+        return float("nan")
+    return max(abs(expected[label] - found[label]) for label in expected)

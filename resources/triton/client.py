@@ -91,6 +91,24 @@ class TextClient:
         answers: np.ndarray = answer
         return answers
 
+    def rank(self, model: str, output: str, text: str, count: int) -> list[tuple[str, float]]:
+        """Labels and their values, best first, named by the server (Triton's classification extension); gRPC alone.
+
+        Empty for a model without labels. Raises ServerError.
+        """
+        import numpy as np
+
+        tensor = self._api.InferInput(TEXT, [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[text.encode()]], dtype=np.object_))
+        wanted = [self._api.InferRequestedOutput(output, class_count=count)]
+        try:
+            answer = self._client.infer(model, [tensor], outputs=wanted, client_timeout=TIMEOUT_SECONDS)
+        except Exception as error:
+            raise self._trouble(f"refused a request to {model}", error) from error
+        # "value:index", and ":label" where there is one, which may hold colons of its own.
+        parts = [item.decode().split(":", 2) for item in answer.as_numpy(output).ravel()]
+        return [(part[2], float(part[0])) for part in parts if len(part) == 3 and part[2]]
+
     def output_of(self, model: str) -> str:
         """The name of a model's one output. Raises ServerError where the server does not have the model."""
         try:
@@ -143,10 +161,10 @@ class TextClient:
         return ServerError(f"The server at {self.address} ({self.protocol}) {what}: {first}.")
 
 
-def is_live(address: str) -> bool:
-    """Whether a Triton server answers gRPC there."""
+def serves(address: str, model: str) -> bool:
+    """Whether a Triton server that holds the model answers gRPC there."""
     with TextClient(address) as client:
-        return client.is_live()
+        return client.is_live() and client.is_ready(model)
 
 
 def query_texts(address: str, model: str, texts: Sequence[str], protocol: Protocol = "grpc") -> np.ndarray:
@@ -156,3 +174,18 @@ def query_texts(address: str, model: str, texts: Sequence[str], protocol: Protoc
     with TextClient(address, protocol) as client:
         output = client.output_of(model)
         return np.concatenate([client.ask(model, output, [text]) for text in texts])
+
+
+def query_ranked(
+    address: str, model: str, texts: Sequence[str], count: int = 8
+) -> tuple[np.ndarray, list[list[tuple[str, float]]]]:
+    """The answers fp32 `[texts, width]`, and the best labels of each, none where the model has no labels."""
+    answers = query_texts(address, model, texts)
+    with TextClient(address) as client:
+        output = client.output_of(model)
+        count, ranked = min(count, answers.shape[1]), []
+        for text in texts:
+            ranked.append(client.rank(model, output, text, count))
+            if not ranked[0]:
+                return answers, [[] for _ in texts]
+        return answers, ranked

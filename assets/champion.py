@@ -6,9 +6,11 @@ import dagster as dg
 
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
-from resources.artifacts.records import BenchmarkReport, EvaluationSet
-from resources.engines import EngineSpec
-from resources.errors import ArtifactError, NoChampionError
+from resources.artifacts.records import BenchmarkReport, Engine, EvaluationSet
+from resources.catalog import ModelEntry
+from resources.device import describe_device
+from resources.engines import BASELINE, EngineSpec
+from resources.errors import ArtifactError
 from resources.evaluation.champion import make_champion
 from resources.reporting import candidate_table, latency_plot, markdown, markdown_image
 from resources.tracking import Tracker
@@ -35,12 +37,8 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
     ) -> dg.MaterializeResult:
         entry, store = workspace.entry(context.partition_key), workspace.store
         evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
-        reports = current_reports(workspace, specs, target, entry.name)
-        try:
-            made = make_champion(workspace, entry, target, reports, evaluation)
-        except NoChampionError as error:
-            tracker.abandon(context.run.run_id, entry.name, str(error))
-            raise
+        reports = current_reports(workspace, specs, target, entry)
+        made = make_champion(workspace, entry, target, reports, evaluation)
         folder = remember(store, f"champion/{target}/{entry.name}", made)
         record = made.record
         table = markdown(*candidate_table(reports, record.verdicts))
@@ -63,13 +61,23 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
 
 
 def current_reports(
-    workspace: Workspace, specs: Sequence[EngineSpec], target: str, model: str
+    workspace: Workspace, specs: Sequence[EngineSpec], target: str, entry: ModelEntry
 ) -> list[BenchmarkReport]:
-    """The newest report on every engine that has one."""
-    reports = []
+    """The newest report on every engine that has one, as far as they can be compared with each other.
+
+    A run of some engines only leaves the others' reports behind: of another revision, other shapes or another machine.
+    """
+    store, found = workspace.store, []
+    evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
+    baseline = store.current(Engine, f"engines/{target}/{BASELINE}/{entry.name}")
+    shapes = {str(shape) for shape in entry.shapes}
     for spec in specs:
         try:
-            reports.append(workspace.store.current(BenchmarkReport, f"benchmarks/{target}/{spec.name}/{model}"))
-        except ArtifactError:  # a run of some engines only; the others simply do not compete
+            report = store.current(BenchmarkReport, f"benchmarks/{target}/{spec.name}/{entry.name}")
+        except ArtifactError:
             continue
-    return reports
+        same = report.evaluation_digest == evaluation.digest and report.baseline_digest == baseline.digest
+        where = report.threads == workspace.threads(entry) and report.device == describe_device(target)
+        if same and where and (not report.timings or {timing.shape for timing in report.timings} == shapes):
+            found.append(report)
+    return found

@@ -48,6 +48,15 @@ def required_files(
     store = workspace.store
     record = store.current(Checkpoint, f"checkpoint/{context.partition_key}")
     damaged = store.damaged(record)
+    if damaged:
+        store.remove(record)  # or it would be found, and refused, for ever
     return dg.AssetCheckResult(
-        passed=not damaged, metadata={"files": sorted(record.files), "missing_or_changed": damaged}
+        passed=not damaged,
+        description=(
+            f"{record.model}, revision {record.revision}: {', '.join(damaged)} of the stored copy in "
+            f"{store.folder(record)} changed or went missing. The copy was removed; optimize again to make a new one."
+            if damaged
+            else "every byte is as it was copied"
+        ),
+        metadata={"files": sorted(record.files), "missing_or_changed": damaged},
     )

@@ -14,7 +14,9 @@ KINDS = {"torch": "pytorch", "onnxruntime": "onnx", "tensorrt": "nvidia"}
 
 
 def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
-    """The asset `engines/<target>/<engine>`. It materializes `built`, `unsupported` or `failed`, and never fails."""
+    """The asset `engines/<target>/<engine>`. It materializes `built`, `unsupported` or `failed`, and
+    never fails for the engine's own troubles.
+    """
 
     @dg.asset(
         key=["engines", target, spec.name],

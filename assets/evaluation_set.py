@@ -28,7 +28,8 @@ def evaluation_set(context: dg.AssetExecutionContext, workspace: dg.ResourcePara
         made,
         folder,
         {
-            "texts": record.texts,
+            "requests": record.items,
+            "rows": record.rows,
             "longest_tokens": record.longest_tokens,
             "width": record.width,
             "texts_tokenized_as_transformers_does": record.tokenizer_checked,

@@ -11,6 +11,11 @@ from resources.export.make import make_graph
 from resources.reporting import markdown
 from resources.workspace import Workspace
 
+_REMEDY = (
+    "No engine is built from such a graph. Optimize again; if it stays, this architecture is not exported rightly by "
+    "this version of torch: try another, and report it."
+)
+
 
 @dg.asset(
     deps=[checkpoint, evaluation_set],
@@ -45,7 +50,9 @@ def onnx_valid(context: dg.AssetCheckExecutionContext, workspace: dg.ResourcePar
     """The ONNX checker accepts the graph, shapes inferred."""
     record = workspace.store.current(OnnxGraph, f"onnx_graph/{context.partition_key}")
     return dg.AssetCheckResult(
-        passed=record.checker == "", metadata={"checker": record.checker or "no complaint", "nodes": record.nodes}
+        passed=record.checker == "",
+        description=f"{record.model}: {record.checker} {_REMEDY}" if record.checker else "no complaint",
+        metadata={"checker": record.checker or "no complaint", "nodes": record.nodes},
     )
 
 
@@ -59,8 +66,10 @@ def parity_with_pytorch(
         [case.shape, "padded" if case.padded else "unpadded", f"{case.max_relative_error:.1e}"]
         for case in record.parity
     ]
+    missed = " ".join(record.parity_misses) or ("" if record.parity else "Nothing was compared.")
     return dg.AssetCheckResult(
-        passed=bool(record.parity) and not record.parity_misses,
+        passed=not missed,
+        description=f"{record.model}: {missed} {_REMEDY}" if missed else f"equal in {len(record.parity)} cases",
         metadata={
             "cases": dg.MetadataValue.md(markdown(["batch x tokens", "padding", "largest relative error"], rows)),
             "misses": list(record.parity_misses),

@@ -1,13 +1,17 @@
 """The release: published to a target's Triton repository once a real server has answered as PyTorch does."""
 
+import shlex
+
 import dagster as dg
 
 from assets.materialization import OWNERS
 from assets.partitions import models
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet
+from resources.errors import ReleaseError
 from resources.tracking import Tracker
-from resources.triton.layout import current_release
+from resources.triton.layout import current_release, list_releases
 from resources.triton.make import make_release
+from resources.triton.publish import unverified_root
 from resources.workspace import Workspace
 
 
@@ -34,11 +38,16 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
         checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
         engine = store.current(Engine, f"engines/{target}/{champion.engine}/{entry.name}")
         evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
+        if engine.digest != champion.engine_digest or evaluation.digest != champion.evaluation_digest:
+            raise ReleaseError(
+                f"{entry.name}: {champion.engine} was chosen on {target} for another revision or build than is there "
+                f"now. Materialize champion/{target}, with the benchmarks before it, first."
+            )
         published = make_release(
             workspace, entry, checkpoint, engine, evaluation, champion, dagster_run=context.run.run_id
         )
         release = published.release
-        if published.changed and release.status == "published":
+        if published.current and release.status == "published":
             tracker.release(checkpoint, champion, release.number)
         return dg.MaterializeResult(
             metadata={
@@ -51,7 +60,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
                 "content_digest": release.content_digest,
                 "proof": dg.MetadataValue.json(release.proof.model_dump() if release.proof else {}),
                 "repository": dg.MetadataValue.path(workspace.repository(target)),
-                "query": dg.MetadataValue.md(f'`refinery query {entry.name} "any text"`'),
+                "query": dg.MetadataValue.md(f"`{query_command(workspace, entry.name, target)}`"),
             },
             data_version=dg.DataVersion(release.content_digest),
         )
@@ -60,13 +69,41 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
     def served_answers_equal(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
-        """What the pointed-to release answered on a real server was what PyTorch answers to the same texts."""
-        release = current_release(workspace.repository(target), context.partition_key)
+        """What the newest release answered on a real server was what PyTorch answers to the same texts."""
+        repository, model = workspace.repository(target), context.partition_key
+        waiting = list_releases(unverified_root(repository, model), model)
+        release = waiting[-1] if waiting else current_release(repository, model)
         proof = release.proof if release is not None else None
+        if release is None:
+            description = f"{model}: no release is in {repository}"
+        elif proof is None:
+            description = f"{model}: release {release.number} waits unverified: no server has answered with it"
+        else:
+            description = "; ".join([f"release {release.number} on {proof.server}", *proof.failures])
         return dg.AssetCheckResult(
             passed=proof is not None and proof.passed,
-            description=f"release {release.number}" if release is not None else "no release is served",
+            severity=dg.AssetCheckSeverity.WARN,  # an unproven release is never pointed to
+            description=description,
             metadata={"proof": dg.MetadataValue.json(proof.model_dump() if proof else {})},
         )
 
     return triton_repository, served_answers_equal
+
+
+def query_command(workspace: Workspace, model: str, target: str) -> str:
+    """How to ask a model of that repository."""
+    return f'{_where(workspace)}refinery query {model} "any text"{_target(target)}'
+
+
+def serve_command(workspace: Workspace, target: str) -> str:
+    """How to serve that repository."""
+    return f"{_where(workspace)}refinery serve{_target(target)}"
+
+
+def _where(workspace: Workspace) -> str:
+    folder = workspace.triton.repositories
+    return f"REFINERY_TRITON_REPOSITORIES={shlex.quote(str(folder))} " if folder is not None else ""
+
+
+def _target(target: str) -> str:
+    return "" if target == "cpu" else f" --target {target}"

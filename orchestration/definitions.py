@@ -12,7 +12,7 @@ from assets.engines import engine_asset
 from assets.evaluation_set import evaluation_set
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
 from assets.triton_repository import triton_repository_assets
-from orchestration.jobs import optimize
+from orchestration.jobs import EXECUTOR, optimize
 from orchestration.progress import progress_logger
 from orchestration.settings import read_workspace, tracker_of
 from resources.engines import ENGINES
@@ -35,6 +35,7 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
         assets=assets,
         asset_checks=checks,
         jobs=[optimize],
+        executor=EXECUTOR,  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},
     )

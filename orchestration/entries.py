@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from resources.artifacts.records import Checkpoint
 from resources.catalog import DEFAULT_SHAPES, ModelEntry, explain, load_catalog, write_entry
 from resources.checkpoints import locate
-from resources.errors import CatalogError
+from resources.errors import ArtifactError, CatalogError
 from resources.workspace import Workspace
 
 #: What a checkpoint saved from such a class is for. Those for sequences may also rerank or judge labels; that only
@@ -54,12 +55,22 @@ def find_or_add(workspace: Workspace, options: Namespace) -> ModelEntry:
             )
     entry = _entry(name, source, options)
     earlier = next((known for known in catalog.models if known.name == name), None)
-    if earlier is not None and earlier.source != entry.source:
+    if earlier is not None and earlier.source != entry.source and _was_collected(workspace, name):
         raise CatalogError(
-            f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with --name."
+            f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with --name, "
+            f"or remove {workspace.additions / name}.yaml."
         )
     write_entry(entry, workspace.additions)
     return entry
+
+
+def _was_collected(workspace: Workspace, name: str) -> bool:
+    """Whether the name ever stood for a checkpoint that was there: a mistyped source may be put right."""
+    try:
+        workspace.store.current(Checkpoint, f"checkpoint/{name}")
+    except ArtifactError:
+        return False
+    return True
 
 
 def _source(model: str) -> str | None:

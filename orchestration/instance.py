@@ -14,6 +14,19 @@ telemetry:
   enabled: false
 nux:
   enabled: false
+# Steps print nothing: what their libraries print is in $REFINERY_HOME/logs.
+compute_logs:
+  module: dagster._core.storage.noop_compute_log_manager
+  class: NoOpComputeLogManager
+"""
+
+
+#: The workspace.yaml of this repository, for pages that are opened elsewhere.
+WORKSPACE = """\
+load_from:
+  - python_module:
+      module_name: orchestration.definitions
+      location_name: transformer-refinery
 """
 
 

@@ -14,7 +14,7 @@ import dagster as dg
 from orchestration.definitions import make_definitions
 from orchestration.entries import find_or_add
 from orchestration.instance import prepare_instance
-from orchestration.settings import read_workspace
+from orchestration.settings import read_workspace, tracker_of
 from resources.artifacts.records import Champion
 from resources.engines import ENGINES, TARGETS
 from resources.errors import CatalogError
@@ -22,7 +22,12 @@ from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from dagster import ExecuteInProcessResult
+    from dagster_shared.error import SerializableErrorInfo
 
+    from resources.catalog import ModelEntry
+
+#: What Dagster writes before the text of an error of this project.
+_OURS = "resources.errors."
 
 #: As workspace.yaml names the code location.
 LOCATION = "transformer-refinery"
@@ -45,11 +50,15 @@ def optimize(options: Namespace) -> int:
             tags={".dagster/repository": f"__repository__@{LOCATION}"},
         )
     if not result.success:
-        for message in failures(result):
+        messages = failures(result)
+        tracker_of(workspace).abandon(result.run_id, entry.name, " ".join(messages) or "interrupted")
+        if not messages:
+            raise KeyboardInterrupt
+        for message in messages:
             print(f"refinery: {message}", file=sys.stderr)
         return 1
     for target in workspace.targets:
-        _summarize(workspace, entry.name, target)
+        _summarize(workspace, entry, target)
     return 0
 
 
@@ -66,27 +75,49 @@ def _workspace(options: Namespace) -> Workspace:
 
 
 def failures(result: ExecuteInProcessResult) -> list[str]:
-    """What each failed step has to say: our own error's text alone, a defect's with its type."""
+    """What each failed step has to say: our own error's text alone, a defect's with its type; none for Ctrl-C."""
     messages = []
     for event in result.all_events:
         if event.event_type is not dg.DagsterEventType.STEP_FAILURE:
             continue
-        error = event.step_failure_data.error
-        while error is not None and error.cause is not None:
-            error = error.cause
-        text = error.message.strip() if error is not None else "failed without a word"
-        step = str(event.step_key).replace("__", "/")
-        module, _, rest = text.partition(": ")
-        own = module.startswith("resources.errors.")
-        messages.append(rest if own else f"{step}: {text} (a defect; the whole trace is in Dagster, `make ui`)")
+        chain = _chain(event.step_failure_data.error)
+        text = next((text for text in chain if text.startswith(_OURS)), chain[-1])
+        kind, _, rest = text.partition(": ")
+        if kind.endswith(".DagsterExecutionInterruptedError"):
+            return []
+        if kind.endswith(".DagsterAssetCheckFailedError"):
+            messages += _failed_checks(result)
+        elif kind.startswith(_OURS):
+            messages.append(rest)
+        else:
+            step = str(event.step_key).replace("__", "/")
+            messages.append(f"{step}: {text} (a defect; the whole trace is in Dagster, `make ui`)")
     return messages or ["the run failed before any step; Dagster's page has its log (`make ui`)."]
 
 
-def _summarize(workspace: Workspace, model: str, target: str) -> None:
+def _chain(error: SerializableErrorInfo | None) -> list[str]:
+    """The error's text, then those of what caused it: libraries' own words, where ours say what to do."""
+    texts = []
+    while error is not None:
+        texts.append(error.message.strip())
+        error = error.cause
+    return texts or ["failed without a word"]
+
+
+def _failed_checks(result: ExecuteInProcessResult) -> list[str]:
+    return [
+        f"{'/'.join(check.asset_key.path)}: {check.check_name}: {check.description}"
+        for check in result.get_asset_check_evaluations()
+        if not check.passed and check.severity is dg.AssetCheckSeverity.ERROR
+    ]
+
+
+def _summarize(workspace: Workspace, entry: ModelEntry, target: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from assets.champion import current_reports
+    from assets.triton_repository import query_command, serve_command
     from resources.reporting import candidate_table
     from resources.triton.layout import current_release, list_releases
     from resources.triton.publish import unverified_root
@@ -94,8 +125,9 @@ def _summarize(workspace: Workspace, model: str, target: str) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)  # a log has no width of its own
+    model = entry.name
     champion = workspace.store.current(Champion, f"champion/{target}/{model}")
-    reports = current_reports(workspace, ENGINES, target, model)
+    reports = current_reports(workspace, ENGINES, target, entry)
     header, rows = candidate_table(reports, champion.verdicts)
     title = f"{model} on {target} ({reports[0].device}): p50 / p99, (times faster than PyTorch)"
     table = Table(title=title, title_justify="left")
@@ -111,13 +143,13 @@ def _summarize(workspace: Workspace, model: str, target: str) -> None:
             console.print(f"{row[0]}: {row[-1]}", highlight=False)
     repository = workspace.repository(target)
     release = current_release(repository, model)
+    console.print(f"{champion.reason}", highlight=False)
+    for waiting in list_releases(unverified_root(repository, model), model):
+        console.print(f"Release {waiting.number} waits unverified in {unverified_root(repository, model)}.")
+        console.print("Point REFINERY_TRITON_GRPC to a Triton that can load it, and run again: it is proven there.")
     if release is None:
         console.print(f"No release of {model} is served from {repository}.")
-        for release in list_releases(unverified_root(repository, model), model):
-            console.print(f"Release {release.number} waits unverified in {unverified_root(repository, model)}.")
-            console.print("Point REFINERY_TRITON_GRPC to a Triton that can load it, and run again: it is proven there.")
         return
-    console.print(f"{champion.reason}", highlight=False)
     console.print(f"Release {release.number} of {model} serves {release.engine} from {repository}.", highlight=False)
-    console.print(f'Ask it:    refinery query {model} "any text"', highlight=False)
-    console.print("Serve it:  refinery serve", highlight=False)
+    console.print(f"Ask it:    {query_command(workspace, model, target)}", highlight=False)
+    console.print(f"Serve it:  {serve_command(workspace, target)}", highlight=False)

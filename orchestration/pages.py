@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from contextlib import suppress
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import dagster as dg
 
-import orchestration
-from orchestration.instance import prepare_instance
+from orchestration.instance import WORKSPACE, prepare_instance
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
+from resources.triton.launch import supervised
 
 _LOOPBACK = "127.0.0.1"
 _START_SECONDS = 120.0
@@ -35,7 +36,8 @@ def serve_pages(options: Namespace) -> int:
     tracker_of(workspace).prepare()
     folder = workspace.home / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    workspace_file = Path(orchestration.__file__).resolve().parents[1] / "workspace.yaml"
+    workspace_file = folder / "workspace.yaml"
+    workspace_file.write_text(WORKSPACE)
     dagster = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace_file), "-h", _LOOPBACK]
     mlflow = [sys.executable, "-m", "mlflow", "server", "--host", _LOOPBACK, "--workers", "1"]
     commands = {
@@ -49,13 +51,16 @@ def serve_pages(options: Namespace) -> int:
     }
     ports = {"dagster": options.dagster_port, "mlflow": options.mlflow_port}
     processes: dict[str, subprocess.Popen[bytes]] = {}
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # also when the terminal is closed
+        signal.signal(number, _as_interrupt)
     try:
         for name, command in commands.items():
             with (folder / f"{name}.log").open("ab") as log:
-                # A process group each: their own children must go with them.
                 processes[name] = subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    supervised(command, Path(tempfile.mkdtemp(prefix="refinery-ui-"))),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
         for name, process in processes.items():
             _await(name, process, ports[name], folder / f"{name}.log")
@@ -68,6 +73,7 @@ def serve_pages(options: Namespace) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave one of them
         _stop(list(processes.values()))
 
 
@@ -92,15 +98,16 @@ def _await(name: str, process: subprocess.Popen[bytes], port: int, log: Path) ->
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM; resources/triton/supervise.py sees to the rest."""
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()
     deadline = time.monotonic() + _STOP_SECONDS
     for process in processes:
-        with suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(max(0.1, deadline - time.monotonic()))
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _as_interrupt(number: int, frame: object) -> None:

@@ -14,26 +14,27 @@ from typing import Any
 
 from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
-from resources.triton.client import TextClient, is_live
+from resources.triton.client import Contract, TextClient, serves
 from resources.triton.layout import current_release, public_models
-from resources.triton.release import Release
 from resources.triton.server import EmbeddedServer, serve_foreground
 
 _SHOWN = 8
+DEFAULT_ADDRESS = "127.0.0.1:8001"
 
 
 def query(options: Namespace) -> int:
-    """Ask the server at `--url`, or, where none listens, one started for this question."""
+    """Ask the server at `--url`; without one, that on the usual port, or, where none listens, one started for this."""
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
     release = current_release(repository, options.model)
     with ExitStack() as stack:
-        address = options.url
-        if not is_live(address):
+        address = options.url or DEFAULT_ADDRESS
+        # Who names a server wants that one's answer and no other.
+        if options.url is None and not serves(address, options.model):
             if release is None:
                 raise _nothing_served(options.model, repository)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
-            print(f"No server at {options.url}; starting one for this question.", file=sys.stderr)
+            print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
             server = EmbeddedServer(repository, workspace.triton, models=[options.model], log=log)
             address = stack.enter_context(server).grpc_address
         with TextClient(address) as client:
@@ -41,11 +42,12 @@ def query(options: Namespace) -> int:
             items = _items(options, contract.inputs)
             # One request each: batching is the server's work.
             answers = [client.ask(options.model, contract, [item])[0] for item in items]
+            labels = [] if options.json else _labels(client, options.model, contract, items, answers)
     if options.json:
         for answer in answers:
             print(json.dumps(answer if contract.structured else answer.tolist(), ensure_ascii=False))
     else:
-        _show(options.text, answers, release)
+        _show(options.text, answers, labels)
     return 0
 
 
@@ -60,23 +62,33 @@ def _items(options: Namespace, inputs: Sequence[str]) -> list[dict[str, str]]:
                 f"--{name.lower()}."
             )
     main = next(name for name in inputs if name not in given)
-    return [
-        {main: text, **{name: value for name, value in given.items() if value is not None}} for text in options.text
-    ]
+    beside = {name: value for name, value in given.items() if value is not None}
+    return [{main: text, **beside} for text in options.text]
 
 
-def _show(texts: list[str], answers: Sequence[Any], release: Release | None) -> None:
+def _labels(
+    client: TextClient, model: str, contract: Contract, items: Sequence[dict[str, str]], answers: Sequence[Any]
+) -> list[list[tuple[str, float]]]:
+    """The best labels of each answer, as the server itself names them: it may not be that of the repository here."""
+    ranked: list[list[tuple[str, float]]] = []
+    for item, answer in zip(items, answers, strict=True):
+        if contract.structured or (ranked and not ranked[0]):
+            ranked.append([])
+        else:
+            ranked.append(client.rank(model, contract, item, min(_SHOWN, len(answer))))
+    return ranked
+
+
+def _show(texts: list[str], answers: Sequence[Any], ranked: Sequence[list[tuple[str, float]]]) -> None:
     """Documents a line each; labels with their probabilities; else a vector's beginning, and likenesses."""
-    labels = release.labels if release is not None else ()
-    for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+    for number, (text, answer, labels) in enumerate(zip(texts, answers, ranked, strict=True)):
         print(f"{text!r}")
         if isinstance(answer, list | dict):
             for part in answer if isinstance(answer, list) else [answer]:
                 print("  " + json.dumps(part, ensure_ascii=False))
             continue
-        if labels and len(labels) == len(answer):
-            ranked = sorted(zip(answer.tolist(), labels, strict=True), reverse=True)
-            print("  " + ", ".join(f"{label} {value:.4f}" for value, label in ranked[:_SHOWN]))
+        if labels:
+            print("  " + ", ".join(f"{label} {value:.4f}" for label, value in labels))
             continue
         values = " ".join(f"{value:+.4f}" for value in answer[:_SHOWN])
         print(f"  {len(answer)} values: {values}{' ...' if len(answer) > _SHOWN else ''}")

@@ -49,7 +49,7 @@ class Limits:
     """
 
     timeout_s: float = 1800.0
-    memory_bytes: int = 64 * 1024**3
+    memory_bytes: int = 64 * 10**9
 
 
 class Worker:

@@ -84,45 +84,65 @@ class Tracker:
         The winner becomes a version of the registered model, under the alias `champion-<target>`. Without a parent,
         nothing was measured anew: the answer is the run that chose this champion before.
         """
-        known = self._recall(f"champion-{champion.digest}")
+        known, parent = self._recall(f"champion-{champion.digest}"), self._recall(f"parent-{dagster_run}")
         with _clear_errors(self._uri):
-            parent = None
-            if known is None or self._known_client is not None:
+            if parent is None and known is None:  # written by another machine
                 parent = self._find(champion.model, self._parent_filter(dagster_run))
             if parent is None:
                 return known
+            self._adopt(parent, reports)
             self._log_champion(parent, champion, reports, table, plot)
         self._remember(f"champion-{champion.digest}", parent)
         return parent
 
     def release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> None:
         """Tag the champion's registered version, and the run that measured it, with its Triton release's number."""
-        with _clear_errors(self._uri):
-            client, name = self._client(), champion.model
-            try:
-                version = client.get_model_version_by_alias(name, f"{ALIAS}-{champion.target}")
-            except _exceptions() as error:
-                if getattr(error, "error_code", "") not in _NOT_THERE:
-                    raise
-                return
-            if version.tags.get(f"{_TAG}engine") != champion.engine_digest:
-                return
-            tags = {f"{_TAG}release": str(number), f"{_TAG}revision": checkpoint.revision}
-            for key, value in tags.items():
-                client.set_model_version_tag(name, version.version, key, value)
-            if version.run_id:
-                client.set_tag(version.run_id, f"{_TAG}release", str(number))
-
-    def abandon(self, dagster_run: str, model: str, why: str) -> None:
-        """Close this Dagster run's parent as failed, if it has one."""
-        if self._known_client is None:  # this process wrote none
+        name = f"release-{champion.target}-{number}-{champion.digest}"
+        if self._recall(name) is not None:
             return
         with _clear_errors(self._uri):
-            parent = self._find(model, self._parent_filter(dagster_run))
-            if parent is not None:
-                client = self._client()
-                client.set_tag(parent.run_id, "mlflow.note.content", why[:4000])
-                client.set_terminated(parent.run_id, "FAILED")
+            link = self._tag_release(checkpoint, champion, number)
+        if link is not None:
+            self._remember(name, link)
+
+    def _tag_release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> RunLink | None:
+        client, name = self._client(), champion.model
+        try:
+            version = client.get_model_version_by_alias(name, f"{ALIAS}-{champion.target}")
+        except _exceptions() as error:
+            if getattr(error, "error_code", "") not in _NOT_THERE:
+                raise
+            return None
+        if version.tags.get(f"{_TAG}engine") != champion.engine_digest:
+            return None
+        tags = {f"{_TAG}release": str(number), f"{_TAG}revision": checkpoint.revision}
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version.version, key, value)
+        if not version.run_id:
+            return None
+        client.set_tag(version.run_id, f"{_TAG}release", str(number))
+        return RunLink(version.run_id, self._url(client.get_run(version.run_id).info.experiment_id, version.run_id))
+
+    def abandon(self, dagster_run: str, model: str, why: str) -> None:
+        """Close this Dagster run's parent as failed, if it has one. Its children go to the parent of the next run."""
+        parent = self._recall(f"parent-{dagster_run}")
+        if parent is None:  # nothing was written
+            return
+        with _clear_errors(self._uri):
+            client = self._client()
+            client.set_tag(parent.run_id, "mlflow.note.content", f"{model}: {why}"[:4000])
+            client.set_terminated(parent.run_id, "FAILED")
+
+    def _adopt(self, parent: RunLink, reports: Sequence[BenchmarkReport]) -> None:
+        """Take over the candidates that runs measured which then failed: they compete here."""
+        client = self._client()
+        for report in reports:
+            link = self._recall(f"candidate-{report.digest}")
+            owner = client.get_run(link.run_id).data.tags.get("mlflow.parentRunId") if link is not None else None
+            if link is None or owner is None or owner == parent.run_id:
+                continue
+            if client.get_run(owner).info.status != "FINISHED":
+                client.set_tag(link.run_id, "mlflow.parentRunId", parent.run_id)
 
     def _log_candidate(
         self, dagster_run: str, checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport, missed: Sequence[str]
@@ -211,9 +231,15 @@ class Tracker:
         return str(version.version)
 
     def _parent(self, dagster_run: str, checkpoint: Checkpoint, report: BenchmarkReport) -> RunLink:
-        found = self._find(checkpoint.model, self._parent_filter(dagster_run))
-        if found is not None:
-            return found
+        """This Dagster run's parent. Steps in processes of their own must not make two."""
+        name = f"parent-{dagster_run}"
+        with file_lock(self._folder / "parent.lock"):
+            parent = self._recall(name) or self._find(checkpoint.model, self._parent_filter(dagster_run))
+            parent = parent or self._begin_parent(dagster_run, checkpoint, report)
+            self._remember(name, parent)
+        return parent
+
+    def _begin_parent(self, dagster_run: str, checkpoint: Checkpoint, report: BenchmarkReport) -> RunLink:
         client, experiment = self._client(), self._experiment(checkpoint.model)
         tags = {f"{_TAG}parent": "true", **self._common_tags(dagster_run, checkpoint, report)}
         run = client.create_run(experiment, run_name=f"{checkpoint.revision[:12]} {dagster_run[:8]}", tags=tags)
@@ -303,7 +329,10 @@ class Tracker:
     def _client(self) -> MlflowClient:
         if self._known_client is None:
             import logging
+            import os
 
+            # MLflow's own seven retries of a server that is not there take four minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
             # Two hundred lines of schema migrations otherwise, on the first use of a store.
             for name in ("alembic", "mlflow.store.db.utils"):
                 logging.getLogger(name).setLevel(logging.WARNING)

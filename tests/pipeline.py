@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,20 @@ def add_entry(workspace: Workspace, entry: ModelEntry) -> None:
 
 def run_job(workspace: Workspace, model: str) -> Outcome:
     """One run of the job `optimize`."""
-    job = make_definitions(workspace).resolve_job_def("optimize")
+    return _run(workspace, model, "optimize", None)
+
+
+def run_assets(workspace: Workspace, model: str, keys: Sequence[str]) -> Outcome:
+    """Some assets alone, with their checks, as Dagster's page materializes them."""
+    return _run(workspace, model, "__ASSET_JOB", [dg.AssetKey(key.split("/")) for key in keys])
+
+
+def _run(workspace: Workspace, model: str, job: str, selection: Sequence[dg.AssetKey] | None) -> Outcome:
     with instance(workspace.home) as found:
         found.add_dynamic_partitions("model", [model])
-        result = job.execute_in_process(partition_key=model, instance=found, raise_on_error=False)
+        result = (
+            make_definitions(workspace)
+            .resolve_job_def(job)
+            .execute_in_process(partition_key=model, instance=found, raise_on_error=False, asset_selection=selection)
+        )
         return Outcome(result, failures(result) if not result.success else [])

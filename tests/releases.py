@@ -12,8 +12,8 @@ import numpy as np
 
 from resources.artifacts.records import Checkpoint, Engine
 from resources.evaluation.texts import load_texts
-from resources.tasks import TASKS
 from resources.pipelines.tokenization import TextEncoder
+from resources.tasks import TASKS
 from resources.triton.proof import Exam, Proof
 from resources.triton.release import Release, ReleasePlan
 from resources.triton.settings import Flavour

@@ -130,6 +130,7 @@ def test_records_with_numbers_that_are_none_can_be_read_again(store):
         model="m",
         engine="e",
         engine_digest="b" * 64,
+        baseline_digest="d" * 64,
         evaluation_digest="c" * 64,
         target="cpu",
         status="measured",

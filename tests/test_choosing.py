@@ -28,6 +28,7 @@ def report(engine, *speedups, status="measured", size=50, memory=100, reason="")
         model="m",
         engine=engine,
         engine_digest=engine,
+        baseline_digest="torch",
         evaluation_digest="e",
         target="cpu",
         status=status,

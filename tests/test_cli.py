@@ -65,11 +65,11 @@ def test_a_folder_becomes_a_model_and_is_asked(empty, made_checkpoint, triton_se
     assert "Release 1 of yes-or-no serves onnxruntime_fp32" in out
     assert 'refinery query yes-or-no "any text"' in out
 
-    code, out, err = refinery(empty, "query", "yes-or-no", "Is this a question?", "No.", "--url", f"127.0.0.1:{free()}")
+    code, out, err = refinery(empty, "query", "yes-or-no", "Is this a question?", "No.")
     assert code == 0, err
     assert "starting one for this question" in err
     assert re.search(r"(no|yes) 0\.\d{4}, (no|yes) 0\.\d{4}", out)
-    code, out, _ = refinery(empty, "query", "yes-or-no", "x", "--json", "--url", f"127.0.0.1:{free()}")
+    code, out, _ = refinery(empty, "query", "yes-or-no", "x", "--json")
     assert sum(json.loads(out)) == pytest.approx(1.0, abs=1e-3)
 
     code, out, _ = refinery(empty, "models")
@@ -132,8 +132,9 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         if "onnx_graph" in line:
             break
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "refinery: interrupted; nothing half-made was left.\n"
     store = empty.home / "artifacts"
     assert not list((store / "staging").iterdir())
     assert all(
@@ -156,7 +157,8 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "x/y", "--task", "embedding", "--seq-len", "long"], "not a shape"),
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
         (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is not one of cpu"),
-        (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "no release of it"),
+        (["query", "no-such-model", "text"], "no release of it"),
+        (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers grpc at 127.0.0.1:9"),
         (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
         (["serve"], "holds no release yet"),
     ],
@@ -183,6 +185,34 @@ def test_wrong_settings_are_named(empty, variables, expected):
     code, _, err = refinery(empty, "models", **variables)
     assert code == 1
     assert expected in err
+
+
+def test_a_mistyped_hub_id_can_be_put_right(empty):
+    offline = {"HF_HUB_OFFLINE": "1"}
+    code, _, err = refinery(empty, "optimize", "no-org/no-model", "--task", "embedding", **offline)
+    assert code == 1
+    assert "is not in the Hub cache and cannot be fetched" in err
+    assert "defect" not in err
+    code, _, err = refinery(empty, "optimize", "right-org/no-model", "--task", "embedding", **offline)
+    assert "right-org/no-model is not in the Hub cache" in err
+
+
+def test_another_repository_is_asked_as_it_is_said(empty, made_checkpoint, triton_settings, tmp_path):
+    options = ["--seq-len", "16", "--batch-size", "1", "--engines", "onnxruntime_fp32", "--output", str(tmp_path / "o")]
+    code, out, err = refinery(empty, "optimize", str(made_checkpoint()), "--name", "tiny", *options)
+    assert code == 0, out + err
+    (said,) = re.findall(r"Ask it: +(.*)", out)
+    bin_folder = Path(REFINERY).parent
+    command = subprocess.run(
+        ["/bin/bash", "-c", said],
+        env=environment(empty, PATH=f"{bin_folder}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert command.returncode == 0, command.stderr
+    assert "32 values:" in command.stdout
 
 
 def test_a_failed_run_ends_in_one_message(empty, tmp_path):

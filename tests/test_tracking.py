@@ -59,6 +59,7 @@ def champion_of(reports):
         target="cpu",
         engine=verdicts[0].engine,
         engine_digest=verdicts[0].engine,
+        evaluation_digest="evaluation",
         objective="p50",
         score=verdicts[0].score or 0.0,
         reason="the fastest",

@@ -218,6 +218,7 @@ class BenchmarkReport(Record):
     kind: ClassVar[str] = "benchmark"
     engine: str
     engine_digest: str
+    baseline_digest: str
     evaluation_digest: str = Field(description="Of the evaluation set, and so of the checkpoint, it was measured on.")
     target: str
     status: Literal["measured", "skipped", "failed"]
@@ -250,6 +251,7 @@ class Champion(Record):
     target: str
     engine: str
     engine_digest: str
+    evaluation_digest: str
     objective: str
     score: float
     reason: str

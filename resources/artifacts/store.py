@@ -72,6 +72,12 @@ class ArtifactStore:
             if not (folder / name).is_file() or sha256_file(folder / name) != file.sha256
         ]
 
+    def remove(self, record: Record) -> None:
+        """Take an artifact out of the store, whole, so that it is made anew when it is asked for again."""
+        folder = self.folder(record)
+        with file_lock(self._lock(record.kind, record.digest)), self.staging() as aside, suppress(FileNotFoundError):
+            folder.rename(aside / folder.name)
+
     def get_or_make(self, kind: type[R], digest: str, make: Callable[[Path], R]) -> Made[R]:
         """The artifact of that digest; `make` fills an empty folder and returns the record if it is not there.
 
@@ -81,7 +87,7 @@ class ArtifactStore:
         found = self.find(kind, digest)
         if found is not None and found.reusable:
             return Made(found, reused=True)
-        with file_lock(self.root / "locks" / f"{kind.kind}-{digest[:32]}.lock"):
+        with file_lock(self._lock(kind.kind, digest)):
             found = self.find(kind, digest)
             if found is not None and found.reusable:
                 return Made(found, reused=True)
@@ -138,6 +144,9 @@ class ArtifactStore:
 
     def _folder(self, kind: str, digest: str) -> Path:
         return self.root / kind / digest[:32]
+
+    def _lock(self, kind: str, digest: str) -> Path:
+        return self.root / "locks" / f"{kind}-{digest[:32]}.lock"
 
     def _put(self, staged: Path, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)

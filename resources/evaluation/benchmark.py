@@ -62,6 +62,7 @@ def make_benchmark(
         model=entry.name,
         engine=engine.name,
         engine_digest=engine.digest,
+        baseline_digest=baseline.digest,
         evaluation_digest=evaluation.digest,
         target=engine.target,
         status="skipped",

@@ -27,17 +27,17 @@ def make_champion(
 ) -> Made[Champion]:
     """The best accurate engine by the entry's objective. Raises NoChampionError.
 
-    Gates are applied here and not when measuring, so that a changed gate costs no new benchmark. Reports on another
-    evaluation set are of another revision (a run of some engines only leaves them behind) and do not count.
+    Gates are applied here and not when measuring, so that a changed gate costs no new benchmark. All reports are on
+    that evaluation set, at the same shapes and on the same machine.
     """
-    current = [report for report in reports if report.evaluation_digest == evaluation.digest]
-    sizes = [report.engine_size_bytes for report in current if report.engine == BASELINE]
-    verdicts = judge(current, lambda report: gates_missed(entry, report), entry.objective, sizes[0] if sizes else 1)
+    sizes = [report.engine_size_bytes for report in reports if report.engine == BASELINE]
+    verdicts = judge(reports, lambda report: gates_missed(entry, report), entry.objective, sizes[0] if sizes else 1)
     best = require_champion(entry.name, target, verdicts)
-    chosen = next(report for report in current if report.engine == best.engine)
+    chosen = next(report for report in reports if report.engine == best.engine)
     digest = fingerprint(
         "champion",
-        reports=sorted(report.digest for report in current),
+        reports=sorted(report.digest for report in reports),
+        evaluation=evaluation.digest,
         gates=entry.accuracy_gates().model_dump(),
         objective=entry.objective,
         code=code_version("resources.evaluation.choosing", "resources.evaluation.champion"),
@@ -53,6 +53,7 @@ def make_champion(
             target=target,
             engine=chosen.engine,
             engine_digest=chosen.engine_digest,
+            evaluation_digest=evaluation.digest,
             objective=entry.objective,
             score=best.score,
             reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "

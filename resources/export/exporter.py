@@ -20,8 +20,8 @@ from resources.checkpoints import checkpoint_files, load_arguments
 from resources.engines.onnxruntime import MODEL_FILE, OnnxRuntimeRunner
 from resources.errors import ExportError
 from resources.export import Exported
-from resources.tasks import TASKS, Task
 from resources.pipelines.tokenization import TextEncoder
+from resources.tasks import TASKS, Task
 
 #: 20 is the newest opset whose operators the fusion rules know all of; 23 has an Attention of its own that they do not.
 OPSET = 20

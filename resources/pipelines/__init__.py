@@ -1,7 +1,7 @@
 """What stands before and behind an engine: texts to rows of token ids, the engine's numbers to answers.
 
-One package for all that ask an engine: the evaluation, the benchmarks, and the released models, which carry a copy of it
-beside their `model.py`. So what is measured is what serves, and the server needs no `transformers`.
+One package for all that ask an engine: the evaluation, the benchmarks, and the released models, which carry a copy
+of it beside their `model.py`. So what is measured is what serves, and the server needs no `transformers`.
 Needs `tokenizers` and numpy (1 or 2), and nothing else of this project; imports inside it are relative for that.
 """
 

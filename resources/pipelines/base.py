@@ -46,7 +46,6 @@ class Pipeline:
 
     def complaint(self, item: Item) -> str:
         """Why a request has no answer, for the client to read; empty: it has one."""
-        del item
         return ""
 
     def segments(self, item: Item) -> list[tuple[str, ...]]:

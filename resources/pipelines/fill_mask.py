@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,6 @@ class FillMaskPipeline(Pipeline):
         return [self._rows(item["TEXT"]) for item in items]
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> list[Any]:
-        del item
         found = [self._candidates(row, output, len(rows) == 1) for row, output in zip(rows, outputs, strict=True)]
         return found[0] if len(found) == 1 else found
 

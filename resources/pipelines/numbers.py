@@ -16,7 +16,6 @@ class TextPipeline(Pipeline):
     structured: ClassVar[bool] = False
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> np.ndarray:
-        del item, rows
         return outputs[0]
 
 

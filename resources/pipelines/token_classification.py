@@ -66,7 +66,7 @@ class TokenClassificationPipeline(Pipeline):
 
     def _label(self, scores: np.ndarray, token: Entity) -> Entity:
         best = int(scores.argmax())
-        kept = {name: token[name] for name in ("index", "word", "start", "end") if name in token}
+        kept: Entity = {name: token[name] for name in ("index", "word", "start", "end") if name in token}
         return {"entity": self.settings["labels"][best], "score": float(scores[best]), **kept}
 
     def _word(self, tokens: list[Entity], strategy: str) -> Entity:

@@ -47,7 +47,6 @@ class ZeroShotClassificationPipeline(Pipeline):
         ]
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> dict[str, Any]:
-        del rows
         labels, logits = json.loads(item["LABELS"]), np.stack(outputs)
         entailment = self.settings["entailment_id"]
         if self.settings["multi_label"] or len(labels) == 1:

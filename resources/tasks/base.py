@@ -106,7 +106,6 @@ class Task(ABC):
 
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
         """What the columns of the engine's output are called, in order; empty where they have no names."""
-        del files
         return ()
 
     @abstractmethod
@@ -121,17 +120,14 @@ class Task(ABC):
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         """What the task's pipeline (resources.pipelines) is made with. Raises CheckpointError."""
-        del files, tokens
         return options.model_dump()
 
     def max_tokens(self, limit: int, options: Options) -> int:
         """Tokens of one row, where the checkpoint takes at most `limit`."""
-        del options
         return limit
 
     def stride(self, max_tokens: int, options: Options) -> int:
         """Tokens that neighbouring windows of a long text have in common."""
-        del max_tokens, options
         return 0
 
     @abstractmethod
@@ -140,12 +136,10 @@ class Task(ABC):
 
     def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
         """Requests with an odd text in every place where a user may write one; each has an answer."""
-        del settings
         return [dict.fromkeys(pipeline_class(self.name).inputs, text)]
 
     def refused_items(self, settings: dict[str, Any]) -> list[Item]:
         """Requests that have no answer and are refused, each for itself."""
-        del settings
         return []
 
     @abstractmethod
@@ -160,7 +154,6 @@ class Task(ABC):
 
     def gate_names(self, settings: dict[str, Any]) -> tuple[str, ...]:
         """The gates that apply to such a checkpoint; its metrics hold every one of them."""
-        del settings
         return tuple(self.gates.model_fields)
 
     def misses(self, names: Sequence[str], metrics: Metrics, gates: Gates) -> list[str]:

@@ -50,7 +50,7 @@ def activation(files: CheckpointFiles) -> Activation:
 
 
 class ClassificationTask(Task):
-    """Text in, `probabilities` FP32 `[batch, labels]` out, labels named in Triton's label file; regression: `values`."""
+    """TEXT in, `probabilities` FP32 `[batch, labels]` out, named in Triton's label file; regression: `values`."""
 
     name: ClassVar[str] = "classification"
     gates: ClassVar[type[Gates]] = ClassificationGates
@@ -74,7 +74,6 @@ class ClassificationTask(Task):
         return {**super().settings(files, options, tokens), "activation": activation(files)}
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return text_items()
 
     def gate_names(self, settings: dict[str, Any]) -> tuple[str, ...]:

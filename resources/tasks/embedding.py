@@ -147,7 +147,6 @@ class EmbeddingTask(Task):
         _refuse_prompts(files)
 
     def output(self, files: CheckpointFiles) -> str:
-        del files
         # Not `embedding`: the exporter gives that name to an inner value too, and the graph is then invalid.
         return "sentence_embedding"
 
@@ -158,7 +157,6 @@ class EmbeddingTask(Task):
         return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), read_pooling(files))
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return text_items()
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:

@@ -56,7 +56,6 @@ class FillMaskTask(Task):
             files.require_head(self.name, "ForMaskedLM", "a masked language model's head")
 
     def output(self, files: CheckpointFiles) -> str:
-        del files
         return "token_probabilities"
 
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
@@ -78,7 +77,6 @@ class FillMaskTask(Task):
         return [{"TEXT": f"{text} {mask}"}, {"TEXT": f"{mask} {text} {mask}"}]
 
     def refused_items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return [{"TEXT": "no mask"}, {"TEXT": ""}]
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:

@@ -87,7 +87,8 @@ def mask_filler(model: torch.nn.Module) -> torch.nn.Module:
                 answer.last_hidden_state = torch.gather(hidden, 1, index)
                 return answer
 
-            hook = self.model.base_model.register_forward_hook(only_the_mask)
+            encoder: Any = self.model.base_model
+            hook = encoder.register_forward_hook(only_the_mask)
             try:
                 logits = self.model(**_given(input_ids, attention_mask, token_type_ids)).logits
             finally:

@@ -50,7 +50,6 @@ class QuestionAnsweringTask(Task):
         files.require_head(self.name, "ForQuestionAnswering", "a question answering head")
 
     def output(self, files: CheckpointFiles) -> str:
-        del files
         return "span_logits"
 
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
@@ -67,7 +66,6 @@ class QuestionAnsweringTask(Task):
         return min(options.stride, max_tokens // 2)
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return question_items()
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:

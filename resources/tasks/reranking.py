@@ -63,7 +63,6 @@ class RerankingTask(Task):
         activation(files)
 
     def output(self, files: CheckpointFiles) -> str:
-        del files
         return "score"
 
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
@@ -72,7 +71,6 @@ class RerankingTask(Task):
         return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), activation(files))
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return ranking_items()
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:

@@ -61,7 +61,6 @@ class TokenClassificationTask(Task):
         read_labels(files)
 
     def output(self, files: CheckpointFiles) -> str:
-        del files
         return "token_probabilities"
 
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
@@ -87,7 +86,6 @@ class TokenClassificationTask(Task):
         return min(options.stride, max_tokens // 2)
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return text_items()
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:

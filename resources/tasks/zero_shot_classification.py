@@ -59,7 +59,6 @@ class ZeroShotClassificationTask(Task):
         _entailment(files)
 
     def output(self, files: CheckpointFiles) -> str:
-        del files
         return "inference_logits"
 
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
@@ -78,15 +77,12 @@ class ZeroShotClassificationTask(Task):
         return {**settings, "entailment_id": entailment, "contradiction_id": contradiction}
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return labelled_items()
 
     def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
-        del settings
         return [{"TEXT": text, "LABELS": json.dumps([text, "other"])}, {"TEXT": text, "LABELS": json.dumps([text])}]
 
     def refused_items(self, settings: dict[str, Any]) -> list[Item]:
-        del settings
         return [{"TEXT": "a text", "LABELS": labels} for labels in ("[]", "urgent", "[1]", "{}")]
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:

@@ -81,13 +81,7 @@ class TextClient:
         import numpy as np
 
         binary = {} if self.protocol == "grpc" else {"binary_data": not as_json}
-        tensors = []
-        for name in contract.inputs:
-            texts = [item[name] for item in items]
-            rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
-            tensor = self._api.InferInput(name, [len(items), 1], "BYTES")
-            tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
-            tensors.append(tensor)
+        tensors = self._tensors(contract, items, **binary)
         wanted = [self._api.InferRequestedOutput(contract.output, **binary)]
         limit = {"client_timeout": TIMEOUT_SECONDS} if self.protocol == "grpc" else {}
         try:
@@ -103,6 +97,21 @@ class TextClient:
                 f"{kind} [{len(items)}, width]. It is broken: publish another release, or go back to the one before."
             )
         return [json.loads(row[0]) for row in answer] if contract.structured else list(answer)
+
+    def rank(self, model: str, contract: Contract, item: Mapping[str, str], count: int) -> list[tuple[str, float]]:
+        """Labels and their values, best first, named by the server (Triton's classification extension); gRPC alone.
+
+        Empty for a model without labels. Raises ServerError.
+        """
+        wanted = [self._api.InferRequestedOutput(contract.output, class_count=count)]
+        tensors = self._tensors(contract, [item])
+        try:
+            answer = self._client.infer(model, tensors, outputs=wanted, client_timeout=TIMEOUT_SECONDS)
+        except Exception as error:
+            raise self._trouble(f"refused a request to {model}", error) from error
+        # "value:index", and ":label" where there is one, which may hold colons of its own.
+        parts = [entry.decode().split(":", 2) for entry in answer.as_numpy(contract.output).ravel()]
+        return [(part[2], float(part[0])) for part in parts if len(part) == 3 and part[2]]
 
     def contract(self, model: str) -> Contract:
         """What the model takes and gives. Raises ServerError where the server does not have the model."""
@@ -144,6 +153,18 @@ class TextClient:
         except Exception as error:
             raise self._trouble(f"cannot unload {model}", error) from error
 
+    def _tensors(self, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
+        import numpy as np
+
+        tensors = []
+        for name in contract.inputs:
+            texts = [item[name] for item in items]
+            rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
+            tensor = self._api.InferInput(name, [len(items), 1], "BYTES")
+            tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
+            tensors.append(tensor)
+        return tensors
+
     def _limit(self, seconds: float) -> dict[str, float]:
         return {"client_timeout": seconds} if self.protocol == "grpc" else {}
 
@@ -163,7 +184,7 @@ class TextClient:
         return ServerError(f"The server at {self.address} ({self.protocol}) {what}: {first}.")
 
 
-def is_live(address: str) -> bool:
-    """Whether a Triton server answers gRPC there."""
+def serves(address: str, model: str) -> bool:
+    """Whether a Triton server that holds the model answers gRPC there."""
     with TextClient(address) as client:
-        return client.is_live()
+        return client.is_live() and client.is_ready(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
@@ -55,15 +56,15 @@ def _free_port(held: ExitStack) -> int:
     return int(probe.getsockname()[1])
 
 
-def command(
-    environment: Path, repository: Path, backends: Path, ports: Ports, models: Sequence[str], caller: int
-) -> list[str]:
-    """The command line of a server that holds the named models alone and ends with the process `caller`.
+def supervised(command: Sequence[str], folder: Path) -> list[str]:
+    """The command line of a process that ends with this one, with all that it started; `folder` goes with it."""
+    caller, seconds = str(os.getpid()), str(EXIT_SECONDS + 2)
+    return [sys.executable, "-I", str(_SUPERVISOR), caller, seconds, str(folder), *command]
 
-    The folder `backends` goes with it.
-    """
+
+def command(environment: Path, repository: Path, backends: Path, ports: Ports, models: Sequence[str]) -> list[str]:
+    """The command line of a server that holds the named models alone."""
     return [
-        *(sys.executable, "-I", str(_SUPERVISOR), str(caller), str(EXIT_SECONDS + 2), str(backends)),
         str(_package(environment) / "tritonserver" / "bin" / "tritonserver"),
         f"--model-repository={repository}",
         f"--backend-directory={backends}",

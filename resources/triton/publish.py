@@ -40,11 +40,16 @@ _REPLACES = "replaces.pbtxt"
 
 @dataclass(frozen=True)
 class Published:
-    """The release that serves now, or waits for its proof, and whether it is new. `advice`: what is left to do."""
+    """The release that serves now, or waits for its proof, and whether it is new.
+
+    `current`: it holds what was to be published; False after a rollback, which publishing again does not undo.
+    `advice`: what is left to do.
+    """
 
     release: Release
     changed: bool
     advice: str = ""
+    current: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def _unchanged(plan: ReleasePlan, repository: Path, steps: Steps, waiting: Relea
     if any(release.content_digest == digest for release in list_releases(repository, plan.model)):
         current = current_release(repository, plan.model)
         if current is not None:
-            return Published(current, changed=False)
+            return Published(current, changed=False, current=current.content_digest == digest)
     provable = steps.prove is not None or steps.prove_inside is not None
     if waiting is not None and waiting.content_digest == digest and not provable:
         return Published(waiting, changed=False, advice=_advice(repository, plan.model))

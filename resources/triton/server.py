@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from resources.errors import ServerError
 from resources.triton.client import TextClient
 from resources.triton.environment import require_installed
-from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, variables
+from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, supervised, variables
 from resources.triton.layout import CONFIG, called_internals
 from resources.triton.settings import TritonSettings
 from resources.triton.watch import Watcher
@@ -82,7 +82,7 @@ class EmbeddedServer:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             output = starting.enter_context(self._log.open("wb"))
             self._process = subprocess.Popen(
-                command(environment, self._repository, backends, self._ports, self._loaded(), os.getpid()),
+                supervised(command(environment, self._repository, backends, self._ports, self._loaded()), backends),
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -27,7 +27,7 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self._engine, self._output = parameters["engine"], parameters["engine_output"]
         self._inputs, self._largest = parameters["engine_inputs"].split(","), config["max_batch_size"]
-        self._per_token = parameters["per_token"] == "true"
+        self._per_token = parameters["per_token"] == "true"  # noqa: S105
         self._pipeline = open_pipeline(_HERE)
         self._pipeline.encoder.tokens(["warm"])
 

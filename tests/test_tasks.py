@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resources.errors import CheckpointError
-from resources.evaluation.texts import load_texts
+from resources.tasks.samples import sample_texts
 from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.embedding import Pooling, read_pooling
 from tests.checkpoints import edit_json
@@ -45,7 +45,7 @@ def with_pooling(folder, pooling, normalize=False):
 def test_real_checkpoint_embeds_as_sentence_transformers_does(minilm):
     from sentence_transformers import SentenceTransformer
 
-    texts = [text for text in load_texts() if len(text) < 200][:24]
+    texts = [text for text in sample_texts() if len(text) < 200][:24]
     expected = SentenceTransformer(str(minilm), device="cpu").encode(texts, batch_size=24)
     found = run(EMBEDDING.module(files_of(minilm)), minilm, texts)
     np.testing.assert_allclose(found, expected, atol=2e-6)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from resources.errors import EngineError
-from resources.evaluation.texts import batch_of_shape, load_texts
+from resources.evaluation.texts import batch_of_shape
+from resources.tasks.samples import sample_texts
 from resources.pipelines.tokenization import LENGTH_BUCKETS, TextEncoder, buckets_up_to
 
 TEXTS = [
@@ -30,7 +31,7 @@ def encoder(minilm):
 def test_same_ids_as_transformers(encoder, minilm):
     from transformers import AutoTokenizer
 
-    texts = TEXTS + load_texts()
+    texts = TEXTS + list(sample_texts())
     expected = AutoTokenizer.from_pretrained(minilm)(texts, truncation=True, max_length=256)["input_ids"]
     assert [encoding.ids for encoding in encoder.tokens(texts)] == expected
 
@@ -114,7 +115,7 @@ def test_longest_text_is_cut_to_the_limit(encoder):
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (8, 128), (3, 256), (2, 3)])
 def test_benchmark_batches_are_real_text_of_the_exact_shape(encoder, rows, tokens):
-    batch = batch_of_shape(load_texts(), encoder, rows, tokens)
+    batch = batch_of_shape(list(sample_texts()), encoder, rows, tokens)
     assert batch["input_ids"].shape == (rows, tokens)
     assert batch["attention_mask"].all()
     if tokens >= 16:
@@ -124,11 +125,11 @@ def test_benchmark_batches_are_real_text_of_the_exact_shape(encoder, rows, token
 
 def test_rows_without_room_for_a_word_are_refused(encoder):
     with pytest.raises(EngineError, match="longer shape"):
-        batch_of_shape(load_texts(), encoder, 1, 1)
+        batch_of_shape(list(sample_texts()), encoder, 1, 1)
 
 
 def test_sample_texts_are_varied(encoder):
-    texts = load_texts()
+    texts = list(sample_texts())
     lengths = [len(encoding.ids) for encoding in encoder.tokens(texts)]
     assert len(texts) == len(set(texts)) >= 300
     assert min(lengths) <= 5

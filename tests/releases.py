@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from resources.artifacts.records import Checkpoint, Engine
-from resources.evaluation.texts import load_texts
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
+from resources.tasks.samples import sample_texts
+from resources.triton.client import Contract, Protocol, TextClient
+from resources.triton.make import make_exam
 from resources.triton.proof import Exam, Proof
 from resources.triton.release import Release, ReleasePlan
 from resources.triton.settings import Flavour
@@ -39,7 +41,8 @@ def make_plan(
     tokenizer, engine = folder / "checkpoint", folder / f"engine-{seed}"
     vocabulary = _write_tokenizer(tokenizer)
     width = len(labels) or WIDTH
-    _write_engine(engine, vocabulary, width, TASKS[task].output, seed=seed, external_data=external_data)
+    output = "probabilities" if labels else "sentence_embedding"
+    _write_engine(engine, vocabulary, width, output, seed=seed, external_data=external_data)
     return ReleasePlan(
         model=model,
         target="cpu",
@@ -55,6 +58,9 @@ def make_plan(
             weights_bytes=1,
             tokenizer_digest=hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
             labels_digest="l" * 64,
+            pipeline_digest="p" * 64,
+            output=output,
+            settings={"activation": "softmax"} if labels else {},
             labels=tuple(labels),
             max_tokens=MAX_TOKENS,
         ).with_files(tokenizer),
@@ -69,7 +75,7 @@ def make_plan(
             status="built",
             entry_file="model.onnx",
             inputs=INPUTS,
-            output=TASKS[task].output,
+            output=output,
             width=width,
         ).with_files(engine),
         engine_folder=engine,
@@ -92,21 +98,31 @@ def answers_of(plan: ReleasePlan, texts: Sequence[str]) -> np.ndarray:
 
 def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None) -> Exam:
     """The sample texts with the plan's own answers, or another's, as what is right."""
-    texts = load_texts()[:120]
-    task = TASKS[plan.checkpoint.task]
-    return Exam(
-        output=plan.output,
-        texts=texts,
-        reference=answers_of(reference_of or plan, texts),
-        verdict=lambda expected, found: task.verdict(expected, found, task.gates()),
-        max_batch_size=plan.max_batch_size,
-    )
+    texts = sample_texts()[:120]
+    reference = list(answers_of(reference_of or plan, texts))
+    return make_exam(plan, TASKS[plan.checkpoint.task].gates(), [{"TEXT": text} for text in texts], reference)
+
+
+#: Of the plans made here without labels.
+CONTRACT = Contract(("TEXT",), "sentence_embedding", structured=False)
+
+
+def ask_together(client: TextClient, texts: Sequence[str | bytes], model: str = "tiny") -> np.ndarray:
+    """The answers to one request of several rows, fp32 `[texts, width]`."""
+    return np.stack(client.ask(model, CONTRACT, [{"TEXT": text} for text in texts]))
+
+
+def query_texts(address: str, model: str, texts: Sequence[str], protocol: Protocol = "grpc") -> np.ndarray:
+    """The answers to one request a text, fp32 `[texts, width]`."""
+    with TextClient(address, protocol) as client:
+        contract = client.contract(model)
+        return np.concatenate([client.ask(model, contract, [{"TEXT": text}]) for text in texts])
 
 
 def unasked(folder: Path, release: Release) -> Proof:
     """A proof that nobody gave, where a test is about files."""
     assert folder.is_dir()
-    return Proof(passed=True, server=f"none, release {release.number}", texts=0, requests=0, seconds=0.0, metrics={})
+    return Proof(passed=True, server=f"none, release {release.number}", items=0, requests=0, seconds=0.0, metrics={})
 
 
 def tree_digest(*roots: Path) -> str:
@@ -137,13 +153,14 @@ def _write_tokenizer(folder: Path) -> int:
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
         trainer = trainers.WordPieceTrainer(vocab_size=800, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(load_texts(), trainer)
+        tokenizer.train_from_iterator(sample_texts(), trainer)
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
         tokenizer.save(str(folder / "tokenizer.json"))
         settings = {"max_tokens": MAX_TOKENS, "inputs": list(INPUTS), "pad_id": 0}
         (folder / "encoder.json").write_text(json.dumps(settings))
+        (folder / "pipeline.json").write_text(json.dumps({"task": "embedding", "settings": {}}))
     return int(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size())
 
 

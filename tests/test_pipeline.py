@@ -11,12 +11,12 @@ import pytest
 
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, OnnxGraph
 from resources.artifacts.store import Made
-from resources.triton.client import query_texts
 from resources.triton.layout import current_release, list_releases
 from resources.triton.server import EmbeddedServer
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_assets, run_job
+from tests.releases import query_texts
 
 GATES = {"cosine_mean": 0.9, "cosine_worst": 0.5}
 SUPPORTED = ("torch", "onnxruntime_fp32", "onnxruntime_int8")
@@ -62,7 +62,7 @@ def test_embedding_from_folder_to_answer_and_again(own_checkpoint, ready, tmp_pa
     assert checks["triton_repository/cpu:served_answers_equal"]
     release = current_release(ready.repository("cpu"), "tiny")
     assert release.number == 1
-    assert release.proof.texts >= 64
+    assert release.proof.items >= 64
     assert len(release.proof.metrics) == 7
 
     # The served answer is PyTorch's, asked for by nothing of this project but the client.
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_answers_nan_is_refused(own_checkpoint, ready):
     assert not outcome.success
     assert len(outcome.messages) == 1
     assert outcome.messages[0].startswith("tiny, revision ")
-    assert "NaN or infinity to 320 of 320 texts" in outcome.messages[0]
+    assert "NaN or infinity in the answers to 320 of 320 rows" in outcome.messages[0]
     assert outcome.materialized() == {"checkpoint"}
     assert not ready.repository("cpu").exists()
 

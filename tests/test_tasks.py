@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from resources.errors import CheckpointError
-from resources.tasks.samples import sample_texts
 from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.embedding import Pooling, read_pooling
+from resources.tasks.samples import sample_texts
 from tests.checkpoints import edit_json
 
 EMBEDDING = TASKS["embedding"]
 CLASSES = TASKS["classification"]
+CLASSES_GATED = CLASSES.gate_names({"activation": "softmax"})
 
 
 def files_of(folder, name="m"):
@@ -198,15 +199,24 @@ def test_classification_is_softmax_or_sigmoid(made_checkpoint, problem, activati
     assert CLASSES.labels(files_of(folder)) == ("a", "b", "c")
 
 
-def test_regression_is_refused(own_checkpoint):
-    folder = own_checkpoint(labels=("score", "unused"))
-    edit_json(folder / "config.json", problem_type="regression", id2label={"0": "score"})
-    with pytest.raises(CheckpointError, match="regression"):
-        CLASSES.check(files_of(folder))
+def test_regression_gives_the_logits_and_is_judged_by_their_spread(made_checkpoint):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = made_checkpoint(labels=("score",), problem_type="regression")
+    batch = AutoTokenizer.from_pretrained(folder)(["one text", "another"], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = AutoModelForSequenceClassification.from_pretrained(folder).eval()(**batch).logits
+    found = run(CLASSES.module(files_of(folder)), folder, ["one text", "another"])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    assert CLASSES.output(files_of(folder)) == "values"
+    reference = np.array([[100.0], [102.0], [104.0]])
+    assert verdict(CLASSES, reference, reference + 0.05, activation="identity") == []
+    (missed,) = verdict(CLASSES, reference, reference + 0.1, activation="identity")
+    assert missed.startswith("value_error")
 
 
 def test_a_checkpoint_without_a_head_does_not_classify(own_checkpoint):
-    with pytest.raises(CheckpointError, match="classification head, and this one is a BertModel.*'embedding'"):
+    with pytest.raises(CheckpointError, match="classification head, and this one is a BertModel"):
         CLASSES.check(files_of(own_checkpoint()))
 
 
@@ -270,6 +280,15 @@ def test_weights_of_another_shape_are_refused(own_checkpoint):
         EMBEDDING.module(files_of(folder))
 
 
+def items_of(rows):
+    return [{"TEXT": f"text {row}"} for row in range(rows)]
+
+
+def verdict(task, reference, answers, **settings):
+    """The gates that are missed."""
+    return task.verdict(settings, items_of(len(reference)), list(reference), list(answers), task.gates())[1]
+
+
 def unit(rows, seed=0):
     values = np.random.default_rng(seed).normal(size=(rows, 16)).astype(np.float32)
     return values / np.linalg.norm(values, axis=1, keepdims=True)
@@ -280,18 +299,18 @@ def unit(rows, seed=0):
     [
         (lambda x: x, []),
         (lambda x: x + 1e-4, []),
-        (lambda x: x[::-1], ["cosine_mean", "cosine_worst"]),
+        (lambda x: x[::-1], ["cosine_mean", "cosine_worst", "neighbours"]),
         (lambda x: np.concatenate([x[:-1], x[:1]]), ["cosine_mean", "cosine_worst"]),
         (lambda x: x * 1.2, ["norm_error"]),
         (lambda x: x[:, :8], ["shape"]),
-        (lambda x: x[:5], ["shape"]),
+        (lambda x: x[:5], ["5 answers where PyTorch gives 20"]),
         (lambda x: np.where(np.arange(len(x))[:, None] == 3, np.nan, x), ["NaN or infinity in the answers to 1 of 20"]),
-        (lambda x: x * 0, ["cosine_mean", "cosine_worst", "norm_error"]),
+        (lambda x: x * 0, ["cosine_mean", "cosine_worst", "neighbours", "norm_error"]),
     ],
 )
 def test_embedding_gates(change, missed):
     reference = unit(20)
-    _, found = EMBEDDING.verdict(reference, change(reference).astype(np.float32), EMBEDDING.gates())
+    found = verdict(EMBEDDING, reference, change(reference).astype(np.float32))
     assert len(found) == len(missed)
     assert all(part in sentence for part, sentence in zip(missed, found, strict=True))
 
@@ -299,22 +318,28 @@ def test_embedding_gates(change, missed):
 def test_permuted_rows_are_found_even_among_similar_texts():
     reference = unit(1).repeat(20, axis=0) + unit(20, 1) * 0.2
     swapped = reference[[1, 0, *range(2, 20)]]
-    _, found = EMBEDDING.verdict(reference, swapped, EMBEDDING.gates())
+    found = verdict(EMBEDDING, reference, swapped)
     assert any("cosine_worst" in sentence for sentence in found)
 
 
 @pytest.mark.parametrize(
     ("metrics", "missed"),
     [
-        ({"cosine_mean": 0.995, "cosine_worst": 0.99, "norm_error": 0.1}, []),
-        ({"cosine_mean": 0.99499, "cosine_worst": 0.99, "norm_error": 0.1}, ["cosine_mean"]),
-        ({"cosine_mean": 0.995, "cosine_worst": 0.98999, "norm_error": 0.1}, ["cosine_worst"]),
-        ({"cosine_mean": 0.995, "cosine_worst": 0.99, "norm_error": 0.10001}, ["norm_error"]),
-        (dict.fromkeys(("cosine_mean", "cosine_worst", "norm_error"), np.nan), [*EMBEDDING.gates.model_fields]),
+        ({"cosine_mean": 0.995, "cosine_worst": 0.99, "neighbours": 0.95, "norm_error": 0.1}, []),
+        ({"cosine_mean": 0.99499, "cosine_worst": 0.99, "neighbours": 0.95, "norm_error": 0.1}, ["cosine_mean"]),
+        ({"cosine_mean": 0.995, "cosine_worst": 0.98999, "neighbours": 0.95, "norm_error": 0.1}, ["cosine_worst"]),
+        ({"cosine_mean": 0.995, "cosine_worst": 0.99, "neighbours": 0.95, "norm_error": 0.10001}, ["norm_error"]),
+        (
+            {"cosine_mean": 0.995, "cosine_worst": 0.99, "neighbours": 0.94999, "norm_error": 0.1},
+            ["neighbours"],
+        ),
+        (dict.fromkeys(EMBEDDING.gates.model_fields, np.nan), [*EMBEDDING.gates.model_fields]),
     ],
 )
 def test_embedding_gates_to_the_last_digit(metrics, missed):
-    assert [sentence.split()[0] for sentence in EMBEDDING.misses(metrics, EMBEDDING.gates())] == missed
+    assert [
+        sentence.split()[0] for sentence in EMBEDDING.misses(EMBEDDING.gate_names({}), metrics, EMBEDDING.gates())
+    ] == missed
 
 
 @pytest.mark.parametrize(
@@ -323,17 +348,17 @@ def test_embedding_gates_to_the_last_digit(metrics, missed):
         ({"label_agreement": 0.99, "probability_error": 0.05}, []),
         ({"label_agreement": 0.98999, "probability_error": 0.05}, ["label_agreement"]),
         ({"label_agreement": 0.99, "probability_error": 0.05001}, ["probability_error"]),
-        (dict.fromkeys(("label_agreement", "probability_error"), np.nan), [*CLASSES.gates.model_fields]),
+        (dict.fromkeys(CLASSES_GATED, np.nan), [*CLASSES_GATED]),
     ],
 )
 def test_classification_gates_to_the_last_digit(metrics, missed):
-    assert [sentence.split()[0] for sentence in CLASSES.misses(metrics, CLASSES.gates())] == missed
+    assert [sentence.split()[0] for sentence in CLASSES.misses(CLASSES_GATED, metrics, CLASSES.gates())] == missed
 
 
 def test_gates_can_be_changed():
-    metrics = {"cosine_mean": 0.9991, "cosine_worst": 0.995, "norm_error": 0.01}
-    assert EMBEDDING.misses(metrics, EMBEDDING.gates()) == []
-    (missed,) = EMBEDDING.misses(metrics, EMBEDDING.gates(cosine_mean=0.9995))
+    metrics = {"cosine_mean": 0.9991, "cosine_worst": 0.995, "neighbours": 0.95, "norm_error": 0.01}
+    assert EMBEDDING.misses(EMBEDDING.gate_names({}), metrics, EMBEDDING.gates()) == []
+    (missed,) = EMBEDDING.misses(EMBEDDING.gate_names({}), metrics, EMBEDDING.gates(cosine_mean=0.9995))
     assert missed == "cosine_mean 0.99910 is below 0.9995"
 
 
@@ -342,20 +367,17 @@ def test_nothing_is_accurate_against_a_broken_reference(task):
     answers = unit(3)
     for value in (np.nan, np.inf):
         reference = np.where(np.arange(3)[:, None] == 1, np.float32(value), answers)
-        assert task.verdict(reference, answers, task.gates()) == (
-            {},
-            ["NaN or infinity in PyTorch's answers to 1 of 3 texts"],
-        )
-    assert task.verdict(answers[:0], answers[:0], task.gates()) == ({}, ["no answers to compare"])
+        assert verdict(task, reference, answers) == ["NaN or infinity in PyTorch's answers to 1 of 3 texts"]
+    assert verdict(task, answers[:0], answers[:0]) == ["no answers to compare"]
 
 
 def test_worst_cosine_is_of_the_worst_text():
     reference = unit(4)
     answers = reference.copy()
     answers[2] = reference[2] * 0.5 + unit(4, 1)[2] * 0.5
-    scores = EMBEDDING.scores(reference, answers)
+    scores = EMBEDDING.scores({}, reference, answers)
     assert int(scores.argmin()) == 2
-    assert EMBEDDING.compare(reference, answers)["cosine_worst"] == pytest.approx(scores[2])
+    assert EMBEDDING.compare({}, items_of(4), reference, answers)["cosine_worst"] == pytest.approx(scores[2])
 
 
 @pytest.mark.parametrize(
@@ -369,10 +391,13 @@ def test_worst_cosine_is_of_the_worst_text():
 )
 def test_classification_gates(answers, missed):
     reference = np.array([[0.9, 0.1], [0.2, 0.8]], dtype=np.float32)
-    _, found = CLASSES.verdict(reference, np.array(answers, dtype=np.float32), CLASSES.gates())
+    found = verdict(CLASSES, reference, np.array(answers, dtype=np.float32), activation="softmax")
     assert [sentence.split()[0] for sentence in found] == missed
 
 
 def test_multi_label_agreement_is_by_label():
     reference = np.array([[0.9, 0.8, 0.1]], dtype=np.float32)
-    assert CLASSES.compare(reference, np.array([[0.9, 0.49, 0.1]], dtype=np.float32))["label_agreement"] == 0.0
+    answers = np.array([[0.9, 0.49, 0.1]], dtype=np.float32)
+    assert CLASSES.compare({"activation": "sigmoid"}, items_of(1), reference, answers)["label_agreement"] == 0.0
+    # The best label alone is the same.
+    assert CLASSES.compare({"activation": "softmax"}, items_of(1), reference, answers)["label_agreement"] == 1.0

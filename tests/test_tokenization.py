@@ -7,8 +7,8 @@ import pytest
 
 from resources.errors import EngineError
 from resources.evaluation.texts import batch_of_shape
-from resources.tasks.samples import sample_texts
 from resources.pipelines.tokenization import LENGTH_BUCKETS, TextEncoder, buckets_up_to
+from resources.tasks.samples import sample_texts
 
 TEXTS = [
     "",
@@ -51,7 +51,8 @@ def test_settings_are_read_from_the_folder_they_were_written_to(encoder, minilm,
     (tmp_path / "tokenizer.json").write_bytes((minilm / "tokenizer.json").read_bytes())
     (tmp_path / "encoder.json").write_text(json.dumps(encoder.settings()))
     read = TextEncoder.from_folder(str(tmp_path))
-    assert read.settings() == encoder.settings() == {"max_tokens": 256, "inputs": list(encoder.inputs), "pad_id": 0}
+    assert read.settings() == encoder.settings()
+    assert read.inputs == encoder.inputs
     assert read.vocabulary_size == 30522
 
 

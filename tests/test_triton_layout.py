@@ -8,7 +8,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from resources.errors import ReleaseError
-from resources.triton.config import engine_config, public_config, tokenizer_config
+from resources.triton.config import engine_config, front_config, public_config
 from resources.triton.layout import (
     current_release,
     highest_number,
@@ -20,7 +20,7 @@ from resources.triton.layout import (
     public_models,
     read_release,
 )
-from resources.triton.proof import choose_texts, make_batches
+from resources.triton.proof import choose_items, make_batches
 from resources.triton.publish import Steps, publish
 from resources.triton.release import check_plan, content_digest
 from resources.triton.stage import stage
@@ -131,7 +131,7 @@ def test_the_configurations_say_what_a_server_must_know(tmp_path, plan):
 
 def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):
     short = replace(plan, engine=plan.engine.model_copy(update={"inputs": INPUTS[:1]}))
-    assert [item.name for item in tokenizer_config(short, 1).output] == list(INPUTS)
+    assert [item.name for item in front_config(short, 1).output] == list(INPUTS)
     assert [item.name for item in engine_config(short, 1).input] == list(INPUTS[:1])
     assert dict(public_config(short, 1).ensemble_scheduling.step[1].input_map) == {INPUTS[0]: INPUTS[0]}
 
@@ -190,15 +190,15 @@ def test_the_content_digest_is_of_what_a_server_does(plan):
     assert len({content_digest(other) for other in [plan, *others]}) == len(others) + 1
 
 
-def test_the_texts_of_a_proof_are_of_all_lengths():
-    texts = ["x" * (length % 300) for length in range(1000)]
-    chosen = choose_texts(texts, 64)
-    lengths = sorted(len(texts[index]) for index in chosen)
+def test_the_requests_of_a_proof_are_of_all_lengths():
+    items = [{"TEXT": "x" * (length % 300)} for length in range(1000)]
+    chosen = choose_items(items, 64)
+    lengths = sorted(len(items[index]["TEXT"]) for index in chosen)
     assert len(set(chosen)) == 64
     assert lengths[0] == 0
     assert lengths[-1] == 299
     assert max(second - first for first, second in pairwise(lengths)) < 10
-    assert choose_texts(["b", "a"]) in ([0, 1], [1, 0])
+    assert choose_items([{"TEXT": "b"}, {"TEXT": "a"}]) in ([0, 1], [1, 0])
 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 8, 32, 1024])

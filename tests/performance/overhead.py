@@ -65,7 +65,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     from resources.engines import load as load_engine
     from resources.evaluation.batches import equal_length_batches, plan_batches
     from resources.evaluation.reference import read_evaluation_set
-    from resources.evaluation.texts import batch_of_shape
+    from resources.evaluation.texts import batch_of_shape, texts_of
     from resources.export.exporter import export
     from resources.pipelines.tokenization import TextEncoder
 
@@ -74,7 +74,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     source = store.folder(checkpoint)
     sources = Sources(checkpoint, source, graph, store.folder(graph))
     encoder = TextEncoder.from_folder(str(source))
-    texts, _ = read_evaluation_set(store.folder(evaluation))
+    texts = texts_of(read_evaluation_set(store.folder(evaluation))[0])
     encodings = encoder.tokens(texts)
     lengths = [len(encoding.ids) for encoding in encodings]
     with tempfile.TemporaryDirectory() as scratch:

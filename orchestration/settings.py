@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
@@ -55,6 +56,8 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
 
 def tracker_of(workspace: Workspace) -> Tracker:
     """MLflow as the workspace says. A tracking server's pages are at its own address."""
+    # MLflow's own seven retries of a server that is not there take four minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     uri = workspace.mlflow_uri()
     ui = workspace.tracking_ui or (uri if uri.startswith("http") else DEFAULT_MLFLOW_UI)
     return Tracker(uri, ui=ui.rstrip("/"), folder=workspace.home / "tracking")

@@ -329,10 +329,7 @@ class Tracker:
     def _client(self) -> MlflowClient:
         if self._known_client is None:
             import logging
-            import os
 
-            # MLflow's own seven retries of a server that is not there take four minutes.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
             # Two hundred lines of schema migrations otherwise, on the first use of a store.
             for name in ("alembic", "mlflow.store.db.utils"):
                 logging.getLogger(name).setLevel(logging.WARNING)

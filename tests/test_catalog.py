@@ -24,7 +24,29 @@ def test_the_default_file_holds_the_real_checkpoint():
     assert entry.max_batch_size == 32
     assert entry.objective == "p50"
     assert entry.benchmark.seconds == 45
-    assert entry.accuracy_gates().model_dump() == {"cosine_mean": 0.995, "cosine_worst": 0.99, "norm_error": 0.1}
+    gates = {"cosine_mean": 0.995, "cosine_worst": 0.99, "neighbours": 0.95, "norm_error": 0.1}
+    assert entry.accuracy_gates().model_dump() == gates
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "wrong"),
+    [
+        ("embedding", "{top_k: 3}", "options.top_k: no such field"),
+        ("token-classification", "{aggregation_strategy: median}", "options.aggregation_strategy: .*'median'"),
+        ("question-answering", "{stride: -1}", "options.stride: .*-1"),
+        ("zero-shot-classification", "{hypothesis_template: it is}", "options.hypothesis_template: .*'it is'"),
+        ("fill-mask", "{top_k: 0}", "options.top_k: .*0"),
+    ],
+)
+def test_options_are_the_tasks_own(tmp_path, task, options, wrong):
+    with pytest.raises(CatalogError, match=rf"model 'm': {wrong}"):
+        load(tmp_path, "models:\n" + MODEL.replace("embedding", task) + f"    options: {options}\n")
+
+
+def test_options_have_defaults(tmp_path):
+    text = "models:\n" + MODEL.replace("embedding", "token-classification") + "    options: {stride: 8}\n"
+    options = load(tmp_path, text).get("m").task_options()
+    assert options.model_dump() == {"aggregation_strategy": "simple", "stride": 8, "windows": 64}
 
 
 def test_every_field_can_be_given(tmp_path):

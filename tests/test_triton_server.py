@@ -242,7 +242,7 @@ def test_an_engine_that_answers_otherwise_is_not_published(repository, plans, tr
 SABOTAGE = {
     "requests that share an execution get each other's answers": (
         ("engine", "        return responses\n", "        return responses[::-1]\n"),
-        r"(6 threads|beside invalid bytes): cosine_|answered \d texts with float32",
+        r"(6 threads|beside invalid bytes): cosine_|answered \d+ rows with float32",
     ),
     "rows of a batch are mixed up": (
         ("engine", "np.ascontiguousarray(rows)", "np.ascontiguousarray(rows[::-1])"),
@@ -343,7 +343,7 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
 
 def test_a_configured_server_that_is_not_there(repository, plans, unused_port):
     before = tree_digest(repository)
-    steps = _server_steps(f"127.0.0.1:{unused_port}", None, lambda: exam_of(plans[1]))
+    steps = _server_steps(f"127.0.0.1:{unused_port}", None, lambda: exam_of(plans[1]), repository)
     with pytest.raises(ServerError, match=rf"No Triton answers gRPC at 127\.0\.0\.1:{unused_port} \(REFINERY_TRITON"):
         publish(plans[1], repository, steps)
     assert tree_digest(repository) == before

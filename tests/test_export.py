@@ -107,6 +107,29 @@ def test_the_checker_refuses_an_invalid_graph(made_checkpoint, workspace, tmp_pa
     assert "refuses the graph" in exporter._check(broken_graph(source, tmp_path / "model.onnx", change))
 
 
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("labels", [(), ("a", "b", "c"), ("a", "b", "c", "d", "e", "f", "g")])
+def test_every_engine_of_the_target_is_built(made_checkpoint, workspace, architecture, labels):
+    """Heads too: their weights are neither square nor stored as those of layers are."""
+    from resources.engines import ENGINES, load
+    from resources.engines.make import make_engine, sources_of
+
+    folder = made_checkpoint(architecture=architecture, labels=labels)
+    entry, checkpoint = collected(workspace, folder, task="classification" if labels else "embedding")
+    sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+    encoder = TextEncoder.from_folder(str(workspace.store.folder(checkpoint)))
+    batch = encoder.encode(["a text", "another one, somewhat longer"])
+    answers = {}
+    for spec in (spec for spec in ENGINES if spec.needs == "cpu"):
+        engine = make_engine(workspace, entry, spec, "cpu", sources).record
+        assert engine.status == "built", engine.reason
+        answers[spec.name] = load(engine, workspace.store.folder(engine), sources, 1).run(batch)
+    graph = onnx.load(workspace.store.folder(engine) / "model.onnx")
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in graph.graph.initializer) >= 4
+    np.testing.assert_allclose(answers["onnxruntime_fp32"], answers["torch"], atol=1e-4)
+    assert not np.array_equal(answers["onnxruntime_int8"], answers["torch"])
+
+
 def test_no_engine_is_built_from_a_wrong_graph(made_checkpoint, workspace):
     from resources.engines import engine_spec
     from resources.engines.make import make_engine, sources_of

@@ -45,15 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     new = command.add_argument_group("for a folder or Hub id, which becomes a catalog entry of its own")
     new.add_argument("--name", help="its name in the catalog (default: the last part of MODEL)")
     new.add_argument("--task", help="what it is for (default: told from the checkpoint)")
-    new.add_argument("--seq-len", metavar="N[,N]", help="tokens to optimize for (default: 16,128)")
-    new.add_argument("--batch-size", metavar="N[,N]", help="batch sizes to optimize for (default: 1,8,32)")
+    new.add_argument("--seq-len", metavar="N[,N]", help="tokens to optimize for")
+    new.add_argument("--batch-size", metavar="N[,N]", help="batch sizes to optimize for, each with each --seq-len")
     new.add_argument("--engines", metavar="E[,E]", help="only these engines compete")
     command.add_argument("--target", help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>")
     command.set_defaults(command=_optimize)
 
     command = commands.add_parser("query", help="ask a served model")
-    command.add_argument("model", metavar="MODEL")
+    command.add_argument("model", metavar="MODEL", help="the name it is served under")
     command.add_argument("text", metavar="TEXT", nargs="+", help="texts, or contexts, one answer each")
     command.add_argument("--query", metavar="TEXT", help="what the texts are ranked for (reranking)")
     command.add_argument("--question", metavar="TEXT", help="what the contexts are asked (question-answering)")
@@ -67,9 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("serve", help="serve the repository with the embedded Triton until Ctrl-C")
     command.add_argument("--target", default="cpu")
-    command.add_argument("--http-port", type=_port, default=8000)
-    command.add_argument("--grpc-port", type=_port, default=8001)
-    command.add_argument("--metrics-port", type=_port, default=8002)
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
     command.set_defaults(command=_serve)
 
     command = commands.add_parser("models", help="list the catalog")
@@ -81,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_releases)
 
     command = commands.add_parser("ui", help="start Dagster and MLflow on this machine until Ctrl-C")
-    command.add_argument("--dagster-port", type=_port, default=3000)
-    command.add_argument("--mlflow-port", type=_port, default=5000)
+    for name, port in (("dagster", 3000), ("mlflow", 5000)):
+        command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
     command.set_defaults(command=_ui)
 
     command = commands.add_parser("setup", help="install the embedded Triton's environment")

@@ -89,6 +89,10 @@ def _name_from(source: str) -> str:
 
 
 def _entry(name: str, source: str, options: Namespace) -> ModelEntry:
+    for option in ("seq_len", "batch_size"):
+        for number in (getattr(options, option) or "1").split(","):
+            if not number.strip().isdigit() or int(number) < 1:
+                raise CatalogError(f"--{option.replace('_', '-')}: {number!r} is not a number from 1 up.")
     fields: dict[str, Any] = {"name": name, "source": source, "task": options.task or _guess_task(source)}
     if options.seq_len or options.batch_size:
         lengths = (
@@ -103,7 +107,7 @@ def _entry(name: str, source: str, options: Namespace) -> ModelEntry:
     try:
         return ModelEntry.model_validate(fields)
     except ValidationError as error:
-        raise CatalogError(f"{options.model}: {explain(error)}") from None
+        raise CatalogError(f"{options.model}: {explain(error, ModelEntry)}") from None
 
 
 def _guess_task(source: str) -> str:

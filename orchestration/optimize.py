@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -78,13 +79,15 @@ def failures(result: ExecuteInProcessResult) -> list[str]:
     """What each failed step has to say: our own error's text alone, a defect's with its type; none for Ctrl-C."""
     messages = []
     for event in result.all_events:
+        if event.event_type is dg.DagsterEventType.RUN_FAILURE and _is_interrupt(event.job_failure_data.error):
+            return []
         if event.event_type is not dg.DagsterEventType.STEP_FAILURE:
             continue
+        if _is_interrupt(event.step_failure_data.error):
+            return []
         chain = _chain(event.step_failure_data.error)
         text = next((text for text in chain if text.startswith(_OURS)), chain[-1])
         kind, _, rest = text.partition(": ")
-        if kind.endswith(".DagsterExecutionInterruptedError"):
-            return []
         if kind.endswith(".DagsterAssetCheckFailedError"):
             messages += _failed_checks(result)
         elif kind.startswith(_OURS):
@@ -93,6 +96,11 @@ def failures(result: ExecuteInProcessResult) -> list[str]:
             step = str(event.step_key).replace("__", "/")
             messages.append(f"{step}: {text} (a defect; the whole trace is in Dagster, `make ui`)")
     return messages or ["the run failed before any step; Dagster's page has its log (`make ui`)."]
+
+
+def _is_interrupt(error: SerializableErrorInfo | None) -> bool:
+    """Whether it is what Dagster makes of Ctrl-C, in a step or between two."""
+    return error is not None and error.cls_name in ("KeyboardInterrupt", "DagsterExecutionInterruptedError")
 
 
 def _chain(error: SerializableErrorInfo | None) -> list[str]:
@@ -151,5 +159,10 @@ def _summarize(workspace: Workspace, entry: ModelEntry, target: str) -> None:
         console.print(f"No release of {model} is served from {repository}.")
         return
     console.print(f"Release {release.number} of {model} serves {release.engine} from {repository}.", highlight=False)
-    console.print(f"Ask it:    {query_command(workspace, model, target)}", highlight=False)
-    console.print(f"Serve it:  {serve_command(workspace, target)}", highlight=False)
+    # As it can be pasted: the environment's own folder is rarely on the path.
+    program = "refinery" if shutil.which("refinery") else os.path.relpath(sys.argv[0])
+    for title, command in (
+        ("Ask it:  ", query_command(workspace, model, target)),
+        ("Serve it:", serve_command(workspace, target)),
+    ):
+        console.print(f"{title}  {command.replace('refinery ', f'{program} ', 1)}", highlight=False)

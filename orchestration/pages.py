@@ -71,6 +71,7 @@ def serve_pages(options: Namespace) -> int:
         ended = [name for name, process in processes.items() if process.poll() is not None]
         raise ServerError(f"{ended[0]} ended by itself; its last words are in {folder / ended[0]}.log.")
     except KeyboardInterrupt:
+        print("stopped", flush=True)
         return 0
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave one of them

@@ -44,7 +44,8 @@ class ProgressHandler(logging.Handler):
             materialization = event.step_materialization_data.materialization
             metadata = {name: value.value for name, value in materialization.metadata.items()}
             name = "/".join(materialization.asset_key.path)
-            self._line(name, describe(metadata, time.monotonic() - self._step_started))
+            if metadata.get("status") not in ("unsupported", "skipped"):  # on every run the same; the summary has them
+                self._line(name, describe(metadata, time.monotonic() - self._step_started))
         elif kind is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
             unmeasured = "measured" in check.metadata and check.metadata["measured"].value is False
@@ -74,10 +75,8 @@ class ProgressHandler(logging.Handler):
 
 def describe(metadata: dict[str, Any], seconds: float) -> str:
     """What was made, in a few words, from the metadata of a materialization."""
-    if metadata.get("status") in ("unsupported", "skipped"):
-        return f"{metadata['status']}: {metadata.get('reason', '')}".removeprefix("skipped: ")
     if metadata.get("status") == "failed":
-        return f"FAILED: {metadata.get('reason', '')}"
+        return f"FAILED: {str(metadata.get('reason', '')).removeprefix('failed: ')}"
     done = "unchanged" if metadata.get("reused") else f"made in {seconds:.1f} s"
     said = metadata.get("release") or metadata.get("champion")
     return f"{said}, {done}" if said else done

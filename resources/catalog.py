@@ -87,14 +87,14 @@ class ModelEntry(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> ModelEntry:
-        from resources.engines import ENGINES
+        from resources.engines import BASELINE, ENGINES
 
         check_name(self.name)
         if self.task not in TASKS:
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(sorted(TASKS))}")
         self.accuracy_gates()
         self.task_options()
-        known = [spec.name for spec in ENGINES]
+        known = [spec.name for spec in ENGINES if spec.name != BASELINE]
         for engine in self.engines or ():
             if engine not in known:
                 raise ValueError(f"engines: {engine!r} is not one of {', '.join(known)}")
@@ -114,14 +114,15 @@ class ModelEntry(_Strict):
         try:
             return gates.model_validate(self.gates)
         except ValidationError as error:
-            raise ValueError(explain(error, prefix="gates.")) from None
+            raise ValueError(explain(error, gates, prefix="gates.")) from None
 
     def task_options(self) -> Options:
         """The task's options, with this entry's own values in place of the defaults. Raises ValueError."""
+        options = TASKS[self.task].options
         try:
-            return TASKS[self.task].options.model_validate(self.options)
+            return options.model_validate(self.options)
         except ValidationError as error:
-            raise ValueError(explain(error, prefix="options.")) from None
+            raise ValueError(explain(error, options, prefix="options.")) from None
 
     def competes(self, engine: str) -> bool:
         """Whether the engine of that name is a candidate here. The PyTorch baseline is always measured."""
@@ -158,14 +159,17 @@ def check_name(name: str) -> None:
         )
 
 
-def explain(error: ValidationError, prefix: str = "") -> str:
-    """One line a mistake: the field, what was given, what is right."""
-    lines = []
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line a mistake in a `model`: the field, what was given, what is right."""
+    lines: list[str] = []
     for item in error.errors():
         field = prefix + ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "too_short" and lines:
+            continue  # a list is short because what was in it was wrong, and that is said
         if item["type"] == "extra_forbidden":
-            message = "no such field; check its spelling"
+            there = BenchmarkSettings if item["loc"][0] == "benchmark" and len(item["loc"]) > 1 else model
+            message = f"no such field; there are {', '.join(there.model_fields) or 'none'}"
         elif item["type"] == "missing":
             message = "is required"
         elif item["type"] == "tuple_type":
@@ -188,7 +192,7 @@ def _parse_entry(data: Any, path: Path, position: int) -> ModelEntry:
     try:
         return ModelEntry.model_validate(data)
     except ValidationError as error:
-        raise CatalogError(f"{where}: {explain(error)}") from None
+        raise CatalogError(f"{where}: {explain(error, ModelEntry)}") from None
 
 
 class _UniqueKeys(yaml.SafeLoader):

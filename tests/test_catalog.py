@@ -31,7 +31,7 @@ def test_the_default_file_holds_the_real_checkpoint():
 @pytest.mark.parametrize(
     ("task", "options", "wrong"),
     [
-        ("embedding", "{top_k: 3}", "options.top_k: no such field"),
+        ("embedding", "{top_k: 3}", "options.top_k: no such field; there are none"),
         ("token-classification", "{aggregation_strategy: median}", "options.aggregation_strategy: .*'median'"),
         ("question-answering", "{stride: -1}", "options.stride: .*-1"),
         ("zero-shot-classification", "{hypothesis_template: it is}", "options.hypothesis_template: .*'it is'"),

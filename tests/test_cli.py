@@ -154,7 +154,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "./no-such-folder", "--task", "embedding"], "does not exist"),
         (["optimize", "/dev/null"], "not a folder"),
         (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
-        (["optimize", "x/y", "--task", "embedding", "--seq-len", "long"], "not a shape"),
+        (["optimize", "x/y", "--task", "embedding", "--seq-len", "16,long"], "--seq-len: 'long' is not a number"),
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
         (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is not one of cpu"),
         (["query", "no-such-model", "text"], "no release of it"),

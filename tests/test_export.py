@@ -46,10 +46,12 @@ def test_graph_is_the_model(made_checkpoint, workspace, kind, task, inputs, outp
 
     # Real text through the graph is what PyTorch alone answers to it.
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    texts, reference = read_evaluation_set(workspace.store.folder(evaluation))
+    items, reference = read_evaluation_set(workspace.store.folder(evaluation))
     encoder = TextEncoder.from_folder(str(workspace.store.folder(checkpoint)))
     runner = OnnxRuntimeRunner(workspace.store.folder(graph) / "model.onnx", output, threads=1)
-    np.testing.assert_allclose(runner.run(encoder.encode(texts[:7])), reference[:7], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        runner.run(encoder.encode([item["TEXT"] for item in items[:7]])), reference[:7], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_reference_is_each_text_alone(made_checkpoint, workspace):
@@ -60,7 +62,8 @@ def test_reference_is_each_text_alone(made_checkpoint, workspace):
 
     entry, checkpoint = collected(workspace, made_checkpoint())
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    texts, reference = read_evaluation_set(workspace.store.folder(evaluation))
+    items, reference = read_evaluation_set(workspace.store.folder(evaluation))
+    texts = [item["TEXT"] for item in items]
     folder = workspace.store.folder(checkpoint)
     module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder), **load_arguments(checkpoint))
     encoder = TextEncoder.from_folder(str(folder))
@@ -89,8 +92,10 @@ def test_parity_finds_a_wrong_weight(made_checkpoint, workspace, tmp_path):
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
 
     path = broken_graph(workspace.store.folder(graph) / "model.onnx", tmp_path / "model.onnx", change)
-    module = exporter.TASKS["embedding"].module(exporter.checkpoint_files(checkpoint, folder))
-    _, _, misses = exporter._compare(module, path, TextEncoder.from_folder(str(folder)), graph.output)
+    task = exporter.TASKS["embedding"]
+    module = task.module(exporter.checkpoint_files(checkpoint, folder))
+    maker = exporter._BatchMaker(TextEncoder.from_folder(str(folder)), task, segments=2)
+    _, _, misses = exporter._compare(module, path, maker, graph.output)
     assert len(misses) >= 5
     assert "differs from PyTorch by" in misses[0]
 
@@ -105,6 +110,29 @@ def test_the_checker_refuses_an_invalid_graph(made_checkpoint, workspace, tmp_pa
     source = workspace.store.folder(graph) / "model.onnx"
     assert exporter._check(source) == ""
     assert "refuses the graph" in exporter._check(broken_graph(source, tmp_path / "model.onnx", change))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("labels", [(), ("a", "b", "c"), ("a", "b", "c", "d", "e", "f", "g")])
+def test_every_engine_of_the_target_is_built(made_checkpoint, workspace, architecture, labels):
+    """Heads too: their weights are neither square nor stored as those of layers are."""
+    from resources.engines import ENGINES, load
+    from resources.engines.make import make_engine, sources_of
+
+    folder = made_checkpoint(architecture=architecture, labels=labels)
+    entry, checkpoint = collected(workspace, folder, task="classification" if labels else "embedding")
+    sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+    encoder = TextEncoder.from_folder(str(workspace.store.folder(checkpoint)))
+    batch = encoder.encode(["a text", "another one, somewhat longer"])
+    answers = {}
+    for spec in (spec for spec in ENGINES if spec.needs == "cpu"):
+        engine = make_engine(workspace, entry, spec, "cpu", sources).record
+        assert engine.status == "built", engine.reason
+        answers[spec.name] = load(engine, workspace.store.folder(engine), sources, 1).run(batch)
+    graph = onnx.load(workspace.store.folder(engine) / "model.onnx")
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in graph.graph.initializer) >= 4
+    np.testing.assert_allclose(answers["onnxruntime_fp32"], answers["torch"], atol=1e-4)
+    assert not np.array_equal(answers["onnxruntime_int8"], answers["torch"])
 
 
 def test_no_engine_is_built_from_a_wrong_graph(made_checkpoint, workspace):

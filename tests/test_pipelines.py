@@ -84,7 +84,7 @@ def test_entities(asked, architecture, strategy):
     assert sum(map(len, expected)) > 100
     for text, one, other in zip(TEXTS, found, expected, strict=True):
         assert_same(one, other)
-        assert all(0 <= entity["start"] < entity["end"] <= len(text) for entity in one)
+        assert all(0 <= entity["start"] <= entity["end"] <= len(text) for entity in one)
 
 
 @pytest.mark.parametrize("architecture", TOKENIZERS)
@@ -213,6 +213,9 @@ def test_masks_are_filled(asked, architecture):
     model = asked("fill-mask", architecture, top_k=3)
     items = [{"TEXT": f"{text[:18]} [MASK] {text[18:30]}"} for text in TEXTS]
     items += [{"TEXT": "[MASK] is the [MASK] of [MASK]."}, {"TEXT": "[MASK]"}]
+    # What transformers does not cut: bytes of some scripts are many tokens.
+    items = [item for item in items if len(model.pipeline.encoder.whole(item["TEXT"]).ids) <= 64]
+    assert len(items) > 25
     expected = transformers_answers("fill-mask", model.folder, items, top_k=3)
     assert_same(model.answers(items), expected)
 

@@ -87,7 +87,10 @@ def make_engine(
         except EngineError as error:
             shutil.rmtree(folder)
             folder.mkdir()
-            return record.model_copy(update={"status": "failed", "reason": str(error)})
+            log = workspace.log(entry.name, f"engine-{target}-{spec.name}")
+            return record.model_copy(
+                update={"status": "failed", "reason": f"{error} What its libraries printed is in {log}."}
+            )
         update = {
             "entry_file": built.entry_file,
             "parameters": built.parameters,

@@ -57,6 +57,14 @@ def _fuse(source: Path, target: Path, external: bool) -> dict[str, int]:
 def _quantize(source: Path, target: Path, external: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # The quantizer transposes the weights of a head (Gemm, transB), and then stumbles over their old shapes, which the
+    # exporter wrote down beside them. Those of inner values stay: it cannot infer them behind fused operators.
+    proto = onnx.load(source, load_external_data=False)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    kept = [value for value in proto.graph.value_info if value.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    onnx.save(proto, source)
     # By channel: with one scale a tensor the cosine of all-MiniLM-L6-v2 with itself in fp32 falls to 0.88.
     quantize_dynamic(
         source,

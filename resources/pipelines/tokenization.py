@@ -89,8 +89,7 @@ class TextEncoder:
         What was cut off is in the encoding's `overflowing`, in pieces that share `stride` tokens with their neighbours.
         Raises TypeError for what cannot be written as UTF-8, such as half of a surrogate pair.
         """
-        single = [text[0] if isinstance(text, tuple) and len(text) == 1 else text for text in texts]
-        return list(self._tokenizer.encode_batch(single))
+        return list(self._tokenizer.encode_batch([self._input(text) for text in texts]))
 
     def whole(self, text: str) -> Any:
         """The encoding of one text, special tokens included, not truncated."""
@@ -136,6 +135,18 @@ class TextEncoder:
         """The arrays of one request: its rows padded to the bucket of its longest."""
         encodings = self.tokens(texts)
         return self.pad(encodings, self.bucket(max((len(encoding.ids) for encoding in encodings), default=0)))
+
+    def _input(self, text: Any) -> Any:
+        """As the library wants it: a string, or a pair of strings."""
+        if not isinstance(text, tuple):
+            return text
+        if len(text) == 1:
+            return text[0]
+        if min(map(len, text)) > 4 * self.max_tokens:
+            # It pairs every piece that it cuts off one with every piece of the other: two texts of a million characters
+            # take minutes. Beyond twice the limit nothing can be kept, whichever is cut.
+            return tuple(self.cut(part, 2 * self.max_tokens) for part in text)
+        return text
 
     @cached_property
     def _endless(self) -> Any:

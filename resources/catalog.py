@@ -77,6 +77,7 @@ class ModelEntry(_Strict):
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Largest batch that is served.")
     gates: dict[str, float] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict, description="The task's, see resources.tasks.")
+    evaluation: str | None = Field(default=None, min_length=1, description="A JSON Lines file of requests.")
     objective: Objective = "p50"
     benchmark: BenchmarkSettings = BenchmarkSettings()
     engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
@@ -229,16 +230,20 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
 
 
 def _anchored(entry: ModelEntry, path: Path) -> ModelEntry:
-    """The entry with a folder source made absolute: `./x` in a models file means beside that file."""
-    if not entry.source.startswith((".", "~")):
-        return entry
-    try:
-        source = Path(entry.source).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise CatalogError(
-            f"{path}: model {entry.name!r}: source: {entry.source!r}: {error}; write the whole path"
-        ) from None
-    return entry.model_copy(update={"source": str((path.resolve().parent / source).resolve())})
+    """The entry with its paths made absolute: `./x` in a models file means beside that file."""
+    changed = {}
+    for field in ("source", "evaluation"):
+        value = getattr(entry, field)
+        # What begins otherwise may be a Hub id; an evaluation is always a file.
+        if value is None or not (field == "evaluation" or value.startswith((".", "~"))):
+            continue
+        try:
+            changed[field] = str((path.resolve().parent / Path(value).expanduser()).resolve())
+        except RuntimeError as error:  # ~nobody
+            raise CatalogError(
+                f"{path}: model {entry.name!r}: {field}: {value!r}: {error}; write the whole path"
+            ) from None
+    return entry.model_copy(update=changed)
 
 
 def load_catalog(path: Path, additions: Path | None = None) -> Catalog:

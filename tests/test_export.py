@@ -46,7 +46,8 @@ def test_graph_is_the_model(made_checkpoint, workspace, kind, task, inputs, outp
 
     # Real text through the graph is what PyTorch alone answers to it.
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    items, reference = read_evaluation_set(workspace.store.folder(evaluation))
+    known = read_evaluation_set(workspace.store.folder(evaluation))
+    items, reference = known.items, known.reference
     encoder = TextEncoder.from_folder(str(workspace.store.folder(checkpoint)))
     runner = OnnxRuntimeRunner(workspace.store.folder(graph) / "model.onnx", output, threads=1)
     np.testing.assert_allclose(
@@ -62,7 +63,8 @@ def test_reference_is_each_text_alone(made_checkpoint, workspace):
 
     entry, checkpoint = collected(workspace, made_checkpoint())
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    items, reference = read_evaluation_set(workspace.store.folder(evaluation))
+    known = read_evaluation_set(workspace.store.folder(evaluation))
+    items, reference = known.items, known.reference
     texts = [item["TEXT"] for item in items]
     folder = workspace.store.folder(checkpoint)
     module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder), **load_arguments(checkpoint))

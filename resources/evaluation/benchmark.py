@@ -16,7 +16,7 @@ from resources.catalog import ModelEntry
 from resources.device import describe_device
 from resources.engines import Sources
 from resources.errors import EngineError
-from resources.evaluation.reference import read_evaluation_set
+from resources.evaluation.reference import Evaluation, read_evaluation_set
 from resources.evaluation.texts import texts_of
 from resources.evaluation.timing import time_shapes
 from resources.isolation import Worker
@@ -27,7 +27,6 @@ from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from resources.evaluation.probe import Probe
-    from resources.pipelines.base import Item
 
 SAMPLES_FILE = "samples.json"
 WORST_SHOWN = 5
@@ -95,7 +94,7 @@ def _measure(
     folder: Path,
 ) -> BenchmarkReport:
     store = workspace.store
-    items, reference = read_evaluation_set(store.folder(evaluation))
+    known = read_evaluation_set(store.folder(evaluation))
     what = f"{entry.name}: benchmarking {engine.name} on {engine.target}"
     log = workspace.log(entry.name, f"benchmark-{engine.target}-{engine.name}")
 
@@ -108,12 +107,12 @@ def _measure(
         started = time.monotonic()
         # In a process of its own: allocators keep what the largest batch took, and memory is reported by shape.
         with start(engine) as worker:
-            answered = worker.call("answers", items, entry.max_batch_size)
+            answered = worker.call("answers", known.items, entry.max_batch_size)
             peak = worker.peak_memory_bytes
         with start(engine) as candidate, start(baseline) as rival:
             # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
             seconds = max(entry.benchmark.seconds - (time.monotonic() - started), entry.benchmark.seconds / 4)
-            timings, samples = time_shapes(rival, candidate, texts_of(items), entry.shapes, seconds)
+            timings, samples = time_shapes(rival, candidate, texts_of(known.items), entry.shapes, seconds)
         peak = max(peak, candidate.peak_memory_bytes, rival.peak_memory_bytes)
     raw = {shape: asdict(pairs) for shape, pairs in samples.items()}
     (folder / SAMPLES_FILE).write_text(json.dumps(raw))
@@ -121,7 +120,7 @@ def _measure(
         update={
             "status": "measured",
             "accuracy": measure_accuracy(
-                TASKS[entry.task], sources.checkpoint.settings, items, reference, answered.answers, answered.broken
+                TASKS[entry.task], sources.checkpoint.settings, known, answered.answers, answered.broken
             ),
             "timings": tuple(timings),
             "peak_memory_bytes": peak,
@@ -139,19 +138,24 @@ def _probe(engine: Engine, folder: Path, sources: Sources, threads: int) -> Prob
 def measure_accuracy(
     task: Task,
     settings: dict[str, Any],
-    items: Sequence[Item],
-    reference: Sequence[Any],
+    known: Evaluation,
     answers: Sequence[Any],
     broken: str = "",
 ) -> Accuracy:
-    """Compare answers with PyTorch's, one an item, by the task's own measure. broken: why there are none."""
+    """Compare answers with PyTorch's, one an item, by the task's own measure, and with the right ones where those are
+    known, by its usual metric. broken: why there are none.
+    """
+    items, reference = known.items, known.reference
     broken = broken or broken_answers(reference, answers)
     if broken:
         return Accuracy(metrics={}, broken=broken, texts=len(items))
     scores = task.scores(settings, reference, answers)
     worst = sorted(range(len(items)), key=lambda index: float(scores[index]))[:WORST_SHOWN]
     return Accuracy(
-        metrics=task.compare(settings, items, reference, answers),
+        metrics={
+            **task.compare(settings, items, reference, answers),
+            **task.grade(settings, items, known.right, answers),
+        },
         gated=task.gate_names(settings),
         texts=len(items),
         worst=tuple(

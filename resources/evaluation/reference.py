@@ -12,7 +12,7 @@ from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.checkpoints import checkpoint_files, load_arguments
-from resources.errors import CheckpointError
+from resources.errors import CatalogError, CheckpointError
 from resources.evaluation.batches import equal_length_batches
 from resources.isolation import run_isolated
 from resources.locks import building
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 REFERENCE_NUMBERS = "reference.npy"
 REFERENCE_DOCUMENTS = "reference.json"
 ITEMS_FILE = "items.json"
+#: Fewer say nothing about a gate of .99.
+FEWEST_ITEMS = 20
 _BATCH = 16
 
 
@@ -44,11 +46,12 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
                 f"{entry.name}: shapes: {shape} is longer than this checkpoint takes ({checkpoint.max_tokens} tokens). "
                 "Shorten it in the models file."
             )
-    items = TASKS[checkpoint.task].items(checkpoint.settings)
+    items, right = requests_of(entry, checkpoint)
     digest = fingerprint(
         "evaluation_set",
         model=entry.name,
         items=items,
+        right=right,
         weights=checkpoint.weights_digest,
         tokenizer=checkpoint.tokenizer_digest,
         pipeline=checkpoint.pipeline_digest,
@@ -66,6 +69,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
                 checkpoint,
                 workspace.store.folder(checkpoint),
                 items,
+                right,
                 folder,
                 workspace.threads(entry),
                 limits=workspace.limits,
@@ -86,17 +90,60 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
     return workspace.store.get_or_make(EvaluationSet, digest, make)
 
 
-def read_evaluation_set(folder: Path) -> tuple[list[Item], list[Any]]:
-    """The requests, and PyTorch's answer to each: fp32 `[width]`, or a JSON document."""
-    items: list[Item] = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation set holds. reference: PyTorch's answer to each item, fp32 `[width]` or a JSON document.
+    right: the right answer where the user gave one, else None.
+    """
+
+    items: list[Item]
+    reference: list[Any]
+    right: list[Any]
+
+
+def read_evaluation_set(folder: Path) -> Evaluation:
+    """Read back what `make_evaluation_set` made."""
+    data = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
     if (folder / REFERENCE_NUMBERS).is_file():
         import numpy as np
 
-        return items, list(np.load(folder / REFERENCE_NUMBERS))
-    return items, json.loads((folder / REFERENCE_DOCUMENTS).read_text(encoding="utf-8"))
+        reference = list(np.load(folder / REFERENCE_NUMBERS))
+    else:
+        reference = json.loads((folder / REFERENCE_DOCUMENTS).read_text(encoding="utf-8"))
+    return Evaluation(data["items"], reference, data["right"])
 
 
-def _answer(checkpoint: Checkpoint, source: Path, items: list[Item], folder: Path, threads: int) -> _Reference:
+def requests_of(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[list[Item], list[Any]]:
+    """The user's requests with their right answers, or the task's own. Raises CatalogError naming file and line."""
+    task = TASKS[checkpoint.task]
+    if entry.evaluation is None:
+        items = task.items(checkpoint.settings)
+        return items, [None] * len(items)
+    path = Path(entry.evaluation)
+    where = f"{entry.name}: evaluation: {path}"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{where} cannot be read: {error}. Give a JSON Lines file in UTF-8.") from None
+    found: list[tuple[Item, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            if not isinstance(data, dict):
+                raise ValueError("it is no JSON object")
+            found += task.read(checkpoint.settings, data)
+        except ValueError as error:
+            raise CatalogError(f"{where}, line {number}: {error}. Mend the line, or remove it.") from None
+    if len(found) < FEWEST_ITEMS:
+        raise CatalogError(f"{where} holds {len(found)} requests; accuracy needs at least {FEWEST_ITEMS}.")
+    return [item for item, _ in found], [right for _, right in found]
+
+
+def _answer(
+    checkpoint: Checkpoint, source: Path, items: list[Item], right: list[Any], folder: Path, threads: int
+) -> _Reference:
     import numpy as np
     import torch
 
@@ -127,7 +174,8 @@ def _answer(checkpoint: Checkpoint, source: Path, items: list[Item], folder: Pat
         (folder / REFERENCE_DOCUMENTS).write_text(text, encoding="utf-8")
     else:
         np.save(folder / REFERENCE_NUMBERS, np.stack(answered.answers))
-    (folder / ITEMS_FILE).write_text(json.dumps(items, ensure_ascii=False, indent=0), encoding="utf-8")
+    data = {"items": items, "right": right}
+    (folder / ITEMS_FILE).write_text(json.dumps(data, ensure_ascii=False, indent=0), encoding="utf-8")
     return _Reference(answered.rows, answered.width, answered.longest_tokens, checked)
 
 

@@ -134,6 +134,16 @@ class Task(ABC):
     def items(self, settings: dict[str, Any]) -> list[Item]:
         """The evaluation items where the user gives none."""
 
+    @abstractmethod
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        """The items of one line of a user's evaluation file, each with its right answer or None. Raises ValueError."""
+
+    @abstractmethod
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        """The task's usual metrics of answers against the right ones; no metric where none are known."""
+
     def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
         """Requests with an odd text in every place where a user may write one; each has an answer."""
         return [dict.fromkeys(pipeline_class(self.name).inputs, text)]

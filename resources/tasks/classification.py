@@ -18,6 +18,7 @@ from resources.tasks.base import (
     read_labels,
     stacked,
 )
+from resources.tasks.grading import micro_f1, number, one_of, require, spearman
 from resources.tasks.heads import Activation, classifier
 from resources.tasks.samples import text_items
 
@@ -71,10 +72,42 @@ class ClassificationTask(Task):
         return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), activation(files))
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
-        return {**super().settings(files, options, tokens), "activation": activation(files)}
+        return {
+            **super().settings(files, options, tokens),
+            "activation": activation(files),
+            "labels": list(read_labels(files)),
+        }
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return text_items()
+
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        (text,) = require(line, "text")
+        right: Any = None
+        if "label" in line and settings["activation"] == "identity":
+            right = number(line, "label")
+        elif "label" in line:
+            given = line["label"] if isinstance(line["label"], list) else [line["label"]]
+            right = [one_of(label, settings["labels"], "label") for label in given]
+            if settings["activation"] == "softmax" and len(right) != 1:
+                raise ValueError(f"'label' names {len(right)} labels, and these exclude each other")
+        return [({"TEXT": text}, right)]
+
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        known = [place for place, label in enumerate(right) if label is not None]
+        if not known:
+            return {}
+        values, expected = stacked(answers)[known], [right[place] for place in known]
+        labels = settings["labels"]
+        if settings["activation"] == "identity":
+            return {"spearman": spearman(expected, values[:, 0].tolist())}
+        if settings["activation"] == "softmax":
+            best = [labels[place] for place in values.argmax(axis=1)]
+            return {"accuracy": sum(one == other for one, (other,) in zip(best, expected, strict=True)) / len(known)}
+        found: list[set[Any]] = [{labels[place] for place in (row > 0.5).nonzero()[0]} for row in values]
+        return {"f1": micro_f1([set(names) for names in expected], found)}
 
     def gate_names(self, settings: dict[str, Any]) -> tuple[str, ...]:
         return ("value_error",) if settings["activation"] == "identity" else ("label_agreement", "probability_error")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from resources.tasks.base import CheckpointFiles, Gates, Metrics, Task, at_least, at_most, load_pretrained, stacked
+from resources.tasks.grading import number, require, spearman
 from resources.tasks.samples import text_items
 
 if TYPE_CHECKING:
@@ -158,6 +159,25 @@ class EmbeddingTask(Task):
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return text_items()
+
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        (text,) = require(line, "text")
+        if "pair" not in line:
+            return [({"TEXT": text}, None)]
+        (pair,) = require(line, "pair")
+        # The right answer of the second is how alike it is to the one before it.
+        return [({"TEXT": text}, None), ({"TEXT": pair}, number(line, "score") if "score" in line else None)]
+
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        pairs = [place for place, score in enumerate(right) if score is not None]
+        if not pairs:
+            return {}
+        vectors = stacked(answers)
+        before = [place - 1 for place in pairs]
+        likeness = self.scores(settings, list(vectors[before]), list(vectors[pairs]))
+        return {"spearman": spearman([right[place] for place in pairs], likeness.tolist())}
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np

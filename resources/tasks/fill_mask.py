@@ -18,6 +18,7 @@ from resources.tasks.base import (
     at_most,
     load_pretrained,
 )
+from resources.tasks.grading import require
 from resources.tasks.heads import mask_filler
 from resources.tasks.samples import masked_items
 
@@ -71,6 +72,25 @@ class FillMaskTask(Task):
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return masked_items(settings["mask_token"])
+
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        (text,) = require(line, "text")
+        masks = text.count(settings["mask_token"])
+        if not masks:
+            raise ValueError(f"'text' holds no mask; write {settings['mask_token']}")
+        if "answer" in line and masks != 1:
+            raise ValueError(f"'text' holds {masks} masks, and 'answer' is for one")
+        return [({"TEXT": text}, require(line, "answer")[0] if "answer" in line else None)]
+
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        same = [
+            answer[0]["token_str"].strip() == word.strip()
+            for word, answer in zip(right, answers, strict=True)
+            if word is not None
+        ]
+        return {"accuracy": sum(same) / len(same)} if same else {}
 
     def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
         mask = settings["mask_token"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from resources.tasks.base import CheckpointFiles, Gates, Metrics, Options, Task, at_least, at_most, load_pretrained
+from resources.tasks.grading import exact_match, require, word_f1
 from resources.tasks.heads import span_finder
 from resources.tasks.samples import question_items
 
@@ -67,6 +68,26 @@ class QuestionAnsweringTask(Task):
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return question_items()
+
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        question, context = require(line, "question", "context")
+        right = line.get("answers")
+        if right is not None and (not isinstance(right, list) or not all(isinstance(text, str) for text in right)):
+            raise ValueError("'answers' is not a list of texts; it is empty where the context has no answer")
+        return [({"QUESTION": question, "CONTEXT": context}, right)]
+
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        pairs = [
+            (texts or [""], answer["answer"]) for texts, answer in zip(right, answers, strict=True) if texts is not None
+        ]
+        if not pairs:
+            return {}
+        return {
+            "exact_match": sum(exact_match(texts, answer) for texts, answer in pairs) / len(pairs),
+            "f1": sum(word_f1(texts, answer) for texts, answer in pairs) / len(pairs),
+        }
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np

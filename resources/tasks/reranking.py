@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from resources.tasks.base import CheckpointFiles, Gates, Metrics, Task, at_least, at_most, load_pretrained, stacked
 from resources.tasks.classification import HEAD
+from resources.tasks.grading import ndcg_at_10, number, require
 from resources.tasks.heads import Activation, classifier
 from resources.tasks.samples import ranking_items
 
@@ -72,6 +73,20 @@ class RerankingTask(Task):
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return ranking_items()
+
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        query, text = require(line, "query", "text")
+        return [({"QUERY": query, "TEXT": text}, number(line, "relevance") if "relevance" in line else None)]
+
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        known = [place for place, relevance in enumerate(right) if relevance is not None]
+        if not known:
+            return {}
+        queries = [items[place]["QUERY"] for place in known]
+        scores = stacked(answers)[known, 0].tolist()
+        return {"ndcg_at_10": ndcg_at_10(queries, [right[place] for place in known], scores)}
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np

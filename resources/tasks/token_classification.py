@@ -19,6 +19,7 @@ from resources.tasks.base import (
     load_pretrained,
     read_labels,
 )
+from resources.tasks.grading import micro_f1, number, one_of, require
 from resources.tasks.heads import classifier
 from resources.tasks.samples import text_items
 
@@ -88,6 +89,28 @@ class TokenClassificationTask(Task):
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return text_items()
 
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        (text,) = require(line, "text")
+        if "entities" not in line:
+            return [({"TEXT": text}, None)]
+        kinds = sorted({label.removeprefix("B-").removeprefix("I-") for label in settings["labels"]} - {"O"})
+        right = []
+        for entity in line["entities"] if isinstance(line["entities"], list) else [None]:
+            if not isinstance(entity, dict) or not {"start", "end", "label"} <= set(entity):
+                raise ValueError("'entities' is not a list of objects with start, end and label")
+            start, end = int(number(entity, "start")), int(number(entity, "end"))
+            right.append([start, end, one_of(entity["label"], kinds, "label")])
+        return [({"TEXT": text}, right)]
+
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        known = [place for place, entities in enumerate(right) if entities is not None]
+        if not known:
+            return {}
+        expected: list[set[Any]] = [{tuple(entity) for entity in right[place]} for place in known]
+        return {"f1": micro_f1(expected, [set(_by_place(answers[place])) for place in known])}
+
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
@@ -111,10 +134,11 @@ Place = tuple[int, int, str]
 
 
 def _by_place(entities: Sequence[dict[str, Any]]) -> dict[Place, float]:
-    return {
-        (entity["start"], entity["end"], entity.get("entity_group") or entity["entity"]): entity["score"]
-        for entity in entities
-    }
+    return {(entity["start"], entity["end"], _kind(entity)): entity["score"] for entity in entities}
+
+
+def _kind(entity: dict[str, Any]) -> str:
+    return str(entity.get("entity_group") or entity["entity"])
 
 
 def _counts(reference: Sequence[Any], answers: Sequence[Any]) -> tuple[int, int, int]:

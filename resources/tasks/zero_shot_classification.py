@@ -21,6 +21,7 @@ from resources.tasks.base import (
     read_labels,
 )
 from resources.tasks.classification import HEAD
+from resources.tasks.grading import one_of, require
 from resources.tasks.heads import classifier
 from resources.tasks.samples import labelled_items
 
@@ -78,6 +79,20 @@ class ZeroShotClassificationTask(Task):
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return labelled_items()
+
+    def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        (text,) = require(line, "text")
+        labels = line.get("labels")
+        if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+            raise ValueError("'labels' is not there, or is no list of texts")
+        right = one_of(line["label"], labels, "label") if "label" in line else None
+        return [({"TEXT": text, "LABELS": json.dumps(labels, ensure_ascii=False)}, right)]
+
+    def grade(
+        self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
+    ) -> Metrics:
+        same = [answer["labels"][0] == label for label, answer in zip(right, answers, strict=True) if label is not None]
+        return {"accuracy": sum(same) / len(same)} if same else {}
 
     def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
         return [{"TEXT": text, "LABELS": json.dumps([text, "other"])}, {"TEXT": text, "LABELS": json.dumps([text])}]

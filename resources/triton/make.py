@@ -52,8 +52,8 @@ def make_release(
     )
 
     def exam() -> Exam:
-        items, reference = read_evaluation_set(store.folder(evaluation))
-        return make_exam(plan, entry.accuracy_gates(), items, reference)
+        known = read_evaluation_set(store.folder(evaluation))
+        return make_exam(plan, entry.accuracy_gates(), known.items, known.reference)
 
     def prove_embedded(staged: Path, release: Release) -> Proof:
         log = workspace.log(entry.name, f"triton-{champion.target}")

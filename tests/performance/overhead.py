@@ -74,7 +74,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     source = store.folder(checkpoint)
     sources = Sources(checkpoint, source, graph, store.folder(graph))
     encoder = TextEncoder.from_folder(str(source))
-    texts = texts_of(read_evaluation_set(store.folder(evaluation))[0])
+    texts = texts_of(read_evaluation_set(store.folder(evaluation)).items)
     encodings = encoder.tokens(texts)
     lengths = [len(encoding.ids) for encoding in encodings]
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,87 @@
+"""The usual metrics of answers against the right ones, where the user gives those."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+
+def micro_f1(expected: Sequence[set[Hashable]], found: Sequence[set[Hashable]]) -> float:
+    """Harmonic mean of precision and recall over all items' members; 1 where there are none at all."""
+    both = sum(len(first & second) for first, second in zip(expected, found, strict=True))
+    members = sum(map(len, expected)) + sum(map(len, found))
+    return 2 * both / members if members else 1.0
+
+
+def spearman(expected: Sequence[float], found: Sequence[float]) -> float:
+    """Rank correlation; NaN where one side does not vary."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(expected, found).statistic)
+
+
+def ndcg_at_10(queries: Sequence[str], relevance: Sequence[float], scores: Sequence[float]) -> float:
+    """Mean over the queries of the normalized discounted cumulative gain of their ten best texts.
+
+    Queries with a single text, or with none that is relevant, have no ranking to be right or wrong and are left out.
+    """
+    from sklearn.metrics import ndcg_score
+
+    gains = []
+    for query in dict.fromkeys(queries):
+        places = [number for number, other in enumerate(queries) if other == query]
+        right = [relevance[place] for place in places]
+        if len(places) > 1 and any(right):
+            gains.append(float(ndcg_score([right], [[scores[place] for place in places]], k=10)))
+    return sum(gains) / len(gains) if gains else float("nan")
+
+
+def exact_match(answers: Sequence[str], found: str) -> bool:
+    """Whether it is one of the right answers, but for case, punctuation and articles (SQuAD's own evaluation)."""
+    return any(_normal(found) == _normal(answer) for answer in answers)
+
+
+def word_f1(answers: Sequence[str], found: str) -> float:
+    """The best overlap in words with one of the right answers (SQuAD's own evaluation)."""
+    best = 0.0
+    for answer in answers:
+        expected, words = _normal(answer).split(), _normal(found).split()
+        common = sum((Counter(expected) & Counter(words)).values())
+        if not expected or not words:
+            best = max(best, float(expected == words))
+        elif common:
+            best = max(best, 2 * common / (len(expected) + len(words)))
+    return best
+
+
+def _normal(text: str) -> str:
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def require(line: dict[str, Any], *fields: str) -> list[str]:
+    """The values of text fields of one line. Raises ValueError naming the one that is not there."""
+    values = []
+    for field in fields:
+        if not isinstance(line.get(field), str):
+            raise ValueError(f"{field!r} is not there, or is no text")
+        values.append(line[field])
+    return values
+
+
+def number(line: dict[str, Any], field: str) -> float:
+    """The value of a number field. Raises ValueError."""
+    value = line[field]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{field!r} is no number: {value!r}")
+    return float(value)
+
+
+def one_of(value: Any, labels: Sequence[str], field: str) -> str:
+    """A label that there is. Raises ValueError."""
+    if value not in labels:
+        raise ValueError(f"{field!r} is {value!r}, and the labels are {', '.join(labels[:20])}")
+    return str(value)

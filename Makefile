@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test check setup ui serve clean
+.PHONY: run test test-all check setup ui serve clean
 .DELETE_ON_ERROR:
 
 run: setup  ## optimize the models file's first model, prove it on a real Triton, and ask it a question
@@ -14,6 +14,9 @@ run: setup  ## optimize the models file's first model, prove it on a real Triton
 
 test: check  ## format, lint, types, then every test
 	$(BIN)/python -m pytest
+
+test-all: check  ## what `make test` runs, and every architecture with every task: about half an hour more
+	$(BIN)/python -m pytest -m ""
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,33 @@
+"""Every architecture with every task, from checkpoint to a proven release: `make test-all`, about half an hour."""
+
+from dataclasses import replace
+
+import pytest
+
+from resources.tasks import TASKS
+from resources.triton.layout import current_release
+from tests.answers import CHECKPOINTS
+from tests.checkpoints import ARCHITECTURES
+from tests.conftest import entry_for
+from tests.pipeline import add_entry, run_job
+
+pytestmark = pytest.mark.whole
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_from_checkpoint_to_a_proven_release(made_checkpoint, workspace, triton_settings, architecture, task, capsys):
+    ready = replace(workspace, triton=triton_settings)
+    folder = made_checkpoint(architecture=architecture, **CHECKPOINTS[task])
+    settings = {"shapes": ["1x16"], "benchmark": {"seconds": 1.0, "threads": 2}}
+    add_entry(ready, entry_for(folder, task=task, **settings))
+    outcome = run_job(ready, "tiny")
+    assert outcome.success, outcome.messages
+    release = current_release(ready.repository("cpu"), "tiny")
+    assert release is not None
+    assert release.proof is not None and release.proof.passed
+    # A line of the table of what was tried: what the candidates reached, and why int8 lost where it did.
+    verdicts = {name: outcome.metadata("benchmarks", "cpu", name) for name in ("onnxruntime_fp32", "onnxruntime_int8")}
+    with capsys.disabled():
+        for name, metadata in verdicts.items():
+            print(f"\n| {architecture} | {task} | {name} | {metadata.get('accuracy', metadata['reason'])} |", end="")

@@ -61,6 +61,8 @@ def test_the_real_checkpoint_is_collected_once(store):
         "max_tokens": 256,
         "inputs": ["input_ids", "attention_mask", "token_type_ids"],
         "pad_id": 0,
+        "strategy": "longest_first",
+        "stride": 0,
     }
 
     # A fresh interpreter, because this one has loaded torch long ago.
@@ -201,7 +203,7 @@ def test_only_what_is_used_is_copied(own_checkpoint, store):
     for name in ("model.fp16.safetensors", "pytorch_model.bin", "optimizer.pt", "training_args.bin", "modeling.py"):
         (folder / name).write_bytes(b"not used")
     record = collect_checkpoint(entry_for(folder), store, LIMITS).record
-    assert set(record.files) == used | {"encoder.json"}
+    assert set(record.files) == used | {"encoder.json", "pipeline.json"}
     (folder / "checkpoint-500" / "config.json").write_text('{"trained": "on"}')
     assert collect_checkpoint(entry_for(folder), store, LIMITS).reused
 

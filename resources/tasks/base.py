@@ -67,10 +67,11 @@ class CheckpointFiles:
     def require_head(self, task: str, head: str, what: str) -> None:
         """Raise CheckpointError unless the checkpoint was saved from a class whose name ends with `head`."""
         if not self.architecture.endswith(head):
+            other = "the task it was trained for" if "For" in self.architecture else "task 'embedding'"
             raise self.refuse(
                 f"task {task!r} needs a checkpoint with {what}, and this one is a "
                 f"{self.architecture or 'model of unknown architecture'}",
-                f"Use the task it was trained for, or a checkpoint saved from ...{head}",
+                f"Use {other}, or a checkpoint saved from ...{head}",
             )
 
 

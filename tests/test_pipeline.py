@@ -319,8 +319,9 @@ def test_reports_at_other_shapes_do_not_compete(made_checkpoint, ready):
     assert "| torch |" not in outcome.metadata("champion", "cpu")["candidates"]
 
 
-def test_libraries_errors_are_told_as_ours(made_checkpoint, ready):
+def test_libraries_errors_are_told_as_ours(made_checkpoint, ready, monkeypatch):
     """Not as the defect that the last cause in the chain looks like."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     add_entry(ready, entry_for(made_checkpoint(), **QUICK))
     outcome = run_job(replace(ready, tracking_uri="http://127.0.0.1:9"), "tiny")
     assert not outcome.success

@@ -2,10 +2,11 @@
 
 import dagster as dg
 
+from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember
 from assets.onnx_graph import onnx_graph
 from assets.partitions import models
-from resources.artifacts.records import Checkpoint, OnnxGraph
+from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.engines import EngineSpec
 from resources.engines.make import make_engine, sources_of
 from resources.workspace import Workspace
@@ -20,7 +21,7 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=["engines", target, spec.name],
-        deps=[onnx_graph],
+        deps=[onnx_graph, evaluation_set] if spec.examined else [onnx_graph],
         partitions_def=models,
         group_name=f"engines_{target}",
         kinds={KINDS[spec.runtime], spec.precision},
@@ -32,7 +33,8 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
         entry, store = workspace.entry(context.partition_key), workspace.store
         checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
         graph = store.current(OnnxGraph, f"onnx_graph/{entry.name}")
-        made = make_engine(workspace, entry, spec, target, sources_of(workspace, checkpoint, graph))
+        evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
+        made = make_engine(workspace, entry, spec, target, sources_of(workspace, checkpoint, graph), evaluation)
         folder = remember(store, f"engines/{target}/{spec.name}/{entry.name}", made)
         record = made.record
         return materialized(
@@ -45,7 +47,18 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
                 "precision": record.precision,
                 "parameters": dg.MetadataValue.json(record.parameters),
                 "operators": dg.MetadataValue.json(record.operators),
+                **_ladder(record),
             },
         )
 
     return engine
+
+
+def _ladder(record: Engine) -> dict[str, object]:
+    """Which operators were left in higher precision, and how that was found."""
+    if not record.steps:
+        return {}
+    return {
+        "kept_in_higher_precision": dg.MetadataValue.json(list(record.kept)),
+        "tried": dg.MetadataValue.md("\n".join(f"1. {step}" for step in record.steps)),
+    }

@@ -67,6 +67,13 @@ class BenchmarkSettings(_Strict):
     )
 
 
+class LadderSettings(_Strict):
+    """How much a builder may try to rescue a reduced-precision engine that misses a gate."""
+
+    trials: int = Field(default=24, ge=0, le=1000, description="Of engines, beyond the first; 0: no rescue.")
+    seconds: float = Field(default=300.0, gt=0, le=36000, description="Bound for all trials of one engine.")
+
+
 class ModelEntry(_Strict):
     """One model of the models file."""
 
@@ -80,6 +87,7 @@ class ModelEntry(_Strict):
     evaluation: str | None = Field(default=None, min_length=1, description="A JSON Lines file of requests.")
     objective: Objective = "p50"
     benchmark: BenchmarkSettings = BenchmarkSettings()
+    ladder: LadderSettings = LadderSettings()
     engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
         default=None, min_length=1, description="Only these engines compete; default: all."
     )
@@ -130,6 +138,10 @@ class ModelEntry(_Strict):
         return self.engines is None or engine in self.engines or engine == "torch"
 
 
+#: Fields of an entry that have fields of their own.
+_PARTS: dict[str, type[BaseModel]] = {"benchmark": BenchmarkSettings, "ladder": LadderSettings}
+
+
 class Catalog(_Strict):
     """All models, by name."""
 
@@ -169,7 +181,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         if item["type"] == "too_short" and lines:
             continue  # a list is short because what was in it was wrong, and that is said
         if item["type"] == "extra_forbidden":
-            there = BenchmarkSettings if item["loc"][0] == "benchmark" and len(item["loc"]) > 1 else model
+            there = _PARTS.get(str(item["loc"][0]), model) if len(item["loc"]) > 1 else model
             message = f"no such field; there are {', '.join(there.model_fields) or 'none'}"
         elif item["type"] == "missing":
             message = "is required"

@@ -169,6 +169,9 @@ class Tracker:
             "threads": report.threads,
             **engine.parameters,
         }
+        if engine.steps:
+            parameters["kept_in_higher_precision"] = ", ".join(engine.kept) or "none"
+            client.log_dict(run_id, {"kept": engine.kept, "tried": engine.steps}, "precision.json")
         self._log(run_id, parameters, candidate_metrics(engine, report))
         if report.accuracy is not None:
             client.log_dict(run_id, report.accuracy.model_dump(), "accuracy.json")

@@ -146,25 +146,35 @@ def test_every_engine_of_the_target_is_built(made_checkpoint, workspace, archite
     from resources.engines.make import make_engine, sources_of
 
     folder = made_checkpoint(architecture=architecture, **{**CHECKPOINTS[task], **more})
-    entry, checkpoint = collected(workspace, folder, task=task)
+    # Without the ladder, which would leave in fp32 whatever misses a gate: here every matrix is to be in int8.
+    entry, checkpoint = collected(workspace, folder, task=task, ladder={"trials": 0})
     graph = make_graph(workspace, entry, checkpoint).record
     assert graph.problems == ()
     assert max(int(case.shape.split("x")[1]) for case in graph.parity) == more.get("longest", 64)
     sources = sources_of(workspace, checkpoint, graph)
+    evaluation = make_evaluation_set(workspace, entry, checkpoint).record
     pipeline = open_pipeline(str(workspace.store.folder(checkpoint)))
     rows = [row for rows in pipeline.rows(TASKS[task].items(checkpoint.settings)[:3]) for row in rows][:4]
     batch = pipeline.arrays(rows, max(row.tokens for row in rows))
     real = batch["attention_mask"] == 1 if TASKS[task].per_token else slice(None)
     answers = {}
     for spec in (spec for spec in ENGINES if spec.needs == "cpu"):
-        engine = make_engine(workspace, entry, spec, "cpu", sources).record
+        engine = make_engine(workspace, entry, spec, "cpu", sources, evaluation).record
         assert engine.status == "built", engine.reason
         answers[spec.name] = load(engine, workspace.store.folder(engine), sources, 1).run(batch)[real]
-    quantized = onnx.load(workspace.store.folder(engine) / "model.onnx")
-    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in quantized.graph.initializer) >= 4
+        if spec.precision == "int8":
+            quantized = onnx.load(workspace.store.folder(engine) / "model.onnx")
+            matrices = sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in quantized.graph.initializer)
+            # Six matrices a layer, four where attention is fused; ALBERT's two layers share theirs.
+            assert matrices >= (4 if architecture == "albert" else 8)
+            assert engine.parameters["int8_operators"].split(" of ")[0] == str(matrices)
+        if spec.runtime == "onnxruntime":
+            # The exporter writes stack traces there, and so the folders of this machine.
+            written = onnx.load(workspace.store.folder(engine) / "model.onnx", load_external_data=False)
+            assert not any(node.metadata_props for node in written.graph.node)
+            assert not np.array_equal(answers[spec.name], answers["torch"])
     scale = np.abs(answers["torch"]).max()
     np.testing.assert_allclose(answers["onnxruntime_fp32"], answers["torch"], atol=1e-4 * scale)
-    assert not np.array_equal(answers["onnxruntime_int8"], answers["torch"])
 
 
 def test_no_engine_is_built_from_a_wrong_graph(made_checkpoint, workspace):

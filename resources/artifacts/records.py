@@ -158,6 +158,10 @@ class Engine(Record):
     width: int = 0
     parameters: dict[str, str] = Field(default_factory=dict, description="The knobs it was built with.")
     operators: dict[str, int] = Field(default_factory=dict, description="Nodes by operator type.")
+    kept: tuple[str, ...] = Field(
+        default=(), description="Operators left in higher precision, by their modules' paths."
+    )
+    steps: tuple[str, ...] = Field(default=(), description="What was tried to find those, a sentence each.")
 
     @property
     def reusable(self) -> bool:

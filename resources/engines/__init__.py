@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from resources.artifacts.records import Checkpoint, Engine, OnnxGraph
+    from resources.evaluation.goal import Goal
 
 Runtime = Literal["torch", "onnxruntime", "tensorrt"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -27,20 +28,42 @@ BASELINE = "torch"
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One way to run a model. `needs` says what the machine must have; `cpu` is always there."""
+    """One way to run a model. `needs` says what the machine must have; `cpu` is always there.
+
+    quantization: whether the scales of int8 activations are computed as they come (dynamic) or beforehand (static).
+    """
 
     name: str
     runtime: Runtime
     precision: Precision
     needs: Literal["cpu", "cuda"]
     description: str
+    quantization: Literal["", "dynamic", "static"] = ""
+
+    @property
+    def examined(self) -> bool:
+        """Whether its builder has to know the accuracy gates: it leaves in fp32 what would miss them otherwise."""
+        return self.quantization != ""
 
 
 ENGINES: tuple[EngineSpec, ...] = (
     EngineSpec(BASELINE, "torch", "fp32", "cpu", "The baseline: PyTorch, eager, fp32, inference mode."),
     EngineSpec("onnxruntime_fp32", "onnxruntime", "fp32", "cpu", "ONNX Runtime, attention and normalization fused."),
     EngineSpec(
-        "onnxruntime_int8", "onnxruntime", "int8", "cpu", "The fused graph with dynamic int8 weights, by channel."
+        "onnxruntime_int8",
+        "onnxruntime",
+        "int8",
+        "cpu",
+        "The fused graph with matrices in int8, as many as the gates allow; scales of activations as they come.",
+        "dynamic",
+    ),
+    EngineSpec(
+        "onnxruntime_int8_static",
+        "onnxruntime",
+        "int8",
+        "cpu",
+        "The fused graph with matrices in int8, as many as the gates allow; scales of activations from real text.",
+        "static",
     ),
     EngineSpec("onnxruntime_fp16", "onnxruntime", "fp16", "cuda", "ONNX Runtime on CUDA in half precision."),
     EngineSpec("tensorrt_fp16", "tensorrt", "fp16", "cuda", "A strongly typed TensorRT engine in half precision."),
@@ -78,11 +101,17 @@ class Sources:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build left in its folder. `parameters` are the knobs it was built with."""
+    """What a build left in its folder.
+
+    parameters: the knobs it was built with; operators: nodes by type; kept: operators left in higher precision than the
+    spec's; steps: what was tried to find those, a sentence each.
+    """
 
     entry_file: str
     parameters: dict[str, str]
     operators: dict[str, int]
+    kept: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
 
 
 class Runner(Protocol):
@@ -93,9 +122,12 @@ class Runner(Protocol):
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray: ...
 
 
-def build(sources: Sources, spec: EngineSpec, folder: Path) -> Built:
-    """Build an engine into an empty folder. Runs in a child process; raises EngineError."""
-    built: Built = import_module(f"resources.engines.{spec.runtime}").build(sources, spec, folder)
+def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None = None) -> Built:
+    """Build an engine into an empty folder. Runs in a child process; raises EngineError.
+
+    goal: what it has to reach, for specs that are `examined`.
+    """
+    built: Built = import_module(f"resources.engines.{spec.runtime}").build(sources, spec, folder, goal)
     return built
 
 

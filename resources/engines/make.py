@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
-from resources.artifacts.records import Checkpoint, Engine, OnnxGraph
+from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.engines import EngineSpec, Sources, build, unsupported_reason
 from resources.errors import EngineError, ExportError
+from resources.evaluation.goal import Goal
 from resources.isolation import run_isolated
 from resources.locks import building
 from resources.workspace import Workspace
@@ -33,13 +34,43 @@ def sources_of(workspace: Workspace, checkpoint: Checkpoint, graph: OnnxGraph) -
     )
 
 
+def goal_of(workspace: Workspace, entry: ModelEntry, evaluation: EvaluationSet) -> Goal:
+    """What an engine of reduced precision has to reach."""
+    return Goal(
+        evaluation_folder=workspace.store.folder(evaluation),
+        gates=entry.accuracy_gates(),
+        max_batch_size=entry.max_batch_size,
+        trials=entry.ladder.trials,
+        seconds=entry.ladder.seconds,
+    )
+
+
 def make_engine(
-    workspace: Workspace, entry: ModelEntry, spec: EngineSpec, target: str, sources: Sources
+    workspace: Workspace,
+    entry: ModelEntry,
+    spec: EngineSpec,
+    target: str,
+    sources: Sources,
+    evaluation: EvaluationSet | None = None,
 ) -> Made[Engine]:
-    """The engine of that spec. Never raises for the engine's own troubles: those are a record's status and reason."""
+    """The engine of that spec. Never raises for the engine's own troubles: those are a record's status and reason.
+
+    evaluation: what specs that are `examined` are judged on while they are built.
+    """
     graph = sources.graph
     if graph.problems:
         raise ExportError(f"{entry.name}: no engine is built from a graph that is wrong: {' '.join(graph.problems)}")
+    goal, examined = None, {}
+    if spec.examined and unsupported_reason(spec, target) is None:
+        assert evaluation is not None, f"{spec.name} is judged while it is built"
+        goal = goal_of(workspace, entry, evaluation)
+        examined = {
+            "evaluation": evaluation.digest,
+            "gates": entry.accuracy_gates().model_dump(),
+            "batch": entry.max_batch_size,
+            "ladder": entry.ladder.model_dump(),
+            "examiner": code_version("resources.evaluation", "resources.pipelines"),
+        }
     digest = fingerprint(
         "engine",
         model=entry.name,
@@ -51,6 +82,7 @@ def make_engine(
         competes=entry.competes(spec.name),
         code=code_version("resources.engines", "resources.tasks"),
         libraries=library_versions(*_LIBRARIES[spec.runtime]),
+        **examined,
     )
     record = Engine(
         digest=digest,
@@ -80,6 +112,7 @@ def make_engine(
                     sources,
                     spec,
                     folder,
+                    goal,
                     limits=workspace.limits,
                     what=f"{entry.name}: building {spec.name} for {target}",
                     log=workspace.log(entry.name, f"engine-{target}-{spec.name}"),
@@ -95,6 +128,8 @@ def make_engine(
             "entry_file": built.entry_file,
             "parameters": built.parameters,
             "operators": built.operators,
+            "kept": built.kept,
+            "steps": built.steps,
             "peak_memory_bytes": peak,
         }
         return record.model_copy(update=update)

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from resources.errors import CheckpointError
 from resources.pipelines import pipeline_class
@@ -30,14 +31,29 @@ class Gates(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def tightened(self, share: float) -> Self:
+        """These gates moved by that share of the way to perfect answers."""
+        values = {}
+        for name, info in type(self).model_fields.items():
+            value, best = getattr(self, name), 1.0 if bound_of(info) == "least" else 0.0
+            values[name] = value + share * (best - value)
+        return self.model_copy(update=values)
 
-def at_least(value: float, low: float = 0.0, high: float | None = 1.0) -> Any:
-    """A gate that a metric must reach."""
-    return Field(default=value, ge=low, le=high, json_schema_extra={"bound": "least"})
+
+def bound_of(info: FieldInfo) -> str:
+    """`least` or `most`: on which side of a gate its metric has to be."""
+    extra = info.json_schema_extra
+    assert isinstance(extra, dict), "every gate is made by at_least or at_most"
+    return str(extra["bound"])
+
+
+def at_least(value: float, low: float = 0.0) -> Any:
+    """A gate that a metric must reach. At best the metric is 1."""
+    return Field(default=value, ge=low, le=1.0, json_schema_extra={"bound": "least"})
 
 
 def at_most(value: float, high: float | None = None) -> Any:
-    """A gate that a metric must not exceed."""
+    """A gate that a metric must not exceed. At best the metric is 0."""
     return Field(default=value, ge=0.0, le=high, json_schema_extra={"bound": "most"})
 
 
@@ -172,11 +188,10 @@ class Task(ABC):
         found = []
         for name in names:
             limit, value = getattr(gates, name), metrics[name]
-            extra = self.gates.model_fields[name].json_schema_extra
-            assert isinstance(extra, dict), "every gate is made by at_least or at_most"
-            if extra["bound"] == "least" and not value >= limit:
+            bound = bound_of(self.gates.model_fields[name])
+            if bound == "least" and not value >= limit:
                 found.append(f"{name} {value:.5f} is below {limit:g}")
-            elif extra["bound"] == "most" and not value <= limit:
+            elif bound == "most" and not value <= limit:
                 found.append(f"{name} {value:.5f} is above {limit:g}")
         return found
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.artifacts.store import ArtifactStore
+from resources.catalog import ModelEntry
 from resources.engines import ENGINES
 
 RATIO_LIMIT = 1.35
@@ -63,16 +64,21 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     from resources.engines import Sources, engine_spec
     from resources.engines import build as build_engine
     from resources.engines import load as load_engine
+    from resources.engines.make import goal_of
     from resources.evaluation.batches import equal_length_batches, plan_batches
     from resources.evaluation.reference import read_evaluation_set
     from resources.evaluation.texts import batch_of_shape, texts_of
     from resources.export.exporter import export
     from resources.pipelines.tokenization import TextEncoder
+    from resources.workspace import Workspace
 
     assert preload.torch is torch
     lap("imports")
     source = store.folder(checkpoint)
     sources = Sources(checkpoint, source, graph, store.folder(graph))
+    # The ladder's trials are the tools' own work: the builder gets what the pipeline gives it.
+    entry = ModelEntry(name=model, source=checkpoint.source, task=checkpoint.task)
+    goal = goal_of(Workspace(home=home, catalog_path=home / "unused"), entry, evaluation)
     encoder = TextEncoder.from_folder(str(source))
     texts = texts_of(read_evaluation_set(store.folder(evaluation)).items)
     encodings = encoder.tokens(texts)
@@ -88,7 +94,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
             if spec.runtime != "torch":
                 folder = Path(scratch) / spec.name
                 folder.mkdir()
-                build_engine(sources, engine_spec(spec.name), folder)
+                build_engine(sources, engine_spec(spec.name), folder, goal if spec.examined else None)
                 lap(f"build {spec.name}")
             threads = report.threads
             runner = load_engine(engine, store.folder(engine), sources, threads)

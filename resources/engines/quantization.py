@@ -1,0 +1,392 @@
+"""int8 matrix products in a graph that was fused for ONNX Runtime.
+
+Weights are symmetric signed int8, one scale a column; activations asymmetric unsigned int8, one scale a tensor, which
+is computed as they come (dynamic) or fixed beforehand on real text (static). Written with ONNX Runtime's own operators
+for it (`DynamicQuantizeMatMul`, `MatMulIntegerToFloat`), so that no optimizer has to find a pattern again, and what
+the ladder tries is, kernel by kernel, what is served.
+
+Activations of transformers have a few channels much larger than all others, which leave few of the 256 steps to those.
+So the largest are divided out of the activations and into the rows of the weight, as SmoothQuant does
+(https://arxiv.org/abs/2211.10438); how far, each matrix decides by the error it makes on real text. Of all-MiniLM-L6-v2
+this lifts the worst cosine of the int8 engine with its second feed-forward matrices in fp32 from .970 to .990.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from resources.engines.ladder import Operator
+from resources.errors import EngineError
+
+CONTRIB = "com.microsoft"
+#: Narrower matrices (the head of a classifier, say) cost nothing in fp32 and much in int8.
+NARROWEST = 16
+#: Exponents of SmoothQuant that are tried; 0 is no smoothing.
+_STRENGTHS = (0.0, 0.5, 0.6, 0.7, 0.8)
+#: No smoothing costs one operator less, so smoothing has to be this much better.
+_WORTH_SMOOTHING = 0.9
+_SAMPLED_TOKENS = 384
+#: The switches of the trial graph, bool `[operators]`: true runs in int8.
+SWITCHES = "refinery_switches"
+
+
+class Run(Protocol):
+    """Outputs of those names for one batch of inputs."""
+
+    def __call__(self, names: Sequence[str], batch: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What real text does to the input of a matrix: range of each channel, fp32 `[rows]`, and some tokens of it."""
+
+    low: np.ndarray
+    high: np.ndarray
+    sample: np.ndarray
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight `[rows, columns]` in int8, with what its input is multiplied by before it (None: nothing).
+
+    scale: fp32 `[columns]`; input_scale, input_zero_point: of a static input, else None.
+    error: relative error of the product on the sampled tokens.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    smoothing: np.ndarray | None
+    input_scale: np.ndarray | None
+    input_zero_point: np.ndarray | None
+    error: float
+
+
+def prepare(model: ir.Model) -> None:
+    """Make a fused graph fit for what follows: every node has a name, and the three weights of an attention are one."""
+    for number, node in enumerate(model.graph):
+        node.name = node.name or f"{node.op_type}_{number}"
+        if node.op_type == "Attention" and node.domain == CONTRIB:
+            _pack(model, node)
+    _drop_unused(model)
+
+
+def find_operators(model: ir.Model) -> list[Operator]:
+    """The matrix products that can run in int8, in the order of the graph."""
+    found: dict[str, tuple[tuple[int, ...], list[ir.Node]]] = {}
+    for node in model.graph:
+        matrix = _matrix(node)
+        if matrix is not None and min(_array(matrix).shape) >= NARROWEST:
+            found.setdefault(str(matrix.name), (_array(matrix).shape, []))[1].append(node)
+    names = _unique([_module_path(nodes[0]) for _, nodes in found.values()])
+    return [
+        Operator(name, rows, columns, tuple(str(node.name) for node in nodes))
+        for name, ((rows, columns), nodes) in zip(names, found.values(), strict=True)
+    ]
+
+
+def watched_graph(model: ir.Model, operators: Sequence[Operator]) -> tuple[ir.Model, dict[str, list[str]]]:
+    """A copy that also answers what goes into each operator, and the names of those outputs by operator."""
+    copy = model.clone()
+    nodes = _by_name(copy)
+    watched = {operator.name: [nodes[name].inputs[0] for name in operator.nodes] for operator in operators}
+    known = {value.name for value in copy.graph.outputs}
+    for value in {value.name: value for values in watched.values() for value in values}.values():
+        if value.name not in known:
+            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+            copy.graph.outputs.append(value)
+    return copy, {name: [value.name for value in values] for name, values in watched.items()}
+
+
+def watch(
+    run: Run, watched: dict[str, list[str]], batches: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, Activations]:
+    """What the batches do to the operators' inputs. Raises EngineError where that is not finite."""
+    names = list(dict.fromkeys(name for values in watched.values() for name in values))
+    seen: dict[str, Activations] = {}
+    each = max(1, -(-_SAMPLED_TOKENS // len(batches)))
+    for batch in batches:
+        for name, answer in zip(names, run(names, batch), strict=True):
+            tokens = answer.reshape(-1, answer.shape[-1])
+            # The first token is the one whose channels differ most from all others'.
+            some = tokens[np.unique(np.linspace(0, len(tokens) - 1, each).astype(int))]
+            new = Activations(tokens.min(axis=0), tokens.max(axis=0), some)
+            seen[name] = _joined([seen[name], new]) if name in seen else new
+    for name, activations in seen.items():
+        if not (np.isfinite(activations.low).all() and np.isfinite(activations.high).all()):
+            raise EngineError(f"The graph computes NaN or infinity before it is quantized, in {name!r}.")
+    return {operator: _joined([seen[name] for name in values]) for operator, values in watched.items()}
+
+
+def _joined(parts: Sequence[Activations]) -> Activations:
+    return Activations(
+        np.minimum.reduce([part.low for part in parts]),
+        np.maximum.reduce([part.high for part in parts]),
+        np.concatenate([part.sample for part in parts]),
+    )
+
+
+def quantize_weight(weight: np.ndarray, activations: Activations, *, static: bool) -> Int8Weight:
+    """The int8 form of a weight `[rows, columns]`, smoothed as far as is best on the sampled tokens."""
+    weight = weight.astype(np.float32)
+    exact = activations.sample @ weight
+    norm = float(np.linalg.norm(exact)) or 1.0
+    largest = np.maximum(np.abs(activations.low), np.abs(activations.high))
+    best: Int8Weight | None = None
+    for strength in _STRENGTHS:
+        smoothing = _smoothing(largest, weight, strength)
+        found = _quantized(weight, activations, smoothing, static=static)
+        inputs = activations.sample if smoothing is None else activations.sample * smoothing
+        low, high = _input_range(activations, smoothing) if static else (inputs.min(), inputs.max())
+        product = _rounded(inputs, *_input_scale(low, high)) @ (found.values.astype(np.float32) * found.scale)
+        error = float(np.linalg.norm(product - exact)) / norm
+        if best is None or error < best.error * (_WORTH_SMOOTHING if best.smoothing is None else 1.0):
+            best = Int8Weight(**{**vars(found), "error": error})
+    assert best is not None
+    return best
+
+
+def _smoothing(largest: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray | None:
+    """What each channel of the input is multiplied by, fp32 `[rows]`, with 1 as its geometric mean."""
+    if strength == 0.0:
+        return None
+    tiny = np.float32(1e-5)
+    divisor = np.maximum(largest, tiny) ** strength / np.maximum(np.abs(weight).max(axis=1), tiny) ** (1 - strength)
+    smoothing: np.ndarray = np.exp(np.log(divisor).mean() - np.log(divisor)).astype(np.float32)
+    return smoothing
+
+
+def _quantized(
+    weight: np.ndarray, activations: Activations, smoothing: np.ndarray | None, *, static: bool
+) -> Int8Weight:
+    smoothed = weight if smoothing is None else weight / smoothing[:, None]
+    # A column of zeros has any scale.
+    scale = (np.maximum(np.abs(smoothed).max(axis=0), 1e-12) / 127).astype(np.float32)
+    values = np.clip(np.round(smoothed / scale), -127, 127).astype(np.int8)
+    if not static:
+        return Int8Weight(values, scale, smoothing, None, None, 0.0)
+    step, zero = _input_scale(*_input_range(activations, smoothing))
+    return Int8Weight(values, scale, smoothing, np.array(step, np.float32), np.array(zero, np.uint8), 0.0)
+
+
+def _input_range(activations: Activations, smoothing: np.ndarray | None) -> tuple[float, float]:
+    factor = np.float32(1) if smoothing is None else smoothing
+    return float((activations.low * factor).min()), float((activations.high * factor).max())
+
+
+def _input_scale(low: float, high: float) -> tuple[float, int]:
+    """Step and zero point of unsigned int8 for values between low and high; zero is always one of the steps."""
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    step = (high - low) / 255 or 1.0
+    return step, round(-low / step)
+
+
+def _rounded(values: np.ndarray, step: float, zero: int) -> np.ndarray:
+    result: np.ndarray = ((np.clip(np.round(values / step) + zero, 0, 255) - zero) * step).astype(np.float32)
+    return result
+
+
+def weights_of(model: ir.Model, operators: Sequence[Operator]) -> dict[str, np.ndarray]:
+    """Each operator's weight, fp32 `[rows, columns]`."""
+    nodes = _by_name(model)
+    matrices = {operator.name: nodes[operator.nodes[0]].inputs[1] for operator in operators}
+    return {name: _array(matrix) for name, matrix in matrices.items() if matrix is not None}
+
+
+def quantize(
+    model: ir.Model, operators: Sequence[Operator], weights: Mapping[str, Int8Weight], kept: Collection[str]
+) -> ir.Model:
+    """A copy with all operators in int8 but those whose names are in `kept`."""
+    copy = model.clone()
+    nodes = _by_name(copy)
+    for operator in operators:
+        if operator.name in kept:
+            continue
+        constants = _constants(copy, operator.name, weights[operator.name])
+        for name in operator.nodes:
+            node = nodes[name]
+            new, output = _int8_nodes(node, constants)
+            output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
+            copy.graph.insert_before(node, new)
+            ir.convenience.replace_all_uses_with(node.outputs[0], output, replace_graph_outputs=True)
+            copy.graph.remove(node, safe=True)
+    _drop_unused(copy)
+    return copy
+
+
+def switched_graph(model: ir.Model, operators: Sequence[Operator], weights: Mapping[str, Int8Weight]) -> ir.Model:
+    """A copy in which each operator runs in int8 or as it was, as its place in the input `SWITCHES` says.
+
+    So every trial of the ladder runs on one loaded graph, and costs no more than its texts.
+    """
+    copy = model.clone()
+    nodes = _by_name(copy)
+    switches = ir.val(SWITCHES, ir.DataType.BOOL, [len(operators)])
+    copy.graph.inputs.append(switches)
+    for number, operator in enumerate(operators):
+        constants = _constants(copy, operator.name, weights[operator.name])
+        place = _initializer(copy, f"{SWITCHES}_{number}", np.array(number, dtype=np.int64))
+        switch = ir.node("Gather", [switches, place], {"axis": 0}, name=f"{SWITCHES}_{number}_taken")
+        switch.outputs[0].name = switch.name
+        copy.graph.insert_before(nodes[operator.nodes[0]], switch)
+        for name in operator.nodes:
+            node = nodes[name]
+            new, output = _int8_nodes(node, constants)
+            same = ir.node(
+                node.op_type,
+                node.inputs,
+                dict(node.attributes),
+                domain=node.domain,
+                num_outputs=1,
+                name=f"{name}_as_is",
+            )
+            same.outputs[0].name = f"{name}_as_is"
+            branches = {
+                "then_branch": ir.Graph([], [output], nodes=new, name=f"{name}_int8"),
+                "else_branch": ir.Graph([], [same.outputs[0]], nodes=[same], name=f"{name}_as_it_was"),
+            }
+            choice = ir.node("If", [switch.outputs[0]], branches, name=f"{name}_choice")
+            choice.outputs[0].name = choice.name
+            copy.graph.insert_before(node, choice)
+            ir.convenience.replace_all_uses_with(node.outputs[0], choice.outputs[0], replace_graph_outputs=True)
+            copy.graph.remove(node, safe=True)
+    _drop_unused(copy)
+    return copy
+
+
+def _pack(model: ir.Model, node: ir.Node) -> None:
+    """Fold the three weights of a fused attention into the one that it reads."""
+    value = node.inputs[1]
+    producer = value.producer() if value is not None else None
+    if value is None or producer is None or producer.op_type != "Concat":
+        return
+    parts = [item for item in producer.inputs if item is not None and item.is_initializer()]
+    if len(parts) < len(producer.inputs):
+        return
+    packed = np.concatenate([_array(item) for item in parts], axis=-1)
+    node.replace_input_with(1, _initializer(model, f"{node.name}_weight", packed))
+    if not value.uses():
+        model.graph.remove(producer, safe=True)
+
+
+def _matrix(node: ir.Node) -> ir.Value | None:
+    """The constant `[rows, columns]` that the node multiplies its first input with, if that can be done in int8."""
+    product = node.op_type == "MatMul" and node.domain == ""
+    attention = node.op_type == "Attention" and node.domain == CONTRIB and _plain_attention(node)
+    value = node.inputs[1] if product or attention else None
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return value if value.dtype == ir.DataType.FLOAT and len(value.const_value.shape) == 2 else None
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None, f"{value.name} is no constant"
+    return value.const_value.numpy()
+
+
+def _plain_attention(node: ir.Node) -> bool:
+    """Whether it is what MultiHeadAttention computes of three projections of one width, and nothing beyond."""
+    sizes = node.attributes.get("qkv_hidden_sizes")
+    equal = sizes is None or len(set(sizes.as_ints())) == 1
+    simple = not {"unidirectional", "do_rotary", "past_present_share_buffer"} & {
+        name for name, item in node.attributes.items() if item.type == ir.AttributeType.INT and item.as_int()
+    }
+    given = _attention_inputs(node)
+    alone = all(given[name] is None for name in ("mask_index", "past", "past_sequence_length"))
+    return equal and simple and alone and all(not output.uses() for output in node.outputs[1:])
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """An operator's int8 weight as values of a graph."""
+
+    values: ir.Value
+    scale: ir.Value
+    smoothing: ir.Value | None
+    input_scale: ir.Value | None
+    input_zero_point: ir.Value | None
+
+
+def _constants(model: ir.Model, name: str, weight: Int8Weight) -> _Constants:
+    def constant(part: str, value: Any) -> ir.Value | None:
+        return None if value is None else _initializer(model, f"{name}.{part}", value)
+
+    parts = {part: constant(part, getattr(weight, part)) for part in vars(weight) if part != "error"}
+    return _Constants(**parts)
+
+
+def _int8_nodes(node: ir.Node, weight: _Constants) -> tuple[list[ir.Node], ir.Value]:
+    """Nodes that compute in int8 what the node computes, and their last value."""
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **more: Any) -> ir.Node:
+        name = f"{node.name}_int8_{len(nodes)}_{op_type}"
+        nodes.append(ir.node(op_type, inputs, more.pop("attributes", None), domain=domain, name=name, **more))
+        for number, output in enumerate(nodes[-1].outputs):
+            output.name = f"{name}_{number}"
+        return nodes[-1]
+
+    value = node.inputs[0]
+    if weight.smoothing is not None:
+        value = add("Mul", [value, weight.smoothing]).outputs[0]
+    if weight.input_scale is None:
+        product = add("DynamicQuantizeMatMul", [value, weight.values, weight.scale], CONTRIB)
+    else:
+        steps = add("QuantizeLinear", [value, weight.input_scale, weight.input_zero_point]).outputs[0]
+        inputs = [steps, weight.values, weight.input_scale, weight.scale, weight.input_zero_point]
+        product = add("MatMulIntegerToFloat", inputs, CONTRIB)
+    if node.op_type == "MatMul":
+        return nodes, product.outputs[0]
+    parts = add("Split", product.outputs, attributes={"axis": -1, "num_outputs": 3}, num_outputs=3)
+    given = _attention_inputs(node)
+    same = {name: item for name, item in node.attributes.items() if name in ("num_heads", "scale", "mask_filter_value")}
+    inputs = [*parts.outputs, given["bias"], None, given["attention_bias"]]
+    return nodes, add("MultiHeadAttention", inputs, CONTRIB, attributes=same).outputs[0]
+
+
+def _attention_inputs(node: ir.Node) -> dict[str, ir.Value | None]:
+    """What goes into `com.microsoft.Attention`, by the names of its schema."""
+    names = ("input", "weights", "bias", "mask_index", "past", "attention_bias", "past_sequence_length")
+    return dict(zip(names, [*node.inputs, *[None] * len(names)], strict=False))
+
+
+def _initializer(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
+    result = ir.Value(name=name, const_value=ir.tensor(value, name=name))
+    result.shape, result.type = ir.Shape(value.shape), ir.TensorType(ir.DataType.from_numpy(value.dtype))
+    model.graph.register_initializer(result)
+    return result
+
+
+def _drop_unused(model: ir.Model) -> None:
+    """Remove weights that nothing reads any more."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+
+
+def _by_name(model: ir.Model) -> dict[str, ir.Node]:
+    return {node.name: node for node in model.graph if node.name}
+
+
+def _module_path(node: ir.Node) -> str:
+    """The module of the checkpoint that the node comes from, as PyTorch names it; else the node's own name.
+
+    The exporter's `namespace`: `path: class` from the outermost module to the operator itself, with slashes between.
+    """
+    namespace = node.metadata_props.get("namespace", "")
+    modules = [part.split(": ", 1)[0] for part in namespace.split("/")[:-1]]
+    return modules[-1] if modules and modules[-1] else str(node.name)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names, those that come more than once numbered."""
+    counts: dict[str, int] = {}
+    result = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        result.append(name if names.count(name) == 1 else f"{name}#{counts[name]}")
+    return result

@@ -1,0 +1,74 @@
+"""What a builder asks about accuracy while it builds: rows to calibrate on, and which gates an engine would miss.
+
+Lives in child processes only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from resources.artifacts.records import Checkpoint
+from resources.evaluation.answering import Run, answer_items
+from resources.evaluation.batches import plan_batches
+from resources.evaluation.benchmark import measure_accuracy, missed_gates
+from resources.evaluation.goal import Goal
+from resources.evaluation.reference import read_evaluation_set
+from resources.pipelines import open_pipeline
+from resources.pipelines.base import Row
+from resources.tasks import TASKS
+
+#: Calibration sees every second request only, so that half of those that judge an engine are new to it.
+CALIBRATION_PERIOD = 2
+MOST_CALIBRATION_ROWS = 128
+SCREENING_ROWS = 24
+_SCREENING_BATCH = 8
+#: A built engine must keep this share of the way from each gate to perfection in reserve: on the server the same texts
+#: come in other company, and an answer of dynamically quantized matrices depends on it.
+RESERVE = 0.2
+
+
+class Examiner:
+    """The evaluation set of one checkpoint, opened."""
+
+    def __init__(self, goal: Goal, checkpoint: Checkpoint, checkpoint_folder: Path, width: int) -> None:
+        self._known = read_evaluation_set(goal.evaluation_folder)
+        self._pipeline = open_pipeline(str(checkpoint_folder))
+        self._task, self._settings = TASKS[checkpoint.task], checkpoint.settings
+        self._gates, self._max_batch_size, self._width = goal.gates.tightened(RESERVE), goal.max_batch_size, width
+
+    def misses(self, run: Run) -> list[str]:
+        """The gates that the engine misses, with some reserve, each as a sentence."""
+        bucket = self._pipeline.encoder.bucket
+        answered = answer_items(
+            self._pipeline,
+            run,
+            self._known.items,
+            lambda lengths: plan_batches(lengths, bucket, self._max_batch_size),
+            per_token=self._task.per_token,
+            width=self._width,
+        )
+        accuracy = measure_accuracy(self._task, self._settings, self._known, answered.answers, answered.broken)
+        return missed_gates(self._task, accuracy, self._gates)
+
+    def calibration_batches(self) -> list[dict[str, np.ndarray]]:
+        """Rows one at a time and without padding, so that padding says nothing about activations."""
+        rows = self._rows(self._known.items[::CALIBRATION_PERIOD], MOST_CALIBRATION_ROWS)
+        return [self._pipeline.arrays([row], max(1, row.tokens)) for row in rows]
+
+    def screening_batches(self) -> list[tuple[dict[str, np.ndarray], list[int]]]:
+        """A few batches of rows of many lengths, with the tokens of each row."""
+        rows = self._rows(self._known.items, SCREENING_ROWS)
+        batches = []
+        for start in range(0, len(rows), _SCREENING_BATCH):
+            members = rows[start : start + _SCREENING_BATCH]
+            tokens = [row.tokens for row in members]
+            batches.append((self._pipeline.arrays(members, max(1, *tokens)), tokens))
+        return batches
+
+    def _rows(self, items: list[dict[str, str]], most: int) -> list[Row]:
+        """Rows of the items, evenly over their lengths, shortest first."""
+        rows = sorted((row for group in self._pipeline.rows(items) for row in group), key=lambda row: row.tokens)
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))
+        return [rows[index] for index in chosen]

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from assets.checkpoint import length_metadata
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
-from resources.artifacts.records import BenchmarkReport, Engine, EvaluationSet
+from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet
 from resources.catalog import ModelEntry
 from resources.device import describe_device
 from resources.engines import BASELINE, EngineSpec
 from resources.errors import ArtifactError
 from resources.evaluation.champion import make_champion
+from resources.evaluation.shapes import shapes_of
 from resources.reporting import candidate_table, latency_plot, markdown, markdown_image
 from resources.tracking import Tracker
 from resources.workspace import Workspace
@@ -52,6 +54,7 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
         }
         if plot is not None:
             metadata["latency"] = dg.MetadataValue.md(markdown_image(plot, "median latency by shape"))
+        metadata |= length_metadata(store.current(Checkpoint, f"checkpoint/{entry.name}"))
         link = tracker.champion(context.run.run_id, record, reports, table, plot)
         if link is not None:
             metadata["mlflow_run"] = dg.MetadataValue.url(link.url)
@@ -70,7 +73,7 @@ def current_reports(
     store, found = workspace.store, []
     evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
     baseline = store.current(Engine, f"engines/{target}/{BASELINE}/{entry.name}")
-    shapes = {str(shape) for shape in entry.shapes}
+    shapes = {str(shape) for shape in shapes_of(entry, store.current(Checkpoint, f"checkpoint/{entry.name}"))}
     for spec in specs:
         try:
             report = store.current(BenchmarkReport, f"benchmarks/{target}/{spec.name}/{entry.name}")

@@ -6,6 +6,7 @@ from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
 from resources.artifacts.records import Checkpoint
 from resources.checkpoints import collect_checkpoint
+from resources.reporting import length_plot, markdown_image, padding_table
 from resources.workspace import Workspace
 
 
@@ -36,8 +37,22 @@ def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
             "tokenizer_digest": record.tokenizer_digest,
             "allow_pickle": dg.MetadataValue.bool(record.allow_pickle),
             "trust_remote_code": dg.MetadataValue.bool(record.trust_remote_code),
+            **length_metadata(record),
         },
     )
+
+
+def length_metadata(record: Checkpoint) -> dict[str, object]:
+    """Histogram and padding of the sample's rows, where the catalog has a sample."""
+    lengths = record.lengths
+    if lengths is None:
+        return {}
+    title = f"{record.model}: {lengths.rows} rows of {lengths.requests} sampled requests"
+    return {
+        "lengths": dg.MetadataValue.md(markdown_image(length_plot(lengths, title), "rows by tokens")),
+        "padding": dg.MetadataValue.md(padding_table(lengths)),
+        "padding_share": lengths.padding,
+    }
 
 
 @dg.asset_check(asset=checkpoint, partitions_def=models, blocking=True)

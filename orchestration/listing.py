@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestration.settings import read_workspace
+from resources.catalog import ModelEntry
 from resources.errors import ReleaseError
 from resources.triton.layout import current_release, list_releases
 
@@ -17,6 +18,12 @@ def _console() -> Console:
     console = Console()
     # In a file or pipe nothing is as narrow as eighty columns.
     return console if console.is_terminal else Console(width=200)
+
+
+def _shapes(entry: ModelEntry) -> str:
+    if entry.shapes is None:
+        return "as its sample is" if entry.sample else "the usual ones"
+    return ", ".join(str(shape) for shape in entry.shapes)
 
 
 def models(options: Namespace) -> int:
@@ -29,7 +36,7 @@ def models(options: Namespace) -> int:
         for target in workspace.targets:
             release = current_release(workspace.repository(target), entry.name)
             served.append(f"release {release.number}, {release.engine}" if release else "nothing yet")
-        table.add_row(entry.name, entry.task, entry.source, ", ".join(str(s) for s in entry.shapes), *served)
+        table.add_row(entry.name, entry.task, entry.source, _shapes(entry), *served)
     _console().print(table)
     return 0
 

@@ -80,11 +80,14 @@ class ModelEntry(_Strict):
     name: str
     source: str = Field(min_length=1, description="See resources.checkpoints.")
     task: str
-    shapes: Annotated[tuple[ShapeField, ...], Field(min_length=1, strict=False)] = DEFAULT_SHAPES
+    shapes: Annotated[tuple[ShapeField, ...] | None, Field(strict=False)] = Field(
+        default=None, min_length=1, description="Default: those of the sample, else resources.evaluation.shapes."
+    )
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Largest batch that is served.")
     gates: dict[str, float] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict, description="The task's, see resources.tasks.")
     evaluation: str | None = Field(default=None, min_length=1, description="A JSON Lines file of requests.")
+    sample: str | None = Field(default=None, min_length=1, description="The same, for the lengths of requests alone.")
     objective: Objective = "p50"
     benchmark: BenchmarkSettings = BenchmarkSettings()
     ladder: LadderSettings = LadderSettings()
@@ -107,9 +110,9 @@ class ModelEntry(_Strict):
         for engine in self.engines or ():
             if engine not in known:
                 raise ValueError(f"engines: {engine!r} is not one of {', '.join(known)}")
-        if len(set(self.shapes)) != len(self.shapes):
+        if len(set(self.shapes or ())) != len(self.shapes or ()):
             raise ValueError("shapes: one shape is listed twice")
-        for shape in self.shapes:
+        for shape in self.shapes or ():
             if shape.batch > self.max_batch_size:
                 raise ValueError(
                     f"shapes: {shape} is a larger batch than is served (max_batch_size {self.max_batch_size}); raise "
@@ -244,10 +247,10 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
 def _anchored(entry: ModelEntry, path: Path) -> ModelEntry:
     """The entry with its paths made absolute: `./x` in a models file means beside that file."""
     changed = {}
-    for field in ("source", "evaluation"):
+    for field in ("source", "evaluation", "sample"):
         value = getattr(entry, field)
-        # What begins otherwise may be a Hub id; an evaluation is always a file.
-        if value is None or not (field == "evaluation" or value.startswith((".", "~"))):
+        # What begins otherwise may be a Hub id; the others are always files.
+        if value is None or not (field != "source" or value.startswith((".", "~"))):
             continue
         try:
             changed[field] = str((path.resolve().parent / Path(value).expanduser()).resolve())
@@ -285,7 +288,7 @@ def write_entry(entry: ModelEntry, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{entry.name}.yaml"
     data = entry.model_dump(mode="json", exclude_defaults=True)
-    if entry.shapes != DEFAULT_SHAPES:
+    if entry.shapes is not None:
         data["shapes"] = [str(shape) for shape in entry.shapes]
     draft = path.with_suffix(".tmp")
     draft.write_text(yaml.safe_dump({"models": [data]}, sort_keys=False), encoding="utf-8")

@@ -6,10 +6,15 @@ import base64
 import io
 from collections.abc import Sequence
 
-from resources.artifacts.records import BenchmarkReport, CandidateVerdict, Latency
+from resources.artifacts.records import BenchmarkReport, CandidateVerdict, Latency, LengthProfile
 from resources.engines import BASELINE
 
-_COLOURS = {"torch": "#9aa0a6", "onnxruntime_fp32": "#1a73e8", "onnxruntime_int8": "#188038"}
+_COLOURS = {
+    "torch": "#9aa0a6",
+    "onnxruntime_fp32": "#1a73e8",
+    "onnxruntime_int8": "#188038",
+    "onnxruntime_int8_static": "#f9ab00",
+}
 
 
 def tail(latency: Latency) -> str:
@@ -117,6 +122,41 @@ def latency_plot(reports: Sequence[BenchmarkReport], title: str) -> bytes | None
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def length_plot(lengths: LengthProfile, title: str) -> bytes:
+    """A PNG: how many rows have how many tokens, with the buckets that they are padded to."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    tokens, rows = zip(*lengths.counts, strict=True)
+    longest = lengths.bucket(tokens[-1])
+    step = max(1, -(-longest // 64))
+    axes.hist(tokens, bins=range(0, longest + step, step), weights=rows, color="#4c78a8")
+    for bucket in lengths.buckets:
+        if bucket <= longest:
+            axes.axvline(bucket, color="#e45756", linewidth=1, linestyle="--")
+            axes.annotate(f" {bucket}", (bucket, axes.get_ylim()[1]), ha="left", va="top", fontsize=7, color="#e45756")
+    axes.set_xlabel("tokens a row; dashed: what rows are padded to")
+    axes.set_ylabel("rows")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def padding_table(lengths: LengthProfile) -> str:
+    """Markdown: what share of an engine's tokens would be padding, by what rows are padded to."""
+    rows = [
+        ["its own buckets: " + ", ".join(map(str, lengths.buckets)), f"{lengths.padding:.1%}"],
+        ["the usual buckets", f"{lengths.padding_of_standard_buckets:.1%}"],
+        [f"one length, {lengths.buckets[-1]}", f"{lengths.padding_of_one_length:.1%}"],
+    ]
+    return markdown(["rows padded to", "share of padding"], rows)
 
 
 def markdown_image(png: bytes, caption: str) -> str:

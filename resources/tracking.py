@@ -18,6 +18,7 @@ from resources.artifacts.fingerprint import library_versions
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine
 from resources.errors import TrackingError
 from resources.locks import file_lock
+from resources.reporting import length_plot
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -192,10 +193,7 @@ class Tracker:
         client.log_text(parent.run_id, table, "candidates.md")
         client.log_dict(parent.run_id, {"verdicts": [v.model_dump() for v in champion.verdicts]}, "verdicts.json")
         if plot is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "latency.png"
-                path.write_bytes(plot)
-                client.log_artifact(parent.run_id, str(path))
+            self._log_picture(parent.run_id, "latency.png", plot)
         metrics = {"champion_score": champion.score, **speedups(best)}
         self._log(parent.run_id, {"objective": champion.objective}, metrics)
         tags = {
@@ -257,8 +255,12 @@ class Tracker:
                 "allow_pickle": checkpoint.allow_pickle,
                 "trust_remote_code": checkpoint.trust_remote_code,
             },
-            {"checkpoint_bytes": float(checkpoint.weights_bytes)},
+            {"checkpoint_bytes": float(checkpoint.weights_bytes), **_length_metrics(checkpoint)},
         )
+        if checkpoint.lengths is not None:
+            title = f"{checkpoint.model}: rows of {checkpoint.lengths.requests} sampled requests"
+            self._log_picture(run.info.run_id, "lengths.png", length_plot(checkpoint.lengths, title))
+            client.log_dict(run.info.run_id, checkpoint.lengths.model_dump(), "lengths.json")
         return RunLink(run.info.run_id, self._url(experiment, run.info.run_id))
 
     @staticmethod
@@ -309,6 +311,12 @@ class Tracker:
             params=[Param(name, str(value)[:_LONGEST_PARAMETER]) for name, value in parameters.items()],
         )
 
+    def _log_picture(self, run_id: str, name: str, png: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(png)
+            self._client().log_artifact(run_id, str(path))
+
     def _recall(self, name: str) -> RunLink | None:
         try:
             data = json.loads((self._folder / "links" / f"{name}.json").read_text())
@@ -344,6 +352,18 @@ class Tracker:
                 client.search_experiments(max_results=1)
             self._known_client = client
         return self._known_client
+
+
+def _length_metrics(checkpoint: Checkpoint) -> dict[str, float]:
+    """What the sample says about lengths: tokens a row, and the share of all tokens that is padding."""
+    lengths = checkpoint.lengths
+    if lengths is None:
+        return {}
+    return {
+        "tokens_p50": float(lengths.percentile(0.5)),
+        "tokens_p95": float(lengths.percentile(0.95)),
+        "padding_share": lengths.padding,
+    }
 
 
 def candidate_metrics(engine: Engine, report: BenchmarkReport) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from resources.catalog import DEFAULT_SHAPES, BenchmarkSettings, ModelEntry, check_name, load_catalog, write_entry
+from resources.catalog import BenchmarkSettings, ModelEntry, check_name, load_catalog, write_entry
 from resources.errors import CatalogError
 
 MODEL = "  - name: m\n    source: org/model\n    task: embedding\n"
@@ -20,7 +20,7 @@ def test_the_default_file_holds_the_real_checkpoint():
 
     (entry,) = load_catalog(DEFAULT_CATALOG).models
     assert (entry.name, entry.task) == ("all-minilm-l6-v2", "embedding")
-    assert [str(shape) for shape in entry.shapes] == ["1x16", "1x128", "8x128", "32x128"]
+    assert entry.shapes is None
     assert entry.max_batch_size == 32
     assert entry.objective == "p50"
     assert entry.benchmark.seconds == 45
@@ -113,7 +113,9 @@ def test_every_field_can_be_given(tmp_path):
         ("models:\n" + MODEL + "    shapes: [0x16]\n", ["shapes.0", "YAML reads 0x16 as the number 22", "8x128"]),
         ("models:\n" + MODEL + "    shapes: [8X128]\n", ["shapes.0", "'8X128' is not a shape"]),
         ("models:\n" + MODEL + "    shapes: 8x128\n", ["shapes: must be a list", "'8x128'"]),
-        ("models:\n" + MODEL + "    max_batch_size: 8\n", ["32x128", "max_batch_size 8", "list the shapes"]),
+        ("models:\n" + MODEL + "    max_batch_size: 8\n    shapes: [32x128]\n", ["32x128", "max_batch_size 8"]),
+        ("models:\n" + MODEL + "    ladder: {tries: 3}\n", ["ladder.tries: no such field; there are trials, seconds"]),
+        ("models:\n" + MODEL + "    ladder: {trials: -1}\n", ["ladder.trials", "given: -1"]),
         ("models:\n" + MODEL + "    max_batch_size: true\n", ["max_batch_size", "integer"]),
         ("models:\n" + MODEL + "    gates: {cosine_mean: '0.9'}\n", ["gates.cosine_mean", "number"]),
         ("models:\n" + MODEL + "    gates: {cosine_mean: .nan}\n", ["gates.cosine_mean", "finite"]),
@@ -237,4 +239,4 @@ def test_one_name_in_two_files(tmp_path):
 def test_defaults_are_not_written_down(tmp_path):
     path = write_entry(ModelEntry(name="m", source="a/b", task="embedding"), tmp_path)
     assert "shapes" not in path.read_text()
-    assert load_catalog(path).get("m").shapes == DEFAULT_SHAPES
+    assert load_catalog(path).get("m").shapes is None

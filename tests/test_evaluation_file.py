@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from resources.artifacts.records import Checkpoint
 from resources.catalog import load_catalog
 from resources.errors import CatalogError
-from resources.evaluation.reference import requests_of
+from resources.evaluation.requests import evaluation_requests, sampled_requests
 from resources.tasks import TASKS
 from resources.tasks.grading import exact_match, micro_f1, ndcg_at_10, spearman, word_f1
 from tests.conftest import entry_for
@@ -160,37 +159,46 @@ def test_the_measures_themselves():
     assert word_f1([""], "") == 1.0
 
 
-def checkpoint_of(task, **settings):
-    fields = dict.fromkeys(("digest", "source", "revision", "architecture", "weights_digest", "tokenizer_digest"), "x")
-    more = {"labels_digest": "x", "pipeline_digest": "x", "output": "x", "max_tokens": 64, "weights_bytes": 1}
-    return Checkpoint(model="m", task=task, settings=settings, **fields, **more)
+READERS = {
+    "evaluation": lambda entry: evaluation_requests(entry, {}),
+    "sample": lambda entry: sampled_requests(entry, {}, most=1000),
+}
 
 
+@pytest.mark.parametrize("field", READERS)
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
         (['{"text": "a"}', '{"text": '], "line 2: Expecting value"),
         (['{"text": "a"}', "", '["a"]'], "line 3: it is no JSON object"),
         (['{"text": 3}'], "line 1: 'text' is not there, or is no text"),
-        (['{"text": "a"}'] * 19, "holds 19 requests; accuracy needs at least 20"),
+        (['{"text": "a"}'] * 19, "holds 19 requests; at least 20 are needed"),
         ([], "holds 0 requests"),
     ],
 )
-def test_a_broken_file_names_its_line(tmp_path, lines, said):
+def test_a_broken_file_names_its_line(tmp_path, lines, said, field):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(CatalogError) as caught:
-        requests_of(entry_for("/x", name="m", evaluation=str(path)), checkpoint_of("embedding"))
-    assert str(caught.value).startswith(f"m: evaluation: {path}")
+        READERS[field](entry_for("/x", name="m", **{field: str(path)}))
+    assert str(caught.value).startswith(f"m: {field}: {path}")
     assert said in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
+@pytest.mark.parametrize("field", READERS)
+def test_a_file_that_cannot_be_read(tmp_path, field):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n' * 30)
     for name in ("absent.jsonl", "latin.jsonl"):
-        entry = entry_for("/x", name="m", evaluation=str(tmp_path / name))
-        with pytest.raises(CatalogError, match=rf"m: evaluation: .*{name} cannot be read"):
-            requests_of(entry, checkpoint_of("embedding"))
+        entry = entry_for("/x", name="m", **{field: str(tmp_path / name)})
+        with pytest.raises(CatalogError, match=rf"m: {field}: .*{name} cannot be read"):
+            READERS[field](entry)
+
+
+def test_a_line_may_hold_unicode_s_line_separators(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{n} \u2028 \x85 end"}, ensure_ascii=False) for n in range(20)))
+    items, _ = evaluation_requests(entry_for("/x", evaluation=str(path)), {})
+    assert items[3] == {"TEXT": "3 \u2028 \x85 end"}
 
 
 def test_the_file_lies_beside_the_models_file(tmp_path):
@@ -207,10 +215,18 @@ def test_right_answers_are_measured_for_every_engine(made_checkpoint, workspace,
     path = tmp_path / "mine.jsonl"
     lines = [{"text": f"text number {number} of {number * 7 % 11}", "label": "ab"[number % 2]} for number in range(24)]
     path.write_text("\n".join(json.dumps(line) for line in lines))
-    fields = {"task": "classification", "shapes": ["1x16"], "engines": ["onnxruntime_fp32"], "evaluation": str(path)}
+    # The same file says how long requests are: what is benchmarked and what serves follows from it.
+    files = {"evaluation": str(path), "sample": str(path)}
+    fields = {"task": "classification", "shapes": None, "engines": ["onnxruntime_fp32"], **files}
     add_entry(ready, entry_for(made_checkpoint(labels=("a", "b")), **fields))
     outcome = run_job(ready, "tiny")
     assert outcome.success, outcome.messages
+    for asset in (("checkpoint",), ("champion", "cpu")):
+        shown = outcome.metadata(*asset)
+        assert shown["lengths"].startswith("![rows by tokens](data:image/png;base64,")
+        assert "its own buckets: 16, 64 |" in shown["padding"]
+    timed = {name for name in outcome.metadata("benchmarks", "cpu", "onnxruntime_fp32") if name.startswith("speedup_")}
+    assert timed == {"speedup_1x16", "speedup_8x16"}
     own = outcome.metadata("benchmarks", "cpu", "torch")["accuracy"]
     assert 0 < own["accuracy"] < 1
     assert outcome.metadata("benchmarks", "cpu", "onnxruntime_fp32")["accuracy"]["accuracy"] == own["accuracy"]

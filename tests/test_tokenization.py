@@ -22,10 +22,12 @@ TEXTS = [
 ]
 
 
+SETTINGS = {"max_tokens": 256, "inputs": ["input_ids", "attention_mask", "token_type_ids"], "pad_id": 0}
+
+
 @pytest.fixture(scope="module")
 def encoder(minilm):
-    inputs = ["input_ids", "attention_mask", "token_type_ids"]
-    return TextEncoder(str(minilm / "tokenizer.json"), max_tokens=256, inputs=inputs, pad_id=0)
+    return TextEncoder(str(minilm / "tokenizer.json"), **SETTINGS)
 
 
 def test_same_ids_as_transformers(encoder, minilm):
@@ -43,16 +45,21 @@ def test_truncation_and_padding_baked_into_the_file_are_cleared(encoder, minilm,
     baked.enable_truncation(8, stride=2, direction="left")
     baked.enable_padding(direction="left", length=64, pad_id=5)
     baked.save(str(tmp_path / "tokenizer.json"))
-    read = TextEncoder(str(tmp_path / "tokenizer.json"), **encoder.settings())
+    read = TextEncoder(str(tmp_path / "tokenizer.json"), **SETTINGS)
     assert [item.ids for item in read.tokens(TEXTS)] == [item.ids for item in encoder.tokens(TEXTS)]
 
 
 def test_settings_are_read_from_the_folder_they_were_written_to(encoder, minilm, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((minilm / "tokenizer.json").read_bytes())
-    (tmp_path / "encoder.json").write_text(json.dumps(encoder.settings()))
+    settings = {**SETTINGS, "strategy": "only_first", "stride": 7, "buckets": [24, 256]}
+    (tmp_path / "encoder.json").write_text(json.dumps(settings))
     read = TextEncoder.from_folder(str(tmp_path))
-    assert read.settings() == encoder.settings()
-    assert read.inputs == encoder.inputs
+    assert {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(read).items()
+        if name in settings
+    } == settings
+    assert [read.bucket(tokens) for tokens in (1, 24, 25, 256)] == [24, 24, 256, 256]
     assert read.vocabulary_size == 30522
 
 

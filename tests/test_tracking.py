@@ -1,10 +1,11 @@
 """MLflow, on a real sqlite store: a parent an optimization, a child a candidate, and nothing for nothing new."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from resources.artifacts.records import Champion, Checkpoint, Engine
+from resources.artifacts.records import Champion, Checkpoint, Engine, LengthProfile
 from resources.errors import TrackingError
 from resources.evaluation.choosing import judge
 from resources.tracking import Tracker
@@ -104,6 +105,39 @@ def test_one_optimization_is_a_parent_with_children(tracker, tmp_path):
     assert version.tags["refinery.release"] == "7"
     assert version.run_id == child.info.run_id
     assert parent.url == f"http://127.0.0.1:5000/#/experiments/{closed.info.experiment_id}/runs/{parent.run_id}"
+
+
+def test_what_was_left_in_higher_precision_and_the_lengths_are_in_the_runs(tracker, tmp_path):
+    from mlflow import MlflowClient
+
+    lengths = LengthProfile(
+        requests=4,
+        counts=((12, 3), (40, 1)),
+        buckets=(16, 128),
+        padding=0.57,
+        padding_of_standard_buckets=0.4,
+        padding_of_one_length=0.8,
+    )
+    sampled = CHECKPOINT.model_copy(update={"lengths": lengths})
+    steps = (
+        "everything in low precision: neighbours 0.9 is below 0.96",
+        "layer.0 in higher precision: every gate is kept",
+    )
+    child = tracker.candidate("run-1", sampled, engine("int8", kept=("layer.0",), steps=steps), report("int8", 2.0), [])
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.get_run(child.run_id).data.params["kept_in_higher_precision"] == "layer.0"
+    assert mlflow_json(client, child.run_id, "precision.json") == {"kept": ["layer.0"], "tried": list(steps)}
+    parent = client.get_run(client.get_run(child.run_id).data.tags["mlflow.parentRunId"])
+    assert parent.data.metrics["padding_share"] == pytest.approx(0.57)
+    assert parent.data.metrics["tokens_p50"] == 12
+    assert parent.data.metrics["tokens_p95"] == 40
+    assert mlflow_json(client, parent.info.run_id, "lengths.json")["counts"] == [[12, 3], [40, 1]]
+    picture = Path(client.download_artifacts(parent.info.run_id, "lengths.png")).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def mlflow_json(client, run, name):
+    return json.loads(Path(client.download_artifacts(run, name)).read_text())
 
 
 def test_an_unchanged_optimization_writes_nothing_and_keeps_its_links(tracker, tmp_path):

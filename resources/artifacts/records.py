@@ -65,6 +65,38 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+class LengthProfile(BaseModel):
+    """How long the engine's rows are for a sample of the user's requests, in tokens, and what padding costs there.
+
+    Shares of padding are of all tokens that the engine gets, rows one at a time, 0 to 1.
+    """
+
+    model_config = _CONFIG
+    requests: int
+    counts: tuple[tuple[int, int], ...] = Field(description="Length and number of rows, shortest first.")
+    buckets: tuple[int, ...] = Field(description="What rows are padded to.")
+    padding: float
+    padding_of_standard_buckets: float = Field(description="With the buckets that a model has without a sample.")
+    padding_of_one_length: float = Field(description="With every row padded to the longest that is served.")
+
+    @property
+    def rows(self) -> int:
+        return sum(count for _, count in self.counts)
+
+    def percentile(self, share: float) -> int:
+        """The smallest length that so large a share of the rows does not exceed."""
+        seen = 0
+        for length, count in self.counts:
+            seen += count
+            if seen >= share * self.rows:
+                return length
+        return self.counts[-1][0]
+
+    def bucket(self, tokens: int) -> int:
+        """What a row of so many tokens is padded to."""
+        return next(size for size in self.buckets if size >= tokens)
+
+
 class Checkpoint(Record):
     """A Hugging Face checkpoint, copied and checked.
 
@@ -86,6 +118,7 @@ class Checkpoint(Record):
     output: str = Field(description="What the engine's output is called.")
     settings: dict[str, Any] = Field(description="The pipeline's.")
     max_tokens: int = Field(description="Longest text that is served, in tokens, special tokens included.")
+    lengths: LengthProfile | None = Field(default=None, description="Of the user's sample, where there is one.")
     allow_pickle: bool = False
     trust_remote_code: bool = False
 

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from resources.artifacts.fingerprint import code_version, digest_of_files, fingerprint, library_versions
-from resources.artifacts.records import Checkpoint, sha256_file
+from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
 from resources.checkpoints.sources import first_line, locate
 from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
-from resources.errors import CheckpointError
+from resources.errors import CatalogError, CheckpointError
+from resources.evaluation.requests import sampled_requests
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.tasks import TASKS, CheckpointFiles, SpecialTokens
 
 ENCODER_FILE = "encoder.json"
+#: A larger sample says nothing more about lengths.
+_MOST_SAMPLED = 20_000
 #: Fields of config.json that say nothing about what the model computes; labels have a digest of their own.
 _NOT_WEIGHTS = ("id2label", "label2id", "_name_or_path", "transformers_version")
 
@@ -58,9 +61,12 @@ def collect_checkpoint(
         content=content,
         task=entry.task,
         options=entry.task_options().model_dump(),
+        sample=_content_of(entry),
         allow_pickle=entry.allow_pickle,
         trust_remote_code=entry.trust_remote_code,
-        code=code_version("resources.checkpoints", "resources.tasks", "resources.pipelines"),
+        code=code_version(
+            "resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests"
+        ),
         libraries=library_versions("transformers", "tokenizers"),
     )
 
@@ -91,6 +97,19 @@ def collect_checkpoint(
         (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
         pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
         (folder / PIPELINE_FILE).write_text(pipeline, encoding="utf-8")
+        lengths = None
+        if entry.sample is not None:
+            items = sampled_requests(entry, settings, _MOST_SAMPLED)
+            lengths, _ = run_isolated(
+                _profile,
+                folder,
+                items,
+                max_tokens,
+                limits=limits,
+                what=f"{entry.name}: tokenizing the sample of requests",
+                log=log,
+            )
+            (folder / ENCODER_FILE).write_text(json.dumps({**encoder, "buckets": lengths.buckets}), encoding="utf-8")
         return Checkpoint(
             digest=digest,
             model=entry.name,
@@ -108,12 +127,33 @@ def collect_checkpoint(
             output=task.output(files),
             settings=settings,
             max_tokens=max_tokens,
+            lengths=lengths,
             allow_pickle=entry.allow_pickle,
             trust_remote_code=entry.trust_remote_code,
             peak_memory_bytes=peak,
         )
 
     return store.get_or_make(Checkpoint, digest, make)
+
+
+def _profile(folder: Path, items: list[dict[str, str]], max_tokens: int) -> LengthProfile:
+    """In the child, because of numpy and of samples of any size."""
+    from resources.checkpoints.lengths import profile_lengths
+    from resources.pipelines import open_pipeline
+
+    return profile_lengths(open_pipeline(str(folder)), items, max_tokens)
+
+
+def _content_of(entry: ModelEntry) -> str | None:
+    """Digest of the sample's bytes; None without a sample. Raises CatalogError."""
+    if entry.sample is None:
+        return None
+    try:
+        return sha256_file(Path(entry.sample))
+    except OSError as error:
+        raise CatalogError(
+            f"{entry.name}: sample: {entry.sample} cannot be read: {error}. Give a JSON Lines file in UTF-8."
+        ) from None
 
 
 def copy_unchanged(model: str, source: Path, place: Path, sha256: str) -> None:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
 from resources.artifacts.records import Accuracy, BenchmarkReport, Disagreement, Engine, EvaluationSet
 from resources.artifacts.store import Made
-from resources.catalog import ModelEntry
+from resources.catalog import ModelEntry, Shape
 from resources.device import describe_device
 from resources.engines import Sources
 from resources.errors import EngineError
 from resources.evaluation.reference import Evaluation, read_evaluation_set
+from resources.evaluation.shapes import shapes_of
 from resources.evaluation.texts import texts_of
 from resources.evaluation.timing import time_shapes
 from resources.isolation import Worker
@@ -42,13 +43,14 @@ def make_benchmark(
 ) -> Made[BenchmarkReport]:
     """The report on one engine. An engine that was not built is skipped; one that breaks is recorded as failed."""
     threads, device = workspace.threads(entry), describe_device(engine.target)
+    shapes = shapes_of(entry, sources.checkpoint)
     digest = fingerprint(
         "benchmark",
         model=entry.name,
         engine=engine.digest,
         baseline=baseline.digest,
         evaluation=evaluation.digest,
-        shapes=[str(shape) for shape in entry.shapes],
+        shapes=[str(shape) for shape in shapes],
         batch=entry.max_batch_size,
         seconds=entry.benchmark.seconds,
         threads=threads,
@@ -76,7 +78,7 @@ def make_benchmark(
             status = "failed" if engine.status == "failed" else "skipped"
             return record.model_copy(update={"status": status, "reason": f"{engine.status}: {engine.reason}"})
         try:
-            return _measure(workspace, entry, engine, baseline, evaluation, sources, record, folder)
+            return _measure(workspace, entry, engine, baseline, evaluation, sources, shapes, record, folder)
         except EngineError as error:
             return record.model_copy(update={"status": "failed", "reason": str(error)})
 
@@ -90,6 +92,7 @@ def _measure(
     baseline: Engine,
     evaluation: EvaluationSet,
     sources: Sources,
+    shapes: Sequence[Shape],
     record: BenchmarkReport,
     folder: Path,
 ) -> BenchmarkReport:
@@ -112,7 +115,7 @@ def _measure(
         with start(engine) as candidate, start(baseline) as rival:
             # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
             seconds = max(entry.benchmark.seconds - (time.monotonic() - started), entry.benchmark.seconds / 4)
-            timings, samples = time_shapes(rival, candidate, texts_of(known.items), entry.shapes, seconds)
+            timings, samples = time_shapes(rival, candidate, texts_of(known.items), shapes, seconds)
         peak = max(peak, candidate.peak_memory_bytes, rival.peak_memory_bytes)
     raw = {shape: asdict(pairs) for shape, pairs in samples.items()}
     (folder / SAMPLES_FILE).write_text(json.dumps(raw))

@@ -12,8 +12,10 @@ from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.checkpoints import checkpoint_files, load_arguments
-from resources.errors import CatalogError, CheckpointError
+from resources.errors import CheckpointError
 from resources.evaluation.batches import equal_length_batches
+from resources.evaluation.requests import evaluation_requests
+from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
 from resources.locks import building
 from resources.tasks import TASKS
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 REFERENCE_NUMBERS = "reference.npy"
 REFERENCE_DOCUMENTS = "reference.json"
 ITEMS_FILE = "items.json"
-#: Fewer say nothing about a gate of .99.
-FEWEST_ITEMS = 20
 _BATCH = 16
 
 
@@ -40,13 +40,8 @@ class _Reference:
 
 def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[EvaluationSet]:
     """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a reference."""
-    for shape in entry.shapes:
-        if shape.sequence > checkpoint.max_tokens:
-            raise CheckpointError(
-                f"{entry.name}: shapes: {shape} is longer than this checkpoint takes ({checkpoint.max_tokens} tokens). "
-                "Shorten it in the models file."
-            )
-    items, right = requests_of(entry, checkpoint)
+    shapes_of(entry, checkpoint)  # before any work: it refuses what the checkpoint cannot take
+    items, right = evaluation_requests(entry, checkpoint.settings)
     digest = fingerprint(
         "evaluation_set",
         model=entry.name,
@@ -111,34 +106,6 @@ def read_evaluation_set(folder: Path) -> Evaluation:
     else:
         reference = json.loads((folder / REFERENCE_DOCUMENTS).read_text(encoding="utf-8"))
     return Evaluation(data["items"], reference, data["right"])
-
-
-def requests_of(entry: ModelEntry, checkpoint: Checkpoint) -> tuple[list[Item], list[Any]]:
-    """The user's requests with their right answers, or the task's own. Raises CatalogError naming file and line."""
-    task = TASKS[checkpoint.task]
-    if entry.evaluation is None:
-        items = task.items(checkpoint.settings)
-        return items, [None] * len(items)
-    path = Path(entry.evaluation)
-    where = f"{entry.name}: evaluation: {path}"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{where} cannot be read: {error}. Give a JSON Lines file in UTF-8.") from None
-    found: list[tuple[Item, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-            if not isinstance(data, dict):
-                raise ValueError("it is no JSON object")
-            found += task.read(checkpoint.settings, data)
-        except ValueError as error:
-            raise CatalogError(f"{where}, line {number}: {error}. Mend the line, or remove it.") from None
-    if len(found) < FEWEST_ITEMS:
-        raise CatalogError(f"{where} holds {len(found)} requests; accuracy needs at least {FEWEST_ITEMS}.")
-    return [item for item, _ in found], [right for _, right in found]
 
 
 def _answer(

@@ -27,6 +27,7 @@ class TextEncoder:
     inputs: which arrays, and in which order: `input_ids`, `attention_mask`, `token_type_ids`.
     strategy: which of two texts is cut: `longest_first`, `only_first`, `only_second`.
     stride: tokens that the pieces of a cut text have in common; see `tokens`.
+    buckets: the lengths that rows are padded to, in order, `max_tokens` the last; default: `buckets_up_to`.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class TextEncoder:
         pad_id: int,
         strategy: str = "longest_first",
         stride: int = 0,
+        buckets: Sequence[int] = (),
     ) -> None:
         self._file = tokenizer_file
         self._tokenizer = _open(tokenizer_file)
         self._tokenizer.enable_truncation(max_length=max_tokens, strategy=strategy, stride=stride)
         self.max_tokens = max_tokens
-        self.buckets = buckets_up_to(max_tokens)
+        self.buckets = tuple(buckets) or buckets_up_to(max_tokens)
         self.inputs = tuple(inputs)
         self.pad_id = pad_id
         self.strategy = strategy
@@ -54,16 +56,6 @@ class TextEncoder:
         """The encoder described by `encoder.json` and `tokenizer.json` in a folder."""
         settings = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
         return cls(str(Path(folder) / "tokenizer.json"), **settings)
-
-    def settings(self) -> dict[str, Any]:
-        """What `encoder.json` holds."""
-        return {
-            "max_tokens": self.max_tokens,
-            "inputs": list(self.inputs),
-            "pad_id": self.pad_id,
-            "strategy": self.strategy,
-            "stride": self.stride,
-        }
 
     def shortened(self, max_tokens: int) -> "TextEncoder":
         """An encoder of single texts with another limit, for batches of an exact length."""

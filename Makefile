@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A file's tests stay in one process and share its fixtures; what is measured waits for the machine's lock.
+PYTEST_FLAGS := -n 3 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: run test test-all check setup ui serve clean
@@ -13,10 +15,11 @@ run: setup  ## optimize the models file's first model, prove it on a real Triton
 	$(BIN)/refinery query all-minilm-l6-v2 "A real checkpoint becomes text answered by a real Triton." "Triton serves the checkpoint."
 
 test: check  ## format, lint, types, then every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-all: check  ## what `make test` runs, and every architecture with every task: about half an hour more
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 3 -m whole
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ test: check  ## format, lint, types, then every test
 
 test-all: check  ## what `make test` runs, and every architecture with every task: about half an hour more
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -n 3 -m whole
+	$(BIN)/python -m pytest -n 3 -m whole --junitxml=.refinery/matrix.xml
 
 check: setup
 	$(BIN)/ruff format --check .

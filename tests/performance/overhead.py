@@ -169,7 +169,7 @@ def main(model: str) -> int:
         f"tools alone {total:.1f} s; refinery optimize {first:.1f} s: {first / total:.2f} times (limit {RATIO_LIMIT})"
     )
     print(
-        f"  of that, benchmarks and ladders {measuring:.1f} s, all else {first - measuring:.1f} s (limit {WORK_LIMIT_S})"
+        f"  of that, benchmarks, ladders {measuring:.1f} s, all else {first - measuring:.1f} s (limit {WORK_LIMIT_S})"
     )
     print(f"again, unchanged: {second:.1f} s, {second / first:.3f} of the first (limit {SECOND_RUN_LIMIT})")
     for name, peak in peaks:

@@ -355,6 +355,29 @@ def test_classification_gates_to_the_last_digit(metrics, missed):
     assert [sentence.split()[0] for sentence in CLASSES.misses(CLASSES_GATED, metrics, CLASSES.gates())] == missed
 
 
+def test_a_part_of_the_items_is_not_held_to_more_than_the_whole():
+    # 2 of 320 differ, and all of them may be among the 96 that are asked; a third one may not.
+    gates, measured = CLASSES.gates(), {"label_agreement": 1 - 2 / 320, "probability_error": 0.04}
+    part = gates.for_some(measured, 96 / 320)
+    kept, missed = ({"label_agreement": 1 - wrong / 96, "probability_error": 0.05} for wrong in (2, 3))
+    assert CLASSES.misses(CLASSES_GATED, kept, gates)
+    assert not CLASSES.misses(CLASSES_GATED, kept, part)
+    assert "label_agreement" in CLASSES.misses(CLASSES_GATED, missed, part)[0]
+    # An engine that agreed everywhere has to go on, and the worst item is as bad as any part's may be.
+    assert gates.for_some({"label_agreement": 1.0}, 0.3) == gates
+    assert part.probability_error == gates.probability_error
+    embedding = EMBEDDING.gates().for_some({"cosine_mean": 0.996, "cosine_worst": 0.991}, 0.3)
+    assert embedding.cosine_worst == 0.99
+    assert embedding.cosine_mean == pytest.approx(1 - 0.004 / 0.3)
+
+
+def test_tightened_gates_keep_some_of_the_way_to_perfect_answers():
+    gates = EMBEDDING.gates().tightened(0.2)
+    assert (gates.cosine_mean, gates.cosine_worst) == (pytest.approx(0.996), pytest.approx(0.992))
+    assert gates.norm_error == pytest.approx(0.08)
+    assert EMBEDDING.gates(cosine_worst=1.0).tightened(0.2).cosine_worst == 1.0
+
+
 def test_gates_can_be_changed():
     metrics = {"cosine_mean": 0.9991, "cosine_worst": 0.995, "neighbours": 0.95, "norm_error": 0.01}
     assert EMBEDDING.misses(EMBEDDING.gate_names({}), metrics, EMBEDDING.gates()) == []

@@ -36,7 +36,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None) -
     kept: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
     if spec.precision == "fp32":
-        _save(fused, model, sources)
+        _save(fused, model, external=sources.graph.external_data)
     elif spec.precision == "int8":
         assert goal is not None, "whoever builds a reduced precision says what it has to reach"
         more, kept, steps = _quantize(fused, spec, sources, goal, model)
@@ -61,8 +61,8 @@ def _fuse(source: Path) -> tuple[onnx_ir.Model, dict[str, int]]:
     return model, {name: int(count) for name, count in counts.items() if count}
 
 
-def _save(model: onnx_ir.Model, path: Path, sources: Sources) -> None:
-    """Write a graph, its weights in a file beside it where those of the exported graph are.
+def _save(model: onnx_ir.Model, path: Path, *, external: bool) -> None:
+    """Write a graph, its weights in a file beside it where `external`.
 
     Exporters write down stack traces, and so the folders of the machine; those are left out.
     """
@@ -70,7 +70,7 @@ def _save(model: onnx_ir.Model, path: Path, sources: Sources) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(model)
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if sources.graph.external_data else None)
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if external else None)
 
 
 def _quantize(
@@ -91,6 +91,7 @@ def _quantize(
         raise EngineError(f"{spec.name}: the graph has no matrix product with a constant weight of 16 columns or more.")
     examiner = Examiner(goal, sources.checkpoint, sources.checkpoint_folder, sources.graph.width)
     trial = target.with_name("trial.onnx")
+    # Each loaded graph is dropped before the next one: together they would take several times the model's memory.
     watching, watched = quantization.watched_graph(fused, operators)
     activations = quantization.watch(_runner(watching, trial, sources).outputs, watched, examiner.calibration_batches())
     static = spec.quantization == "static"
@@ -98,11 +99,11 @@ def _quantize(
         name: quantization.quantize_weight(weight, activations[name], static=static)
         for name, weight in quantization.weights_of(fused, operators).items()
     }
-    trials = _Trials(
-        _runner(quantization.switched_graph(fused, operators, weights), trial, sources), operators, examiner
-    )
+    switched = quantization.switched_graph(fused, operators, weights)
+    trials = _Trials(_runner(switched, trial, sources), operators, examiner)
     outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
-    _save(quantization.quantize(fused, operators, weights, outcome.kept), target, sources)
+    del trials, switched
+    _save(quantization.quantize(fused, operators, weights, outcome.kept), target, external=sources.graph.external_data)
     smoothed = sum(weight.smoothing is not None for weight in weights.values())
     parameters = {
         "quantization": spec.quantization,
@@ -116,7 +117,7 @@ def _quantize(
 def _runner(model: onnx_ir.Model, path: Path, sources: Sources) -> OnnxRuntimeRunner:
     """The graph, loaded from a file that is gone again. With all cores: nothing else is built or measured meanwhile."""
     try:
-        _save(model, path, sources)
+        _save(model, path, external=True)  # or the runtime would hold every weight twice while it loads
         return OnnxRuntimeRunner(path, sources.graph.output, threads=len(os.sched_getaffinity(0)))
     finally:
         for leftover in path.parent.glob(f"{path.name}*"):

@@ -2,7 +2,7 @@
 each of the two lists.
 """
 
-from resources.tasks.base import CheckpointFiles, Gates, Options, SpecialTokens, Task
+from resources.tasks.base import CheckpointFiles, Gates, Metrics, Options, SpecialTokens, Task
 from resources.tasks.classification import ClassificationTask
 from resources.tasks.embedding import EmbeddingTask
 from resources.tasks.fill_mask import FillMaskTask
@@ -24,4 +24,4 @@ TASKS: dict[str, Task] = {
     )
 }
 
-__all__ = ["TASKS", "CheckpointFiles", "Gates", "Options", "SpecialTokens", "Task"]
+__all__ = ["TASKS", "CheckpointFiles", "Gates", "Metrics", "Options", "SpecialTokens", "Task"]

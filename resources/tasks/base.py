@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
 Metrics = dict[str, float]
+#: What two ways of dividing the same counts may differ by.
+_ROUNDING = 1e-9
 
 
 class Gates(BaseModel):
@@ -39,6 +41,20 @@ class Gates(BaseModel):
             values[name] = value + share * (best - value)
         return self.model_copy(update=values)
 
+    def for_some(self, measured: Metrics, share: float) -> Self:
+        """These gates for a part of the items on which an engine's metrics were measured and kept them.
+
+        share: of all items, those that are asked. All that the engine gets wrong may be among them: 2 of 320 are a rate
+        of .994, and 2 of 96 one of .979. Means and rates are bounded by that; what the worst item reaches is not.
+        """
+        values = {}
+        for name, info in type(self).model_fields.items():
+            extra = info.json_schema_extra
+            assert isinstance(extra, dict), "every gate is made by at_least or at_most"
+            if extra["bound"] == "least" and not extra["worst"] and name in measured:
+                values[name] = min(getattr(self, name), 1 - (1 - measured[name]) / share - _ROUNDING)
+        return self.model_copy(update=values)
+
 
 def bound_of(info: FieldInfo) -> str:
     """`least` or `most`: on which side of a gate its metric has to be."""
@@ -47,13 +63,16 @@ def bound_of(info: FieldInfo) -> str:
     return str(extra["bound"])
 
 
-def at_least(value: float, low: float = 0.0) -> Any:
-    """A gate that a metric must reach. At best the metric is 1."""
-    return Field(default=value, ge=low, le=1.0, json_schema_extra={"bound": "least"})
+def at_least(value: float, low: float = 0.0, *, worst: bool = False) -> Any:
+    """A gate that a metric must reach. At best the metric is 1.
+
+    worst: the metric is that of the worst item; else it is a mean or a rate over all of them.
+    """
+    return Field(default=value, ge=low, le=1.0, json_schema_extra={"bound": "least", "worst": worst})
 
 
 def at_most(value: float, high: float | None = None) -> Any:
-    """A gate that a metric must not exceed. At best the metric is 0."""
+    """A gate that a metric, which is that of the worst item, must not exceed. At best the metric is 0."""
     return Field(default=value, ge=0.0, le=high, json_schema_extra={"bound": "most"})
 
 

@@ -38,7 +38,7 @@ class EmbeddingGates(Gates):
     """
 
     cosine_mean: float = at_least(0.995, low=-1.0)
-    cosine_worst: float = at_least(0.99, low=-1.0)
+    cosine_worst: float = at_least(0.99, low=-1.0, worst=True)
     neighbours: float = at_least(0.95)
     norm_error: float = at_most(0.1)
 

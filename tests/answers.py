@@ -43,7 +43,7 @@ def transformers_answers(task: str, folder: Path, items: Sequence[Item], **optio
 
 
 def _span(folder: Path, item: Item, *, stride: int, max_tokens: int, impossible: bool = False) -> dict[str, Any]:
-    """As transformers' question-answering pipeline did it until version 5, with what is left of it."""
+    """As transformers' question-answering pipeline did it in its last version, 4.57.3, with what is left of it."""
     import torch
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer
     from transformers.pipelines.document_question_answering import select_starts_ends
@@ -59,7 +59,7 @@ def _span(folder: Path, item: Item, *, stride: int, max_tokens: int, impossible:
         return_offsets_mapping=True,
     )
     model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
-    best: dict[str, Any] = {"answer": "", "score": 0.0, "start": 0, "end": 0}
+    answers: list[dict[str, Any]] = []
     nothing = 1000000.0
     for number, ids in enumerate(encoded["input_ids"]):
         inputs = {name: torch.tensor([encoded[name][number]]) for name in tokenizer.model_input_names}
@@ -73,18 +73,26 @@ def _span(folder: Path, item: Item, *, stride: int, max_tokens: int, impossible:
             forbidden,
             np.ones_like(forbidden),
             nothing,
+            top_k=2 * 1 + 10,
             handle_impossible_answer=impossible,
         )
         window = encoded.encodings[number]
         assert len(ids) == len(window.ids)
         for first, last, score in zip(starts.tolist(), ends.tolist(), scores.tolist(), strict=True):
-            if score > best["score"]:
+            try:
                 begin = window.word_to_chars(window.token_to_word(first), 1)[0]
                 stop = window.word_to_chars(window.token_to_word(last), 1)[1]
-                best = {"answer": item["CONTEXT"][begin:stop], "score": score, "start": begin, "end": stop}
-    if impossible and nothing > best["score"]:
-        return {"answer": "", "score": nothing, "start": 0, "end": 0}
-    return best
+            except TypeError:  # the first token is no word
+                begin, stop = window.offsets[first][0], window.offsets[last][1]
+            text = item["CONTEXT"][begin:stop]
+            same = [answer for answer in answers if answer["answer"].lower() == text.lower()]
+            if same:
+                same[0]["score"] += score
+            else:
+                answers.append({"answer": text, "score": score, "start": begin, "end": stop})
+    if impossible:
+        answers.append({"answer": "", "score": nothing, "start": 0, "end": 0})
+    return sorted(answers, key=lambda answer: answer["score"], reverse=True)[0]
 
 
 def assert_same(found: Any, expected: Any, tolerance: float = 2e-5) -> None:

@@ -16,7 +16,8 @@ from tests.pipeline import add_entry, run_job
 SOFTMAX = {"activation": "softmax", "labels": ["bad", "good"]}
 SIGMOID = {"activation": "sigmoid", "labels": ["bad", "good"]}
 VALUES = {"activation": "identity", "labels": ["score"]}
-ENTITIES = {"labels": ["O", "B-PER", "I-PER", "LOC"]}
+ENTITIES = {"labels": ["O", "B-PER", "I-PER", "LOC", "event-x"], "aggregation_strategy": "simple"}
+TOKENS = {**ENTITIES, "aggregation_strategy": "none"}
 MASK = {"mask_token": "[MASK]"}
 
 
@@ -35,6 +36,13 @@ MASK = {"mask_token": "[MASK]"}
             {"text": "Sarah", "entities": [{"start": 0, "end": 5, "label": "PER"}]},
             [{"TEXT": "Sarah"}],
             [[[0, 5, "PER"]]],
+        ),
+        (
+            "token-classification",
+            TOKENS,
+            {"text": "Sarah", "entities": [{"start": 0, "end": 5, "label": "B-PER"}]},
+            [{"TEXT": "Sarah"}],
+            [[[0, 5, "B-PER"]]],
         ),
         (
             "question-answering",
@@ -63,10 +71,10 @@ def test_lines(task, settings, line, items, right):
     ("task", "settings", "line", "said"),
     [
         ("embedding", {}, {"txt": "a"}, "'text' is not there"),
-        ("embedding", {}, {"text": "a", "pair": "b", "score": "high"}, "'score' is no number: 'high'"),
+        ("embedding", {}, {"text": "a", "pair": "b", "score": "high"}, "'score' is no finite number: 'high'"),
         ("classification", SOFTMAX, {"text": "a", "label": "fair"}, "'label' is 'fair', and the labels are bad, good"),
         ("classification", SOFTMAX, {"text": "a", "label": ["good", "bad"]}, "exclude each other"),
-        ("classification", VALUES, {"text": "a", "label": True}, "'label' is no number"),
+        ("classification", VALUES, {"text": "a", "label": True}, "'label' is no finite number"),
         ("reranking", {}, {"text": "a"}, "'query' is not there"),
         ("token-classification", ENTITIES, {"text": "a", "entities": [{"start": 0}]}, "start, end and label"),
         ("token-classification", ENTITIES, {"text": "a", "entities": 3}, "start, end and label"),
@@ -74,13 +82,29 @@ def test_lines(task, settings, line, items, right):
             "token-classification",
             ENTITIES,
             {"text": "a", "entities": [{"start": 0, "end": 1, "label": "B-PER"}]},
-            "the labels are LOC, PER",
+            "the labels are LOC, PER, x",
         ),
         ("question-answering", {}, {"question": "q", "context": "c", "answers": "c"}, "'answers' is not a list"),
         ("zero-shot-classification", {}, {"text": "a", "labels": []}, "'labels' is not there"),
         ("zero-shot-classification", {}, {"text": "a", "labels": ["x"], "label": "y"}, "the labels are x"),
         ("fill-mask", MASK, {"text": "a"}, r"holds no mask; write [MASK]"),
         ("fill-mask", MASK, {"text": "[MASK] [MASK]", "answer": "b"}, "holds 2 masks"),
+        ("fill-mask", MASK, {"text": "[MASK] " * 101}, "holds 101 masks; give at most 100"),
+        ("embedding", {}, {"text": "a", "score": 0.5}, "there is no 'pair'"),
+        ("embedding", {}, {"text": "a", "pair": "b", "score": float("nan")}, "no finite number"),
+        ("embedding", {}, {"text": "half \ud83d"}, "'text' holds half of a surrogate pair"),
+        ("reranking", {}, {"query": "q", "text": "a", "relevance": -1}, "'relevance' is -1; the least is 0"),
+        ("zero-shot-classification", {}, {"text": "a", "labels": ["x"] * 1001}, "more than 1000 labels"),
+        ("zero-shot-classification", {}, {"text": "a", "labels": ["\ud800"]}, "half of a surrogate pair"),
+        *(
+            (
+                "token-classification",
+                ENTITIES,
+                {"text": "Sarah", "entities": [{"start": start, "end": end, "label": "PER"}]},
+                "which are no part of the text",
+            )
+            for start, end in ((-3, 5), (0, 6), (3, 3), (4, 2), (0.5, 5), (0, float("inf")), (True, 5))
+        ),
     ],
 )
 def test_lines_that_are_wrong(task, settings, line, said):
@@ -172,6 +196,7 @@ READERS = {
         (['{"text": "a"}', '{"text": '], "line 2: Expecting value"),
         (['{"text": "a"}', "", '["a"]'], "line 3: it is no JSON object"),
         (['{"text": 3}'], "line 1: 'text' is not there, or is no text"),
+        (['{"text": "a", "lable": "b"}'], "line 1: 'lable' is no field of embedding; there are text, pair, score"),
         (['{"text": "a"}'] * 19, "holds 19 requests; at least 20 are needed"),
         ([], "holds 0 requests"),
     ],

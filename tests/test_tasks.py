@@ -8,6 +8,7 @@ import torch
 
 from resources.errors import CheckpointError
 from resources.tasks import TASKS, CheckpointFiles
+from resources.tasks.base import broken_answers
 from resources.tasks.embedding import Pooling, read_pooling
 from resources.tasks.samples import sample_texts
 from tests.checkpoints import edit_json
@@ -122,7 +123,7 @@ def test_modules_of_other_kinds_are_refused(own_checkpoint, kind):
     modules = json.loads((folder / "modules.json").read_text())
     modules.append({"idx": 2, "name": "2", "path": "2_Other", "type": kind})
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(CheckpointError, match=f"m: modules.json names a module {kind}, and only"):
+    with pytest.raises(CheckpointError, match=f"m: modules.json names a module {kind}, and of"):
         EMBEDDING.check(files_of(folder))
 
 
@@ -286,7 +287,11 @@ def items_of(rows):
 
 def verdict(task, reference, answers, **settings):
     """The gates that are missed."""
-    return task.verdict(settings, items_of(len(reference)), list(reference), list(answers), task.gates())[1]
+    items, reference, answers = items_of(len(reference)), list(reference), list(answers)
+    broken = broken_answers(reference, answers)
+    if broken:
+        return [broken]
+    return task.misses(task.gate_names(settings), task.compare(settings, items, reference, answers), task.gates())
 
 
 def unit(rows, seed=0):
@@ -424,3 +429,166 @@ def test_multi_label_agreement_is_by_label():
     assert CLASSES.compare({"activation": "sigmoid"}, items_of(1), reference, answers)["label_agreement"] == 0.0
     # The best label alone is the same.
     assert CLASSES.compare({"activation": "softmax"}, items_of(1), reference, answers)["label_agreement"] == 1.0
+
+
+def entity(start, end, kind="PER", score=0.9):
+    return {"entity_group": kind, "score": score, "start": start, "end": end, "word": "x"}
+
+
+def span(start, end, score=0.9):
+    return {"answer": "x", "score": score, "start": start, "end": end}
+
+
+def candidate(token, score):
+    return {"token": token, "score": score, "token_str": "x", "sequence": "x"}
+
+
+def ranked(*pairs):
+    return {"labels": [label for label, _ in pairs], "scores": [score for _, score in pairs]}
+
+
+#: Of fifty answers the last is changed: into what, and which gates that misses.
+CHANGES = {
+    "token-classification": (
+        [entity(0, 5), entity(8, 12, "LOC")],
+        [
+            ([entity(0, 5, score=0.86), entity(8, 12, "LOC")], []),
+            ([entity(0, 5, score=0.84), entity(8, 12, "LOC")], ["score_error"]),
+            ([entity(0, 5), entity(8, 12)], []),  # one kind of a hundred
+            ([entity(0, 4), entity(8, 11, "LOC"), entity(13, 14)], ["entity_agreement"]),
+            ([], []),  # two of a hundred: .9899
+        ],
+    ),
+    "question-answering": (
+        span(3, 9),
+        [
+            (span(3, 9, 0.86), []),
+            (span(3, 9, 0.84), ["score_error"]),
+            (span(3, 10), []),  # one of fifty is what the gate allows
+        ],
+    ),
+    "zero-shot-classification": (
+        ranked(("a", 0.6), ("b", 0.4)),
+        [
+            (ranked(("a", 0.57), ("b", 0.43)), []),
+            (ranked(("a", 0.54), ("b", 0.46)), ["score_error"]),
+            (ranked(("b", 0.51), ("a", 0.49)), ["label_agreement", "score_error"]),
+        ],
+    ),
+    "fill-mask": (
+        [candidate(7, 0.6), candidate(8, 0.3)],
+        [
+            ([candidate(7, 0.56), candidate(8, 0.33)], []),
+            ([candidate(7, 0.54), candidate(8, 0.3)], ["score_error"]),
+            ([candidate(8, 0.5), candidate(7, 0.4)], ["score_error"]),
+            ([candidate(1, 0.6), candidate(2, 0.3)], []),  # one of fifty, and no score that both have
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "usual", "changed", "missed"),
+    [(task, usual, changed, missed) for task, (usual, cases) in CHANGES.items() for changed, missed in cases],
+)
+def test_gates_of_every_task(task, usual, changed, missed):
+    found = verdict(TASKS[task], [usual] * 50, [usual] * 49 + [changed])
+    assert [sentence.split()[0] for sentence in found] == missed
+
+
+@pytest.mark.parametrize("task", ["token-classification", "question-answering", "fill-mask"])
+def test_two_wrong_answers_of_fifty_miss_the_agreement(task):
+    usual, cases = CHANGES[task]
+    wrong = {"token-classification": [], "question-answering": span(0, 1), "fill-mask": [candidate(1, 0.6)]}[task]
+    found = verdict(TASKS[task], [usual] * 50, [*[usual] * 48, wrong, wrong])
+    assert len(found) == 1 and "agreement 0.9" in found[0], cases
+
+
+def test_order_agreement_is_of_pairs_of_one_query():
+    from resources.tasks.reranking import order_agreement
+
+    expected = np.array([0.9, 0.5, 0.1, 0.2, 0.8])
+    queries = ["a", "a", "a", "b", "b"]
+    assert order_agreement(queries, expected, expected) == 1.0
+    assert order_agreement(queries, expected, np.array([0.5, 0.9, 0.1, 0.2, 0.8])) == pytest.approx(3 / 4)
+    task, items = TASKS["reranking"], [{"QUERY": query, "TEXT": "t"} for query in queries]
+    for moved, missed in ((0.03, []), (0.05, ["score_error"])):
+        found = expected + np.array([moved, 0, 0, 0, 0])
+        metrics = task.compare({}, items, list(expected[:, None]), list(found[:, None]))
+        assert [said.split()[0] for said in task.misses(task.gate_names({}), metrics, task.gates())] == missed
+    # Across queries nothing is compared.
+    assert order_agreement(queries, expected, expected + np.array([0, 0, 0, 5, 5])) == 1.0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("task", CHANGES)
+def test_numbers_inside_of_documents_have_to_be_finite(task, number):
+    usual = CHANGES[task][0]
+    text = json.dumps(usual).replace("0.9", "1e999").replace("0.6", "1e999")
+    broken = json.loads(text, parse_float=lambda digits: number if digits == "1e999" else float(digits))
+    assert verdict(TASKS[task], [usual] * 3, [usual, broken, usual]) == [
+        "NaN or infinity in the answers to 1 of 3 texts"
+    ]
+
+
+def test_each_column_of_a_regression_is_judged_by_its_own_spread():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(100, 2)).astype(np.float32) * [200, 1]
+    answers = reference * [1, -1]
+    (missed,) = verdict(CLASSES, reference, answers, activation="identity")
+    assert missed.startswith("value_error")
+
+
+def test_too_few_entities_judge_nothing():
+    task = TASKS["token-classification"]
+    assert task.too_little({}, [[entity(0, 5)]] * 20) == ""
+    said = task.too_little({}, [[]] * 300 + [[entity(0, 5)]] * 19)
+    assert said == "PyTorch finds 19 entities in all of the 319 texts, and 20 are needed"
+
+
+@pytest.mark.parametrize("template", ["no label", "{{}}", "{} {name}", "{} {}", "{{}} {", "{0.x}"])
+def test_templates_that_take_no_label_are_refused(template):
+    from pydantic import ValidationError
+
+    options = TASKS["zero-shot-classification"].options
+    with pytest.raises(ValidationError, match="hypothesis_template"):
+        options(hypothesis_template=template)
+    assert options(hypothesis_template="Es geht um {}.").hypothesis_template == "Es geht um {}."
+
+
+@pytest.mark.parametrize("activation", ["Identity", "Sigmoid"])
+def test_a_cross_encoder_saved_by_its_own_library_keeps_its_activation(made_checkpoint, tmp_path, activation):
+    from sentence_transformers import CrossEncoder
+
+    from resources.tasks.reranking import activation as activation_of
+
+    source = made_checkpoint(head="sequence", labels=("x",))
+    saved = CrossEncoder(str(source), device="cpu", activation_fn=getattr(torch.nn, activation)())
+    saved.save_pretrained(str(tmp_path / "saved"))
+    TASKS["reranking"].check(files_of(tmp_path / "saved"))
+    assert activation_of(files_of(tmp_path / "saved")) == activation.lower()
+    again = CrossEncoder(str(tmp_path / "saved"), device="cpu")
+    assert type(again.activation_fn).__name__ == activation
+
+
+def test_a_cross_encoder_with_a_prompt_or_two_outputs_is_refused(own_checkpoint):
+    folder = own_checkpoint(head="sequence", labels=("x",))
+    task = TASKS["reranking"]
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": {"query": "ask: "}, "default_prompt_name": "query"})
+    )
+    with pytest.raises(CheckpointError, match="puts the prompt 'query' before every text"):
+        task.check(files_of(folder))
+    (folder / "config_sentence_transformers.json").unlink()
+    task.check(files_of(folder))
+    edit_json(folder / "config.json", id2label=None, label2id=None, num_labels=None)
+    with pytest.raises(CheckpointError, match="one output, and this checkpoint has 2"):
+        task.check(files_of(folder))
+
+
+def test_every_masked_text_has_words_beside_its_masks():
+    from resources.tasks.samples import masked_items
+
+    texts = [item["TEXT"] for item in masked_items("[MASK]")]
+    assert len(texts) > 140
+    assert all(text.replace("[MASK]", "").strip() for text in texts)

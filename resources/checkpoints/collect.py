@@ -219,7 +219,15 @@ def _prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool) -> _Si
         for name in ("input_ids", "attention_mask", "token_type_ids")
         if name in accepted and (name != "token_type_ids" or segments)
     )
-    tokens = SpecialTokens(tokenizer.unk_token_id, tokenizer.mask_token_id, tokenizer.mask_token)
+    # Of byte-pair encodings transformers never removes spaces, whatever their configuration says.
+    pieces = type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+    tokens = SpecialTokens(
+        pad_id=tokenizer.pad_token_id,
+        clean_up=bool(tokenizer.clean_up_tokenization_spaces) and pieces,
+        unknown_id=tokenizer.unk_token_id,
+        mask_id=tokenizer.mask_token_id,
+        mask_token=tokenizer.mask_token,
+    )
     return _Signature(inputs=inputs, pad_id=_pad_id(model, config, tokenizer), tokens=tokens)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from resources.evaluation.batches import PlannedBatch
+from resources.evaluation.batches import PlannedBatch, plan_alone, plan_batches
 from resources.pipelines.base import Item, Pipeline, Row
 
-#: Batches of rows by their lengths in tokens.
-Planner = Callable[[list[int]], list[PlannedBatch]]
+#: Batches of rows by their lengths in tokens, given by request; indices count the rows of all requests.
+Planner = Callable[[list[list[int]]], list[PlannedBatch]]
 #: int64 arrays by input name to fp32 `[batch, width]` or `[batch, sequence, width]`.
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
@@ -39,7 +40,7 @@ def answer_items(
     rows = [row for group in groups for row in group]
     lengths = [row.tokens for row in rows]
     outputs: list[np.ndarray | None] = [None] * len(rows)
-    for batch in plan(lengths):
+    for batch in plan([[row.tokens for row in group] for group in groups]):
         members = [rows[index] for index in batch.indices]
         output = run(pipeline.arrays(members, batch.length))
         broken = _wrong_shape(output, len(members), batch.length if per_token else None, width)
@@ -48,6 +49,7 @@ def answer_items(
         for index, values in zip(batch.indices, output, strict=True):
             outputs[index] = values[: lengths[index]] if per_token else values
     whole = [output for output in outputs if output is not None]
+    assert len(whole) == len(rows), "the plan leaves rows out, and every later answer would be another's"
     bad = sum(not np.isfinite(output).all() for output in whole)
     if bad:
         return Answered([], f"NaN or infinity in the answers to {bad} of {len(whole)} rows")
@@ -57,6 +59,24 @@ def answer_items(
         longest_tokens=max(lengths, default=0),
         width=whole[0].shape[-1] if whole else 0,
     )
+
+
+#: How requests reach a server: by themselves, and in any company. Engines whose scales are computed from each batch
+#: answer the two differently, and both have to be right.
+WAYS = ("alone", "in company")
+
+
+def answer_every_way(
+    pipeline: Pipeline, run: Run, items: Sequence[Item], max_batch_size: int, *, per_token: bool, width: int
+) -> Iterator[Answered]:
+    """The answers to the items, once for each of the ways."""
+    bucket = pipeline.encoder.bucket
+    plans: dict[str, Planner] = {
+        "alone": lambda lengths: plan_alone(lengths, bucket, max_batch_size),
+        "in company": lambda lengths: plan_batches(list(chain.from_iterable(lengths)), bucket, max_batch_size),
+    }
+    for way in WAYS:
+        yield answer_items(pipeline, run, items, plans[way], per_token=per_token, width=width)
 
 
 def _answers(

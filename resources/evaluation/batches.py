@@ -19,7 +19,7 @@ class PlannedBatch:
 
 
 def plan_batches(lengths: Sequence[int], bucket: Callable[[int], int], max_batch_size: int) -> list[PlannedBatch]:
-    """Cover every text once: alone and unpadded, alone in its bucket, in mixed company, in full batches by length.
+    """Cover every row once: alone and unpadded, alone in its bucket, in mixed company, in full batches by length.
 
     lengths: tokens of each text; bucket: the padded length for so many tokens. An answer must not depend on which of
     these a request happened to be, and padding is where exported and quantized models go wrong first.
@@ -35,6 +35,27 @@ def plan_batches(lengths: Sequence[int], bucket: Callable[[int], int], max_batch
     plan += [
         _batch(rest[start : start + max_batch_size], lengths, bucket) for start in range(0, len(rest), max_batch_size)
     ]
+    return plan
+
+
+def plan_alone(
+    lengths: Sequence[Sequence[int]], bucket: Callable[[int], int], max_batch_size: int
+) -> list[PlannedBatch]:
+    """Each request by itself, as a server gets it that has nothing else to do: its rows by the buckets they fall into.
+
+    lengths: tokens of each row, by request. Indices count the rows of all requests.
+    """
+    plan, first = [], 0
+    for rows in lengths:
+        buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(rows, start=first):
+            buckets.setdefault(bucket(length), []).append(index)
+        first += len(rows)
+        plan += [
+            PlannedBatch(tuple(members[start : start + max_batch_size]), size)
+            for size, members in buckets.items()
+            for start in range(0, len(members), max_batch_size)
+        ]
     return plan
 
 

@@ -27,6 +27,7 @@ from resources.tasks.base import broken_answers
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
+    from resources.evaluation.answering import Answered
     from resources.evaluation.probe import Probe
 
 SAMPLES_FILE = "samples.json"
@@ -122,9 +123,7 @@ def _measure(
     return record.model_copy(
         update={
             "status": "measured",
-            "accuracy": measure_accuracy(
-                TASKS[entry.task], sources.checkpoint.settings, known, answered.answers, answered.broken
-            ),
+            "accuracy": measure_accuracy(TASKS[entry.task], sources.checkpoint.settings, known, answered),
             "timings": tuple(timings),
             "peak_memory_bytes": peak,
         }
@@ -138,27 +137,28 @@ def _probe(engine: Engine, folder: Path, sources: Sources, threads: int) -> Prob
     return Probe(engine, folder, sources, threads)
 
 
-def measure_accuracy(
-    task: Task,
-    settings: dict[str, Any],
-    known: Evaluation,
-    answers: Sequence[Any],
-    broken: str = "",
-) -> Accuracy:
+def measure_accuracy(task: Task, settings: dict[str, Any], known: Evaluation, ways: Sequence[Answered]) -> Accuracy:
     """Compare answers with PyTorch's, one an item, by the task's own measure, and with the right ones where those are
-    known, by its usual metric. broken: why there are none.
+    known, by its usual metric. ways: answers to the same items in different company; the worst of each metric counts.
     """
+    import numpy as np
+
     items, reference = known.items, known.reference
-    broken = broken or broken_answers(reference, answers)
-    if broken:
-        return Accuracy(metrics={}, broken=broken, texts=len(items))
-    scores = task.scores(settings, reference, answers)
-    worst = sorted(range(len(items)), key=lambda index: float(scores[index]))[:WORST_SHOWN]
+    for answered in ways:
+        broken = answered.broken or broken_answers(reference, answered.answers)
+        if broken:
+            return Accuracy(metrics={}, broken=broken, texts=len(items))
+    scores = np.minimum.reduce([task.scores(settings, reference, answered.answers) for answered in ways])
+    worst = np.argsort(scores, kind="stable")[:WORST_SHOWN]
+    found = [
+        {
+            **task.compare(settings, items, reference, answered.answers),
+            **task.grade(settings, items, known.right, answered.answers),
+        }
+        for answered in ways
+    ]
     return Accuracy(
-        metrics={
-            **task.compare(settings, items, reference, answers),
-            **task.grade(settings, items, known.right, answers),
-        },
+        metrics={name: task.worse(name, [metrics[name] for metrics in found]) for name in found[0]},
         gated=task.gate_names(settings),
         texts=len(items),
         worst=tuple(

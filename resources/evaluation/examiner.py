@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from resources.artifacts.records import Checkpoint
-from resources.evaluation.answering import Run, answer_items
-from resources.evaluation.batches import plan_batches
+from resources.evaluation.answering import Run, answer_every_way
 from resources.evaluation.benchmark import measure_accuracy, missed_gates
 from resources.evaluation.goal import Goal
 from resources.evaluation.reference import read_evaluation_set
@@ -39,18 +38,16 @@ class Examiner:
         self._gates, self._max_batch_size, self._width = goal.gates.tightened(RESERVE), goal.max_batch_size, width
 
     def misses(self, run: Run) -> list[str]:
-        """The gates that the engine misses, with some reserve, each as a sentence."""
-        bucket = self._pipeline.encoder.bucket
-        answered = answer_items(
-            self._pipeline,
-            run,
-            self._known.items,
-            lambda lengths: plan_batches(lengths, bucket, self._max_batch_size),
-            per_token=self._task.per_token,
-            width=self._width,
-        )
-        accuracy = measure_accuracy(self._task, self._settings, self._known, answered.answers, answered.broken)
-        return missed_gates(self._task, accuracy, self._gates)
+        """The gates that the engine misses, with some reserve, each as a sentence; of the first way that misses any."""
+        items, per_token = self._known.items, self._task.per_token
+        for answered in answer_every_way(
+            self._pipeline, run, items, self._max_batch_size, per_token=per_token, width=self._width
+        ):
+            accuracy = measure_accuracy(self._task, self._settings, self._known, [answered])
+            missed = missed_gates(self._task, accuracy, self._gates)
+            if missed:
+                return missed
+        return []
 
     def calibration_batches(self) -> list[dict[str, np.ndarray]]:
         """Rows one at a time and without padding, so that padding says nothing about activations."""

@@ -10,8 +10,7 @@ import numpy as np
 
 from resources.artifacts.records import Engine
 from resources.engines import Sources, load
-from resources.evaluation.answering import Answered, answer_items
-from resources.evaluation.batches import plan_batches
+from resources.evaluation.answering import Answered, answer_every_way
 from resources.evaluation.texts import batch_of_shape
 from resources.isolation import peak_memory_bytes, reset_peak_memory
 from resources.pipelines import open_pipeline
@@ -35,16 +34,11 @@ class Probe:
         self._batch: dict[str, np.ndarray] = {}
         self._runs = 0
 
-    def answers(self, items: Sequence[Item], max_batch_size: int) -> Answered:
-        """The answers to the items, computed in every way in which requests reach a server."""
-        bucket = self._pipeline.encoder.bucket
-        return answer_items(
-            self._pipeline,
-            self._run,
-            items,
-            lambda lengths: plan_batches(lengths, bucket, max_batch_size),
-            per_token=self._task.per_token,
-            width=self._width,
+    def answers(self, items: Sequence[Item], max_batch_size: int) -> list[Answered]:
+        """The answers to the items, once for each way in which requests reach a server."""
+        task, width = self._task, self._width
+        return list(
+            answer_every_way(self._pipeline, self._run, items, max_batch_size, per_token=task.per_token, width=width)
         )
 
     def prepare(self, texts: Sequence[str], rows: int, tokens: int) -> None:

@@ -1,9 +1,10 @@
-"""The evaluation set: real requests, and what PyTorch in fp32 answers to each of their rows alone."""
+"""The evaluation set: real requests, and what PyTorch in fp32 answers to each of their rows without padding."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,13 +129,23 @@ def _answer(
         return answer.astype(np.float32)
 
     answered = answer_items(
-        pipeline, run, items, lambda lengths: equal_length_batches(lengths, _BATCH), per_token=task.per_token
+        pipeline,
+        run,
+        items,
+        lambda lengths: equal_length_batches(list(chain.from_iterable(lengths)), _BATCH),
+        per_token=task.per_token,
     )
     if answered.broken:
         raise CheckpointError(
             f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself gives {answered.broken} of the "
             "evaluation set in fp32, so there is nothing to serve. The weights are damaged or the training diverged: "
             "give another checkpoint."
+        )
+    lacking = task.too_little(checkpoint.settings, answered.answers)
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint.model}, revision {checkpoint.revision}: {lacking} to judge an engine by. Give requests of "
+            "your own, such as this model is for: evaluation, in the models file."
         )
     if pipeline.structured:
         text = json.dumps(answered.answers, ensure_ascii=False)

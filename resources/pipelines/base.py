@@ -53,7 +53,8 @@ class Pipeline:
         return [tuple(item[name] for name in self.inputs)]
 
     def rows(self, items: Sequence[Item]) -> list[list[Row]]:
-        """The engine's rows for each request. All texts are tokenized in one call, which uses all cores."""
+        """The engine's rows for each request."""
+        # In one call, which uses all cores.
         segments = [self.segments(item) for item in items]
         encodings = iter(self.encoder.tokens([segment for group in segments for segment in group]))
         return [[row for _ in group for row in self._windows(next(encodings))] for group in segments]

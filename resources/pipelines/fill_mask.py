@@ -14,11 +14,20 @@ MOST_MASKS = 100
 POSITION = "mask_position"
 
 
+#: What transformers' `clean_up_tokenization` replaces.
+_CLEANING = (
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
+
+
 class FillMaskPipeline(Pipeline):
     """A text with the tokenizer's mask token in it to candidates: `score`, `token`, `token_str`, `sequence`.
 
     One list of candidates for one mask, a list of such lists for several. A text that is too long is cut around each
-    mask. settings: `mask_id`, `mask_token`, `top_k`. outputs: probabilities `[vocabulary]`, one row a mask.
+    mask. settings: `mask_id`, `mask_token`, `pad_id`, `top_k`; `clean_up`: no space is left before punctuation.
+    outputs: probabilities `[vocabulary]`, one row a mask.
     """
 
     def complaint(self, item: Item) -> str:
@@ -62,6 +71,12 @@ class FillMaskPipeline(Pipeline):
                 )
             begin = (begin + mask + 1) // 2
 
+    def _text(self, ids: list[int], *, skip: bool = False) -> str:
+        text = self.encoder.decode(ids, skip_special_tokens=skip)
+        for before, after in _CLEANING if self.settings["clean_up"] else ():
+            text = text.replace(before, after)
+        return text
+
     def _candidates(self, row: Row, probabilities: np.ndarray, only: bool) -> list[dict[str, Any]]:
         count = min(self.settings["top_k"], len(probabilities))
         best = np.argpartition(-probabilities, count - 1)[:count]
@@ -73,8 +88,8 @@ class FillMaskPipeline(Pipeline):
                 {
                     "score": float(probabilities[token]),
                     "token": token,
-                    "token_str": self.encoder.decode([token]),
-                    "sequence": self.encoder.decode(ids, skip_special_tokens=only),
+                    "token_str": self._text([token]),
+                    "sequence": self._text([one for one in ids if one != self.settings["pad_id"]], skip=only),
                 }
             )
         return candidates

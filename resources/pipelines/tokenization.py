@@ -94,6 +94,10 @@ class TextEncoder:
             return text
         return text[: found.offsets[tokens - 1][1]]
 
+    def count(self, text: str) -> int:
+        """Tokens of a text, without special ones."""
+        return len(self._endless.encode(text, add_special_tokens=False).ids)
+
     def join(self, tokens: Sequence[str]) -> str:
         """Tokens as text, pieces of words joined."""
         decoder = self._tokenizer.decoder
@@ -134,9 +138,9 @@ class TextEncoder:
             return text
         if len(text) == 1:
             return text[0]
-        if min(map(len, text)) > 4 * self.max_tokens:
+        if self.strategy == "longest_first" and min(map(len, text)) > 4 * self.max_tokens:
             # It pairs every piece that it cuts off one with every piece of the other: two texts of a million characters
-            # take minutes. Beyond twice the limit nothing can be kept, whichever is cut.
+            # take minutes. Beyond twice the limit nothing can be kept, whichever is cut. Elsewhere one alone is cut.
             return tuple(self.cut(part, 2 * self.max_tokens) for part in text)
         return text
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .base import Item, Pipeline, Row, softmax
+from .unicode import is_unicode
 
 MOST_LABELS = 1000
 
@@ -28,10 +29,12 @@ class ZeroShotClassificationPipeline(Pipeline):
     def complaint(self, item: Item) -> str:
         try:
             labels = json.loads(item["LABELS"])
-        except ValueError:
+        except (ValueError, RecursionError):
             labels = None
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             return 'LABELS is not a JSON list of texts, such as ["urgent", "not urgent"]'
+        if not all(map(is_unicode, labels)):
+            return "LABELS holds half of a surrogate pair, which is no text"
         if not labels:
             return "LABELS holds no label; give at least one"
         if len(labels) > MOST_LABELS:
@@ -39,12 +42,16 @@ class ZeroShotClassificationPipeline(Pipeline):
         return ""
 
     def segments(self, item: Item) -> list[tuple[str, ...]]:
-        template = self.settings["hypothesis_template"]
-        room = (self.encoder.max_tokens - self.encoder.special_tokens(pair=True)) // 2
-        return [
-            (item["TEXT"], self.encoder.cut(template.format(label), max(1, room)))
-            for label in json.loads(item["LABELS"])
-        ]
+        text, template = item["TEXT"], self.settings["hypothesis_template"]
+        if len(text) > self.encoder.max_tokens:
+            # Once, and not once a label: what is beyond is never seen.
+            text = self.encoder.cut(text, self.encoder.max_tokens)
+        return [(text, self._hypothesis(template.format(label))) for label in json.loads(item["LABELS"])]
+
+    def _hypothesis(self, text: str) -> str:
+        """The hypothesis, cut to half of a row where it would leave no room for a single token of the text."""
+        room = self.encoder.max_tokens - self.encoder.special_tokens(pair=True)
+        return text if self.encoder.count(text) < room else self.encoder.cut(text, max(1, room // 2))
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> dict[str, Any]:
         labels, logits = json.loads(item["LABELS"]), np.stack(outputs)

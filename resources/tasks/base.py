@@ -47,13 +47,19 @@ class Gates(BaseModel):
         share: of all items, those that are asked. All that the engine gets wrong may be among them: 2 of 320 are a rate
         of .994, and 2 of 96 one of .979. Means and rates are bounded by that; what the worst item reaches is not.
         """
-        values = {}
-        for name, info in type(self).model_fields.items():
-            extra = info.json_schema_extra
-            assert isinstance(extra, dict), "every gate is made by at_least or at_most"
-            if extra["bound"] == "least" and not extra["worst"] and name in measured:
-                values[name] = min(getattr(self, name), 1 - (1 - measured[name]) / share - _ROUNDING)
+        values = {
+            name: min(getattr(self, name), 1 - (1 - measured[name]) / share - _ROUNDING)
+            for name in type(self).model_fields
+            if name in measured and not self.is_worst(name)
+        }
         return self.model_copy(update=values)
+
+    @classmethod
+    def is_worst(cls, name: str) -> bool:
+        """Whether the gate's metric is that of the worst item, and not a mean or a rate over all of them."""
+        extra = cls.model_fields[name].json_schema_extra
+        assert isinstance(extra, dict), "every gate is made by at_least or at_most"
+        return extra["bound"] == "most" or bool(extra["worst"])
 
 
 def bound_of(info: FieldInfo) -> str:
@@ -112,8 +118,12 @@ class CheckpointFiles:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer calls the tokens that pipelines ask for; None where it has none."""
+    """What a tokenizer calls the tokens that pipelines ask for; None where it has none. clean_up: whether it removes
+    spaces before punctuation when it makes text of tokens.
+    """
 
+    pad_id: int | None = None
+    clean_up: bool = False
     unknown_id: int | None = None
     mask_id: int | None = None
     mask_token: str | None = None
@@ -124,6 +134,7 @@ class Task(ABC):
 
     `per_token`: the engine answers each token, fp32 `[batch, sequence, width]`, and not each row `[batch, width]`.
     `extra_inputs`: inputs of the engine beside the tokenizer's, int64 `[batch, 1]`.
+    `fields`: what a line of a user's file may hold.
     """
 
     name: ClassVar[str]
@@ -131,6 +142,7 @@ class Task(ABC):
     options: ClassVar[type[Options]] = Options
     per_token: ClassVar[bool] = False
     extra_inputs: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def check(self, files: CheckpointFiles) -> None:
@@ -180,6 +192,10 @@ class Task(ABC):
     ) -> Metrics:
         """The task's usual metrics of answers against the right ones; no metric where none are known."""
 
+    def too_little(self, settings: dict[str, Any], reference: Sequence[Any]) -> str:
+        """Why PyTorch's answers to the items say too little about an engine; empty: they say enough."""
+        return ""
+
     def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
         """Requests with an odd text in every place where a user may write one; each has an answer."""
         return [dict.fromkeys(pipeline_class(self.name).inputs, text)]
@@ -214,20 +230,13 @@ class Task(ABC):
                 found.append(f"{name} {value:.5f} is above {limit:g}")
         return found
 
-    def verdict(
-        self,
-        settings: dict[str, Any],
-        items: Sequence[Item],
-        reference: Sequence[Any],
-        answers: Sequence[Any],
-        gates: Gates,
-    ) -> tuple[Metrics, list[str]]:
-        """Metrics and missed gates. Answers that cannot be compared miss before anything else is looked at."""
-        broken = broken_answers(reference, answers)
-        if broken:
-            return {}, [broken]
-        metrics = self.compare(settings, items, reference, answers)
-        return metrics, self.misses(self.gate_names(settings), metrics, gates)
+    def worse(self, name: str, values: Sequence[float]) -> float:
+        """The worst of several values of a metric: the lowest, but of errors the highest. NaN is worse than any."""
+        import numpy as np
+
+        info = self.gates.model_fields.get(name)
+        error = bound_of(info) == "most" if info is not None else name.endswith("_error")
+        return float(np.max(values) if error else np.min(values))
 
 
 def broken_answers(reference: Sequence[Any], answers: Sequence[Any]) -> str:
@@ -308,10 +317,10 @@ def load_pretrained(
     return model.eval()
 
 
-def read_labels(files: CheckpointFiles, default: int = 2) -> tuple[str, ...]:
+def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
     """`id2label` of config.json in order; `LABEL_0` and so on where it has none. Raises CheckpointError."""
     table = files.config.get("id2label") or {}
-    count = int(files.config.get("num_labels") or len(table) or default)
+    count = int(files.config.get("num_labels") or len(table) or 2)  # transformers' own default
     try:
         names = {int(index): str(label) for index, label in table.items()}
     except (ValueError, AttributeError):

@@ -55,6 +55,7 @@ class ClassificationTask(Task):
 
     name: ClassVar[str] = "classification"
     gates: ClassVar[type[Gates]] = ClassificationGates
+    fields: ClassVar[tuple[str, ...]] = ("text", "label")
 
     def check(self, files: CheckpointFiles) -> None:
         files.require_head(self.name, HEAD, "a classification head")
@@ -102,7 +103,8 @@ class ClassificationTask(Task):
         values, expected = stacked(answers)[known], [right[place] for place in known]
         labels = settings["labels"]
         if settings["activation"] == "identity":
-            return {"spearman": spearman(expected, values[:, 0].tolist())}
+            # A line has one right number, so with several outputs it is not known which of them it is of.
+            return {"spearman": spearman(expected, values[:, 0].tolist())} if values.shape[1] == 1 else {}
         if settings["activation"] == "softmax":
             best = [labels[place] for place in values.argmax(axis=1)]
             return {"accuracy": sum(one == other for one, (other,) in zip(best, expected, strict=True)) / len(known)}
@@ -116,7 +118,7 @@ class ClassificationTask(Task):
         import numpy as np
 
         scale = _spread(stacked(reference)) if settings["activation"] == "identity" else 1.0
-        result: np.ndarray = 1.0 - np.abs(stacked(reference) - stacked(answers)).max(axis=1) / scale
+        result: np.ndarray = 1.0 - (np.abs(stacked(reference) - stacked(answers)) / scale).max(axis=1)
         return result
 
     def compare(
@@ -127,7 +129,8 @@ class ClassificationTask(Task):
         expected, found = stacked(reference), stacked(answers)
         largest = float(np.abs(expected - found).max())
         if settings["activation"] == "identity":
-            return {"value_error": largest / _spread(expected), "max_abs_error": largest}
+            error = float((np.abs(expected - found) / _spread(expected)).max())
+            return {"value_error": error, "max_abs_error": largest}
         if settings["activation"] == "softmax":
             same = expected.argmax(axis=1) == found.argmax(axis=1)
         else:
@@ -135,6 +138,10 @@ class ClassificationTask(Task):
         return {"label_agreement": float(same.mean()), "probability_error": largest}
 
 
-def _spread(values: np.ndarray) -> float:
-    """Standard deviation over all texts; of a model that always says the same, the size of what it says."""
-    return float(values.std(axis=0).max()) or float(abs(values).max()) or 1.0
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Standard deviation of each column over all texts; where it always says the same, the size of what it says."""
+    import numpy as np
+
+    size = np.abs(values).max(axis=0)
+    result: np.ndarray = np.where(values.std(axis=0) > 0, values.std(axis=0), np.where(size > 0, size, 1.0))
+    return result

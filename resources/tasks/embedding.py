@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from resources.tasks.base import CheckpointFiles, Gates, Metrics, Task, at_least, at_most, load_pretrained, stacked
 from resources.tasks.grading import number, require, spearman
 from resources.tasks.samples import text_items
+from resources.tasks.sentence_transformers import read_json, read_modules, refuse_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,60 +56,16 @@ def read_pooling(files: CheckpointFiles) -> Pooling:
 
     Raises CheckpointError for modules and modes that are not served.
     """
-    if not (files.folder / "modules.json").is_file():
-        return Pooling()
     pooling, normalize = Pooling(), False
-    for module in _read_json(files, "modules.json", list):
-        package, _, kind = str(module.get("type", "")).rpartition(".")
-        if not package.startswith("sentence_transformers.") or kind not in ("Transformer", "Pooling", "Normalize"):
-            raise files.refuse(
-                f"modules.json names a module {module.get('type')}, and only sentence-transformers' own Transformer, "
-                "Pooling and Normalize are served",
-                "Use a checkpoint without it",
-            )
+    for kind, module in read_modules(files, ("Transformer", "Pooling", "Normalize")):
         if kind == "Pooling":
             pooling = _read_modes(files, (Path(module.get("path") or "") / "config.json").as_posix())
         normalize = normalize or kind == "Normalize"
     return Pooling(pooling.modes, normalize)
 
 
-def _refuse_prompts(files: CheckpointFiles) -> None:
-    """Raise CheckpointError where sentence-transformers would change the text before its tokenizer sees it."""
-    name = "config_sentence_transformers.json"
-    config = _read_json(files, name, dict) if (files.folder / name).is_file() else {}
-    default = config.get("default_prompt_name")
-    if default and (config.get("prompts") or {}).get(default):
-        raise files.refuse(
-            f"{name} puts the prompt {default!r} before every text, which is not served",
-            "Set its default_prompt_name to null, and let the caller write the prompt before the text",
-        )
-    name = "sentence_bert_config.json"
-    config = _read_json(files, name, dict) if (files.folder / name).is_file() else {}
-    if config.get("do_lower_case") and not _lowers(files):
-        raise files.refuse(
-            f"{name} turns every text into lower case (do_lower_case) before the tokenizer, which is not served",
-            "Set do_lower_case to false there, and let the tokenizer do it (tokenizer.json, normalizer) or the caller",
-        )
-
-
-def _lowers(files: CheckpointFiles) -> bool:
-    """Whether the tokenizer turns text into lower case by itself."""
-    name = "tokenizer_config.json"
-    return bool((files.folder / name).is_file() and _read_json(files, name, dict).get("do_lower_case"))
-
-
-def _read_json(files: CheckpointFiles, name: str, kind: type[T]) -> T:
-    try:
-        data = json.loads((files.folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise files.refuse(f"{name} cannot be read ({error})", "Copy the checkpoint again, whole") from None
-    if not isinstance(data, kind):
-        raise files.refuse(f"{name} holds no JSON {kind.__name__}", "Copy the checkpoint again, whole")
-    return data
-
-
 def _read_modes(files: CheckpointFiles, path: str) -> Pooling:
-    config = _read_json(files, path, dict)
+    config = read_json(files, path, dict)
     if config.get("include_prompt") is False:
         raise files.refuse(
             f"{path} leaves the prompt out of the pooling (include_prompt), which is not served",
@@ -137,6 +93,7 @@ class EmbeddingTask(Task):
 
     name: ClassVar[str] = "embedding"
     gates: ClassVar[type[Gates]] = EmbeddingGates
+    fields: ClassVar[tuple[str, ...]] = ("text", "pair", "score")
 
     def check(self, files: CheckpointFiles) -> None:
         if files.config.get("is_encoder_decoder") or files.architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -145,7 +102,7 @@ class EmbeddingTask(Task):
                 "Use an encoder checkpoint (BERT, RoBERTa, MPNet, ModernBERT, ...)",
             )
         read_pooling(files)
-        _refuse_prompts(files)
+        refuse_prompts(files)
 
     def output(self, files: CheckpointFiles) -> str:
         # Not `embedding`: the exporter gives that name to an inner value too, and the graph is then invalid.
@@ -163,6 +120,8 @@ class EmbeddingTask(Task):
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         (text,) = require(line, "text")
         if "pair" not in line:
+            if "score" in line:
+                raise ValueError("'score' says how alike two texts are, and there is no 'pair'")
             return [({"TEXT": text}, None)]
         (pair,) = require(line, "pair")
         # The right answer of the second is how alike it is to the one before it.

@@ -51,6 +51,7 @@ class FillMaskTask(Task):
     gates: ClassVar[type[Gates]] = FillMaskGates
     options: ClassVar[type[Options]] = FillMaskOptions
     extra_inputs: ClassVar[tuple[str, ...]] = ("mask_position",)
+    fields: ClassVar[tuple[str, ...]] = ("text", "answer")
 
     def check(self, files: CheckpointFiles) -> None:
         if not files.architecture.endswith("ForPreTraining"):  # BERT's holds the same head and one more
@@ -68,16 +69,26 @@ class FillMaskTask(Task):
         if tokens.mask_id is None:
             raise files.refuse("its tokenizer has no mask token", "Save the tokenizer with its mask_token")
         settings = super().settings(files, options, tokens)
-        return {**settings, "mask_id": tokens.mask_id, "mask_token": tokens.mask_token}
+        return {
+            **settings,
+            "mask_id": tokens.mask_id,
+            "mask_token": tokens.mask_token,
+            "pad_id": tokens.pad_id,
+            "clean_up": tokens.clean_up,
+        }
 
     def items(self, settings: dict[str, Any]) -> list[Item]:
         return masked_items(settings["mask_token"])
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        from resources.pipelines.fill_mask import MOST_MASKS
+
         (text,) = require(line, "text")
         masks = text.count(settings["mask_token"])
         if not masks:
             raise ValueError(f"'text' holds no mask; write {settings['mask_token']}")
+        if masks > MOST_MASKS:
+            raise ValueError(f"'text' holds {masks} masks; give at most {MOST_MASKS}")
         if "answer" in line and masks != 1:
             raise ValueError(f"'text' holds {masks} masks, and 'answer' is for one")
         return [({"TEXT": text}, require(line, "answer")[0] if "answer" in line else None)]
@@ -124,10 +135,11 @@ def _by_mask(answer: list[Any]) -> list[list[dict[str, Any]]]:
 
 
 def _error(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> float:
+    """Largest difference of a score of the tokens that both list. That they list none is for the agreement to say."""
     found = {candidate["token"]: candidate["score"] for candidate in second}
     return max(
         (abs(item["score"] - found[item["token"]]) for item in first if item["token"] in found),
-        default=float("inf"),
+        default=0.0,
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
+
+from resources.pipelines.unicode import is_unicode
 
 
 def micro_f1(expected: Sequence[set[Hashable]], found: Sequence[set[Hashable]]) -> float:
@@ -68,6 +71,8 @@ def require(line: dict[str, Any], *fields: str) -> list[str]:
     for field in fields:
         if not isinstance(line.get(field), str):
             raise ValueError(f"{field!r} is not there, or is no text")
+        if not is_unicode(line[field]):
+            raise ValueError(f"{field!r} holds half of a surrogate pair, which is no text")
         values.append(line[field])
     return values
 
@@ -75,8 +80,8 @@ def require(line: dict[str, Any], *fields: str) -> list[str]:
 def number(line: dict[str, Any], field: str) -> float:
     """The value of a number field. Raises ValueError."""
     value = line[field]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{field!r} is no number: {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{field!r} is no finite number: {value!r}")
     return float(value)
 
 

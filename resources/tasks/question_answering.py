@@ -44,6 +44,7 @@ class QuestionAnsweringTask(Task):
 
     name: ClassVar[str] = "question-answering"
     gates: ClassVar[type[Gates]] = QuestionAnsweringGates
+    fields: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
     options: ClassVar[type[Options]] = QuestionAnsweringOptions
     per_token: ClassVar[bool] = True
 

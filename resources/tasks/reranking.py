@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from resources.tasks.base import CheckpointFiles, Gates, Metrics, Task, at_least, at_most, load_pretrained, stacked
+from resources.tasks.base import (
+    CheckpointFiles,
+    Gates,
+    Metrics,
+    Task,
+    at_least,
+    at_most,
+    load_pretrained,
+    read_labels,
+    stacked,
+)
 from resources.tasks.classification import HEAD
 from resources.tasks.grading import ndcg_at_10, number, require
 from resources.tasks.heads import Activation, classifier
 from resources.tasks.samples import ranking_items
+from resources.tasks.sentence_transformers import optional_json, read_modules, refuse_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,16 +43,21 @@ class RerankingGates(Gates):
 
 
 def activation(files: CheckpointFiles) -> Activation:
-    """As sentence-transformers' CrossEncoder chooses it: the configuration's own, else sigmoid. Raises
-    CheckpointError for one that is not served.
+    """As sentence-transformers' CrossEncoder chooses it: that library's own file (since version 6), config.json's
+    section of it (version 4), its field (before), else sigmoid. Raises CheckpointError for one that is not served.
     """
+    own = "config_sentence_transformers.json"
     section = files.config.get("sentence_transformers")
-    named = section.get("activation_fn") if isinstance(section, dict) else None
-    named = named or files.config.get("sbert_ce_default_activation_function") or "torch.nn.modules.activation.Sigmoid"
-    kind = str(named).rpartition(".")[2]
+    named = {
+        own: optional_json(files, own).get("activation_fn"),
+        "config.json": (section.get("activation_fn") if isinstance(section, dict) else None)
+        or files.config.get("sbert_ce_default_activation_function"),
+    }
+    file, path = next(((file, path) for file, path in named.items() if path), ("", "torch.nn.Sigmoid"))
+    kind = str(path).rpartition(".")[2]
     if kind not in _ACTIVATIONS:
         raise files.refuse(
-            f"config.json asks for the activation {named}, and only Identity and Sigmoid are served",
+            f"{file} asks for the activation {path}, and only Identity and Sigmoid are served",
             "Use a cross-encoder with one of those",
         )
     return _ACTIVATIONS[kind]
@@ -52,16 +68,19 @@ class RerankingTask(Task):
 
     name: ClassVar[str] = "reranking"
     gates: ClassVar[type[Gates]] = RerankingGates
+    fields: ClassVar[tuple[str, ...]] = ("query", "text", "relevance")
 
     def check(self, files: CheckpointFiles) -> None:
         files.require_head(self.name, HEAD, "a cross-encoder's head")
-        labels = len(files.config.get("id2label") or {"0": ""})
+        labels = len(read_labels(files))
         if labels != 1:
             raise files.refuse(
                 f"task 'reranking' needs a cross-encoder with one output, and this checkpoint has {labels}",
                 "Use task 'classification' or 'zero-shot-classification'",
             )
         activation(files)
+        read_modules(files, ("Transformer",))
+        refuse_prompts(files)
 
     def output(self, files: CheckpointFiles) -> str:
         return "score"
@@ -76,7 +95,10 @@ class RerankingTask(Task):
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         query, text = require(line, "query", "text")
-        return [({"QUERY": query, "TEXT": text}, number(line, "relevance") if "relevance" in line else None)]
+        relevance = number(line, "relevance") if "relevance" in line else None
+        if relevance is not None and relevance < 0:
+            raise ValueError(f"'relevance' is {relevance:g}; the least is 0, for a text that does not answer the query")
+        return [({"QUERY": query, "TEXT": text}, relevance)]
 
     def grade(
         self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]

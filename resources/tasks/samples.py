@@ -73,8 +73,18 @@ def masked_items(mask: str, every: int = 2) -> list[Item]:
     items: list[Item] = []
     for number, text in enumerate(sample_texts()[::every]):
         words = text.split(" ")
+        if len(words) < 2:  # a word of a language without spaces: the mask takes the middle of it
+            words = [
+                text[: len(text) // 3],
+                text[len(text) // 3 : -(len(text) // 3) or None],
+                text[-(len(text) // 3) :],
+            ]
+            if not all(words):
+                continue
+            items.append({"TEXT": f"{words[0]}{mask}{words[2]}"})
+            continue
         words[number * 7 % len(words)] = mask
-        if number % 8 == 0:
+        if number % 8 == 0 and len(words) > 2:
             words[(number * 7 + len(words) // 2) % len(words)] = mask
         items.append({"TEXT": " ".join(words)})
     return items

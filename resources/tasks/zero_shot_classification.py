@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import field_validator
 
+from resources.pipelines.unicode import is_unicode
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
 
+#: Lists of labels that are refused; deep brackets and half of a surrogate pair are valid JSON, as far as bytes go.
+_NO_LABELS = ("[]", "urgent", "[1]", "{}", '["\\ud800"]', "[" * 100_000)
+
+
 class ZeroShotGates(Gates):
     """Share of texts whose best label is PyTorch's, and the largest error of one score."""
 
@@ -44,8 +49,19 @@ class ZeroShotOptions(Options):
     is judged for itself.
     """
 
-    hypothesis_template: str = Field(default="This example is {}.", pattern=r"\{\}")
+    hypothesis_template: str = "This example is {}."
     multi_label: bool = False
+
+    @field_validator("hypothesis_template")
+    @classmethod
+    def _takes_a_label(cls, template: str) -> str:
+        try:
+            good = template.format("a") != template.format("b")
+        except (IndexError, KeyError, ValueError, AttributeError):
+            good = False
+        if not good:
+            raise ValueError("must hold {} once, for the label, and no other braces")
+        return template
 
 
 class ZeroShotClassificationTask(Task):
@@ -53,6 +69,7 @@ class ZeroShotClassificationTask(Task):
 
     name: ClassVar[str] = "zero-shot-classification"
     gates: ClassVar[type[Gates]] = ZeroShotGates
+    fields: ClassVar[tuple[str, ...]] = ("text", "labels", "label")
     options: ClassVar[type[Options]] = ZeroShotOptions
 
     def check(self, files: CheckpointFiles) -> None:
@@ -81,10 +98,14 @@ class ZeroShotClassificationTask(Task):
         return labelled_items()
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
+        from resources.pipelines.zero_shot_classification import MOST_LABELS
+
         (text,) = require(line, "text")
         labels = line.get("labels")
         if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
             raise ValueError("'labels' is not there, or is no list of texts")
+        if len(labels) > MOST_LABELS or not all(map(is_unicode, labels)):
+            raise ValueError(f"'labels' holds more than {MOST_LABELS} labels, or half of a surrogate pair")
         right = one_of(line["label"], labels, "label") if "label" in line else None
         return [({"TEXT": text, "LABELS": json.dumps(labels, ensure_ascii=False)}, right)]
 
@@ -98,7 +119,7 @@ class ZeroShotClassificationTask(Task):
         return [{"TEXT": text, "LABELS": json.dumps([text, "other"])}, {"TEXT": text, "LABELS": json.dumps([text])}]
 
     def refused_items(self, settings: dict[str, Any]) -> list[Item]:
-        return [{"TEXT": "a text", "LABELS": labels} for labels in ("[]", "urgent", "[1]", "{}")]
+        return [{"TEXT": "a text", "LABELS": labels} for labels in _NO_LABELS]
 
     def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from resources.catalog import ModelEntry
 from resources.errors import ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.tasks import TASKS, Gates, Metrics
+from resources.tasks.base import broken_answers
 from resources.triton.client import Contract, TextClient
 from resources.triton.files import discard, staging_folder, staging_root
 from resources.triton.layout import CONFIG, called_internals, internal_name
@@ -77,17 +77,26 @@ def make_exam(
     on all of them, so that a part of them is not held to more than the whole is.
     """
     task, settings = TASKS[plan.checkpoint.task], plan.checkpoint.settings
+    names = task.gate_names(settings)
 
     def verdict(indices: Sequence[int], answers: Sequence[Any]) -> tuple[dict[str, float], list[str]]:
         asked, expected = [items[index] for index in indices], [reference[index] for index in indices]
-        # Some are asked several times over, and each time the engine is as wrong as before.
-        share = len(indices) / max(Counter(indices).values()) / len(items)
-        return task.verdict(settings, asked, expected, answers, gates.for_some(measured, share))
+        broken = broken_answers(expected, answers)
+        if broken:
+            return {}, [broken]
+        metrics = task.compare(settings, asked, expected, answers)
+        return metrics, task.misses([name for name in names if gates.is_worst(name)], metrics, gates)
+
+    def overall(metrics: Metrics, share: float) -> list[str]:
+        return task.misses(
+            [name for name in names if not gates.is_worst(name)], metrics, gates.for_some(measured, share)
+        )
 
     return Exam(
         contract=Contract(plan.texts, RESULT if plan.structured else plan.output, plan.structured),
         items=items,
         verdict=verdict,
+        overall=overall,
         max_batch_size=plan.max_batch_size,
         odd=[item for text in ODD_TEXTS for item in task.odd_items(settings, text)],
         refused=task.refused_items(settings),

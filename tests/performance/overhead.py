@@ -65,7 +65,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     from resources.engines import build as build_engine
     from resources.engines import load as load_engine
     from resources.engines.make import goal_of
-    from resources.evaluation.batches import equal_length_batches, plan_batches
+    from resources.evaluation.batches import equal_length_batches, plan_alone, plan_batches
     from resources.evaluation.reference import read_evaluation_set
     from resources.evaluation.texts import batch_of_shape, texts_of
     from resources.export.exporter import export
@@ -109,6 +109,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
                 answer(baseline, equal_length_batches(lengths, 16))
                 lap("reference answers")
             answer(runner, plan_batches(lengths, encoder.bucket, 32))
+            answer(runner, plan_alone([[length] for length in lengths], encoder.bucket, 32))
             lap("accuracy calls")
             samples = json.loads((store.folder(report) / "samples.json").read_text())
             for shape, pairs in samples.items():

@@ -34,24 +34,28 @@ class TritonPythonModel:
     def execute(self, requests):
         """The rows of all requests together through the engine; a request that has no answer fails alone."""
         asked = [self._read(request) for request in requests]
-        items = [item for items, complaint in asked for item in ([] if complaint else items)]
-        groups = self._pipeline.rows(items)
-        outputs = iter(self._outputs([row for group in groups for row in group]))
-        taken = [(item, rows, [next(outputs) for _ in rows]) for item, rows in zip(items, groups, strict=True)]
-        remaining = iter(taken)
+        outputs = iter(self._outputs([row for _, groups, _ in asked for group in groups for row in group]))
         return [
-            _refusal(complaint) if complaint else self._response([next(remaining) for _ in items])
-            for items, complaint in asked
+            _refusal(complaint)
+            if complaint
+            else self._response(
+                [(item, rows, [next(outputs) for _ in rows]) for item, rows in zip(items, groups, strict=True)]
+            )
+            for items, groups, complaint in asked
         ]
 
     def _read(self, request):
-        """The request's items, and why they have no answer."""
+        """The request's items, the rows of each, and why they have no answer, if they have none."""
         try:
             columns = [_strings(request, name) for name in self._pipeline.inputs]
         except UnicodeDecodeError as error:
-            return [], f"a text is not valid UTF-8: {error}"
+            return [], [], f"a text is not valid UTF-8: {error}"
         items = [dict(zip(self._pipeline.inputs, texts, strict=True)) for texts in zip(*columns, strict=True)]
-        return items, next((complaint for complaint in map(self._pipeline.complaint, items) if complaint), "")
+        try:
+            complaint = next(filter(None, map(self._pipeline.complaint, items)), "")
+            return items, [] if complaint else self._pipeline.rows(items), complaint
+        except Exception as error:  # whatever one request meets, the others of this execution must not
+            return [], [], f"the request cannot be tokenized: {error}"
 
     def _response(self, answered):
         try:

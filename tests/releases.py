@@ -100,7 +100,7 @@ def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None) -> Exam:
     """The sample texts with the plan's own answers, or another's, as what is right."""
     texts = sample_texts()[:120]
     reference = list(answers_of(reference_of or plan, texts))
-    return make_exam(plan, TASKS[plan.checkpoint.task].gates(), {}, [{"TEXT": text} for text in texts], reference)
+    return make_exam(plan, TASKS[plan.checkpoint.task].gates(), [{"TEXT": text} for text in texts], reference)
 
 
 #: Of the plans made here without labels.

@@ -289,7 +289,6 @@ class Champion(Record):
     engine: str
     engine_digest: str
     evaluation_digest: str
-    metrics: dict[str, float] = Field(default_factory=dict, description="Its accuracy, as its benchmark found it.")
     objective: str
     score: float
     reason: str

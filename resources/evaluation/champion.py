@@ -54,7 +54,6 @@ def make_champion(
             engine=chosen.engine,
             engine_digest=chosen.engine_digest,
             evaluation_digest=evaluation.digest,
-            metrics=chosen.accuracy.metrics if chosen.accuracy is not None else {},
             objective=entry.objective,
             score=best.score,
             reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "

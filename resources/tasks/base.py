@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
 Metrics = dict[str, float]
-#: What two ways of dividing the same counts may differ by.
-_ROUNDING = 1e-9
 
 
 class Gates(BaseModel):
@@ -41,16 +39,16 @@ class Gates(BaseModel):
             values[name] = value + share * (best - value)
         return self.model_copy(update=values)
 
-    def for_some(self, measured: Metrics, share: float) -> Self:
-        """These gates for a part of the items on which an engine's metrics were measured and kept them.
+    def for_some(self, share: float) -> Self:
+        """These gates for a part of the items, as large a share of them all.
 
-        share: of all items, those that are asked. All that the engine gets wrong may be among them: 2 of 320 are a rate
-        of .994, and 2 of 96 one of .979. Means and rates are bounded by that; what the worst item reaches is not.
+        All that an engine may get wrong can be among them: a rate of .99 allows 3 of 320, and 3 of 96 are one of .97.
+        Means and rates are bounded by that; what the worst item has to reach stays.
         """
         values = {
-            name: min(getattr(self, name), 1 - (1 - measured[name]) / share - _ROUNDING)
+            name: 1 - (1 - getattr(self, name)) / share
             for name in type(self).model_fields
-            if name in measured and not self.is_worst(name)
+            if share < 1 and not self.is_worst(name)
         }
         return self.model_copy(update=values)
 

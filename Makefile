@@ -3,8 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# A file's tests stay in one process and share its fixtures; what is measured waits for the machine's lock.
-PYTEST_FLAGS := -n 3 --dist loadfile
+# A file's tests stay in one process and share its fixtures; tests/conftest.py says which files begin.
+PYTEST_FLAGS := -n 3 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: run test test-all check setup ui serve clean

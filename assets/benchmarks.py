@@ -11,6 +11,7 @@ from resources.engines.make import sources_of
 from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import gates_missed
 from resources.reporting import markdown, tail
+from resources.targets import device_of
 from resources.tracking import Tracker
 from resources.workspace import Workspace
 
@@ -28,7 +29,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         kinds={"mlflow"},
         owners=OWNERS,
         description=f"Accuracy of {spec.name} on real text, and its latency in turns with PyTorch's at every shape.",
-        tags={"target": target, "needs": spec.needs},
+        tags={"target": target, "device": device_of(target)},
     )
     def benchmark(
         context: dg.AssetExecutionContext,
@@ -55,7 +56,8 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
                 "latency": dg.MetadataValue.md(_latency_table(record)),
                 "accuracy": dg.MetadataValue.json(record.accuracy.metrics),
                 "worst_texts": dg.MetadataValue.md(_worst_table(record)),
-                "threads": record.threads,
+                "threads": str(record.setting),
+                **_thread_table(record),
                 **{f"speedup_{timing.shape}": round(timing.speedup, 3) for timing in record.timings},
             }
         return materialized(made, folder, metadata)
@@ -124,6 +126,24 @@ def _latency_table(record: BenchmarkReport) -> str:
             ]
         )
     return markdown(header, rows)
+
+
+def _thread_table(record: BenchmarkReport) -> dict[str, object]:
+    """What was tried to find the number of threads; nothing where there was no choice."""
+    if not record.thread_trials:
+        return {}
+    shapes = [timing.shape for timing in record.timings]
+    rows = [
+        [
+            str(trial.setting) + (" (taken)" if trial.setting == record.setting else ""),
+            "–" if trial.against is None else str(trial.against),
+            *(f"{trial.speedups[shape]:.2f}" if shape in trial.speedups else "–" for shape in shapes),
+            f"{trial.score:.2f}",
+        ]
+        for trial in record.thread_trials
+    ]
+    table = markdown(["setting", "in turns with", *(f"{shape}, times faster" for shape in shapes), "in all"], rows)
+    return {"thread_settings": dg.MetadataValue.md(table)}
 
 
 def _worst_table(record: BenchmarkReport) -> str:

@@ -9,9 +9,10 @@ from assets.partitions import models
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.engines import EngineSpec
 from resources.engines.make import make_engine, sources_of
+from resources.targets import device_of
 from resources.workspace import Workspace
 
-KINDS = {"torch": "pytorch", "onnxruntime": "onnx", "tensorrt": "nvidia"}
+KINDS = {"torch": "pytorch", "onnxruntime": "onnx", "openvino": "intel", "tensorrt": "nvidia"}
 
 
 def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
@@ -27,7 +28,7 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
         kinds={KINDS[spec.runtime], spec.precision},
         owners=OWNERS,
         description=spec.description,
-        tags={"target": target, "needs": spec.needs},
+        tags={"target": target, "device": device_of(target)},
     )
     def engine(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
         entry, store = workspace.entry(context.partition_key), workspace.store

@@ -48,9 +48,37 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--seq-len", metavar="N[,N]", help="tokens to optimize for")
     new.add_argument("--batch-size", metavar="N[,N]", help="batch sizes to optimize for, each with each --seq-len")
     new.add_argument("--engines", metavar="E[,E]", help="only these engines compete")
+    new.add_argument("--seconds", type=_positive, metavar="N", help="bound for one engine's benchmark")
     command.add_argument("--target", help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>")
     command.set_defaults(command=_optimize)
+
+    command = commands.add_parser("bench", help="compare a model's engines with each other, outside the pipeline")
+    command.add_argument("model", metavar="MODEL", help="as for optimize: a name, a folder or a Hub id")
+    command.add_argument("--name", help="for a folder or Hub id: its name in the catalog")
+    command.add_argument("--task", help="for a folder or Hub id: what it is for")
+    command.add_argument(
+        "--engines", metavar="E[,E]", help="only these, beside PyTorch (default: all that can compete)"
+    )
+    command.add_argument("--target", help="default: the first of REFINERY_TARGETS")
+    command.add_argument("--shapes", metavar="S[,S]", help="batch x tokens, as 1x16,8x128 (default: the model's)")
+    command.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="N",
+        help="bound for measuring, and a quarter of it at least for timing (default: the model's, for each engine)",
+    )
+    command.add_argument(
+        "--threads", type=_count, metavar="N", help="of PyTorch and every engine (default: the model's)"
+    )
+    command.add_argument(
+        "--accuracy",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether answers are compared with PyTorch's too (default: they are)",
+    )
+    command.add_argument("--output", metavar="DIR", help="default: REFINERY_HOME/bench/<model>-<target>")
+    command.set_defaults(command=_bench)
 
     command = commands.add_parser("query", help="ask a served model")
     command.add_argument("model", metavar="MODEL", help="the name it is served under")
@@ -95,10 +123,32 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 512:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 512")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
 def _optimize(options: argparse.Namespace) -> int:
     from orchestration.optimize import optimize
 
     return optimize(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from orchestration.bench import bench
+
+    return bench(options)
 
 
 def _query(options: argparse.Namespace) -> int:

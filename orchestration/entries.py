@@ -24,16 +24,18 @@ _HEADS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
-_ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines")
+#: What the command line may say about a new entry; None: nothing.
+ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds")
 
 
-def find_or_add(workspace: Workspace, options: Namespace) -> ModelEntry:
+def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = True) -> ModelEntry:
     """The catalog's entry for `options.model`, added below the workspace's home if it is a folder or a Hub id.
 
-    Raises CatalogError, CheckpointError.
+    rewrite: whether an entry that was added from the same source is written anew; else it stays as it is, unless
+    something is said about it. Raises CatalogError, CheckpointError.
     """
     catalog = workspace.catalog()
-    given = [name for name in _ENTRY_OPTIONS if getattr(options, name) is not None]
+    given = [name for name in ENTRY_OPTIONS if getattr(options, name) is not None]
     if options.model in catalog.names:
         if given:
             raise CatalogError(
@@ -53,8 +55,14 @@ def find_or_add(workspace: Workspace, options: Namespace) -> ModelEntry:
             raise CatalogError(
                 f"{workspace.catalog_path} has a model named {name!r} already; give another with --name."
             )
-    entry = _entry(name, source, options)
     earlier = next((known for known in catalog.models if known.name == name), None)
+    if not rewrite and earlier is not None and earlier.source == source:
+        if options.task not in (None, earlier.task):
+            raise CatalogError(
+                f"{name!r} is in the catalog for {earlier.task}; leave --task out, or give another name with --name."
+            )
+        return earlier
+    entry = _entry(name, source, options)
     if earlier is not None and earlier.source != entry.source and _was_collected(workspace, name):
         raise CatalogError(
             f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with --name, "
@@ -104,6 +112,8 @@ def _entry(name: str, source: str, options: Namespace) -> ModelEntry:
         fields["shapes"] = [f"{batch.strip()}x{length.strip()}" for batch, length in product(batches, lengths)]
     if options.engines:
         fields["engines"] = [engine.strip() for engine in options.engines.split(",")]
+    if options.seconds is not None:
+        fields["benchmark"] = {"seconds": options.seconds}
     try:
         return ModelEntry.model_validate(fields)
     except ValidationError as error:

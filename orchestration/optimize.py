@@ -16,9 +16,11 @@ from orchestration.definitions import make_definitions
 from orchestration.entries import find_or_add
 from orchestration.instance import prepare_instance
 from orchestration.settings import read_workspace, tracker_of
+from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
-from resources.engines import ENGINES, TARGETS
+from resources.engines import ENGINES
 from resources.errors import CatalogError
+from resources.targets import check_target
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -66,8 +68,10 @@ def optimize(options: Namespace) -> int:
 def _workspace(options: Namespace) -> Workspace:
     workspace = read_workspace(os.environ)
     if options.target is not None:
-        if options.target not in TARGETS:
-            raise CatalogError(f"--target: {options.target!r} is not one of {', '.join(TARGETS)}.")
+        try:
+            check_target(options.target)
+        except ValueError as error:
+            raise CatalogError(f"--target: {error}.") from None
         workspace = replace(workspace, targets=(options.target,))
     if options.output is not None:
         triton = replace(workspace.triton, repositories=Path(options.output).resolve())
@@ -121,34 +125,17 @@ def _failed_checks(result: ExecuteInProcessResult) -> list[str]:
 
 
 def _summarize(workspace: Workspace, entry: ModelEntry, target: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from assets.champion import current_reports
     from assets.triton_repository import query_command, serve_command
-    from resources.reporting import candidate_table
     from resources.triton.layout import current_release, list_releases
     from resources.triton.publish import unverified_root
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)  # a log has no width of its own
+    console = table_console()
     model = entry.name
     champion = workspace.store.current(Champion, f"champion/{target}/{model}")
     reports = current_reports(workspace, ENGINES, target, entry)
-    header, rows = candidate_table(reports, champion.verdicts)
     title = f"{model} on {target} ({reports[0].device}): p50 / p99, (times faster than PyTorch)"
-    table = Table(title=title, title_justify="left")
-    for name in header:
-        table.add_column(name, overflow="fold", justify="right" if name.endswith("ms") else "left")
-    measured = {report.engine for report in reports if report.status == "measured"}
-    for row in rows:
-        if row[0] in measured:
-            table.add_row(*row, style="bold" if row[0] == champion.engine else None)
-    console.print(table)
-    for row in rows:
-        if row[0] not in measured:
-            console.print(f"{row[0]}: {row[-1]}", highlight=False)
+    print_candidates(console, title, reports, champion.verdicts, champion.engine)
     repository = workspace.repository(target)
     release = current_release(repository, model)
     console.print(f"{champion.reason}", highlight=False)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from orchestration.terminal import print_step
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -69,8 +71,7 @@ class ProgressHandler(logging.Handler):
 
     def _line(self, name: str, text: str, colour: str = "default") -> None:
         elapsed = time.monotonic() - self._run_started
-        self._console.print(f"[dim]{elapsed:7.1f} s[/]  [bold]{name}[/]  ", end="", highlight=False)
-        self._console.print(text, style=colour, markup=False, highlight=False, soft_wrap=True)
+        print_step(self._console, elapsed, name, text, colour)
 
 
 def describe(metadata: dict[str, Any], seconds: float) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import get_args
 
 import orchestration
-from resources.engines import TARGETS
 from resources.errors import CatalogError
 from resources.isolation import Limits
+from resources.targets import check_target
 from resources.tracking import Tracker
 from resources.triton.settings import Flavour, TritonSettings
 from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, Workspace
@@ -23,9 +23,13 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
     """The workspace that the variables describe. Raises CatalogError naming the variable that is wrong."""
     home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
     targets = tuple(environment.get("REFINERY_TARGETS", "cpu").replace(",", " ").split())
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown or not targets:
-        raise CatalogError(f"REFINERY_TARGETS: {' '.join(unknown) or 'empty'}: use some of {', '.join(TARGETS)}.")
+    if not targets:
+        raise CatalogError("REFINERY_TARGETS is empty; name one, or leave it unset for cpu.")
+    for target in targets:
+        try:
+            check_target(target)
+        except ValueError as error:
+            raise CatalogError(f"REFINERY_TARGETS: {error}.") from None
     flavour = environment.get("REFINERY_TRITON_FLAVOUR", "python")
     if flavour not in get_args(Flavour):
         raise CatalogError(f"REFINERY_TRITON_FLAVOUR: {flavour!r} is not one of {', '.join(get_args(Flavour))}.")

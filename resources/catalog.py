@@ -63,7 +63,7 @@ class BenchmarkSettings(_Strict):
 
     seconds: float = Field(default=45.0, gt=0, le=3600, description="Bound for one candidate, all in all.")
     threads: int | None = Field(
-        default=None, ge=1, le=512, description="For PyTorch and every engine alike; default: all cores."
+        default=None, ge=1, le=512, description="Of PyTorch, and the most an engine may use; default: all cores."
     )
 
 
@@ -72,6 +72,16 @@ class LadderSettings(_Strict):
 
     trials: int = Field(default=24, ge=0, le=1000, description="Of engines, beyond the first; 0: no rescue.")
     seconds: float = Field(default=300.0, gt=0, le=36000, description="Bound for all trials of one engine.")
+
+
+class TensorRtSettings(_Strict):
+    """How TensorRT builds its engines, and how much it may take for that."""
+
+    optimization_level: int = Field(
+        default=3, ge=0, le=5, description="0: the first kernels that run, and no timing cache; 5: every kernel tried."
+    )
+    workspace_gb: float = Field(default=4.0, gt=0, le=1024, description="GPU memory for what kernels work in.")
+    profiles: int = Field(default=4, ge=1, le=16, description="At most; each is tuned for lengths of its own.")
 
 
 class ModelEntry(_Strict):
@@ -91,6 +101,7 @@ class ModelEntry(_Strict):
     objective: Objective = "p50"
     benchmark: BenchmarkSettings = BenchmarkSettings()
     ladder: LadderSettings = LadderSettings()
+    tensorrt: TensorRtSettings = TensorRtSettings()
     engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
         default=None, min_length=1, description="Only these engines compete; default: all."
     )
@@ -142,7 +153,11 @@ class ModelEntry(_Strict):
 
 
 #: Fields of an entry that have fields of their own.
-_PARTS: dict[str, type[BaseModel]] = {"benchmark": BenchmarkSettings, "ladder": LadderSettings}
+_PARTS: dict[str, type[BaseModel]] = {
+    "benchmark": BenchmarkSettings,
+    "ladder": LadderSettings,
+    "tensorrt": TensorRtSettings,
+}
 
 
 class Catalog(_Strict):

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from resources.targets import capability_of, device_of
+
+_QUERY_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU, as its driver describes it."""
+
+    name: str
+    capability: str
+    driver: str
 
 
 @cache
 def describe_device(target: str) -> str:
-    """The processor's name and the cores we may use, for the target `cpu`."""
-    del target  # GPU targets have no devices yet
+    """The processor's name and the cores we may use; for a CUDA target the GPU's and its driver."""
+    if device_of(target) == "cuda":
+        gpu = first_gpu()
+        return f"{gpu.name}, driver {gpu.driver}" if gpu is not None else "no GPU"
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -21,3 +39,55 @@ def describe_device(target: str) -> str:
     except OSError:  # not Linux
         pass
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+@cache
+def physical_cores() -> int:
+    """Physical cores among those that we may use; where the kernel does not say, all of them."""
+    siblings = set()
+    for core in os.sched_getaffinity(0):
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text())
+        except OSError:
+            return len(os.sched_getaffinity(0))
+    return len(siblings)
+
+
+@cache
+def first_gpu() -> Gpu | None:
+    """The first GPU of this machine, which is the one that is used; None where there is none.
+
+    Asked of the driver's own tool: initializing CUDA here would take a second and hundreds of megabytes.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_gpu(result.stdout) if result.returncode == 0 else None
+
+
+def parse_gpu(text: str) -> Gpu | None:
+    """The first line of what nvidia-smi answers; None where that is something else."""
+    parts = [part.strip() for part in text.strip().split("\n")[0].split(",")]
+    return Gpu(*parts) if len(parts) == 3 and parts[1].replace(".", "").isdigit() else None
+
+
+def why_not_here(target: str) -> str | None:
+    """Why engines of the target can be neither built nor measured on this machine; None where they can."""
+    if device_of(target) == "cpu":
+        return None
+    gpu, wanted = first_gpu(), capability_of(target)
+    if gpu is None:
+        return (
+            f"{target} needs an NVIDIA GPU of compute capability {wanted}, and nvidia-smi shows none on this machine."
+        )
+    if gpu.capability != wanted:
+        return (
+            f"{target} needs an NVIDIA GPU of compute capability {wanted}; this machine's {gpu.name} is one of "
+            f"{gpu.capability}. Name the target cuda_sm{gpu.capability.replace('.', '')}, or run on the other."
+        )
+    return None

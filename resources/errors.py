@@ -5,6 +5,12 @@ wrong, and what to do now. Anything that is not a `RefineryError` is a defect of
 """
 
 
+def first_line(error: BaseException, length: int = 300) -> str:
+    """What a library says first: its error's first line, or the error's type where it says nothing."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:length]
+
+
 class RefineryError(Exception):
     """Base of all errors that a user can cause and mend."""
 

@@ -29,7 +29,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from resources.errors import IsolationError, RefineryError
+from resources.errors import IsolationError, RefineryError, first_line
 
 T = TypeVar("T")
 
@@ -282,8 +282,8 @@ def _portable(error: BaseException) -> RefineryError | str:
 
 def _text(error: BaseException) -> str:
     """The type and the first line; libraries put whole graphs into the others."""
-    first = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first[0][:500]}"
+    name, said = type(error).__name__, first_line(error, 500)
+    return name if said == name else f"{name}: {said}"
 
 
 def peak_memory_bytes() -> int:

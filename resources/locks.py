@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 #: One a machine, not one a project folder: two projects on one machine disturb each other's timing just the same.
@@ -77,9 +77,26 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def building(waiting: Callable[[], None] | None = None) -> AbstractContextManager[None]:
     """Several builds may work at once, but never beside a benchmark."""
-    return file_lock(MACHINE_LOCK, shared=True, waiting=waiting)
+    return _at_the_machine(waiting, shared=True)
 
 
 def benchmarking(waiting: Callable[[], None] | None = None) -> AbstractContextManager[None]:
     """A benchmark is alone on its machine: beside one busy neighbour latencies were seen to rise fortyfold."""
-    return file_lock(MACHINE_LOCK, waiting=waiting)
+    return _at_the_machine(waiting, shared=False)
+
+
+@contextmanager
+def _at_the_machine(waiting: Callable[[], None] | None, *, shared: bool) -> Iterator[None]:
+    """Hold the machine's lock. Everyone passes a gate on the way to it, and who waits for the lock keeps the gate: or
+    builds that overlap, one after the other, would keep a benchmark waiting for ever.
+    """
+    unsaid = [waiting] if waiting is not None else []
+
+    def announce() -> None:
+        if unsaid:  # at the gate or at the lock, once
+            unsaid.pop()()
+
+    with ExitStack() as held:
+        with file_lock(MACHINE_LOCK.with_suffix(".gate"), shared=shared, waiting=announce):
+            held.enter_context(file_lock(MACHINE_LOCK, shared=shared, waiting=announce))
+        yield

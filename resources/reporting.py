@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from resources.artifacts.records import BenchmarkReport, CandidateVerdict, Latency, LengthProfile
 from resources.engines import BASELINE
@@ -14,14 +14,20 @@ _COLOURS = {
     "onnxruntime_fp32": "#1a73e8",
     "onnxruntime_int8": "#188038",
     "onnxruntime_int8_static": "#f9ab00",
+    "openvino_fp32": "#9334e6",
 }
+
+
+def milliseconds(value_ms: float) -> str:
+    """As many digits as tell engines apart: on a GPU all of them are below one."""
+    return f"{value_ms:.1f}" if value_ms >= 1 else f"{value_ms:.3f}"
 
 
 def tail(latency: Latency) -> str:
     """The 99th percentile where there are samples enough for one, else the maximum, and of how many samples."""
     if latency.p99_ms is not None:
-        return f"{latency.p99_ms:.1f}"
-    return f"≤{latency.max_ms:.1f} (n={latency.count})"
+        return milliseconds(latency.p99_ms)
+    return f"≤{milliseconds(latency.max_ms)} (n={latency.count})"
 
 
 def candidate_table(
@@ -51,7 +57,7 @@ def _measured_row(report: BenchmarkReport, shapes: Sequence[str], verdict: str) 
     for shape in shapes:
         timing = timings[shape]
         ratio = f" ({timing.speedup:.2f}×)" if report.engine != BASELINE else ""
-        cells.append(f"{timing.candidate.p50_ms:.1f} / {tail(timing.candidate)}{ratio}")
+        cells.append(f"{milliseconds(timing.candidate.p50_ms)} / {tail(timing.candidate)}{ratio}")
     return [report.engine, *cells, accuracy_text(report), size_text(report.engine_size_bytes), verdict]
 
 
@@ -79,8 +85,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def latency_plot(reports: Sequence[BenchmarkReport], title: str) -> bytes | None:
-    """A PNG: median latency by shape, logarithmic, the 90th percentile as whisker. None without timings."""
+def latency_plot(reports: Sequence[BenchmarkReport], title: str, inaccurate: Collection[str] = ()) -> bytes | None:
+    """A PNG: median latency by shape, logarithmic, the 90th percentile as whisker. None without timings.
+
+    inaccurate: engines that are marked as such: being fast is then worth nothing.
+    """
     measured = [report for report in reports if report.timings]
     if not measured:
         return None
@@ -89,7 +98,8 @@ def latency_plot(reports: Sequence[BenchmarkReport], title: str) -> bytes | None
     from matplotlib.figure import Figure
 
     shapes = [timing.shape for timing in measured[0].timings]
-    figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
+    inches = max(8.0, 1.0 + 0.4 * len(measured) * len(shapes))  # a bar's figures have to fit above it
+    figure = Figure(figsize=(inches, 3.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(measured)
@@ -102,12 +112,15 @@ def latency_plot(reports: Sequence[BenchmarkReport], title: str) -> bytes | None
             medians,
             width * 0.92,
             yerr=[[0.0] * len(shapes), whiskers],
-            label=report.engine,
+            label=f"{report.engine} (not accurate)" if report.engine in inaccurate else report.engine,
+            hatch="///" if report.engine in inaccurate else None,
+            edgecolor="white",
+            linewidth=0,
             color=_COLOURS.get(report.engine),
             error_kw={"elinewidth": 1, "capsize": 2},
         )
         for place, timing in zip(places, report.timings, strict=True):
-            text = f"{timing.candidate.p50_ms:.1f}"
+            text = milliseconds(timing.candidate.p50_ms)
             if report.engine != BASELINE:
                 text += f"\n{timing.speedup:.1f}×"
             axes.annotate(text, (place, timing.candidate.p90_ms), ha="center", va="bottom", fontsize=7)

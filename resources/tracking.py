@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,12 @@ class Tracker:
         """
         if report.status == "skipped":
             return None
-        known = self._recall(f"candidate-{report.digest}")
+        known = self._recall(_candidate_name(report))
         if known is not None and report.status == "measured":
             return known
         with _clear_errors(self._uri):
             link = self._log_candidate(dagster_run, checkpoint, engine, report, missed)
-        self._remember(f"candidate-{report.digest}", link)
+        self._remember(_candidate_name(report), link)
         return link
 
     def champion(
@@ -83,17 +84,27 @@ class Tracker:
         """Close this Dagster run's parent with its verdict, table (Markdown) and latency plot (PNG).
 
         The winner becomes a version of the registered model, under the alias `champion-<target>`. Without a parent,
-        nothing was measured anew: the answer is the run that chose this champion before.
+        nothing was measured anew: the answer is the run that chose this champion before, or, where a gate or objective
+        was changed, the one that measured it.
         """
-        known, parent = self._recall(f"champion-{champion.digest}"), self._recall(f"parent-{dagster_run}")
+        name, current = f"champion-{champion.digest}", f"current-{champion.model}-{champion.target}"
+        known, parent = self._recall(name), self._recall(f"parent-{dagster_run}")
         with _clear_errors(self._uri):
             if parent is None and known is None:  # written by another machine
                 parent = self._find(champion.model, self._parent_filter(dagster_run))
-            if parent is None:
+            if parent is not None:
+                self._adopt(parent, reports)
+                self._log_champion(parent, champion, reports, table, plot)
+            elif known is not None and self._recall(current, champion.digest) is not None:
                 return known
-            self._adopt(parent, reports)
-            self._log_champion(parent, champion, reports, table, plot)
-        self._remember(f"champion-{champion.digest}", parent)
+            else:
+                best = next(report for report in reports if report.engine == champion.engine)
+                parent = known or self._recall(_candidate_name(best))
+                if parent is None:
+                    return None
+                self._register(champion, self._recall(_candidate_name(best)) or parent)
+        self._remember(name, parent)
+        self._remember(current, parent, champion.digest)
         return parent
 
     def release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> None:
@@ -138,7 +149,7 @@ class Tracker:
         """Take over the candidates that runs measured which then failed: they compete here."""
         client = self._client()
         for report in reports:
-            link = self._recall(f"candidate-{report.digest}")
+            link = self._recall(_candidate_name(report))
             owner = client.get_run(link.run_id).data.tags.get("mlflow.parentRunId") if link is not None else None
             if link is None or owner is None or owner == parent.run_id:
                 continue
@@ -167,13 +178,15 @@ class Tracker:
             "runtime": engine.runtime,
             "precision": engine.precision,
             "target": engine.target,
-            "threads": report.threads,
+            **thread_parameters(report),
             **engine.parameters,
         }
         if engine.steps:
             parameters["kept_in_higher_precision"] = ", ".join(engine.kept) or "none"
             client.log_dict(run_id, {"kept": engine.kept, "tried": engine.steps}, "precision.json")
         self._log(run_id, parameters, candidate_metrics(engine, report))
+        if report.thread_trials:
+            client.log_dict(run_id, {"trials": [trial.model_dump() for trial in report.thread_trials]}, "threads.json")
         if report.accuracy is not None:
             client.log_dict(run_id, report.accuracy.model_dump(), "accuracy.json")
             client.log_dict(run_id, {"timings": [timing.model_dump() for timing in report.timings]}, "timings.json")
@@ -199,7 +212,7 @@ class Tracker:
         tags = {
             "champion": champion.engine,
             "champion_reason": champion.reason,
-            "model_version": self._register(champion, self._recall(f"candidate-{best.digest}") or parent),
+            "model_version": self._register(champion, self._recall(_candidate_name(best)) or parent),
         }
         for name, value in tags.items():
             client.set_tag(parent.run_id, _TAG + name, value)
@@ -269,7 +282,7 @@ class Tracker:
 
     @staticmethod
     def _common_tags(dagster_run: str, checkpoint: Checkpoint, report: BenchmarkReport) -> dict[str, str]:
-        versions = library_versions("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
+        versions = library_versions("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "openvino")
         return {
             f"{_TAG}dagster_run": dagster_run,
             f"{_TAG}model": checkpoint.model,
@@ -317,21 +330,24 @@ class Tracker:
             path.write_bytes(png)
             self._client().log_artifact(run_id, str(path))
 
-    def _recall(self, name: str) -> RunLink | None:
+    def _recall(self, name: str, what: str = "") -> RunLink | None:
+        """The link of that name; `what`: only if it was remembered for that."""
         try:
             data = json.loads((self._folder / "links" / f"{name}.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
         if data.get("store") != self._uri:  # written to another server: this one does not know it
             return None
+        if what and data.get("what") != what:
+            return None
         return RunLink(data["run_id"], f"{self._ui or ''}{data['path']}")
 
-    def _remember(self, name: str, link: RunLink) -> None:
+    def _remember(self, name: str, link: RunLink, what: str = "") -> None:
         path = self._folder / "links" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
+        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         where = link.url.removeprefix(self._ui or "")
-        draft.write_text(json.dumps({"store": self._uri, "run_id": link.run_id, "path": where}))
+        draft.write_text(json.dumps({"store": self._uri, "run_id": link.run_id, "path": where, "what": what}))
         draft.replace(path)
 
     def _url(self, experiment: str, run_id: str) -> str:
@@ -366,6 +382,11 @@ def _length_metrics(checkpoint: Checkpoint) -> dict[str, float]:
     }
 
 
+def _candidate_name(report: BenchmarkReport) -> str:
+    """What a candidate's run is remembered as. One that failed is measured again under the same digest."""
+    return f"candidate-{report.digest}" if report.status == "measured" else f"candidate-{report.digest}-{report.status}"
+
+
 def candidate_metrics(engine: Engine, report: BenchmarkReport) -> dict[str, float]:
     """Flat names, latencies in milliseconds by shape: `p50_ms.8x128`, `speedup.8x128`, `accuracy.cosine_mean`."""
     metrics = {"build_seconds": engine.build_seconds, "size_bytes": float(report.engine_size_bytes)}
@@ -386,6 +407,14 @@ def candidate_metrics(engine: Engine, report: BenchmarkReport) -> dict[str, floa
     if report.accuracy is not None:
         metrics |= {f"accuracy.{name}": value for name, value in report.accuracy.metrics.items()}
     return metrics
+
+
+def thread_parameters(report: BenchmarkReport) -> dict[str, int | str]:
+    """What PyTorch and the engine were measured with."""
+    setting = report.setting
+    if setting is None:
+        return {"threads": report.threads}
+    return {"threads": setting.threads, "spinning": _yes(setting.spinning), "baseline_threads": report.baseline_threads}
 
 
 def speedups(report: BenchmarkReport) -> dict[str, float]:

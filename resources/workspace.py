@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import Catalog, ModelEntry, load_catalog
+from resources.device import physical_cores
 from resources.isolation import Limits
 from resources.triton.settings import TritonSettings
 
@@ -60,5 +61,9 @@ class Workspace:
         return path
 
     def threads(self, entry: ModelEntry) -> int:
-        """Threads of PyTorch and of every engine alike: the models file's number, or the cores we may use."""
+        """The most threads that an engine may have: the models file's number, or the cores we may use."""
         return entry.benchmark.threads or len(os.sched_getaffinity(0))
+
+    def baseline_threads(self, entry: ModelEntry) -> int:
+        """Threads of PyTorch: the models file's number, or what its users get, one for each physical core."""
+        return entry.benchmark.threads or min(self.threads(entry), physical_cores())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,40 @@ def make_checkpoint(
     model = getattr(transformers, _CLASSES[head]).from_config(settings)
     model.save_pretrained(folder)
     return folder
+
+
+def add_outliers(folder: Path) -> Path:
+    """Let the first layer of a BERT have two channels of 512 that cancel each other, in fp32.
+
+    Neither rounding nor smoothing can represent them beside the others, whose values are about 1: large activations
+    meet large weights.
+    """
+    with _weights(folder) as weights:
+        layer = "encoder.layer.0"
+        weights[f"{layer}.intermediate.dense.weight"][:2] = 0
+        weights[f"{layer}.intermediate.dense.bias"][:2] = 512
+        weights[f"{layer}.output.dense.weight"][:, 0] = 1
+        weights[f"{layer}.output.dense.weight"][:, 1] = -1
+    return folder
+
+
+def add_overflow(folder: Path) -> Path:
+    """Let the first feed-forward layer of a BERT answer about a million, which normalization makes small again."""
+    with _weights(folder) as weights:
+        for name in ("intermediate", "output"):
+            weights[f"encoder.layer.0.{name}.dense.weight"] *= 1000
+    return folder
+
+
+@contextmanager
+def _weights(folder: Path) -> Iterator[dict[str, Any]]:
+    """The checkpoint's weights, written back when the block ends."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    yield weights
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from resources import locks
 from resources.catalog import ModelEntry
 from resources.isolation import Limits
 from resources.triton.environment import is_installed
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
 from tests.checkpoints import make_checkpoint
+
+#: Files that run whole jobs, longest first: begun last, one of them would be all that is left to wait for.
+LONGEST = ("test_pipeline", "test_cli", "test_served_tasks", "test_export", "test_fusion", "test_triton_publish")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which pytest-xdist hands out files (with --no-loadscope-reorder)."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_machine_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test asks how fast anything is, so those in other processes need not wait for this one's benchmarks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(locks, "MACHINE_LOCK", tmp_path_factory.mktemp("machine") / "machine.lock")
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +81,13 @@ def workspace(tmp_path: Path) -> Workspace:
     )
 
 
+@pytest.fixture
+def sharing(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Such a workspace, with the artifacts of all tests that ask for this: what one exported, others find."""
+    base = tmp_path_factory.getbasetemp()
+    return replace(workspace, artifacts=(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts")
+
+
 @pytest.fixture(scope="session")
 def triton_settings() -> TritonSettings:
     """The embedded Triton; a machine without one fails, it does not skip."""
@@ -70,13 +97,14 @@ def triton_settings() -> TritonSettings:
 
 
 def entry_for(folder: Path | str, **fields: Any) -> ModelEntry:
-    """A catalog entry for a checkpoint folder, quick to benchmark."""
+    """A catalog entry for a checkpoint folder, quick to build and to measure: two engines, no choice of threads."""
     settings = {
         "name": "tiny",
         "source": str(folder),
         "task": "embedding",
         "shapes": ["1x16", "2x32"],
         "max_batch_size": 8,
-        "benchmark": {"seconds": 2.0, "threads": 2},
+        "benchmark": {"seconds": 1.0, "threads": 1},
+        "engines": ["onnxruntime_fp32", "onnxruntime_int8"],
     }
     return ModelEntry.model_validate({**settings, **fields})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import dagster as dg
 from orchestration.definitions import make_definitions
 from orchestration.optimize import failures
 from resources.catalog import ModelEntry, write_entry
+from resources.engines import BASELINE
 from resources.workspace import Workspace
 
 
@@ -68,14 +71,33 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
 def add_entry(workspace: Workspace, entry: ModelEntry) -> None:
     """Make the entry part of the workspace's catalog."""
     workspace.home.mkdir(parents=True, exist_ok=True)
+    if workspace.tracking_uri is None and not (workspace.home / "mlflow.db").exists():
+        (workspace.home / "mlflow.db").write_bytes(_empty_tracking_store())
     if not workspace.catalog_path.exists():
         workspace.catalog_path.write_text("models: []\n")
     write_entry(entry, workspace.additions)
 
 
-def run_job(workspace: Workspace, model: str) -> Outcome:
-    """One run of the job `optimize`."""
-    return _run(workspace, model, "optimize", None)
+@cache
+def _empty_tracking_store() -> bytes:
+    """MLflow's own, made once: it takes seconds to go through all its migrations."""
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        MlflowClient(f"sqlite:///{path}").search_experiments()
+        return path.read_bytes()
+
+
+def run_job(workspace: Workspace, model: str, *, whole: bool = False) -> Outcome:
+    """One run of the job `optimize`; of the engines, those that the entry names, or with `whole` every one."""
+    named = workspace.entry(model).engines
+    if whole or named is None:
+        return _run(workspace, model, "optimize", None)
+    job = make_definitions(workspace).resolve_job_def("optimize")
+    wanted = {BASELINE, *named}
+    keys = [key for key in job.asset_layer.executable_asset_keys if len(key.path) < 3 or key.path[-1] in wanted]
+    return _run(workspace, model, "optimize", keys)
 
 
 def run_assets(workspace: Workspace, model: str, keys: Sequence[str]) -> Outcome:

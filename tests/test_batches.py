@@ -2,7 +2,7 @@
 
 import pytest
 
-from resources.evaluation.batches import equal_length_batches, plan_batches
+from resources.evaluation.batches import equal_length_batches, plan_alone, plan_batches
 from resources.pipelines.tokenization import buckets_up_to
 
 BUCKETS = buckets_up_to(256)
@@ -45,3 +45,16 @@ def test_reference_batches_pad_nothing():
     assert sorted(index for batch in batches for index in batch.indices) == list(range(6))
     assert all(lengths[index] == batch.length for batch in batches for index in batch.indices)
     assert max(len(batch.indices) for batch in batches) == 2
+
+
+@pytest.mark.parametrize("largest", [1, 2, 32])
+def test_alone_no_batch_holds_rows_of_two_requests(largest):
+    lengths = [[3], [40, 41, 42, 7], [], [16, 16, 16], [256]]
+    owners = [number for number, rows in enumerate(lengths) for _ in rows]
+    flat = [length for rows in lengths for length in rows]
+    plan = plan_alone(lengths, bucket, largest)
+    assert sorted(index for batch in plan for index in batch.indices) == list(range(len(flat)))
+    for batch in plan:
+        assert len({owners[index] for index in batch.indices}) == 1
+        assert {bucket(flat[index]) for index in batch.indices} == {batch.length}
+        assert 1 <= len(batch.indices) <= largest

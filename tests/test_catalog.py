@@ -116,6 +116,12 @@ def test_every_field_can_be_given(tmp_path):
         ("models:\n" + MODEL + "    max_batch_size: 8\n    shapes: [32x128]\n", ["32x128", "max_batch_size 8"]),
         ("models:\n" + MODEL + "    ladder: {tries: 3}\n", ["ladder.tries: no such field; there are trials, seconds"]),
         ("models:\n" + MODEL + "    ladder: {trials: -1}\n", ["ladder.trials", "given: -1"]),
+        (
+            "models:\n" + MODEL + "    tensorrt: {workspace: 4}\n",
+            ["tensorrt.workspace: no such field; there are optimization_level, workspace_gb, profiles"],
+        ),
+        ("models:\n" + MODEL + "    tensorrt: {optimization_level: 6}\n", ["tensorrt.optimization_level", "given: 6"]),
+        ("models:\n" + MODEL + "    tensorrt: {profiles: 0}\n", ["tensorrt.profiles", "given: 0"]),
         ("models:\n" + MODEL + "    max_batch_size: true\n", ["max_batch_size", "integer"]),
         ("models:\n" + MODEL + "    gates: {cosine_mean: '0.9'}\n", ["gates.cosine_mean", "number"]),
         ("models:\n" + MODEL + "    gates: {cosine_mean: .nan}\n", ["gates.cosine_mean", "finite"]),

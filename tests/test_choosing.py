@@ -2,7 +2,7 @@
 
 import pytest
 
-from resources.artifacts.records import Accuracy, BenchmarkReport, ShapeTiming
+from resources.artifacts.records import Accuracy, BenchmarkReport, EvaluationSet, ShapeTiming
 from resources.errors import NoChampionError
 from resources.evaluation.choosing import judge, require_champion, score
 from resources.evaluation.statistics import summarize
@@ -89,3 +89,51 @@ def test_objective_changes_the_winner():
     reports = [report("fast", 4.0, size=100), report("small", 2.0, size=10)]
     assert judge(reports, no_gates, "p50", 100)[0].engine == "fast"
     assert judge(reports, no_gates, "size", 100)[0].engine == "small"
+
+
+def test_an_engine_that_was_measured_after_all_is_judged_anew(workspace):
+    from resources.evaluation.champion import make_champion
+    from tests.conftest import entry_for
+
+    entry = entry_for(
+        workspace.home, gates={"cosine_mean": 0.0, "cosine_worst": 0.0, "neighbours": 0.0, "norm_error": 9.0}
+    )
+    evaluation = EvaluationSet(
+        digest="e", model=entry.name, items=1, rows=1, width=1, longest_tokens=1, tokenizer_checked=1
+    )
+    metrics = {"cosine_mean": 1.0, "cosine_worst": 1.0, "neighbours": 1.0, "norm_error": 0.0}
+    accurate = Accuracy(metrics=metrics, gated=tuple(metrics), texts=1)
+    slow, fast = (
+        report(name, speed).model_copy(update={"accuracy": accurate}) for name, speed in (("slow", 2.0), ("fast", 3.0))
+    )
+    killed = report("fast", status="failed", reason="killed")
+    assert killed.digest == fast.digest
+
+    def champion(reports):
+        return make_champion(workspace, entry, "cpu", reports, evaluation).record.engine
+
+    assert champion([slow, killed]) == "slow"
+    assert champion([slow, fast]) == "fast"
+
+
+def test_the_worse_of_two_ways_counts():
+    import numpy as np
+
+    from resources.evaluation.answering import Answered
+    from resources.evaluation.benchmark import measure_accuracy
+    from resources.evaluation.reference import Evaluation
+    from resources.tasks import TASKS
+
+    random = np.random.default_rng(0)
+    reference = random.normal(size=(40, 8)).astype(np.float32)
+    known = Evaluation([{"TEXT": str(number)} for number in range(40)], list(reference), [None] * 40)
+    wrong = reference.copy()
+    wrong[7] *= -2
+    exact, harmed = Answered(list(reference)), Answered(list(wrong))
+    for ways in ((exact, harmed), (harmed, exact)):
+        accuracy = measure_accuracy(TASKS["embedding"], {}, known, ways)
+        assert accuracy.metrics["cosine_worst"] == pytest.approx(-1.0)
+        assert accuracy.metrics["cosine_mean"] == pytest.approx(38 / 40)
+        assert accuracy.metrics["norm_error"] == pytest.approx(1.0)
+        assert accuracy.worst[0].text == "7"
+    assert measure_accuracy(TASKS["embedding"], {}, known, (exact, exact)).metrics["cosine_worst"] == pytest.approx(1.0)

@@ -51,12 +51,13 @@ def empty(workspace):
 def test_a_folder_becomes_a_model_and_is_asked(empty, made_checkpoint, triton_settings):
     folder = made_checkpoint(labels=("no", "yes"))
     options = ["--name", "yes-or-no", "--seq-len", "16", "--batch-size", "1,2", "--engines", "onnxruntime_fp32"]
-    code, out, err = refinery(empty, "optimize", str(folder), *options)
+    code, out, err = refinery(empty, "optimize", str(folder), *options, "--seconds", "5")
     assert code == 0, out + err
     # The task was told from the checkpoint; the entry is in a file of its own.
     entry = (empty.home / "models.d" / "yes-or-no.yaml").read_text()
     assert "task: classification" in entry
     assert "- 2x16" in entry
+    assert "seconds: 5.0" in entry
     # Plain lines in a log: no control characters, a line a step, the table, the release, and how to ask.
     assert "\x1b" not in out
     assert re.search(r"s  onnx_graph  made in", out)
@@ -156,7 +157,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
         (["optimize", "x/y", "--task", "embedding", "--seq-len", "16,long"], "--seq-len: 'long' is not a number"),
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
-        (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is not one of cpu"),
+        (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is no target; use cpu, or cuda_sm"),
         (["query", "no-such-model", "text"], "no release of it"),
         (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers grpc at 127.0.0.1:9"),
         (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
@@ -177,7 +178,7 @@ def test_mistakes_are_one_clear_message(empty, arguments, expected):
     [
         ({"REFINERY_CATALOG": "/no/such/file.yaml"}, "Set REFINERY_CATALOG"),
         ({"REFINERY_STEP_SECONDS": "soon"}, "REFINERY_STEP_SECONDS: 'soon'"),
-        ({"REFINERY_TARGETS": "tpu"}, "REFINERY_TARGETS: tpu"),
+        ({"REFINERY_TARGETS": "tpu"}, "REFINERY_TARGETS: 'tpu' is no target"),
         ({"REFINERY_TRITON_FLAVOUR": "vanilla"}, "REFINERY_TRITON_FLAVOUR: 'vanilla'"),
     ],
 )
@@ -198,8 +199,8 @@ def test_a_mistyped_hub_id_can_be_put_right(empty):
 
 
 def test_another_repository_is_asked_as_it_is_said(empty, made_checkpoint, triton_settings, tmp_path):
-    options = ["--seq-len", "16", "--batch-size", "1", "--engines", "onnxruntime_fp32", "--output", str(tmp_path / "o")]
-    code, out, err = refinery(empty, "optimize", str(made_checkpoint()), "--name", "tiny", *options)
+    add_entry(empty, entry_for(made_checkpoint(), shapes=["1x16"], engines=["onnxruntime_fp32"]))
+    code, out, err = refinery(empty, "optimize", "tiny", "--output", str(tmp_path / "o"))
     assert code == 0, out + err
     (said,) = re.findall(r"Ask it: +(.*)", out)
     bin_folder = Path(REFINERY).parent

@@ -137,7 +137,7 @@ LONG_CONTEXT = {"longest": 8192, "max_position_embeddings": 8192}
         ("modernbert", "embedding", LONG_CONTEXT),
     ],
 )
-def test_every_engine_of_the_target_is_built(made_checkpoint, workspace, architecture, task, more):
+def test_every_engine_of_the_target_is_built(made_checkpoint, sharing, architecture, task, more):
     """Every architecture and every task at least once; the export itself compares each at shapes of its own.
 
     Heads too: their weights are neither square nor stored as those of layers are.
@@ -147,30 +147,30 @@ def test_every_engine_of_the_target_is_built(made_checkpoint, workspace, archite
 
     folder = made_checkpoint(architecture=architecture, **{**CHECKPOINTS[task], **more})
     # Without the ladder, which would leave in fp32 whatever misses a gate: here every matrix is to be in int8.
-    entry, checkpoint = collected(workspace, folder, task=task, ladder={"trials": 0})
-    graph = make_graph(workspace, entry, checkpoint).record
+    entry, checkpoint = collected(sharing, folder, task=task, ladder={"trials": 0}, engines=None)
+    graph = make_graph(sharing, entry, checkpoint).record
     assert graph.problems == ()
     assert max(int(case.shape.split("x")[1]) for case in graph.parity) == more.get("longest", 64)
-    sources = sources_of(workspace, checkpoint, graph)
-    evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    pipeline = open_pipeline(str(workspace.store.folder(checkpoint)))
+    sources = sources_of(sharing, checkpoint, graph)
+    evaluation = make_evaluation_set(sharing, entry, checkpoint).record
+    pipeline = open_pipeline(str(sharing.store.folder(checkpoint)))
     rows = [row for rows in pipeline.rows(TASKS[task].items(checkpoint.settings)[:3]) for row in rows][:4]
     batch = pipeline.arrays(rows, max(row.tokens for row in rows))
     real = batch["attention_mask"] == 1 if TASKS[task].per_token else slice(None)
     answers = {}
-    for spec in (spec for spec in ENGINES if spec.needs == "cpu"):
-        engine = make_engine(workspace, entry, spec, "cpu", sources, evaluation).record
+    for spec in (spec for spec in ENGINES if "cpu" in spec.devices):
+        engine = make_engine(sharing, entry, spec, "cpu", sources, evaluation).record
         assert engine.status == "built", engine.reason
-        answers[spec.name] = load(engine, workspace.store.folder(engine), sources, 1).run(batch)[real]
+        answers[spec.name] = load(engine, sharing.store.folder(engine), sources, 1).run(batch)[real]
         if spec.precision == "int8":
-            quantized = onnx.load(workspace.store.folder(engine) / "model.onnx")
+            quantized = onnx.load(sharing.store.folder(engine) / "model.onnx")
             matrices = sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in quantized.graph.initializer)
             # Six matrices a layer, four where attention is fused; ALBERT's two layers share theirs.
             assert matrices >= (4 if architecture == "albert" else 8)
             assert engine.parameters["int8_operators"].split(" of ")[0] == str(matrices)
         if spec.runtime == "onnxruntime":
             # The exporter writes stack traces there, and so the folders of this machine.
-            written = onnx.load(workspace.store.folder(engine) / "model.onnx", load_external_data=False)
+            written = onnx.load(sharing.store.folder(engine) / "model.onnx", load_external_data=False)
             assert not any(node.metadata_props for node in written.graph.node)
             assert not np.array_equal(answers[spec.name], answers["torch"])
     scale = np.abs(answers["torch"]).max()

@@ -134,3 +134,27 @@ def test_builds_run_together_and_benchmarks_alone(path, monkeypatch):
         assert not is_free(path, "alone")
     with benchmarking():
         assert not is_free(path, "shared")
+
+
+def test_a_benchmark_that_waits_lets_no_further_build_begin(path, monkeypatch):
+    monkeypatch.setattr(locks, "MACHINE_LOCK", path)
+    order = []
+
+    def take(how, name):
+        with how():
+            order.append(name)
+
+    first = Thread(target=take, args=(benchmarking, "benchmark"))
+    second = Thread(target=take, args=(building, "build"))
+    with building():
+        first.start()
+        for _ in range(1000):
+            if not is_free(path.with_suffix(".gate"), "shared"):  # it waits
+                break
+            first.join(0.01)
+        second.start()
+        second.join(0.3)
+        assert order == []
+    first.join(10)
+    second.join(10)
+    assert order == ["benchmark", "build"]

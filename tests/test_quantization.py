@@ -12,7 +12,6 @@ from resources.engines.quantization import (
     SWITCHES,
     Activations,
     find_operators,
-    prepare,
     quantize,
     quantize_weight,
     switched_graph,
@@ -21,6 +20,7 @@ from resources.engines.quantization import (
     weights_of,
 )
 from resources.errors import EngineError
+from tests.checkpoints import add_outliers
 
 ROWS, COLUMNS = 48, 32
 
@@ -66,7 +66,6 @@ def loaded(model, path):
 def made(tmp_path):
     rng = np.random.default_rng(0)
     model = graph(rng)
-    prepare(model)
     operators = find_operators(model)
     batches = [{"x": rng.normal(size=(1, tokens, ROWS)).astype(np.float32)} for tokens in (3, 17, 40)]
     watching, watched = watched_graph(model, operators)
@@ -158,24 +157,41 @@ def test_zeros_are_no_trouble():
     assert np.isfinite(found.scale).all() and (found.scale > 0).all()
 
 
+def test_the_output_keeps_its_name_where_it_is_what_is_quantized(tmp_path):
+    rng = np.random.default_rng(0)
+    x = ir.val("x", ir.DataType.FLOAT, ["batch", "sequence", ROWS])
+    matrix = initializer("matrix", rng.normal(size=(ROWS, COLUMNS)).astype(np.float32))
+    node = ir.node("MatMul", [x, matrix], name="last")
+    node.outputs[0].name = "logits"
+    node.outputs[0].shape, node.outputs[0].type = (
+        ir.Shape(["batch", "sequence", COLUMNS]),
+        ir.TensorType(ir.DataType.FLOAT),
+    )
+    content = ir.Graph(
+        [x], [node.outputs[0]], nodes=[node], initializers=[matrix], opset_imports={"": 20, "com.microsoft": 1}
+    )
+    model = ir.Model(content, ir_version=10)
+    operators = find_operators(model)
+    batch = {"x": rng.normal(size=(1, 5, ROWS)).astype(np.float32)}
+    watching, watched = watched_graph(model, operators)
+    ir.save(watching, tmp_path / "watching.onnx")
+    seen = watch(OnnxRuntimeRunner(tmp_path / "watching.onnx", "logits", 1).outputs, watched, [batch])
+    weights = {
+        name: quantize_weight(weight, seen[name], static=False) for name, weight in weights_of(model, operators).items()
+    }
+    for made, more in (
+        (quantize(model, operators, weights, []), {}),
+        (switched_graph(model, operators, weights), {SWITCHES: np.array([True])}),
+    ):
+        ir.save(made, tmp_path / "model.onnx")
+        answer = OnnxRuntimeRunner(tmp_path / "model.onnx", "logits", 1).run({**batch, **more})
+        np.testing.assert_allclose(answer, batch["x"] @ matrix.const_value.numpy(), atol=0.5)
+
+
 @pytest.fixture
 def outliers(own_checkpoint: Callable[..., Path]) -> Path:
-    """A checkpoint whose first layer has two channels of 512 that cancel each other, in fp32.
-
-    Neither rounding nor smoothing can represent them beside the others, whose values are about 1: large activations
-    meet large weights.
-    """
-    from safetensors.torch import load_file, save_file
-
-    folder = own_checkpoint(initializer_range=0.05, hidden_size=64, intermediate_size=128)
-    file = folder / "model.safetensors"
-    weights, layer = load_file(file), "encoder.layer.0"
-    weights[f"{layer}.intermediate.dense.weight"][:2] = 0
-    weights[f"{layer}.intermediate.dense.bias"][:2] = 512
-    weights[f"{layer}.output.dense.weight"][:, 0] = 1
-    weights[f"{layer}.output.dense.weight"][:, 1] = -1
-    save_file(weights, file, metadata={"format": "pt"})
-    return folder
+    """A checkpoint whose first layer has two channels of 512 that cancel each other."""
+    return add_outliers(own_checkpoint(initializer_range=0.05, hidden_size=64, intermediate_size=128))
 
 
 def judged(workspace, folder, engine, **fields):
@@ -189,7 +205,7 @@ def judged(workspace, folder, engine, **fields):
     from resources.export.make import make_graph
     from tests.conftest import entry_for
 
-    entry = entry_for(folder, shapes=["1x16"], **fields)
+    entry = entry_for(folder, shapes=["1x16"], engines=None, **fields)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
     sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
@@ -202,14 +218,14 @@ def judged(workspace, folder, engine, **fields):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime_int8", "onnxruntime_int8_static"])
-def test_the_ladder_rescues_a_model_with_outliers(outliers, workspace, engine):
-    plain, missed = judged(workspace, outliers, engine, ladder={"trials": 0})
+def test_the_ladder_rescues_a_model_with_outliers(outliers, sharing, engine):
+    plain, missed = judged(sharing, outliers, engine, ladder={"trials": 0})
     assert plain.kept == ()
     assert plain.parameters["int8_operators"] == "8 of 8"
-    assert plain.parameters["ladder"] == "not rescued: the budget is spent"
+    assert plain.parameters["ladder"] == "not rescued: the budget of trials is spent"
     assert any("neighbours" in miss for miss in missed)
 
-    rescued, missed = judged(workspace, outliers, engine)
+    rescued, missed = judged(sharing, outliers, engine)
     assert missed == []
     assert rescued.kept == ("encoder.encoder.layer.0.output.dense",)
     assert rescued.parameters["int8_operators"] == "7 of 8"
@@ -218,19 +234,34 @@ def test_the_ladder_rescues_a_model_with_outliers(outliers, workspace, engine):
     assert rescued.digest != plain.digest
 
 
-def test_the_ladder_says_where_it_cannot_rescue(outliers, workspace):
+def test_the_ladder_says_where_it_cannot_rescue(outliers, sharing):
     # One step of 256 away from PyTorch is too far for this gate, wherever it is.
-    made, missed = judged(workspace, outliers, "onnxruntime_int8", gates={"cosine_worst": 1.0})
+    made, missed = judged(sharing, outliers, "onnxruntime_int8", gates={"cosine_worst": 1.0})
     assert made.kept == ()
     assert made.parameters["ladder"].startswith("not rescued: nothing that leaves some in low precision is enough")
     assert any("cosine_worst" in miss for miss in missed)
 
 
-def test_other_gates_are_another_engine(made_checkpoint, workspace):
+def test_other_gates_are_another_engine(made_checkpoint, sharing):
     digests = {
-        judged(workspace, made_checkpoint(), name, ladder={"trials": 0}, gates=gates)[0].digest
+        judged(sharing, made_checkpoint(), name, ladder={"trials": 0}, gates=gates)[0].digest
         for name in ("onnxruntime_int8", "onnxruntime_fp32")
         for gates in ({}, {"neighbours": 0.5})
     }
     # The builder of int8 knows the gates, and that of fp32 does not.
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+def test_two_neighbouring_products_fit_into_sixteen_bits(rows):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(rows, 5)).astype(np.float32)
+    weight[:2, 0] = 3.0  # two neighbours as large as can be, of one sign
+    weight[2:4, 1] = (3.0, -3.0)  # and of two
+    seen = Activations(np.full(rows, -1, np.float32), np.full(rows, 1, np.float32), rng.uniform(-1, 1, (40, rows)))
+    values = quantize_weight(weight, seen, static=False).values.astype(int)
+    padded = np.pad(values, ((0, rows % 2), (0, 0))).reshape(-1, 2, 5)
+    assert 255 * np.maximum(padded, 0).sum(axis=1).max() <= 32767
+    assert 255 * np.minimum(padded, 0).sum(axis=1).min() >= -32768
+    assert (np.abs(values).max(axis=0) >= 63).all()
+    assert np.abs(values[:, 1]).max() == 127

@@ -52,7 +52,7 @@ def served(tmp_path_factory, made_checkpoint, triton_settings):
     folders = {}
     for task, (architecture, options, _) in SERVED.items():
         folders[task] = made_checkpoint(architecture=architecture, **CHECKPOINTS[task])
-        fields = {"shapes": ["1x16"], "engines": ["onnxruntime_fp32"], "benchmark": {"seconds": 1.0, "threads": 2}}
+        fields = {"shapes": ["1x16"], "engines": ["onnxruntime_fp32"]}
         add_entry(workspace, entry_for(folders[task], name=task, task=task, options=options, **fields))
         outcome = run_job(workspace, task)
         assert outcome.success, outcome.messages
@@ -173,7 +173,7 @@ def test_an_engine_that_answers_nan_is_refused_not_made_an_answer(served, triton
     copy = tmp_path / "cpu"
     for name in (task, f"{task}__r1__pipeline", f"{task}__r1__engine"):
         shutil.copytree(repository / name, copy / name)
-    model = copy / f"{task}__r1__engine" / "1" / "model.py"
+    model = copy / f"{task}__r1__engine" / "1" / "batched_model.py"
     line = "        ends = "
     assert line in model.read_text()
     model.write_text(model.read_text().replace(line, "        answers[:] = np.nan\n" + line))

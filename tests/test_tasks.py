@@ -368,7 +368,10 @@ def test_a_part_of_the_items_is_not_held_to_more_than_the_whole():
     assert CLASSES.misses(CLASSES_GATED, kept, gates)
     assert not CLASSES.misses(CLASSES_GATED, kept, part)
     assert "label_agreement" in CLASSES.misses(CLASSES_GATED, missed, part)[0]
-    assert gates.for_some(1.0) == gates
+    assert gates.for_some(1.0).label_agreement == pytest.approx(gates.label_agreement)
+    one_more = gates.for_some(96 / 320, chance=1 / 320)
+    assert not CLASSES.misses(CLASSES_GATED, missed, one_more)
+    assert CLASSES.misses(CLASSES_GATED, {**missed, "label_agreement": 1 - 5 / 96}, one_more)
     # The worst item is the worst of any part that it is in.
     assert part.probability_error == gates.probability_error
     embedding = EMBEDDING.gates().for_some(0.5)

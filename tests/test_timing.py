@@ -1,12 +1,13 @@
-"""Measuring in turns, with real child processes. No test here asserts how long anything takes."""
+"""Measuring in turns, with real child processes."""
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from resources.catalog import Shape
-from resources.evaluation.timing import FEWEST_PAIRS, time_shape, time_shapes
+from resources.evaluation.timing import FEWEST_PAIRS, in_order, take_turns, time_shape, time_shapes
 from resources.isolation import Limits, Worker
 
 
@@ -97,3 +98,34 @@ def test_all_shapes_are_measured_within_one_bound(pair):
     assert time.monotonic() - started < 8
     assert [timing.shape for timing in timings] == ["1x8", "2x8", "4x8"]
     assert set(samples) == {"1x8", "2x8", "4x8"}
+
+
+def test_any_number_take_turns(tmp_path):
+    log, limits = str(tmp_path / "turns"), Limits(timeout_s=60)
+    workers = [
+        Worker(FakeProbe, name, milliseconds, log, limits=limits, what="probe")
+        for name, milliseconds in (("a", 12), ("b", 6), ("c", 3))
+    ]
+    try:
+        turns = take_turns(workers, [], Shape(batch=1, sequence=16), seconds=3)
+    finally:
+        for worker in workers:
+            worker.close()
+    assert {len(times) for times in turns.times_ms} == {turns.rounds}
+    assert turns.speedup(2) == pytest.approx(4.0, rel=0.5)
+    assert turns.speedup(2, over=1) == pytest.approx(2.0, rel=0.5)
+    assert turns.speedup(1, over=2) == pytest.approx(0.5, rel=0.5)
+    assert turns.timing(0).speedup == 1.0
+    assert turns.timing(1).candidate.count == turns.rounds
+    assert (tmp_path / "turns").read_text().startswith("abc" + "abcbcacab" + "cbaacbbac")
+
+
+def test_who_goes_first_changes_and_so_do_neighbours():
+    # Two simply change places: what the pipeline has always measured.
+    assert [in_order(2, turn) for turn in range(4)] == [[0, 1], [1, 0], [0, 1], [1, 0]]
+    for count in (3, 4, 7):
+        orders = [in_order(count, turn) for turn in range(2 * count)]
+        assert all(sorted(order) == list(range(count)) for order in orders)
+        assert all(sum(order[0] == number for order in orders) == 2 for number in range(count))
+        before = {(first, second) for order in orders for first, second in pairwise(order)}
+        assert all((second, first) in before for first, second in before)

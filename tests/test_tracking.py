@@ -58,7 +58,7 @@ def engine(name, **fields):
 def champion_of(reports):
     verdicts = judge(reports, no_gates, "p50", 100)
     return Champion(
-        digest="champion",
+        digest=f"champion-{verdicts[0].engine}",
         model="m",
         target="cpu",
         engine=verdicts[0].engine,
@@ -195,3 +195,41 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path):
     tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="", folder=tmp_path / "tracking")
     with pytest.raises(TrackingError, match=r"mlflow\.db cannot be written.*REFINERY_MLFLOW_URI"):
         tracker.prepare()
+
+
+def test_a_candidate_that_failed_and_was_then_measured_is_written_anew(tracker, tmp_path):
+    from mlflow import MlflowClient
+
+    baseline = report("torch", 1.0)
+    write_all(
+        tracker, "run-1", [baseline, report("onnxruntime_fp32", 2.0), report("int8", status="failed", reason="killed")]
+    )
+    reports = [baseline, report("onnxruntime_fp32", 2.0), report("int8", 3.0)]
+    assert reports[2].digest == report("int8", status="failed").digest
+    write_all(tracker, "run-2", reports)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("m", "champion-cpu")
+    run = client.get_run(version.run_id)
+    assert (run.info.run_name, run.info.status) == ("int8", "FINISHED")
+    assert run.data.metrics["speedup.1x16"] == pytest.approx(3.0)
+
+
+def test_a_champion_by_another_gate_takes_the_alias_and_gives_it_back(tracker, tmp_path):
+    from mlflow import MlflowClient
+
+    reports = [report("torch", 1.0), report("onnxruntime_fp32", 2.0), report("int8", 3.0)]
+    fast = champion_of(reports)
+    exact = fast.model_copy(
+        update={"digest": "stricter", "engine": "onnxruntime_fp32", "engine_digest": "onnxruntime_fp32"}
+    )
+    write_all(tracker, "run-1", reports)
+
+    def alias():
+        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        return client.get_model_version_by_alias("m", "champion-cpu").tags["refinery.engine_name"]
+
+    # Nothing was measured anew: there is no parent in these runs.
+    for run, champion in (("run-2", exact), ("run-3", fast), ("run-4", exact)):
+        link = fresh(tmp_path).champion(run, champion, reports, "| a table |", None)
+        assert link is not None
+        assert alias() == champion.engine

@@ -164,7 +164,7 @@ def test_the_native_flavour_is_what_tritons_own_backend_reads(tmp_path):
             {"status": "failed", "reason": "out of memory"},
             "tiny: engine table is failed and cannot be released: out of",
         ),
-        ({"runtime": "torch"}, "tiny: engine table runs on torch, and only onnxruntime can be released"),
+        ({"runtime": "torch"}, "tiny: engine table runs on torch, and only onnxruntime"),
         ({"entry_file": "other.onnx"}, "opens model.onnx alone. Use flavour 'python'"),
     ],
 )

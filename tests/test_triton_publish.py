@@ -70,7 +70,7 @@ def test_an_unchanged_plan_publishes_nothing_and_keeps_a_rollback(repository, pl
     again = publish(replace(plans[1], lineage={"refinery_dagster_run": "later"}), repository, UNASKED)
     assert (again.changed, again.release.number) == (False, 2)
     assert tree_digest(repository) == before
-    # A rollback by hand, then every plan that was ever published again.
+    # A rollback by hand, then every plan that was published since.
     shutil.copyfile(repository / "tiny" / "1" / "config.pbtxt", repository / "tiny" / "new")
     (repository / "tiny" / "new").replace(repository / "tiny" / "config.pbtxt")
     for plan in plans[:2]:
@@ -78,6 +78,14 @@ def test_an_unchanged_plan_publishes_nothing_and_keeps_a_rollback(repository, pl
         assert (kept.changed, kept.release.number) == (False, 1)
     # Something new goes past the release that was rolled back.
     assert publish(plans[2], repository, UNASKED).release.number == 3
+
+
+def test_a_champion_of_before_is_published_again_when_it_wins_again(repository, plans):
+    for plan, number in ((plans[0], 1), (plans[1], 2), (plans[0], 3)):
+        published = publish(plan, repository, UNASKED)
+        assert (published.changed, published.release.number) == (True, number)
+    again = publish(plans[0], repository, UNASKED)
+    assert (again.changed, again.release.number) == (False, 3)
 
 
 @pytest.mark.parametrize("fault", ["error", "refusal"])

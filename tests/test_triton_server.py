@@ -253,7 +253,7 @@ SABOTAGE = {
         "'' was answered with NaN or infinity",
     ),
     "an answer of another width": (
-        ("engine", "[0]\n        except", "[0][:, :5]\n        except"),
+        ("engine", "(feed)\n        except", "(feed)[:, :5]\n        except"),
         r"an answer of shape \(5,\)",
     ),
     "an answer of another type": (
@@ -278,7 +278,8 @@ def test_a_proof_finds_what_is_wrong_with_a_server(plans, triton_settings, tmp_p
         publish(replace(plans[0], model=name), repository, UNASKED)
         if fault is not None:
             part, line, changed = fault[0]
-            model = repository / f"{name}__r1__{part}" / "1" / "model.py"
+            file = {"engine": "batched_model.py", "tokenizer": "model.py"}[part]
+            model = repository / f"{name}__r1__{part}" / "1" / file
             assert line in model.read_text()
             model.write_text(model.read_text().replace(line, changed))
     exam = exam_of(plans[0])
@@ -396,11 +397,12 @@ def test_the_server_listens_on_loopback_alone(served):
 @pytest.mark.parametrize("hanging", [False, True], ids=["idle", "in the middle of a request that hangs"])
 def test_the_server_goes_with_its_caller_however_that_ends(repository, triton_settings, tmp_path, hanging):
     if hanging:
-        model = repository / "tiny__r1__engine" / "1" / "model.py"
-        begin = "    def execute(self, requests):\n"
+        model = repository / "tiny__r1__engine" / "1" / "batched_model.py"
+        begin = "        batches = [\n"
+        assert begin in model.read_text()
         # Not at once: the warm-up must get through.
         hang = f"        import os, time; os.path.exists({str(tmp_path / 'hang')!r}) and time.sleep(600)\n"
-        model.write_text(model.read_text().replace(begin, begin + hang))
+        model.write_text(model.read_text().replace(begin, hang + begin))
     code = f"""
 import sys, time
 from pathlib import Path
@@ -432,6 +434,7 @@ with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Pa
             asking = threading.Thread(target=ask_in_vain, args=(address,))
             asking.start()
             time.sleep(1)
+            assert asking.is_alive()
         caller.send_signal(signal.SIGKILL)
         wait_until(lambda: not members(int(session)))
         assert not list(tmp_path.glob("refinery-triton-*"))

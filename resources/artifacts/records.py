@@ -38,15 +38,20 @@ class Record(BaseModel):
         return True
 
     @property
+    def content(self) -> dict[str, StoredFile]:
+        """The files that are what was made; kinds of records that keep others beside them leave those out."""
+        return self.files
+
+    @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files.values())
+        return sum(file.size_bytes for file in self.content.values())
 
     @property
     def content_digest(self) -> str:
         """Digest of what was made, not of what it was made from: equal files, equal digest."""
-        if not self.files:
+        if not self.content:
             return self.digest
-        names = {name: file.sha256 for name, file in self.files.items()}
+        names = {name: file.sha256 for name, file in self.content.items()}
         return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
 
     def with_files(self, folder: Path) -> Self:
@@ -126,7 +131,8 @@ class Checkpoint(Record):
 class EvaluationSet(Record):
     """Real requests and what PyTorch in fp32 answers to each row of them alone, without padding.
 
-    `items.json`: the requests; `reference.npz`: the engine's rows, see resources.evaluation.reference.
+    `items.json`: the requests; `reference.npy` or `reference.json`: one answer an item, see
+    resources.evaluation.reference.
     """
 
     kind: ClassVar[str] = "evaluation_set"
@@ -195,10 +201,45 @@ class Engine(Record):
         default=(), description="Operators left in higher precision, by their modules' paths."
     )
     steps: tuple[str, ...] = Field(default=(), description="What was tried to find those, a sentence each.")
+    documents: tuple[str, ...] = Field(
+        default=(),
+        description="Files for people: how to build it again, reports. Never served, nor counted as its size.",
+    )
+
+    @property
+    def content(self) -> dict[str, StoredFile]:
+        """The files that the runtime opens, and so what a release serves."""
+        return {name: file for name, file in self.files.items() if name not in self.documents}
 
     @property
     def reusable(self) -> bool:
         return self.status != "failed"
+
+
+class ThreadSetting(BaseModel):
+    """What an engine on the CPU may keep busy.
+
+    spinning: whether threads that wait for the next operator of a run keep their cores, or sleep. Between runs they
+    all sleep.
+    """
+
+    model_config = _CONFIG
+    threads: int
+    spinning: bool = True
+
+    def __str__(self) -> str:
+        many = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        return many if self.spinning else f"{many} that sleep while they wait"
+
+
+class ThreadTrial(BaseModel):
+    """One setting, measured in turns with another. The first one of a sweep has none beside it."""
+
+    model_config = _CONFIG
+    setting: ThreadSetting
+    against: ThreadSetting | None = None
+    speedups: dict[str, float] = Field(default_factory=dict, description="Times faster than that one, by shape.")
+    score: float = Field(description="Times faster than the first of the sweep, geometric mean over the shapes.")
 
 
 class Latency(BaseModel):
@@ -262,7 +303,10 @@ class BenchmarkReport(Record):
     reason: str = ""
     accuracy: Accuracy | None = None
     timings: tuple[ShapeTiming, ...] = ()
-    threads: int = 0
+    threads: int = Field(default=0, description="Of PyTorch, and the most that the engine may use.")
+    setting: ThreadSetting | None = Field(default=None, description="What the engine was measured with.")
+    baseline_threads: int = Field(default=0, description="PyTorch's.")
+    thread_trials: tuple[ThreadTrial, ...] = Field(default=(), description="How that was found; none: no choice.")
     device: str = ""
     engine_size_bytes: int = 0
 
@@ -289,6 +333,7 @@ class Champion(Record):
     engine: str
     engine_digest: str
     evaluation_digest: str
+    setting: ThreadSetting | None = Field(default=None, description="What it was measured with, and is to run with.")
     objective: str
     score: float
     reason: str

@@ -4,6 +4,7 @@
     <root>/<kind>/<digest>/...            its files
     <root>/current/<name>.json            what a step of the pipeline made last (kind and digest)
     <root>/staging/<random>/              work under way; renamed into place when whole
+    <root>/caches/                        what makes builds faster and is no artifact: TensorRT's timings
 
 Nothing is ever edited in place, so readers need no lock, and a killed writer leaves only a staging folder behind.
 """
@@ -47,6 +48,11 @@ class ArtifactStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @property
+    def caches(self) -> Path:
+        """For what builds remember. Their own business: it may be removed at any time."""
+        return self.root / "caches"
 
     def folder(self, record: Record) -> Path:
         """Where the record's files lie."""

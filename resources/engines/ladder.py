@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from resources.errors import EngineError
+
 #: Sets whose harm is below this share of all harm (in squares) are not cut further.
 _NEGLIGIBLE = 0.05
 
@@ -45,16 +47,26 @@ class Outcome:
     steps: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Reduced:
+    """What came of reducing a graph's precision; the fields are those of resources.engines.Built."""
+
+    parameters: dict[str, str]
+    kept: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
+    kept_nodes: tuple[str, ...] = ()
+
+
 @dataclass
 class _Budget:
     trials: int
     deadline: float
-    spent: bool = False
+    spent: str = ""
 
     def take(self) -> bool:
-        """Whether there is room for one more trial; takes it."""
+        """Whether there is room for one more trial; takes it. `spent` says what has come to its end."""
         if self.trials <= 0 or time.monotonic() > self.deadline:
-            self.spent = True
+            self.spent = "the budget of trials" if self.trials <= 0 else "the time (`ladder.seconds`)"
             return False
         self.trials -= 1
         return True
@@ -105,10 +117,32 @@ def search(
     order = _worst_first(running, operators)
     kept = _fewest(running, order)
     if kept is None:
-        why = "the budget is spent" if budget.spent else "nothing that leaves some in low precision is enough"
+        why = f"{budget.spent} is spent" if budget.spent else "nothing that leaves some in low precision is enough"
         running.steps.append(f"not rescued: {why}")
         return Outcome((), False, tuple(running.steps))
     return Outcome(tuple(operator.name for operator in kept), True, tuple(running.steps))
+
+
+def known(operators: Sequence[Operator], kept_nodes: Collection[str]) -> Outcome:
+    """The outcome of an earlier search, by the nodes that it kept. Raises EngineError where they are not all there."""
+    require_nodes(kept_nodes, [node for operator in operators for node in operator.nodes])
+    kept = tuple(operator.name for operator in operators if set(operator.nodes) <= set(kept_nodes))
+    return Outcome(kept, True, (f"nothing was searched: {len(kept)} operators are known to need higher precision",))
+
+
+def nodes_of(operators: Sequence[Operator], names: Collection[str]) -> tuple[str, ...]:
+    """The nodes of the operators of those names."""
+    return tuple(node for operator in operators if operator.name in names for node in operator.nodes)
+
+
+def require_nodes(wanted: Collection[str], there: Collection[str]) -> None:
+    """Raise EngineError where a node that is to be kept is not among those that there are."""
+    missing = sorted(set(wanted) - set(there))
+    if missing:
+        raise EngineError(
+            f"The graph has no operator {missing[0]!r} to keep in higher precision: it was made by other rules. "
+            "Use the versions that the engine was built with, or let the search run again."
+        )
 
 
 def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[Operator]]:
@@ -123,7 +157,8 @@ def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[O
         groups.append((0.0 if harm is None else harm, group))
     # The second half of the search, for the fewest that suffice, takes a few trials more.
     while running.budget.trials > len(groups).bit_length() + 3:
-        total = sum(harm**2 for harm, _ in groups)
+        # A harm without bounds (NaN) is never negligible, and says nothing about the others.
+        total = sum(harm**2 for harm, _ in groups if harm < float("inf"))
         divisible = [item for item in groups if len(item[1]) > 1 and item[0] ** 2 > _NEGLIGIBLE * total]
         if not divisible:
             break

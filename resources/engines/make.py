@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
+from resources.device import describe_device
 from resources.engines import EngineSpec, Sources, build, unsupported_reason
+from resources.engines.presence import tensorrt_packages
+from resources.engines.rebuild import CODE, SCRIPT, recipe_of, write_script
+from resources.engines.tuning import Tuning, profiles_of
 from resources.errors import EngineError, ExportError
 from resources.evaluation.goal import Goal
+from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
 from resources.locks import building
+from resources.targets import device_of
 from resources.workspace import Workspace
 
-_LIBRARIES = {
+#: What engines of a runtime are built and run with.
+LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("torch", "transformers"),
     "onnxruntime": ("onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime"),
-    "tensorrt": ("tensorrt", "tensorrt-rtx-cu13"),
+    "openvino": ("openvino",),
+    "tensorrt": ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime"),
 }
+#: Of the time that a step has, what a builder that ends by itself may take.
+_BUILDING_SHARE = 0.9
+
+
+def built_with(spec: EngineSpec) -> dict[str, str]:
+    """The versions of all that an engine of the spec is built and run with."""
+    return {**library_versions(*LIBRARIES[spec.runtime]), **(tensorrt_packages() if spec.tuned else {})}
 
 
 def sources_of(workspace: Workspace, checkpoint: Checkpoint, graph: OnnxGraph) -> Sources:
@@ -42,6 +59,21 @@ def goal_of(workspace: Workspace, entry: ModelEntry, evaluation: EvaluationSet) 
         max_batch_size=entry.max_batch_size,
         trials=entry.ladder.trials,
         seconds=entry.ladder.seconds,
+    )
+
+
+def tuning_of(workspace: Workspace, entry: ModelEntry, sources: Sources) -> Tuning:
+    """What an engine is tuned for that is tuned to shapes. Raises CheckpointError for shapes that are too long."""
+    from resources.pipelines.tokenization import buckets_up_to  # numpy
+
+    checkpoint, settings = sources.checkpoint, entry.tensorrt
+    encoder = json.loads((sources.checkpoint_folder / "encoder.json").read_text(encoding="utf-8"))
+    buckets = encoder.get("buckets") or buckets_up_to(checkpoint.max_tokens)
+    return Tuning(
+        profiles=profiles_of(buckets, shapes_of(entry, checkpoint), entry.max_batch_size, settings.profiles),
+        settings=settings,
+        caches=workspace.store.caches,
+        seconds=_BUILDING_SHARE * workspace.limits.timeout_s,
     )
 
 
@@ -71,6 +103,12 @@ def make_engine(
             "ladder": entry.ladder.model_dump(),
             "examiner": code_version("resources.evaluation", "resources.pipelines"),
         }
+        if spec.tuned:
+            tuning = tuning_of(workspace, entry, sources)
+            goal = replace(goal, tuning=tuning)
+            examined["profiles"] = [str(profile) for profile in tuning.profiles]
+            examined["tensorrt"] = entry.tensorrt.model_dump()
+    libraries = built_with(spec)
     digest = fingerprint(
         "engine",
         model=entry.name,
@@ -79,9 +117,11 @@ def make_engine(
         weights=sources.checkpoint.weights_digest,
         spec=spec,
         target=target,
+        # What runs on one GPU was tried on that one; a processor is asked only when it is measured.
+        device=describe_device(target) if device_of(target) == "cuda" else "",
         competes=entry.competes(spec.name),
-        code=code_version("resources.engines", "resources.tasks"),
-        libraries=library_versions(*_LIBRARIES[spec.runtime]),
+        code=code_version(*CODE),
+        libraries=libraries,
         **examined,
     )
     record = Engine(
@@ -113,6 +153,7 @@ def make_engine(
                     spec,
                     folder,
                     goal,
+                    device_of(target),
                     limits=workspace.limits,
                     what=f"{entry.name}: building {spec.name} for {target}",
                     log=workspace.log(entry.name, f"engine-{target}-{spec.name}"),
@@ -124,12 +165,15 @@ def make_engine(
             return record.model_copy(
                 update={"status": "failed", "reason": f"{error} What its libraries printed is in {log}."}
             )
+        recipe = recipe_of(sources, spec, target, built, folder, libraries, evaluation, goal)
+        write_script(recipe, folder)
         update = {
             "entry_file": built.entry_file,
             "parameters": built.parameters,
             "operators": built.operators,
             "kept": built.kept,
             "steps": built.steps,
+            "documents": (SCRIPT, *built.documents),
             "peak_memory_bytes": peak,
         }
         return record.model_copy(update=update)

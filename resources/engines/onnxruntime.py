@@ -1,10 +1,10 @@
-"""ONNX Runtime: the exported graph with its attention fused, in fp32 or with matrices in int8."""
+"""ONNX Runtime: the exported graph fused, in fp32, with matrices in int8 on CPUs, or in half precision on GPUs."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,56 +12,42 @@ import numpy as np
 import onnx
 
 from resources.artifacts.records import Engine
-from resources.engines import Built, EngineSpec, Sources
+from resources.engines import Built, EngineSpec, Runner, Sources
+from resources.engines.fusion import fuse
+from resources.engines.ladder import Reduced, known, nodes_of, search
 from resources.engines.sessions import open_session
-from resources.errors import EngineError
+from resources.errors import EngineError, first_line
+from resources.targets import Device, device_of
 from resources.tasks import TASKS
 
 if TYPE_CHECKING:
     import onnx_ir
 
-    from resources.engines.ladder import Operator
-    from resources.evaluation.answering import Run
-    from resources.evaluation.examiner import Examiner
     from resources.evaluation.goal import Goal
 
 MODEL_FILE = "model.onnx"
 
 
-def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None) -> Built:
-    """Fuse, then quantize where the spec says so, and run the result once before it counts as built."""
+def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, device: Device) -> Built:
+    """Fuse, then reduce the precision where the spec says so, and run the result once before it counts as built."""
     model = folder / MODEL_FILE
-    fused, fusions = _fuse(sources.graph_folder / MODEL_FILE)
-    parameters = {"fusion": "onnxscript ort_fusions", **{f"fused_{name}": str(n) for name, n in fusions.items()}}
-    kept: tuple[str, ...] = ()
-    steps: tuple[str, ...] = ()
+    fused, fusions = fuse(sources.graph_folder / MODEL_FILE)
+    parameters = {f"fused_{name}": str(n) for name, n in fusions.items()}
+    reduced = Reduced({})
     if spec.precision == "fp32":
-        _save(fused, model, external=sources.graph.external_data)
-    elif spec.precision == "int8":
-        assert goal is not None, "whoever builds a reduced precision says what it has to reach"
-        more, kept, steps = _quantize(fused, spec, sources, goal, model)
-        parameters |= more
+        save_graph(fused, model, external=sources.graph.external_data)
     else:
-        raise EngineError(f"{spec.name}: {spec.precision} is not built for CPUs.")
-    _try_once(model, sources)
+        assert goal is not None, "whoever builds a reduced precision says what it has to reach"
+        reduce = _quantize if spec.precision == "int8" else _halve
+        reduced = reduce(fused, spec, sources, goal, model, device)
+        parameters |= reduced.parameters
+    parameters |= _try_once(model, sources, device)
     proto = onnx.load(model, load_external_data=False)
-    return Built(MODEL_FILE, parameters, dict(Counter(node.op_type for node in proto.graph.node)), kept, steps)
+    operators = dict(Counter(node.op_type for node in proto.graph.node))
+    return Built(MODEL_FILE, parameters, operators, reduced.kept, reduced.steps, reduced.kept_nodes)
 
 
-def _fuse(source: Path) -> tuple[onnx_ir.Model, dict[str, int]]:
-    """Rewrite attention, normalization and activation into ONNX Runtime's own operators; count the fusions.
-
-    `onnxruntime.transformers.optimizer` knows the patterns of the old exporter only: on the graphs of today's it fuses
-    no attention at all, and `onnxscript`'s rules fuse all of it.
-    """
-    import onnx_ir
-    from onnxscript.rewriter.ort_fusions import optimize_for_ort
-
-    model, counts = optimize_for_ort(onnx_ir.load(source))
-    return model, {name: int(count) for name, count in counts.items() if count}
-
-
-def _save(model: onnx_ir.Model, path: Path, *, external: bool) -> None:
+def save_graph(model: onnx_ir.Model, path: Path, *, external: bool) -> None:
     """Write a graph, its weights in a file beside it where `external`.
 
     Exporters write down stack traces, and so the folders of the machine; those are left out.
@@ -74,18 +60,18 @@ def _save(model: onnx_ir.Model, path: Path, *, external: bool) -> None:
 
 
 def _quantize(
-    fused: onnx_ir.Model, spec: EngineSpec, sources: Sources, goal: Goal, target: Path
-) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    fused: onnx_ir.Model, spec: EngineSpec, sources: Sources, goal: Goal, target: Path, device: Device
+) -> Reduced:
     """Write the fused graph with as many of its matrices in int8 as the accuracy gates allow.
 
-    Returns parameters, the operators left in fp32, and what was tried. Where nothing keeps the gates, everything is in
-    int8 and `steps` says so; the benchmark then measures what it would have been worth.
+    Where nothing keeps the gates, everything is in int8 and `steps` says so; the benchmark then measures what it would
+    have been worth.
     """
+    assert device == "cpu", "GPUs have no kernels for these"
     from resources.engines import quantization
-    from resources.engines.ladder import search
+    from resources.engines.reduced import SwitchedTrials, verdict
     from resources.evaluation.examiner import Examiner
 
-    quantization.prepare(fused)
     operators = quantization.find_operators(fused)
     if not operators:
         raise EngineError(f"{spec.name}: the graph has no matrix product with a constant weight of 16 columns or more.")
@@ -93,77 +79,82 @@ def _quantize(
     trial = target.with_name("trial.onnx")
     # Each loaded graph is dropped before the next one: together they would take several times the model's memory.
     watching, watched = quantization.watched_graph(fused, operators)
-    activations = quantization.watch(_runner(watching, trial, sources).outputs, watched, examiner.calibration_batches())
+    activations = quantization.watch(
+        cpu_runner(watching, trial, sources).outputs, watched, examiner.calibration_batches()
+    )
     static = spec.quantization == "static"
     weights = {
         name: quantization.quantize_weight(weight, activations[name], static=static)
         for name, weight in quantization.weights_of(fused, operators).items()
     }
-    switched = quantization.switched_graph(fused, operators, weights)
-    trials = _Trials(_runner(switched, trial, sources), operators, examiner)
-    outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
-    del trials, switched
-    _save(quantization.quantize(fused, operators, weights, outcome.kept), target, external=sources.graph.external_data)
-    smoothed = sum(weight.smoothing is not None for weight in weights.values())
+    if goal.kept_nodes is not None:
+        outcome = known(operators, goal.kept_nodes)
+    else:
+        switched = quantization.switched_graph(fused, operators, weights)
+        trials = SwitchedTrials(cpu_runner(switched, trial, sources), operators, examiner)
+        outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
+        del trials, switched
+    save_graph(
+        quantization.quantize(fused, operators, weights, outcome.kept), target, external=sources.graph.external_data
+    )
+    used = [weights[operator.name] for operator in operators if operator.name not in outcome.kept]
     parameters = {
         "quantization": spec.quantization,
-        "int8_operators": f"{len(operators) - len(outcome.kept)} of {len(operators)}",
-        "smoothed_operators": f"{smoothed} of {len(operators)}",
-        "ladder": ("not needed" if not outcome.kept else "gates kept") if outcome.passed else outcome.steps[-1],
+        "int8_operators": f"{len(used)} of {len(operators)}",
+        "smoothed_operators": f"{sum(weight.smoothing is not None for weight in used)} of {len(used)}",
+        "ladder": verdict(outcome),
     }
-    return parameters, outcome.kept, outcome.steps
+    return Reduced(parameters, outcome.kept, outcome.steps, nodes_of(operators, outcome.kept))
 
 
-def _runner(model: onnx_ir.Model, path: Path, sources: Sources) -> OnnxRuntimeRunner:
-    """The graph, loaded from a file that is gone again. With all cores: nothing else is built or measured meanwhile."""
+def _halve(
+    fused: onnx_ir.Model, spec: EngineSpec, sources: Sources, goal: Goal, target: Path, device: Device
+) -> Reduced:
+    """Write the fused graph with as much of it in half precision as stays finite and keeps the accuracy gates."""
+    from resources.engines.half import WITHOUT_BF16
+    from resources.engines.reduced import halve
+
+    if spec.precision == "bf16":
+        return halve(fused, sources, goal, target, kind="bf16", wide=WITHOUT_BF16, device=device)
+    return halve(fused, sources, goal, target, device=device)
+
+
+def cpu_runner(model: onnx_ir.Model, path: Path, sources: Sources, *, as_written: bool = False) -> OnnxRuntimeRunner:
+    """The graph, loaded to run on the processor, from a file that is gone again.
+
+    as_written: QuantizeLinear and DequantizeLinear stay what they are, instead of becoming part of a product.
+    """
+    runner = trial_runner(model, path, sources, "cpu", as_written=as_written)
+    assert isinstance(runner, OnnxRuntimeRunner), "that is what runs on CPUs"
+    return runner
+
+
+def trial_runner(
+    model: onnx_ir.Model, path: Path, sources: Sources, device: Device, *, as_written: bool = False
+) -> OnnxRuntimeRunner | CudaRunner:
+    """The graph, loaded from a file that is gone again. With all cores: nothing is measured meanwhile."""
     try:
-        _save(model, path, external=True)  # or the runtime would hold every weight twice while it loads
-        return OnnxRuntimeRunner(path, sources.graph.output, threads=len(os.sched_getaffinity(0)))
+        save_graph(model, path, external=True)  # or the runtime would hold every weight twice while it loads
+        return _open(
+            path, sources.graph.output, len(os.sched_getaffinity(0)), device, graphs=False, as_written=as_written
+        )
     finally:
         for leftover in path.parent.glob(f"{path.name}*"):
             leftover.unlink()
 
 
-class _Trials:
-    """The trials of the ladder, on one loaded graph with a switch at each operator."""
+def _try_once(model: Path, sources: Sources, device: Device) -> dict[str, str]:
+    """Raise EngineError where the runtime refuses the graph or answers with anything but finite numbers.
 
-    def __init__(self, runner: OnnxRuntimeRunner, operators: Sequence[Operator], examiner: Examiner) -> None:
-        self._runner, self._examiner = runner, examiner
-        self._names = [operator.name for operator in operators]
-        self._batches = examiner.screening_batches()
-        self._exact = self._answers([])
-
-    def damage(self, quantized: Collection[str]) -> float:
-        """Relative error of the answers' numbers where only those operators run in int8; infinite where one is NaN."""
-        errors = [
-            float(np.linalg.norm(found - exact)) / (float(np.linalg.norm(exact)) or 1.0)
-            for found, exact in zip(self._answers(quantized), self._exact, strict=True)
-        ]
-        total = float(np.sqrt(np.mean(np.square(errors))))
-        return total if np.isfinite(total) else float("inf")
-
-    def misses(self, kept: Collection[str]) -> list[str]:
-        """The gates that are missed where all operators but those run in int8."""
-        return self._examiner.misses(self._running([name for name in self._names if name not in kept]))
-
-    def _answers(self, quantized: Collection[str]) -> list[np.ndarray]:
-        """One array a row, without what belongs to its padding."""
-        run, found = self._running(quantized), []
-        for batch, tokens in self._batches:
-            for row, count in zip(run(batch), tokens, strict=True):
-                found.append(row[:count] if row.ndim == 2 else row)
-        return found
-
-    def _running(self, quantized: Collection[str]) -> Run:
-        from resources.engines.quantization import SWITCHES
-
-        switches = np.array([name in quantized for name in self._names])
-        return lambda batch: self._runner.run({**batch, SWITCHES: switches})
+    Returns what the runtime found out about the graph, as parameters.
+    """
+    runner = _open(model, sources.graph.output, 1, device)
+    check_answer(runner, sources)
+    return {} if isinstance(runner, OnnxRuntimeRunner) else {"cuda_graphs": runner.why_no_graphs or "captured"}
 
 
-def _try_once(model: Path, sources: Sources) -> None:
-    """Raise EngineError where the runtime refuses the graph or answers with anything but finite numbers."""
-    runner = OnnxRuntimeRunner(model, sources.graph.output, threads=1)
+def check_answer(runner: Runner, sources: Sources) -> None:
+    """Raise EngineError where the engine answers a batch of ones with anything but finite numbers."""
     task = TASKS[sources.checkpoint.task]
     shape = (2, 8)
     batch = {
@@ -180,11 +171,13 @@ def _try_once(model: Path, sources: Sources) -> None:
 class OnnxRuntimeRunner:
     """One session on the CPU."""
 
-    def __init__(self, model: Path, output: str, threads: int) -> None:
+    def __init__(
+        self, model: Path, output: str, threads: int, *, spinning: bool = True, as_written: bool = False
+    ) -> None:
         try:
-            self._session = open_session(str(model), threads)
+            self._session = open_session(str(model), threads, spinning=spinning, as_written=as_written)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0][:300]}") from error
+            raise EngineError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
         self._output = output
         self._inputs = {item.name for item in self._session.get_inputs()}
 
@@ -199,7 +192,44 @@ class OnnxRuntimeRunner:
         return answers
 
 
-def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> OnnxRuntimeRunner:
+class CudaRunner:
+    """One session on the first GPU."""
+
+    def __init__(self, model: Path, output: str, threads: int, *, graphs: bool = True) -> None:
+        from resources.engines.cuda import CudaSession
+
+        try:
+            self._session = CudaSession(model, output, graphs=graphs, threads=threads)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
+
+    @property
+    def why_no_graphs(self) -> str:
+        """Why no CUDA graphs are captured; empty where they are."""
+        return self._session.why_no_graphs
+
+    def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self._session.run(batch)
+
+
+def _open(
+    path: Path,
+    output: str,
+    threads: int,
+    device: Device,
+    *,
+    graphs: bool = True,
+    spinning: bool = True,
+    as_written: bool = False,
+) -> OnnxRuntimeRunner | CudaRunner:
+    if device == "cuda":
+        return CudaRunner(path, output, threads, graphs=graphs)
+    return OnnxRuntimeRunner(path, output, threads, spinning=spinning, as_written=as_written)
+
+
+def load(
+    engine: Engine, folder: Path, sources: Sources, threads: int, *, spinning: bool = True
+) -> OnnxRuntimeRunner | CudaRunner:
     """A session over the engine's graph."""
     del sources
-    return OnnxRuntimeRunner(folder / engine.entry_file, engine.output, threads)
+    return _open(folder / engine.entry_file, engine.output, threads, device_of(engine.target), spinning=spinning)

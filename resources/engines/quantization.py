@@ -13,23 +13,32 @@ this lifts the worst cosine of the int8 engine with its second feed-forward matr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
+from resources.engines.graphs import (
+    CONTRIB,
+    add_initializer,
+    array_of,
+    by_name,
+    drop_unused,
+    module_path,
+    replace_value,
+    unique,
+)
 from resources.engines.ladder import Operator
 from resources.errors import EngineError
 
-CONTRIB = "com.microsoft"
 #: Narrower matrices (the head of a classifier, say) cost nothing in fp32 and much in int8.
 NARROWEST = 16
 #: Exponents of SmoothQuant that are tried; 0 is no smoothing.
-_STRENGTHS = (0.0, 0.5, 0.6, 0.7, 0.8)
+STRENGTHS = (0.0, 0.5, 0.6, 0.7, 0.8)
 #: No smoothing costs one operator less, so smoothing has to be this much better.
-_WORTH_SMOOTHING = 0.9
+WORTH_SMOOTHING = 0.9
 _SAMPLED_TOKENS = 384
 #: The switches of the trial graph, bool `[operators]`: true runs in int8.
 SWITCHES = "refinery_switches"
@@ -66,23 +75,14 @@ class Int8Weight:
     error: float
 
 
-def prepare(model: ir.Model) -> None:
-    """Make a fused graph fit for what follows: every node has a name, and the three weights of an attention are one."""
-    for number, node in enumerate(model.graph):
-        node.name = node.name or f"{node.op_type}_{number}"
-        if node.op_type == "Attention" and node.domain == CONTRIB:
-            _pack(model, node)
-    _drop_unused(model)
-
-
 def find_operators(model: ir.Model) -> list[Operator]:
     """The matrix products that can run in int8, in the order of the graph."""
     found: dict[str, tuple[tuple[int, ...], list[ir.Node]]] = {}
     for node in model.graph:
         matrix = _matrix(node)
-        if matrix is not None and min(_array(matrix).shape) >= NARROWEST:
-            found.setdefault(str(matrix.name), (_array(matrix).shape, []))[1].append(node)
-    names = _unique([_module_path(nodes[0]) for _, nodes in found.values()])
+        if matrix is not None and min(array_of(matrix).shape) >= NARROWEST:
+            found.setdefault(str(matrix.name), (array_of(matrix).shape, []))[1].append(node)
+    names = unique([module_path(nodes[0]) for _, nodes in found.values()])
     return [
         Operator(name, rows, columns, tuple(str(node.name) for node in nodes))
         for name, ((rows, columns), nodes) in zip(names, found.values(), strict=True)
@@ -92,7 +92,7 @@ def find_operators(model: ir.Model) -> list[Operator]:
 def watched_graph(model: ir.Model, operators: Sequence[Operator]) -> tuple[ir.Model, dict[str, list[str]]]:
     """A copy that also answers what goes into each operator, and the names of those outputs by operator."""
     copy = model.clone()
-    nodes = _by_name(copy)
+    nodes = by_name(copy)
     watched = {operator.name: [nodes[name].inputs[0] for name in operator.nodes] for operator in operators}
     known = {value.name for value in copy.graph.outputs}
     for value in {value.name: value for values in watched.values() for value in values}.values():
@@ -109,11 +109,12 @@ def watch(
     names = list(dict.fromkeys(name for values in watched.values() for name in values))
     seen: dict[str, Activations] = {}
     each = max(1, -(-_SAMPLED_TOKENS // len(batches)))
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        # Any of a row's tokens: its first and last are always the same two, and unlike all others.
+        random = np.random.default_rng(number)
         for name, answer in zip(names, run(names, batch), strict=True):
             tokens = answer.reshape(-1, answer.shape[-1])
-            # The first token is the one whose channels differ most from all others'.
-            some = tokens[np.unique(np.linspace(0, len(tokens) - 1, each).astype(int))]
+            some = tokens[random.choice(len(tokens), min(each, len(tokens)), replace=False)]
             new = Activations(tokens.min(axis=0), tokens.max(axis=0), some)
             seen[name] = _joined([seen[name], new]) if name in seen else new
     for name, activations in seen.items():
@@ -137,20 +138,20 @@ def quantize_weight(weight: np.ndarray, activations: Activations, *, static: boo
     norm = float(np.linalg.norm(exact)) or 1.0
     largest = np.maximum(np.abs(activations.low), np.abs(activations.high))
     best: Int8Weight | None = None
-    for strength in _STRENGTHS:
-        smoothing = _smoothing(largest, weight, strength)
+    for strength in STRENGTHS:
+        smoothing = smoothing_of(largest, weight, strength)
         found = _quantized(weight, activations, smoothing, static=static)
         inputs = activations.sample if smoothing is None else activations.sample * smoothing
         low, high = _input_range(activations, smoothing) if static else (inputs.min(), inputs.max())
         product = _rounded(inputs, *_input_scale(low, high)) @ (found.values.astype(np.float32) * found.scale)
         error = float(np.linalg.norm(product - exact)) / norm
-        if best is None or error < best.error * (_WORTH_SMOOTHING if best.smoothing is None else 1.0):
+        if best is None or error < best.error * (WORTH_SMOOTHING if best.smoothing is None else 1.0):
             best = Int8Weight(**{**vars(found), "error": error})
     assert best is not None
     return best
 
 
-def _smoothing(largest: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray | None:
+def smoothing_of(largest: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray | None:
     """What each channel of the input is multiplied by, fp32 `[rows]`, with 1 as its geometric mean."""
     if strength == 0.0:
         return None
@@ -165,12 +166,29 @@ def _quantized(
 ) -> Int8Weight:
     smoothed = weight if smoothing is None else weight / smoothing[:, None]
     # A column of zeros has any scale.
-    scale = (np.maximum(np.abs(smoothed).max(axis=0), 1e-12) / 127).astype(np.float32)
+    scale = (np.maximum(np.abs(smoothed).max(axis=0), 1e-12) / _levels(smoothed)).astype(np.float32)
     values = np.clip(np.round(smoothed / scale), -127, 127).astype(np.int8)
     if not static:
         return Int8Weight(values, scale, smoothing, None, None, 0.0)
     step, zero = _input_scale(*_input_range(activations, smoothing))
     return Int8Weight(values, scale, smoothing, np.array(step, np.float32), np.array(zero, np.uint8), 0.0)
+
+
+def _levels(weight: np.ndarray) -> np.ndarray:
+    """How many steps the largest number of each column has, fp32 `[columns]`: 63 to 127.
+
+    Processors without VNNI multiply 8-bit numbers by `vpmaddubsw`, which adds two neighbouring products in 16 bits and
+    saturates: 255 x 127 twice is too much. An engine has to answer alike on every processor, so two neighbours of one
+    sign share what 16 bits hold; of other columns nothing is lost. Of a matrix of random numbers, in which the error of
+    the product was 2.7 percent on such a processor, it is 1.2 then.
+    """
+    padded = np.pad(weight, ((0, weight.shape[0] % 2), (0, 0)))
+    pairs = padded.reshape(-1, 2, weight.shape[1])
+    sums = np.maximum(np.maximum(pairs, 0).sum(axis=1), np.maximum(-pairs, 0).sum(axis=1)).max(axis=0)
+    largest = np.maximum(np.abs(weight).max(axis=0), 1e-12)
+    # Less one half for each of the two that are rounded.
+    levels: np.ndarray = np.minimum(np.floor((32767 / 255 - 1) / np.maximum(sums / largest, 1.0)), 127)
+    return levels
 
 
 def _input_range(activations: Activations, smoothing: np.ndarray | None) -> tuple[float, float]:
@@ -190,52 +208,71 @@ def _rounded(values: np.ndarray, step: float, zero: int) -> np.ndarray:
     return result
 
 
+#: How an operator of that name and weight is written into a graph: nodes in a product's place, and their last value.
+Form = Callable[[ir.Model, str, Any], Callable[[ir.Node], tuple[list[ir.Node], ir.Value]]]
+
+
+def int8_form(model: ir.Model, name: str, weight: Int8Weight) -> Callable[[ir.Node], tuple[list[ir.Node], ir.Value]]:
+    """In ONNX Runtime's own operators."""
+    constants = _constants(model, name, weight)
+    return lambda node: _int8_nodes(node, constants)
+
+
 def weights_of(model: ir.Model, operators: Sequence[Operator]) -> dict[str, np.ndarray]:
     """Each operator's weight, fp32 `[rows, columns]`."""
-    nodes = _by_name(model)
+    nodes = by_name(model)
     matrices = {operator.name: nodes[operator.nodes[0]].inputs[1] for operator in operators}
-    return {name: _array(matrix) for name, matrix in matrices.items() if matrix is not None}
+    return {name: array_of(matrix) for name, matrix in matrices.items() if matrix is not None}
 
 
 def quantize(
-    model: ir.Model, operators: Sequence[Operator], weights: Mapping[str, Int8Weight], kept: Collection[str]
+    model: ir.Model,
+    operators: Sequence[Operator],
+    weights: Mapping[str, Any],
+    kept: Collection[str],
+    form: Form = int8_form,
 ) -> ir.Model:
-    """A copy with all operators in int8 but those whose names are in `kept`."""
+    """A copy with all operators in int8 but those whose names are in `kept`.
+
+    form: how an operator is written; default: in ONNX Runtime's own operators.
+    """
     copy = model.clone()
-    nodes = _by_name(copy)
+    nodes = by_name(copy)
     for operator in operators:
         if operator.name in kept:
             continue
-        constants = _constants(copy, operator.name, weights[operator.name])
+        write = form(copy, operator.name, weights[operator.name])
         for name in operator.nodes:
             node = nodes[name]
-            new, output = _int8_nodes(node, constants)
+            new, output = write(node)
             output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
             copy.graph.insert_before(node, new)
-            ir.convenience.replace_all_uses_with(node.outputs[0], output, replace_graph_outputs=True)
+            replace_value(node.outputs[0], output)
             copy.graph.remove(node, safe=True)
-    _drop_unused(copy)
+    drop_unused(copy)
     return copy
 
 
-def switched_graph(model: ir.Model, operators: Sequence[Operator], weights: Mapping[str, Int8Weight]) -> ir.Model:
+def switched_graph(
+    model: ir.Model, operators: Sequence[Operator], weights: Mapping[str, Any], form: Form = int8_form
+) -> ir.Model:
     """A copy in which each operator runs in int8 or as it was, as its place in the input `SWITCHES` says.
 
     So every trial of the ladder runs on one loaded graph, and costs no more than its texts.
     """
     copy = model.clone()
-    nodes = _by_name(copy)
+    nodes = by_name(copy)
     switches = ir.val(SWITCHES, ir.DataType.BOOL, [len(operators)])
     copy.graph.inputs.append(switches)
     for number, operator in enumerate(operators):
-        constants = _constants(copy, operator.name, weights[operator.name])
-        place = _initializer(copy, f"{SWITCHES}_{number}", np.array(number, dtype=np.int64))
+        write = form(copy, operator.name, weights[operator.name])
+        place = add_initializer(copy, f"{SWITCHES}_{number}", np.array(number, dtype=np.int64))
         switch = ir.node("Gather", [switches, place], {"axis": 0}, name=f"{SWITCHES}_{number}_taken")
         switch.outputs[0].name = switch.name
         copy.graph.insert_before(nodes[operator.nodes[0]], switch)
         for name in operator.nodes:
             node = nodes[name]
-            new, output = _int8_nodes(node, constants)
+            new, output = write(node)
             same = ir.node(
                 node.op_type,
                 node.inputs,
@@ -252,25 +289,10 @@ def switched_graph(model: ir.Model, operators: Sequence[Operator], weights: Mapp
             choice = ir.node("If", [switch.outputs[0]], branches, name=f"{name}_choice")
             choice.outputs[0].name = choice.name
             copy.graph.insert_before(node, choice)
-            ir.convenience.replace_all_uses_with(node.outputs[0], choice.outputs[0], replace_graph_outputs=True)
+            replace_value(node.outputs[0], choice.outputs[0])
             copy.graph.remove(node, safe=True)
-    _drop_unused(copy)
+    drop_unused(copy)
     return copy
-
-
-def _pack(model: ir.Model, node: ir.Node) -> None:
-    """Fold the three weights of a fused attention into the one that it reads."""
-    value = node.inputs[1]
-    producer = value.producer() if value is not None else None
-    if value is None or producer is None or producer.op_type != "Concat":
-        return
-    parts = [item for item in producer.inputs if item is not None and item.is_initializer()]
-    if len(parts) < len(producer.inputs):
-        return
-    packed = np.concatenate([_array(item) for item in parts], axis=-1)
-    node.replace_input_with(1, _initializer(model, f"{node.name}_weight", packed))
-    if not value.uses():
-        model.graph.remove(producer, safe=True)
 
 
 def _matrix(node: ir.Node) -> ir.Value | None:
@@ -283,11 +305,6 @@ def _matrix(node: ir.Node) -> ir.Value | None:
     return value if value.dtype == ir.DataType.FLOAT and len(value.const_value.shape) == 2 else None
 
 
-def _array(value: ir.Value) -> np.ndarray:
-    assert value.const_value is not None, f"{value.name} is no constant"
-    return value.const_value.numpy()
-
-
 def _plain_attention(node: ir.Node) -> bool:
     """Whether it is what MultiHeadAttention computes of three projections of one width, and nothing beyond."""
     sizes = node.attributes.get("qkv_hidden_sizes")
@@ -296,7 +313,7 @@ def _plain_attention(node: ir.Node) -> bool:
         name for name, item in node.attributes.items() if item.type == ir.AttributeType.INT and item.as_int()
     }
     given = _attention_inputs(node)
-    alone = all(given[name] is None for name in ("mask_index", "past", "past_sequence_length"))
+    alone = all(given[name] is None for name in ("past", "past_sequence_length"))
     return equal and simple and alone and all(not output.uses() for output in node.outputs[1:])
 
 
@@ -313,7 +330,7 @@ class _Constants:
 
 def _constants(model: ir.Model, name: str, weight: Int8Weight) -> _Constants:
     def constant(part: str, value: Any) -> ir.Value | None:
-        return None if value is None else _initializer(model, f"{name}.{part}", value)
+        return None if value is None else add_initializer(model, f"{name}.{part}", value)
 
     parts = {part: constant(part, getattr(weight, part)) for part in vars(weight) if part != "error"}
     return _Constants(**parts)
@@ -344,7 +361,7 @@ def _int8_nodes(node: ir.Node, weight: _Constants) -> tuple[list[ir.Node], ir.Va
     parts = add("Split", product.outputs, attributes={"axis": -1, "num_outputs": 3}, num_outputs=3)
     given = _attention_inputs(node)
     same = {name: item for name, item in node.attributes.items() if name in ("num_heads", "scale", "mask_filter_value")}
-    inputs = [*parts.outputs, given["bias"], None, given["attention_bias"]]
+    inputs = [*parts.outputs, given["bias"], given["mask_index"], given["attention_bias"]]
     return nodes, add("MultiHeadAttention", inputs, CONTRIB, attributes=same).outputs[0]
 
 
@@ -352,41 +369,3 @@ def _attention_inputs(node: ir.Node) -> dict[str, ir.Value | None]:
     """What goes into `com.microsoft.Attention`, by the names of its schema."""
     names = ("input", "weights", "bias", "mask_index", "past", "attention_bias", "past_sequence_length")
     return dict(zip(names, [*node.inputs, *[None] * len(names)], strict=False))
-
-
-def _initializer(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
-    result = ir.Value(name=name, const_value=ir.tensor(value, name=name))
-    result.shape, result.type = ir.Shape(value.shape), ir.TensorType(ir.DataType.from_numpy(value.dtype))
-    model.graph.register_initializer(result)
-    return result
-
-
-def _drop_unused(model: ir.Model) -> None:
-    """Remove weights that nothing reads any more."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    RemoveUnusedNodesPass()(model)
-
-
-def _by_name(model: ir.Model) -> dict[str, ir.Node]:
-    return {node.name: node for node in model.graph if node.name}
-
-
-def _module_path(node: ir.Node) -> str:
-    """The module of the checkpoint that the node comes from, as PyTorch names it; else the node's own name.
-
-    The exporter's `namespace`: `path: class` from the outermost module to the operator itself, with slashes between.
-    """
-    namespace = node.metadata_props.get("namespace", "")
-    modules = [part.split(": ", 1)[0] for part in namespace.split("/")[:-1]]
-    return modules[-1] if modules and modules[-1] else str(node.name)
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """The names, those that come more than once numbered."""
-    counts: dict[str, int] = {}
-    result = []
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-        result.append(name if names.count(name) == 1 else f"{name}#{counts[name]}")
-    return result

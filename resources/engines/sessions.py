@@ -6,12 +6,28 @@ A release carries a copy of this file beside its `model.py`, so it needs nothing
 import onnxruntime
 
 
-def open_session(path: str, threads: int) -> onnxruntime.InferenceSession:
-    """A session on the CPU with so many threads. Raises what ONNX Runtime raises."""
+def open_session(
+    path: str, threads: int, *, spinning: bool = True, as_written: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU with so many threads. Raises what ONNX Runtime raises.
+
+    spinning: whether threads keep their cores while they wait for the next operator of a run. as_written:
+    QuantizeLinear and DequantizeLinear stay operators of their own.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Idle threads would otherwise spin for a while after each run, on cores that others need by then.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    if as_written:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     # The provider by name: asking for CUDA where there is none logs an error and falls back in silence.
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def session_of_bytes(graph: bytes) -> onnxruntime.InferenceSession:
+    """A session over a small graph in memory, to see what it computes."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
-from resources.artifacts.records import Accuracy, BenchmarkReport, Disagreement, Engine, EvaluationSet
+from resources.artifacts.records import (
+    Accuracy,
+    BenchmarkReport,
+    Disagreement,
+    Engine,
+    EvaluationSet,
+    ThreadSetting,
+    ThreadTrial,
+)
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry, Shape
-from resources.device import describe_device
-from resources.engines import Sources
+from resources.device import describe_device, physical_cores
+from resources.engines import BASELINE, SPINNING, Sources
 from resources.errors import EngineError
 from resources.evaluation.reference import Evaluation, read_evaluation_set
 from resources.evaluation.shapes import shapes_of
 from resources.evaluation.texts import texts_of
+from resources.evaluation.threads import SHARE, Contest, sweep, thread_counts
 from resources.evaluation.timing import time_shapes
 from resources.isolation import Worker
 from resources.locks import benchmarking
+from resources.targets import device_of
 from resources.tasks import TASKS, Gates, Task
 from resources.tasks.base import broken_answers
 from resources.workspace import Workspace
@@ -48,13 +58,14 @@ def make_benchmark(
     digest = fingerprint(
         "benchmark",
         model=entry.name,
-        engine=engine.digest,
+        # Built again of the same, an engine may be another: the ladder has a limit of time.
+        engine=[engine.digest, engine.content_digest],
         baseline=baseline.digest,
         evaluation=evaluation.digest,
         shapes=[str(shape) for shape in shapes],
         batch=entry.max_batch_size,
         seconds=entry.benchmark.seconds,
-        threads=threads,
+        threads=[threads, workspace.baseline_threads(entry), physical_cores()],
         device=device,
         code=code_version("resources.evaluation", "resources.isolation", "resources.tasks", "resources.pipelines"),
         libraries=library_versions("numpy", "tokenizers"),
@@ -101,22 +112,33 @@ def _measure(
     known = read_evaluation_set(store.folder(evaluation))
     what = f"{entry.name}: benchmarking {engine.name} on {engine.target}"
     log = workspace.log(entry.name, f"benchmark-{engine.target}-{engine.name}")
+    texts = texts_of(known.items)
 
-    def start(which: Engine) -> Worker:
-        arguments = (which, store.folder(which), sources, record.threads)
-        return Worker(_probe, *arguments, limits=workspace.limits, what=what, log=log)
+    def start(which: Engine, setting: ThreadSetting) -> Worker:
+        arguments = (which, store.folder(which), sources, setting.threads, setting.spinning)
+        whose = what if which is engine else f"{what}: running {which.name} beside it"
+        return Worker(open_probe, *arguments, limits=workspace.limits, what=whose, log=log)
 
     # The lock comes first: loading an engine is work too, and would disturb another's benchmark.
     with benchmarking():
-        started = time.monotonic()
+        usual = ThreadSetting(threads=workspace.baseline_threads(entry))
+        setting, trials = (
+            (usual, ())
+            if engine.name == BASELINE
+            else _choose_threads(
+                engine, lambda one: start(engine, one), record.threads, texts, shapes, SHARE * entry.benchmark.seconds
+            )
+        )
+        # Loading an engine once for each setting is not paid for by what is measured with the one that won.
+        started, bound = time.monotonic(), entry.benchmark.seconds * (1 - SHARE if trials else 1)
         # In a process of its own: allocators keep what the largest batch took, and memory is reported by shape.
-        with start(engine) as worker:
+        with start(engine, setting) as worker:
             answered = worker.call("answers", known.items, entry.max_batch_size)
             peak = worker.peak_memory_bytes
-        with start(engine) as candidate, start(baseline) as rival:
+        with start(engine, setting) as candidate, start(baseline, usual) as rival:
             # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
-            seconds = max(entry.benchmark.seconds - (time.monotonic() - started), entry.benchmark.seconds / 4)
-            timings, samples = time_shapes(rival, candidate, texts_of(known.items), shapes, seconds)
+            seconds = max(bound - (time.monotonic() - started), entry.benchmark.seconds / 4)
+            timings, samples = time_shapes(rival, candidate, texts, shapes, seconds)
         peak = max(peak, candidate.peak_memory_bytes, rival.peak_memory_bytes)
     raw = {shape: asdict(pairs) for shape, pairs in samples.items()}
     (folder / SAMPLES_FILE).write_text(json.dumps(raw))
@@ -125,16 +147,38 @@ def _measure(
             "status": "measured",
             "accuracy": measure_accuracy(TASKS[entry.task], sources.checkpoint.settings, known, answered),
             "timings": tuple(timings),
+            "setting": setting,
+            "baseline_threads": usual.threads,
+            "thread_trials": trials,
             "peak_memory_bytes": peak,
         }
     )
 
 
-def _probe(engine: Engine, folder: Path, sources: Sources, threads: int) -> Probe:
+def _choose_threads(
+    engine: Engine,
+    start: Callable[[ThreadSetting], Worker],
+    budget: int,
+    texts: Sequence[str],
+    shapes: Sequence[Shape],
+    seconds: float,
+) -> tuple[ThreadSetting, tuple[ThreadTrial, ...]]:
+    """What the engine is to run with, and how that was found: all threads where there is nothing to choose.
+
+    PyTorch has no choice: see Workspace.baseline_threads.
+    """
+    if device_of(engine.target) != "cpu" or budget == 1:
+        return ThreadSetting(threads=budget), ()
+    counts, can_sleep = thread_counts(budget, physical_cores()), engine.runtime in SPINNING
+    with Contest(start, texts, shapes, seconds, comparisons=len(counts) - 1 + can_sleep) as contest:
+        return sweep(counts, contest, can_sleep=can_sleep)
+
+
+def open_probe(engine: Engine, folder: Path, sources: Sources, threads: int, spinning: bool = True) -> Probe:
     """In the child: numpy and the runtimes are imported there, never here."""
     from resources.evaluation.probe import Probe
 
-    return Probe(engine, folder, sources, threads)
+    return Probe(engine, folder, sources, threads, spinning)
 
 
 def measure_accuracy(task: Task, settings: dict[str, Any], known: Evaluation, ways: Sequence[Answered]) -> Accuracy:

@@ -36,7 +36,14 @@ def make_champion(
     chosen = next(report for report in reports if report.engine == best.engine)
     digest = fingerprint(
         "champion",
-        reports=sorted(report.digest for report in reports),
+        # What was measured, and not only what it was measured of: one that failed is measured again.
+        # Why another was not measured is told in other words every time: how much memory it had, say.
+        reports=sorted(
+            report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes"})
+            if report.status == "measured"
+            else f"{report.engine} {report.engine_digest} {report.status}"
+            for report in reports
+        ),
         evaluation=evaluation.digest,
         gates=entry.accuracy_gates().model_dump(),
         objective=entry.objective,
@@ -54,6 +61,7 @@ def make_champion(
             engine=chosen.engine,
             engine_digest=chosen.engine_digest,
             evaluation_digest=evaluation.digest,
+            setting=chosen.setting,
             objective=entry.objective,
             score=best.score,
             reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "

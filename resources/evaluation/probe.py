@@ -24,10 +24,10 @@ class Probe:
     While another probe works this one is blocked on its pipe, so that two take turns without disturbing each other.
     """
 
-    def __init__(self, engine: Engine, folder: Path, sources: Sources, threads: int) -> None:
+    def __init__(self, engine: Engine, folder: Path, sources: Sources, threads: int, spinning: bool = True) -> None:
         reset_peak_memory()
         self._bare = peak_memory_bytes()
-        self._runner = load(engine, folder, sources, threads)
+        self._runner = load(engine, folder, sources, threads, spinning=spinning)
         self._task = TASKS[sources.checkpoint.task]
         self._pipeline = open_pipeline(str(sources.checkpoint_folder))
         self._width = sources.graph.width

@@ -53,7 +53,12 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
         pipeline=checkpoint.pipeline_digest,
         task=checkpoint.task,
         code=code_version(
-            "resources.evaluation.reference", "resources.evaluation.answering", "resources.tasks", "resources.pipelines"
+            "resources.evaluation.reference",
+            "resources.evaluation.answering",
+            "resources.evaluation.batches",
+            "resources.checkpoints",
+            "resources.tasks",
+            "resources.pipelines",
         ),
         libraries=library_versions("torch", "transformers", "tokenizers"),
     )

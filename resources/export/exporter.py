@@ -18,7 +18,7 @@ import torch
 from resources.artifacts.records import Checkpoint, ParityCase
 from resources.checkpoints import checkpoint_files, load_arguments
 from resources.engines.onnxruntime import MODEL_FILE, OnnxRuntimeRunner
-from resources.errors import ExportError
+from resources.errors import ExportError, first_line
 from resources.export import Exported
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS, Task
@@ -94,7 +94,7 @@ def _check(path: Path) -> str:
     try:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:
-        return f"The ONNX checker refuses the graph: {str(error).splitlines()[0][:300]}"
+        return f"The ONNX checker refuses the graph: {first_line(error)}"
     return ""
 
 

@@ -39,16 +39,17 @@ class Gates(BaseModel):
             values[name] = value + share * (best - value)
         return self.model_copy(update=values)
 
-    def for_some(self, share: float) -> Self:
+    def for_some(self, share: float, chance: float = 0.0) -> Self:
         """These gates for a part of the items, as large a share of them all.
 
         All that an engine may get wrong can be among them: a rate of .99 allows 3 of 320, and 3 of 96 are one of .97.
-        Means and rates are bounded by that; what the worst item has to reach stays.
+        Means and rates are bounded by that; what the worst item has to reach stays. chance: a further share of all
+        items that may be wrong; a mean has no such items.
         """
         values = {
-            name: 1 - (1 - getattr(self, name)) / share
-            for name in type(self).model_fields
-            if share < 1 and not self.is_worst(name)
+            name: 1 - (1 - getattr(self, name) + (0.0 if info.json_schema_extra["mean"] else chance)) / share
+            for name, info in type(self).model_fields.items()
+            if not self.is_worst(name) and isinstance(info.json_schema_extra, dict)
         }
         return self.model_copy(update=values)
 
@@ -67,12 +68,12 @@ def bound_of(info: FieldInfo) -> str:
     return str(extra["bound"])
 
 
-def at_least(value: float, low: float = 0.0, *, worst: bool = False) -> Any:
+def at_least(value: float, low: float = 0.0, *, worst: bool = False, mean: bool = False) -> Any:
     """A gate that a metric must reach. At best the metric is 1.
 
-    worst: the metric is that of the worst item; else it is a mean or a rate over all of them.
+    worst: the metric is that of the worst item; mean: it is a mean over all; else a rate, the share that is right.
     """
-    return Field(default=value, ge=low, le=1.0, json_schema_extra={"bound": "least", "worst": worst})
+    return Field(default=value, ge=low, le=1.0, json_schema_extra={"bound": "least", "worst": worst, "mean": mean})
 
 
 def at_most(value: float, high: float | None = None) -> Any:

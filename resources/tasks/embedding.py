@@ -37,7 +37,7 @@ class EmbeddingGates(Gates):
     and the largest relative error of the norm.
     """
 
-    cosine_mean: float = at_least(0.995, low=-1.0)
+    cosine_mean: float = at_least(0.995, low=-1.0, mean=True)
     cosine_worst: float = at_least(0.99, low=-1.0, worst=True)
     neighbours: float = at_least(0.95)
     norm_error: float = at_most(0.1)

@@ -96,7 +96,15 @@ class TextClient:
                 f"{model} at {self.address} answered {len(items)} rows with {found} as {contract.output!r}, not with "
                 f"{kind} [{len(items)}, width]. It is broken: publish another release, or go back to the one before."
             )
-        return [json.loads(row[0]) for row in answer] if contract.structured else list(answer)
+        if not contract.structured:
+            return list(answer)
+        try:
+            return [json.loads(row[0]) for row in answer]
+        except ValueError as error:
+            raise ServerError(
+                f"{model} at {self.address} answered with {contract.output!r} that is not JSON: {error}. It is broken: "
+                "publish another release, or go back to the one before."
+            ) from error
 
     def rank(self, model: str, contract: Contract, item: Mapping[str, str], count: int) -> list[tuple[str, float]]:
         """Labels and their values, best first, named by the server (Triton's classification extension); gRPC alone.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
+from resources.targets import device_of
 from resources.tasks import TASKS, Task
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.release import LABELS_FILE, RESULT, ReleasePlan
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 #: A server with one model has nothing to gain from waiting; batches form by themselves while the engine is busy.
 MAX_QUEUE_DELAY_MICROSECONDS = 0
 _WARM_UP_TOKENS = 16
+#: Of an engine's parameters, what its `model.py` has to know: where a plan runs, and what computes.
+_BUILT = ("flavour", "tensorrt", "compute_capability", "provider")
 
 
 def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> ModelConfig:
@@ -83,30 +86,71 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
     from tritonclient.grpc import model_config_pb2 as pb
 
     backend = "python" if plan.flavour == "python" else plan.engine.runtime
-    config = _step(plan, internal_name(plan.model, number, "engine"), backend)
+    config = _step(plan, internal_name(plan.model, number, "engine"), backend, on_gpu=device_of(plan.target) == "cuda")
     extra = _task(plan).extra_inputs
+    rows = []
+    if backend == "openvino":
+        # This backend answers batches of exactly the largest size. Without batching it takes any shape, and an ensemble
+        # that batches may have such a step if its shapes begin with the batch (ensemble_utils.cc of Triton's core).
+        config.max_batch_size, rows = 0, [-1]
+        config.ClearField("dynamic_batching")
     for array in _engine_inputs(plan):
-        dims = [1] if array in extra else [-1]
+        dims = [*rows, 1] if array in extra else [*rows, -1]
         config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=dims))
-    output = pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=_output_dims(plan))
+    output = pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=[*rows, *_output_dims(plan)])
     if plan.has_label_file:
         output.label_filename = LABELS_FILE
     config.output.append(output)
     if plan.flavour == "python":
-        _parameters(config, {"entry_file": plan.engine.entry_file, "threads": str(plan.threads)})
+        values = {"entry_file": plan.engine.entry_file, "threads": str(plan.threads), "device": device_of(plan.target)}
+        built = {name: plan.engine.parameters[name] for name in _BUILT if name in plan.engine.parameters}
+        _parameters(config, {**values, "spinning": str(plan.spinning).lower(), **built})
+    elif backend == "openvino":
+        # What it reads: ParseParameters in openvino.cc. It knows bfloat16 only as something to be asked for.
+        values = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(plan.threads)}
+        _parameters(config, values)
+    elif backend == "tensorrt":
+        # One group with all profiles. Triton gives a request to any instance that is free, whatever its shape, and an
+        # instance chooses among its own profiles: with a group for each, every other request would be refused.
+        config.instance_group[0].profile.extend(
+            str(number) for number in range(int(plan.engine.parameters["profiles"]))
+        )
+        _parameters(config, {f"refinery_{name}": plan.engine.parameters[name] for name in _BUILT[:3]})
     else:
+        # The backend hands on no setting for spinning (its source of June 2026 was read).
         _parameters(config, {"intra_op_thread_count": str(plan.threads), "inter_op_thread_count": "1"})
+        if device_of(plan.target) == "cuda":
+            _accelerator(config, plan)
     # Zero ids and a mask of ones: random ids lie outside the vocabulary, and the load would fail.
     warm = config.model_warmup.add(name="one short text", batch_size=1)
     for array in _engine_inputs(plan):
         item = warm.inputs[array]
         item.data_type = pb.TYPE_INT64
-        item.dims.append(1 if array in extra else _WARM_UP_TOKENS)
+        item.dims.extend([*([1] if rows else []), 1 if array in extra else _WARM_UP_TOKENS])
         if array == "attention_mask":
             item.input_data_file = "ones"
         else:
             item.zero_data = True
     return config
+
+
+def _accelerator(config: ModelConfig, plan: ReleasePlan) -> None:
+    """The provider's settings of the python flavour, for Triton's ONNX Runtime backend. Not verified: no server here.
+
+    What that backend reads: onnxruntime.cc of triton-inference-server/onnxruntime_backend, LoadModel. No CUDA graphs:
+    it binds other memory at every run, and names no graph. TensorRT's cache is left out too: its path would be one of
+    the server's machine, so the provider builds its engines when the model is loaded.
+    """
+    from resources.engines.cuda import SETTINGS
+
+    found = config.optimization.execution_accelerators.gpu_execution_accelerator
+    if plan.engine.parameters.get("provider") == "tensorrt":
+        given = {name: value for name, value in plan.engine.parameters.items() if name.startswith("trt_")}
+        given["precision_mode"] = "FP16" if given.pop("trt_fp16_enable", "") == "1" else "FP32"
+        given["max_workspace_size_bytes"] = given.pop("trt_max_workspace_size")
+        found.add(name="tensorrt", parameters=dict(sorted(given.items())))
+    else:
+        found.add(name="cuda", parameters=SETTINGS)
 
 
 def write_warm_up(folder: Path) -> None:
@@ -146,14 +190,15 @@ def _texts(config: ModelConfig, plan: ReleasePlan) -> None:
         config.input.append(pb.ModelInput(name=text, data_type=pb.TYPE_STRING, dims=[1]))
 
 
-def _step(plan: ReleasePlan, name: str, backend: str) -> Any:
+def _step(plan: ReleasePlan, name: str, backend: str, *, on_gpu: bool = False) -> Any:
     from tritonclient.grpc import model_config_pb2 as pb
 
     config = pb.ModelConfig(name=name, backend=backend, max_batch_size=plan.max_batch_size)
     config.version_policy.specific.versions.append(1)
     config.dynamic_batching.max_queue_delay_microseconds = MAX_QUEUE_DELAY_MICROSECONDS
     # Left out, Triton would start two on a CPU, each with all the threads that one was measured with.
-    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    config.instance_group.add(kind=kind, count=1)
     return config
 
 

@@ -1,4 +1,4 @@
-"""The embedded server's own environment: Triton's wheel, numpy 1, and the ONNX Runtime that was measured."""
+"""The embedded server's own environment: Triton's wheel, numpy 1, and the runtimes that were measured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from resources.device import first_gpu
+from resources.engines.presence import tensorrt_packages
 from resources.errors import ServerError
 from resources.locks import file_lock
 
@@ -24,13 +26,26 @@ _INSTALL_SECONDS = 1800
 
 
 def requirements() -> dict[str, list[str]]:
-    """What is installed: `alone` without dependencies, `whole` with them."""
-    for name in ("onnxruntime-gpu", "onnxruntime"):
-        try:
-            return {"alone": [_TRITON], "whole": [_NUMPY, f"{name}=={metadata.version(name)}"]}
-        except metadata.PackageNotFoundError:
-            continue
-    raise ServerError("onnxruntime is not installed here; install transformer-refinery again.")
+    """What is installed: `alone` without dependencies, `whole` with them. OpenVINO, where it is a candidate here.
+
+    TensorRT where it can run: it is large, and a plan needs the very version that built it.
+    """
+    runtimes = [_installed("onnxruntime-gpu") or _installed("onnxruntime")]
+    if not runtimes[0]:
+        raise ServerError("onnxruntime is not installed here; install transformer-refinery again.")
+    runtimes += filter(None, [_installed("openvino")])
+    if first_gpu() is not None:
+        packages = {name: version for name, version in tensorrt_packages().items() if name != "libnvinfer"}
+        runtimes += [f"{name}=={version}" for name, version in packages.items()]
+    return {"alone": [_TRITON], "whole": [_NUMPY, *runtimes]}
+
+
+def _installed(name: str) -> str:
+    """The distribution at the version that is here; empty where it is not."""
+    try:
+        return f"{name}=={metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def is_installed(environment: Path) -> bool:
@@ -67,7 +82,7 @@ def install(environment: Path, progress: Callable[[str], None] = print) -> None:
         with file_lock(environment.with_name(f".{environment.name}.lock")):
             if not is_installed(environment):
                 _require_ours(environment)
-                progress(f"installing the embedded Triton into {environment} (once, about 600 MB)")
+                progress(f"installing the embedded Triton into {environment} (once, 600 MB or more)")
                 _build(environment)
                 progress("installed")
     except OSError as error:

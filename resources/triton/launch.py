@@ -92,6 +92,8 @@ def variables(environment: Path) -> dict[str, str]:
     libraries = [
         str(_package(environment).parent / "nvidia_pytriton.libs"),
         str(sysconfig.get_config_var("LIBDIR") or ""),
+        # The CUDA libraries that a CUDA build of PyTorch brings: the engine's model finds them there too.
+        *map(str, sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib"))),
     ]
     return {
         "PATH": str(environment / "bin"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet
+from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ThreadSetting
 from resources.catalog import ModelEntry
 from resources.errors import ServerError
 from resources.evaluation.reference import read_evaluation_set
@@ -40,6 +39,7 @@ def make_release(
 ) -> Published:
     """Publish the champion's engine, proven. Raises ReleaseError, ServerError; what served before serves on."""
     store, settings = workspace.store, workspace.triton
+    threads = champion.setting or ThreadSetting(threads=workspace.threads(entry))
     plan = ReleasePlan(
         model=entry.name,
         target=champion.target,
@@ -49,7 +49,8 @@ def make_release(
         engine=engine,
         engine_folder=store.folder(engine),
         max_batch_size=entry.max_batch_size,
-        threads=workspace.threads(entry),
+        threads=threads.threads,
+        spinning=threads.spinning,
         lineage={"refinery_dagster_run": dagster_run, "refinery_champion": champion.digest},
     )
 
@@ -76,14 +77,26 @@ def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference:
     task, settings = TASKS[plan.checkpoint.task], plan.checkpoint.settings
 
     def verdict(indices: Sequence[int], answers: Sequence[Any]) -> tuple[Metrics, list[str]]:
-        asked, expected = [items[index] for index in indices], [reference[index] for index in indices]
-        broken = broken_answers(expected, answers)
+        broken = broken_answers([reference[index] for index in indices], answers)
         if broken:
             return {}, [broken]
-        # Some are asked several times over, and each time the engine is as wrong as before.
-        share = len(indices) / max(Counter(indices).values()) / len(items)
-        metrics = task.compare(settings, asked, expected, answers)
-        return metrics, task.misses(task.gate_names(settings), metrics, gates.for_some(share))
+        # Some are asked several times over: every round has each of its items once.
+        rounds: list[dict[int, Any]] = [{}]
+        for index, answer in zip(indices, answers, strict=True):
+            place = next((one for one in rounds if index not in one), None)
+            if place is None:
+                rounds.append(place := {})
+            place[index] = answer
+        first: Metrics = {}
+        missed: list[str] = []
+        for one in rounds:
+            asked, expected = [items[index] for index in one], [reference[index] for index in one]
+            metrics = task.compare(settings, asked, expected, list(one.values()))
+            # In other company than when it was measured, an answer at the edge may fall on the other side: one may.
+            allowed = gates.for_some(len(one) / len(items), chance=1 / len(items))
+            missed += [miss for miss in task.misses(task.gate_names(settings), metrics, allowed) if miss not in missed]
+            first = first or metrics
+        return first, missed
 
     return Exam(
         contract=Contract(plan.texts, RESULT if plan.structured else plan.output, plan.structured),

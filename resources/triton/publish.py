@@ -82,7 +82,7 @@ def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
     exception: a release that is published, and that the server then did not load; publishing again tells it again.
     """
     check_plan(plan)
-    engine_bytes = sum(file.size_bytes for file in plan.engine.files.values())
+    engine_bytes = plan.engine.size_bytes
     with clear_disk_errors(plan.model, repository, engine_bytes):
         repository.mkdir(parents=True, exist_ok=True)
         with file_lock(repository.parent / f".{repository.name}.lock"):
@@ -100,9 +100,12 @@ def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
 
 def _unchanged(plan: ReleasePlan, repository: Path, steps: Steps, waiting: Release | None) -> Published | None:
     digest = content_digest(plan)
-    if any(release.content_digest == digest for release in list_releases(repository, plan.model)):
+    same = [release.number for release in list_releases(repository, plan.model) if release.content_digest == digest]
+    if same:
         current = current_release(repository, plan.model)
-        if current is not None:
+        # An older one than what is pointed to: the champion of before is champion again, and is published again. A
+        # newer one: somebody rolled back, and that stays.
+        if current is not None and max(same) >= current.number:
             return Published(current, changed=False, current=current.content_digest == digest)
     provable = steps.prove is not None or steps.prove_inside is not None
     if waiting is not None and waiting.content_digest == digest and not provable:

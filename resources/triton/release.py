@@ -28,10 +28,16 @@ RESULT = "RESULT"
 #: never changes, and compiled modules would carry paths of the machine that first served it.
 _NO_CACHE = "__pycache__"
 _TOKENIZER_FILES = ("tokenizer.json", "encoder.json", PIPELINE_FILE)
-#: Runtimes that can be released: those with a module in `python_models` and a native backend in Triton.
-_RUNTIMES = ("onnxruntime",)
-#: What Triton's ONNX Runtime backend opens.
-_NATIVE_ENTRY = "model.onnx"
+#: What every engine's `model.py` needs beside it.
+_COMMON = (_PYTHON_MODELS / "batched_model.py",)
+#: What opens an engine, copied beside the `model.py` that does, by the runtimes that can be released.
+_SESSIONS = {
+    "onnxruntime": ("sessions.py", "cuda.py", "tensorrt_provider.py"),
+    "openvino": ("openvino_session.py",),
+    "tensorrt": ("tensorrt_session.py",),
+}
+#: What Triton's own backends open.
+_NATIVE_ENTRIES = {"onnxruntime": "model.onnx", "openvino": "model.xml", "tensorrt": "model.plan"}
 
 
 class Release(BaseModel):
@@ -62,7 +68,7 @@ class Release(BaseModel):
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """What is to be released. `threads`: of the engine, as it was measured."""
+    """What is to be released. `threads`, `spinning`: of the engine, as it was measured; see ThreadSetting."""
 
     model: str
     target: str
@@ -73,6 +79,7 @@ class ReleasePlan:
     engine_folder: Path
     max_batch_size: int
     threads: int
+    spinning: bool = True
     lineage: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -107,12 +114,18 @@ def check_plan(plan: ReleasePlan) -> None:
     engine, what = plan.engine, f"{plan.model}: engine {plan.engine.name}"
     if engine.status != "built":
         raise ReleaseError(f"{what} is {engine.status} and cannot be released: {engine.reason}")
-    if engine.runtime not in _RUNTIMES:
-        raise ReleaseError(f"{what} runs on {engine.runtime}, and only {', '.join(_RUNTIMES)} can be released.")
-    if plan.flavour == "native" and engine.entry_file != _NATIVE_ENTRY:
+    if engine.runtime not in _SESSIONS:
+        raise ReleaseError(f"{what} runs on {engine.runtime}, and only {', '.join(_SESSIONS)} can be released.")
+    if plan.flavour == "native" and engine.entry_file != _NATIVE_ENTRIES[engine.runtime]:
         raise ReleaseError(
-            f"{what} begins at {engine.entry_file}, and Triton's own backend opens {_NATIVE_ENTRY} alone. "
-            "Use flavour 'python' (REFINERY_TRITON_FLAVOUR)."
+            f"{what} begins at {engine.entry_file}, and Triton's own backend opens {_NATIVE_ENTRIES[engine.runtime]} "
+            "alone. Use flavour 'python' (REFINERY_TRITON_FLAVOUR)."
+        )
+    if plan.flavour == "native" and engine.parameters.get("flavour") == "tensorrt_rtx":
+        raise ReleaseError(
+            f"{what} is a plan of TensorRT-RTX {engine.parameters['tensorrt']}, and Triton's own backend reads those "
+            "of TensorRT alone. Use flavour 'python' (REFINERY_TRITON_FLAVOUR), or build it with TensorRT: "
+            "pip install 'transformer-refinery[tensorrt]'."
         )
 
 
@@ -121,7 +134,7 @@ def check_copies(plan: ReleasePlan, files: dict[str, StoredFile]) -> None:
     copied = {file.sha256 for file in files.values()}
     records: tuple[Checkpoint | Engine, ...] = (plan.engine, plan.checkpoint)
     for record in records:
-        for name, file in record.files.items():
+        for name, file in record.content.items():
             if (record is plan.engine or name in _TOKENIZER_FILES) and file.sha256 not in copied:
                 raise ReleaseError(
                     f"{plan.model}: {name} of the {record.kind.replace('_', ' ')} is damaged in the artifact store. "
@@ -144,12 +157,15 @@ def content_digest(plan: ReleasePlan) -> str:
         labels=plan.checkpoint.labels,
         max_batch_size=plan.max_batch_size,
         threads=plan.threads,
+        spinning=plan.spinning,
         code=code_version(
             "resources.triton.python_models",
             "resources.triton.config",
             "resources.triton.release",
+            "resources.triton.stage",
+            "resources.triton.layout",
             "resources.pipelines",
-            "resources.engines.sessions",
+            *(f"resources.engines.{Path(module).stem}" for module in _SESSIONS.get(plan.engine.runtime, ())),
         ),
         tokenizers=library_versions("tokenizers"),
     )
@@ -206,16 +222,24 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
     """Everything in the engine model's version folder."""
     if plan.flavour == "python":
         _write_model(folder, plan.engine.runtime)
-        shutil.copyfile(_RESOURCES / "engines" / "sessions.py", folder / "sessions.py")
+        modules = [_RESOURCES / "engines" / module for module in _SESSIONS[plan.engine.runtime]]
+        for module in (*_COMMON, *modules):
+            shutil.copyfile(module, folder / module.name)
         target = folder
     else:
         # Triton's backend takes weights beside the graph only where both lie in a folder of the graph's name.
-        external = len(plan.engine.files) > 1
-        target = folder / _NATIVE_ENTRY if external else folder
-    for name in plan.engine.files:
+        external = f"{plan.engine.entry_file}.data" in plan.engine.content
+        target = folder / plan.engine.entry_file if external else folder
+    for name in served_files(plan):
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.engine_folder / name, place)
+
+
+def served_files(plan: ReleasePlan) -> list[str]:
+    """The engine's files that a release holds: natively without what only our own `model.py` reads."""
+    stem = Path(plan.engine.entry_file).stem
+    return [name for name in plan.engine.content if plan.flavour == "python" or Path(name).name.startswith(f"{stem}.")]
 
 
 def _write_model(folder: Path, name: str) -> None:

@@ -1,6 +1,6 @@
 """Runs inside Triton: an ONNX Runtime engine, where there is no backend of that name (the embedded server).
 
-Its version folder also holds the engine's files and sessions.py.
+Its version folder also holds the engine's files, batched_model.py, sessions.py, cuda.py and tensorrt_provider.py.
 """
 
 import json
@@ -12,47 +12,26 @@ _HERE = str(Path(__file__).resolve().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
 
-import numpy as np  # noqa: E402
-import triton_python_backend_utils as pb_utils  # noqa: E402
+from batched_model import BatchedModel  # noqa: E402
+from cuda import CudaSession  # noqa: E402
 from sessions import open_session  # noqa: E402
+from tensorrt_provider import ProviderSession  # noqa: E402
 
 
-class TritonPythonModel:
-    """int64 inputs `[batch, sequence]` to one fp32 output `[batch, width]`."""
+class TritonPythonModel(BatchedModel):
+    """A session on the CPU, on CUDA, or on CUDA through TensorRT."""
 
     def initialize(self, args):
         """Open the session as it was measured, with the same threads."""
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-        self._session = open_session(str(Path(_HERE) / parameters["entry_file"]), int(parameters["threads"]))
-        self._inputs = [item.name for item in self._session.get_inputs()]
+        path, threads = str(Path(_HERE) / parameters["entry_file"]), int(parameters["threads"])
         self._output = config["output"][0]["name"]
-
-    def execute(self, requests):
-        """One run of the engine for all requests of one length, which is how the dynamic batcher groups them."""
-        batches = [
-            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
-            for request in requests
-        ]
-        groups = {}
-        for number, batch in enumerate(batches):
-            groups.setdefault(tuple(array.shape[1] for array in batch.values()), []).append(number)
-        responses = [None] * len(requests)
-        for numbers in groups.values():
-            for number, response in zip(numbers, self._run([batches[number] for number in numbers]), strict=True):
-                responses[number] = response
-        return responses
-
-    def _run(self, batches):
-        try:
-            feed = {name: np.concatenate([batch[name] for batch in batches]) for name in self._inputs}
-            answers = self._session.run([self._output], feed)[0]
-        except Exception as error:
-            if len(batches) > 1:  # one request with ids that the model does not know must not cost the others
-                return [self._run([batch])[0] for batch in batches]
-            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))]
-        ends = np.cumsum([len(batch[self._inputs[0]]) for batch in batches])
-        return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(self._output, np.ascontiguousarray(rows))])
-            for rows in np.split(answers, ends[:-1])
-        ]
+        if parameters["device"] == "cuda":
+            kind = ProviderSession if parameters.get("provider") == "tensorrt" else CudaSession
+            session = kind(path, self._output, device=int(args["model_instance_device_id"]), threads=threads)
+            self._inputs, self._answer = session.inputs, session.run
+        else:
+            session = open_session(path, threads, spinning=parameters["spinning"] == "true")
+            self._inputs = [item.name for item in session.get_inputs()]
+            self._answer = lambda feed: session.run([self._output], feed)[0]

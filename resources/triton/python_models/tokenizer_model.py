@@ -38,7 +38,12 @@ class TritonPythonModel:
             found = [dict(zip(self._pipeline.inputs, texts, strict=True)) for texts in zip(*columns, strict=True)]
             counts.append(len(found))
             items += found
-        groups = iter(self._pipeline.rows(items))
+        try:
+            groups = iter(self._pipeline.rows(items))
+        except Exception:
+            if len(requests) == 1:
+                raise
+            return [self.execute([request])[0] for request in requests]  # one must not cost the others
         rows = [[row for _ in range(count) for row in next(groups)] for count in counts]
         return [refusal or self._response(own) for refusal, own in zip(refusals, rows, strict=True)]
 

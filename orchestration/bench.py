@@ -1,0 +1,113 @@
+"""`refinery bench`: a model's engines side by side, without Dagster and MLflow."""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestration.entries import ENTRY_OPTIONS, find_or_add
+from orchestration.settings import read_workspace
+from orchestration.terminal import print_candidates, print_step, print_table, table_console
+from resources.catalog import ModelEntry, Shape
+from resources.engines import BASELINE, ENGINES, EngineSpec, engine_spec, unsupported_reason
+from resources.errors import CatalogError, EngineError
+from resources.evaluation.comparison import Comparison, compare, ratio_table, save_comparison, title_of
+from resources.targets import check_target
+from resources.workspace import Workspace
+
+
+def bench(options: Namespace) -> int:
+    """Compare, print and save."""
+    workspace = read_workspace(os.environ)
+    # Before any work: what is mistyped costs nothing.
+    target, shapes, wanted = _target(workspace, options), _shapes(options), _engines(options)
+    said = dict.fromkeys(ENTRY_OPTIONS) | {"name": options.name, "task": options.task}
+    for spec in (engine_spec(BASELINE), *(wanted or ())):
+        reason = unsupported_reason(spec, target)
+        if reason is not None:
+            raise CatalogError(f"--engines, --target: {reason}")
+    entry = _measured_as(find_or_add(workspace, Namespace(model=options.model, **said), rewrite=False), options)
+    folder = _folder(workspace, entry, target, options)
+    if wanted is not None:  # whoever names an engine wants it, whatever the catalog lists
+        entry = entry.model_copy(update={"engines": None})
+    console, started = Console(soft_wrap=True), time.monotonic()
+    comparison = compare(
+        workspace,
+        entry,
+        target,
+        ENGINES if wanted is None else wanted,
+        lambda name, text: print_step(console, time.monotonic() - started, name, text),
+        shapes=shapes,
+        seconds=options.seconds,
+        accuracy=options.accuracy,
+    )
+    _print(comparison)
+    try:
+        saved = save_comparison(comparison, folder)
+    except OSError as error:
+        raise CatalogError(f"--output: {folder} cannot be written: {error}.") from None
+    print(f"Saved: {', '.join(str(path) for path in saved)}")
+    return 0
+
+
+def _print(comparison: Comparison) -> None:
+    console = table_console()
+    best = next((verdict.engine for verdict in comparison.verdicts if verdict.eligible), None)
+    title = f"{title_of(comparison)}: p50 / p99, (times faster than PyTorch)"
+    print_candidates(console, title, comparison.reports, comparison.verdicts, best)
+    if len(comparison.measured) > 2:  # of two, the first table has said it
+        print_table(console, "Each against each, geometric mean over the shapes", *ratio_table(comparison), best)
+
+
+def _target(workspace: Workspace, options: Namespace) -> str:
+    if options.target is None:
+        return workspace.targets[0]
+    try:
+        return check_target(options.target)
+    except ValueError as error:
+        raise CatalogError(f"--target: {error}.") from None
+
+
+def _shapes(options: Namespace) -> list[Shape] | None:
+    if options.shapes is None:
+        return None
+    try:
+        return [Shape.parse(text.strip()) for text in options.shapes.split(",")]
+    except ValueError as error:
+        raise CatalogError(f"--shapes: {error}.") from None
+
+
+def _engines(options: Namespace) -> list[EngineSpec] | None:
+    if options.engines is None:
+        return None
+    try:
+        specs = [engine_spec(name.strip()) for name in options.engines.split(",")]
+    except EngineError as error:
+        raise CatalogError(f"--engines: {error}") from None
+    if all(spec.name == BASELINE for spec in specs):
+        raise CatalogError(f"--engines: {BASELINE} is what all are compared with; name one beside it.")
+    return list(dict.fromkeys(specs))
+
+
+def _measured_as(entry: ModelEntry, options: Namespace) -> ModelEntry:
+    if options.threads is None:
+        return entry
+    return entry.model_copy(update={"benchmark": entry.benchmark.model_copy(update={"threads": options.threads})})
+
+
+def _folder(workspace: Workspace, entry: ModelEntry, target: str, options: Namespace) -> Path:
+    """Where the results go, seen to be a folder or a place for one before minutes are spent on them."""
+    if options.output is None:
+        return workspace.home / "bench" / f"{entry.name}-{target}"
+    folder = Path(options.output).resolve()
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise CatalogError(f"--output: {folder} cannot be made: {error.strerror}.") from None
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise CatalogError(f"--output: {folder} cannot be made: {there} is no folder that can be written.")
+    return folder

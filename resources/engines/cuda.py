@@ -1,0 +1,134 @@
+"""ONNX Runtime on one NVIDIA GPU: bound buffers, and a CUDA graph for every shape that is seen.
+
+One module for what is measured and for what serves: a release carries a copy of this file beside its `model.py`, so it
+needs nothing else of this project.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+#: Shapes of more tokens are computing for so long that launching their kernels one by one costs nothing.
+MOST_TOKENS_OF_A_GRAPH = 16384
+#: Every graph keeps its buffers; what comes after so many shapes runs without one.
+MOST_GRAPHS = 128
+#: Accuracy first: fp32 is fp32, and the sums of a normalization are fp32 too, which costs under one percent.
+SETTINGS = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
+#: Tells ONNX Runtime to run without capturing.
+_NO_GRAPH = "-1"
+
+
+class CudaSession:
+    """A loaded graph. `run` takes int64 arrays `[batch, ...]` by input name and answers the output as fp32.
+
+    graphs: whether CUDA graphs are captured. It falls back to running without where a node of the graph has no kernel
+    on the GPU, and `why_no_graphs` then says so.
+    """
+
+    def __init__(
+        self,
+        path: object,
+        output: str,
+        *,
+        device: int = 0,
+        graphs: bool = True,
+        threads: int = 1,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        self.output, self.device = output, device
+        self.why_no_graphs = "" if graphs else "not asked for"
+        settings = {**SETTINGS, "device_id": str(device), **(options or {})}
+        session: Any = None
+        if graphs:
+            try:
+                session = _open(path, threads, {**settings, "enable_cuda_graph": "1"})
+            except Exception as error:
+                if "graph" not in str(error).lower():
+                    raise
+                self.why_no_graphs = str(error).strip().split("\n")[0][:200]
+        self._session = _open(path, threads, settings) if session is None else session
+        self.graphs = not self.why_no_graphs
+        self.inputs = [item.name for item in self._session.get_inputs()]
+        self._slots: dict[tuple[tuple[str, tuple[int, ...]], ...], _Slot] = {}
+        self._lock = threading.Lock()
+
+    def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The output for one batch, on the host."""
+        given = {name: np.ascontiguousarray(batch[name]) for name in self.inputs}
+        with self._lock:
+            slot = self.slot({name: array.shape for name, array in given.items()})
+            if slot is None:
+                options = onnxruntime.RunOptions()
+                if self.graphs:
+                    options.add_run_config_entry("gpu_graph_id", _NO_GRAPH)
+                answer: np.ndarray = self._session.run([self.output], given, options)[0]
+                return answer
+            for name, array in given.items():
+                slot.inputs[name].update_inplace(array)
+            slot.run()
+            found: np.ndarray = slot.answer.numpy()
+            return found
+
+    def slot(self, shapes: Mapping[str, tuple[int, ...]]) -> _Slot | None:
+        """The bound buffers and captured graph of those shapes by input name; None where they run without."""
+        key = tuple(sorted(shapes.items()))
+        if key in self._slots:
+            return self._slots[key]
+        tokens = max(int(np.prod(shape)) for shape in shapes.values())
+        if not self.graphs or tokens > MOST_TOKENS_OF_A_GRAPH or len(self._slots) >= MOST_GRAPHS:
+            return None
+        self._slots[key] = _Slot(self._session, self.output, shapes, self.device, len(self._slots) + 1)
+        return self._slots[key]
+
+
+class _Slot:
+    """Buffers of one shape at addresses that stay, and the graph that reads and writes them."""
+
+    def __init__(
+        self, session: Any, output: str, shapes: Mapping[str, tuple[int, ...]], device: int, number: int
+    ) -> None:
+        self._session = session
+        self._options = onnxruntime.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(number))
+        self.inputs = {
+            # Ones: an index that no table has would stop the GPU.
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(shape, np.int64), "cuda", device)
+            for name, shape in shapes.items()
+        }
+        plain = onnxruntime.RunOptions()
+        plain.add_run_config_entry("gpu_graph_id", _NO_GRAPH)
+        ones = {name: np.ones(shape, np.int64) for name, shape in shapes.items()}
+        shape = session.run([output], ones, plain)[0].shape
+        self.answer = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cuda", device)
+        self._binding = session.io_binding()
+        for name, value in self.inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output(output, self.answer)
+        self.run()
+
+    def run(self) -> None:
+        """One run on what the inputs hold; the answer is there when it returns."""
+        self._session.run_with_iobinding(self._binding, self._options)
+
+
+def _open(path: object, threads: int, settings: Mapping[str, str]) -> Any:
+    if find_spec("nvidia"):  # CUDA as Python packages, which no loader finds by itself
+        onnxruntime.preload_dlls()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=[("CUDAExecutionProvider", dict(settings))])
+    # Where the provider cannot be loaded, ONNX Runtime falls back to the CPU in silence.
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        raise RuntimeError(
+            "ONNX Runtime cannot use CUDA here: its CUDA provider did not load. It needs CUDA 13 and cuDNN 9 on "
+            "LD_LIBRARY_PATH, or `pip install onnxruntime-gpu[cuda,cudnn]`."
+        )
+    return session

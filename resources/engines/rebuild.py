@@ -1,0 +1,249 @@
+"""Building one engine again from what it was made of, by the script that lies beside it.
+
+Every engine that is built holds `rebuild.py`: a recipe, and a call of `main` below. It needs this project and the
+artifact store, and neither Dagster, MLflow, the models file nor a benchmark. What the ladder found while the engine was
+built is part of the recipe, so nothing is searched again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from pprint import pformat
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from resources.artifacts.fingerprint import code_version, library_versions
+from resources.artifacts.records import Checkpoint, EvaluationSet, OnnxGraph, Record, sha256_file
+from resources.artifacts.store import RECORD_FILE, ArtifactStore
+from resources.device import describe_device
+from resources.engines import Built, EngineSpec, Sources, build, unsupported_reason
+from resources.engines.tuning import Tuning
+from resources.errors import ArtifactError, EngineError, RefineryError
+from resources.evaluation.goal import Goal
+from resources.isolation import Limits, run_isolated
+from resources.locks import building
+from resources.targets import device_of
+from resources.tasks import TASKS
+
+R = TypeVar("R", bound=Record)
+
+SCRIPT = "rebuild.py"
+EQUAL, DIFFERENT, IMPOSSIBLE = 0, 1, 2
+#: What an engine's bytes depend on, beside what it was made from.
+CODE = ("resources.engines", "resources.tasks")
+#: And what those of reduced precision are judged and calibrated by.
+JUDGING = ("resources.evaluation", "resources.pipelines")
+_TEMPLATE = '''"""Builds {name} for {target} again: python rebuild.py --artifacts DIR --output DIR
+
+With transformer-refinery installed; DIR is the artifact store that holds what the engine was made from. Ends with 0
+where every file is equal, 1 where one differs, 2 where nothing could be built.
+"""
+
+import sys
+
+from resources.engines.rebuild import main
+
+RECIPE = {recipe}
+
+if __name__ == "__main__":
+    sys.exit(main(__file__, RECIPE))
+'''
+
+
+class Recipe(BaseModel):
+    """All that an engine was made from. Names no path of the machine that made it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    revision: str
+    target: str
+    device: str = Field(description="Of a GPU, on which the engine was tried; a processor is no part of an engine.")
+    spec: EngineSpec
+    checkpoint: str = Field(description="Digest in the artifact store, as the two that follow.")
+    graph: str
+    evaluation: str | None = Field(description="What it was judged on and calibrated with; None: it was not.")
+    goal: dict[str, Any] | None = Field(description="See Goal; with the nodes that the search kept.")
+    code: str
+    libraries: dict[str, str]
+    files: dict[str, str] = Field(description="SHA-256 of what is served, by name.")
+
+
+def recipe_of(
+    sources: Sources,
+    spec: EngineSpec,
+    target: str,
+    built: Built,
+    folder: Path,
+    libraries: Mapping[str, str],
+    evaluation: EvaluationSet | None,
+    goal: Goal | None,
+) -> Recipe:
+    """The recipe of an engine that has just been built into the folder."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return Recipe(
+        model=sources.checkpoint.model,
+        revision=sources.checkpoint.revision,
+        target=target,
+        device=describe_device(target) if device_of(target) == "cuda" else "",
+        spec=spec,
+        checkpoint=sources.checkpoint.digest,
+        graph=sources.graph.digest,
+        evaluation=evaluation.digest if evaluation is not None and goal is not None else None,
+        goal=None if goal is None else _written(goal, built.kept_nodes),
+        code=code_version(*CODE, *(JUDGING if goal is not None else ())),
+        libraries=dict(libraries),
+        files={name: sha256_file(path) for name, path in names.items() if name not in built.documents},
+    )
+
+
+def write_script(recipe: Recipe, folder: Path) -> None:
+    """Write the recipe as a script. The same recipe is always the same bytes."""
+    text = pformat(recipe.model_dump(), width=110, sort_dicts=False)
+    script = _TEMPLATE.format(name=recipe.spec.name, target=recipe.target, recipe=text)
+    (folder / SCRIPT).write_text(script, encoding="utf-8")
+
+
+def rebuild(recipe: Recipe, store: ArtifactStore, output: Path, seconds: float | None = None) -> None:
+    """Build the engine into an empty or new folder, in so many seconds. Raises ArtifactError, EngineError.
+
+    seconds: default: those of a step, or more where the builder was given more.
+    """
+    checkpoint = _stored(store, Checkpoint, recipe.checkpoint, recipe)
+    graph = _stored(store, OnnxGraph, recipe.graph, recipe)
+    sources = Sources(checkpoint, store.folder(checkpoint), graph, store.folder(graph))
+    goal = None
+    if recipe.goal is not None and recipe.evaluation is not None:
+        evaluation = _stored(store, EvaluationSet, recipe.evaluation, recipe)
+        goal = _read_goal(recipe, checkpoint.task, store.folder(evaluation), store.caches)
+    reason = unsupported_reason(recipe.spec, recipe.target)
+    if reason is not None:
+        raise EngineError(reason)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise EngineError(f"{output} is there already and not an empty folder; give another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    log = output.with_name(f"{output.name}.log")
+    tuned = goal.tuning.seconds * 1.2 if goal is not None and goal.tuning is not None else 0.0
+    limits = replace(Limits(), timeout_s=seconds or max(Limits().timeout_s, tuned))
+    what = f"{recipe.model}: building {recipe.spec.name} for {recipe.target} again"
+    try:
+        with building():
+            run_isolated(
+                build, sources, recipe.spec, output, goal, device_of(recipe.target), limits=limits, what=what, log=log
+            )
+    except EngineError as error:
+        raise EngineError(f"{error} What its libraries printed is in {log}.") from error
+    log.unlink(missing_ok=True)
+
+
+def differences(recipe: Recipe, rebuilt: Path, artifact: Path) -> list[str]:
+    """Where the files that were built again, or those of the artifact today, are not what was built, as sentences."""
+    found = []
+    for name, sha256 in recipe.files.items():
+        # Without its record the script was taken elsewhere, and there is no artifact to look at.
+        if (artifact / RECORD_FILE).is_file() and _sha256(artifact / name) != sha256:
+            found.append(f"{name} beside this script is not what was built: it was changed, or is gone.")
+        again = _sha256(rebuilt / name)
+        if again is None:
+            found.append(f"{name} was not built again.")
+        elif again != sha256:
+            found.append(f"{name} differs: sha256 {again}, where what was built is {sha256}.")
+    return found
+
+
+def changes(recipe: Recipe) -> list[str]:
+    """What is another than when the engine was built, and may be why it differs, as sentences."""
+    now = library_versions(*recipe.libraries)
+    found = [
+        f"{name} is {now[name]} here; the engine was built with {version}."
+        for name, version in recipe.libraries.items()
+        if now[name] != version
+    ]
+    if code_version(*CODE) != recipe.code:
+        found.append("The builders of transformer-refinery are of another version.")
+    if recipe.device and describe_device(recipe.target) != recipe.device:
+        found.append(f"This is {describe_device(recipe.target)}; the engine was built on {recipe.device}.")
+    return found
+
+
+def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None = None) -> int:
+    """What the script does: build, compare, say so. 0: equal, 1: different, 2: nothing could be built."""
+    name = recipe.get("spec", {}).get("name", "engine")
+    parser = argparse.ArgumentParser(prog=SCRIPT, description=f"Build {name} of {recipe.get('model')} again.")
+    parser.add_argument("--artifacts", required=True, type=Path, metavar="DIR", help="the artifact store")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--seconds", type=float, metavar="N", help="when to give up")
+    options = parser.parse_args(arguments)
+    output = options.output.resolve()
+    try:
+        known = _read_recipe(recipe)
+        for change in changes(known):
+            print(f"note: {change}")
+        rebuild(known, ArtifactStore(options.artifacts.resolve()), output, options.seconds)
+    except (RefineryError, OSError) as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        return IMPOSSIBLE
+    except KeyboardInterrupt:
+        print(f"{SCRIPT}: interrupted", file=sys.stderr)
+        return 130
+    found = differences(known, output, Path(script).resolve().parent)
+    for difference in found:
+        print(difference)
+    if found and known.spec.tuned:
+        print("TensorRT chooses kernels by timing them, so a plan is rarely the same bytes twice.")
+    if not found:
+        print(f"Equal: {', '.join(known.files)} in {output}, byte for byte what was built.")
+    return DIFFERENT if found else EQUAL
+
+
+def _written(goal: Goal, kept_nodes: Sequence[str]) -> dict[str, Any]:
+    """Every field of a goal but its folders, as plain values."""
+    values = {field.name: getattr(goal, field.name) for field in fields(goal) if field.name != "evaluation_folder"}
+    tuning = None if goal.tuning is None else TypeAdapter(Tuning).dump_python(goal.tuning, exclude={"caches"})
+    return {**values, "gates": goal.gates.model_dump(), "kept_nodes": tuple(kept_nodes), "tuning": tuning}
+
+
+def _read_recipe(recipe: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(recipe)
+    except ValidationError as error:
+        raise EngineError(f"This script is of another version of transformer-refinery: {error}") from None
+
+
+def _read_goal(recipe: Recipe, task: str, evaluation_folder: Path, caches: Path) -> Goal:
+    assert recipe.goal is not None, "only goals that are there are read"
+    values = dict(recipe.goal)
+    try:
+        gates, tuning = TASKS[task].gates.model_validate(values.pop("gates")), values.pop("tuning")
+        if tuning is not None:
+            tuning = TypeAdapter(Tuning).validate_python({**tuning, "caches": caches})
+        return Goal(evaluation_folder=evaluation_folder, gates=gates, tuning=tuning, **values)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise EngineError(f"This script is of another version of transformer-refinery: {error}") from None
+
+
+def _stored(store: ArtifactStore, kind: type[R], digest: str, recipe: Recipe) -> R:
+    """What the engine was made from. Raises ArtifactError where it is not there, byte for byte."""
+    what = f"{recipe.model}: the {kind.kind.replace('_', ' ')} {digest[:32]} (revision {recipe.revision})"
+    record = store.find(kind, digest)
+    if record is None:
+        raise ArtifactError(
+            f"{what} is not in {store.root}, or not whole. Give --artifacts the store in which the engine was built "
+            f"($REFINERY_HOME/artifacts); `refinery optimize {recipe.model}` makes what is missing there again."
+        )
+    damaged = store.damaged(record)
+    if damaged:
+        raise ArtifactError(
+            f"{what} in {store.root} is damaged: {', '.join(damaged)} changed since. Remove {store.folder(record)} and "
+            f"optimize {recipe.model} again."
+        )
+    return record
+
+
+def _sha256(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None

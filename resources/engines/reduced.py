@@ -1,0 +1,153 @@
+"""What the builders of reduced precision share: trials for the ladder, and half precision from graph to file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from resources.engines import Sources, half
+from resources.engines.ladder import Operator, Outcome, Reduced, require_nodes, search
+from resources.engines.onnxruntime import OnnxRuntimeRunner, cpu_runner, save_graph, trial_runner
+from resources.engines.quantization import SWITCHES
+from resources.evaluation.answering import Run
+from resources.evaluation.examiner import Examiner
+from resources.evaluation.goal import Goal
+from resources.targets import Device
+
+
+def halve(
+    model: ir.Model,
+    sources: Sources,
+    goal: Goal,
+    target: Path,
+    *,
+    kind: half.Kind = "fp16",
+    wide: Collection[tuple[str, str]] = (),
+    device: Device = "cpu",
+) -> Reduced:
+    """Write the graph with as much of it in half precision as stays finite and keeps the accuracy gates.
+
+    What comes near the largest number of fp16 on real text stays in fp32 at once; what misses a gate for another
+    reason the ladder finds. Where nothing keeps the gates, all that is finite is in half precision and `steps` says so.
+    wide: operators that are computed in fp32 wherever they are, as in `half.to_half`.
+    """
+    if goal.kept_nodes is not None:
+        require_nodes(goal.kept_nodes, [str(node.name) for node in model.graph])
+        known = half.to_half(model, goal.kept_nodes, kind=kind, wide=wide)
+        save_graph(known, target, external=sources.graph.external_data)
+        return Reduced({}, kept_nodes=goal.kept_nodes)
+    examiner = Examiner(goal, sources.checkpoint, sources.checkpoint_folder, sources.graph.width)
+    trial = target.with_name("trial.onnx")
+    near = near_overflow(model, trial, sources, examiner) if kind == "fp16" else {}
+    operators = [operator for operator in half.find_operators(model, wide=wide) if not set(operator.nodes) <= set(near)]
+    nodes = {operator.name: operator.nodes for operator in operators}
+    emulated = device == "cpu"  # see `half`
+
+    def single(kept: Collection[str]) -> set[str]:
+        return {*near, *(node for name in kept for node in nodes[name])}
+
+    def halved(kept: Collection[str], *, emulated: bool = False) -> ir.Model:
+        return half.to_half(model, single(kept), kind=kind, wide=wide, emulated=emulated)
+
+    def running(kept: Collection[str]) -> Run:
+        return trial_runner(halved(kept, emulated=emulated), trial, sources, device).run
+
+    trials = HalfTrials(running, nodes, examiner)
+    outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
+    save_graph(halved(outcome.kept), target, external=sources.graph.external_data)
+    paths, steps = explained(model, near)
+    parameters = {"overflowing_operators": str(len(near)), "ladder": verdict(outcome)}
+    if emulated:
+        parameters["judged"] = f"in fp32 on a processor, rounded to {kind} wherever the engine has {kind}"
+    kept = tuple(dict.fromkeys([*paths, *outcome.kept]))
+    return Reduced(parameters, kept, (*steps, *outcome.steps), tuple(sorted(single(outcome.kept))))
+
+
+def near_overflow(model: ir.Model, trial: Path, sources: Sources, examiner: Examiner) -> dict[str, float]:
+    """Nodes by name whose numbers come near the largest of fp16 on real text, with the largest that was seen."""
+    watching, names = half.watched_values(model)
+    runner, seen = cpu_runner(watching, trial, sources), dict.fromkeys(names, 0.0)
+    for batch in examiner.calibration_batches():
+        for name, largest in zip(names, runner.outputs([f"{name}_largest" for name in names], batch), strict=True):
+            # Not max(): a NaN must win.
+            seen[name] = float(largest) if not largest <= seen[name] else seen[name]
+    return half.near_overflow(model, seen)
+
+
+def explained(model: ir.Model, near: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules of the nodes that come near the largest number of fp16, and a sentence for each node."""
+    paths = half.paths_of(model, near)
+    steps = tuple(
+        f"{path} reaches {near[name]:.3g} on real text, near fp16's largest number: kept in fp32"
+        for name, path in paths.items()
+    )
+    return tuple(dict.fromkeys(paths.values())), steps
+
+
+def verdict(outcome: Outcome) -> str:
+    """What came of the ladder, as a parameter of the engine."""
+    if not outcome.passed:
+        return outcome.steps[-1]
+    return "gates kept" if outcome.kept else "not needed"
+
+
+class SwitchedTrials:
+    """The trials of the ladder, on one loaded graph with a switch at each operator."""
+
+    def __init__(self, runner: OnnxRuntimeRunner, operators: Sequence[Operator], examiner: Examiner) -> None:
+        self._runner, self._examiner = runner, examiner
+        self._names = [operator.name for operator in operators]
+        self._batches = examiner.screening_batches()
+        self._exact = _answers(self._running([]), self._batches)
+
+    def damage(self, quantized: Collection[str]) -> float:
+        """Relative error of the answers' numbers where only those operators run in int8; infinite where one is NaN."""
+        return _relative_error(_answers(self._running(quantized), self._batches), self._exact)
+
+    def misses(self, kept: Collection[str]) -> list[str]:
+        """The gates that are missed where all operators but those run in int8."""
+        return self._examiner.misses(self._running([name for name in self._names if name not in kept]))
+
+    def _running(self, quantized: Collection[str]) -> Run:
+        switches = np.array([name in quantized for name in self._names])
+        return lambda batch: self._runner.run({**batch, SWITCHES: switches})
+
+
+class HalfTrials:
+    """The trials of the ladder in half precision, each on a graph of its own: a switch would cost casts everywhere."""
+
+    def __init__(self, running: Callable[[Collection[str]], Run], names: Collection[str], examiner: Examiner) -> None:
+        self._running, self._names, self._examiner = running, list(names), examiner
+        self._batches = examiner.screening_batches()
+        self._exact = _answers(running(self._names), self._batches)
+
+    def damage(self, halved: Collection[str]) -> float:
+        """Relative error of the answers' numbers where only those operators run in half precision."""
+        run = self._running([name for name in self._names if name not in halved])
+        return _relative_error(_answers(run, self._batches), self._exact)
+
+    def misses(self, kept: Collection[str]) -> list[str]:
+        """The gates that are missed where all operators but those run in half precision."""
+        return self._examiner.misses(self._running(kept))
+
+
+def _answers(run: Run, batches: Sequence[tuple[Mapping[str, np.ndarray], Sequence[int]]]) -> list[np.ndarray]:
+    """One array a row, without what belongs to its padding."""
+    return [
+        row[:count] if row.ndim == 2 else row
+        for batch, tokens in batches
+        for row, count in zip(run(dict(batch)), tokens, strict=True)
+    ]
+
+
+def _relative_error(found: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
+    """Root of the mean square over the rows; infinite where one is not finite."""
+    errors = [
+        float(np.linalg.norm(one - other)) / (float(np.linalg.norm(other)) or 1.0)
+        for one, other in zip(found, exact, strict=True)
+    ]
+    total = float(np.sqrt(np.mean(np.square(errors))))
+    return total if np.isfinite(total) else float("inf")

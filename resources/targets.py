@@ -1,0 +1,31 @@
+"""Deployment targets: `cpu`, or the NVIDIA GPUs of one compute capability, as `cuda_sm90`."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+_CUDA = re.compile(r"cuda_sm([1-9]\d{1,2})")
+
+
+def check_target(name: str) -> str:
+    """The name. Raises ValueError where it is none of a target."""
+    if name != "cpu" and not _CUDA.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no target; use cpu, or cuda_sm and the compute capability of the GPUs that serve, without "
+            "its dot, as cuda_sm90 (`nvidia-smi --query-gpu=compute_cap --format=csv`)"
+        )
+    return name
+
+
+def device_of(target: str) -> Device:
+    """What engines of the target run on."""
+    return "cpu" if target == "cpu" else "cuda"
+
+
+def capability_of(target: str) -> str:
+    """The compute capability of a CUDA target, as `9.0`."""
+    match = _CUDA.fullmatch(target)
+    assert match is not None, f"{target} is no CUDA target"
+    return f"{match[1][:-1]}.{match[1][-1]}"

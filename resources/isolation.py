@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -76,6 +77,7 @@ class Worker:
         arguments = (theirs, their_lifeline, str(log or os.devnull))
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         try:
+            _start_server()
             with _no_main_module():
                 self._process.start()
         except (EOFError, ConnectionError) as error:
@@ -249,6 +251,20 @@ def _end_with(lifeline: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if lifeline.poll():  # it was gone before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _start_server() -> None:
+    """Start the server the children are forked from, unless it runs, deaf to Ctrl-C and its children with it.
+
+    Ctrl-C reaches the whole group, and multiprocessing's server ignores it only once it has imported what it preloads;
+    until then, for up to ten seconds, it would answer with the traceback of an import.
+    """
+    resource_tracker.ensure_running()  # the server starts it otherwise, and that ends with SIGINT let through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

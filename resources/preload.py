@@ -1,6 +1,8 @@
 """What the server of resources.isolation imports before it forks; see there. Import it nowhere else."""
 
 import os
+import sys
+from types import TracebackType
 
 # Tokenizers warns, and turns itself single-threaded, when a process forks after using it; the server never uses it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -16,5 +18,14 @@ import torch.onnx
 import transformers.modeling_utils
 import transformers.models.auto.modeling_auto
 import transformers.models.auto.tokenization_auto
+
+
+def _without_orphans(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a child whose parent was interrupted before it had sent what the child is to do."""
+    if kind is not EOFError:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _without_orphans  # the server's, which multiprocessing calls for what fails before our own code runs
 
 __all__ = ["onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"]

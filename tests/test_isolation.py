@@ -243,3 +243,39 @@ def test_no_child_outlives_its_parent(tmp_path, how):
 def test_children_end_with_their_server_and_the_next_gets_a_new_one(tmp_path):
     output, _ = start_script(tmp_path, SERVER).communicate(timeout=60)
     assert output.splitlines() == ["idle: its process ended with exit code 255 and without an answer.", "6"]
+
+
+# Ctrl-C reaches the whole group: while the server imports, and after a child is asked for but not told what to do.
+INTERRUPTED = """
+import os, signal, threading
+from multiprocessing import forkserver
+from resources.isolation import Limits, run_isolated
+connect = forkserver.connect_to_new_process
+def interrupted(fds):
+    connect(fds)
+    os.killpg(0, signal.SIGINT)
+try:
+    %s
+    run_isolated(abs, -1, limits=Limits(timeout_s=60), what="abs")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize(
+    "when",
+    ["threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()", "forkserver.connect_to_new_process = interrupted"],
+    ids=["while the server imports", "before a child knows its work"],
+)
+def test_an_interrupted_start_prints_nothing(tmp_path, when):
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED % when)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        start_new_session=True,
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")

@@ -70,7 +70,7 @@ class BenchmarkSettings(_Strict):
 class LadderSettings(_Strict):
     """How much a builder may try to rescue a reduced-precision engine that misses a gate."""
 
-    trials: int = Field(default=24, ge=0, le=1000, description="Of engines, beyond the first; 0: no rescue.")
+    trials: int = Field(default=48, ge=0, le=1000, description="Of engines, beyond the first; 0: no rescue.")
     seconds: float = Field(default=300.0, gt=0, le=36000, description="Bound for all trials of one engine.")
 
 

@@ -1,9 +1,10 @@
 """The precision ladder: which operators to leave in higher precision so that the accuracy gates are kept.
 
-Everything in low precision is tried first. Where that misses a gate, the operators are bisected: sets of them run in
-low precision alone, the set that harms the answers most is cut in two, and so on until the harm has a place. Then the
-fewest of the worst sets are left as they were that keep the gates. Errors of independent operators add up in squares,
-which is why the harm of a set alone says how much leaving it out will mend.
+Everything in low precision is tried first. Where that misses a gate, operators run in low precision alone, each by
+itself where the budget allows. Else they are bisected: sets of them run in low precision alone, the set that harms the
+answers most is cut in two, and so on until the harm has a place. Then the fewest of the worst sets are left as they
+were that keep the gates. Errors of independent operators add up in squares, which is why the harm of a set alone says
+how much leaving it out will mend.
 
 The search knows nothing of graphs: it is given the trials as functions.
 """
@@ -146,13 +147,14 @@ def require_nodes(wanted: Collection[str], there: Collection[str]) -> None:
 
 
 def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[Operator]]:
-    """Sets of operators by harm for their cost. First by shape, which is what tells the parts of a block apart; then
-    the worst is cut in two by depth, again and again."""
-    shapes: dict[tuple[int, int], list[Operator]] = {}
+    """Sets of operators by harm for their cost: each alone, where half of the budget is enough for that. Else first by
+    shape, which is what tells the parts of a block apart; then the worst is cut in two by depth, again and again."""
+    alone = len(operators) <= running.budget.trials // 2
+    sets: dict[str | tuple[int, int], list[Operator]] = {}
     for operator in operators:
-        shapes.setdefault((operator.rows, operator.columns), []).append(operator)
+        sets.setdefault(operator.name if alone else (operator.rows, operator.columns), []).append(operator)
     groups: list[tuple[float, list[Operator]]] = []
-    for group in shapes.values():
+    for group in sets.values():
         harm = running.harm(group)
         groups.append((0.0 if harm is None else harm, group))
     # The second half of the search, for the fewest that suffice, takes a few trials more.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from resources.evaluation.answering import Run
 from resources.evaluation.examiner import Examiner
 from resources.evaluation.goal import Goal
 from resources.targets import Device
+
+#: Inputs by name, and how many tokens each row has.
+Batches = Sequence[tuple[Mapping[str, np.ndarray], Sequence[int]]]
 
 
 def halve(
@@ -100,16 +104,22 @@ class SwitchedTrials:
     def __init__(self, runner: OnnxRuntimeRunner, operators: Sequence[Operator], examiner: Examiner) -> None:
         self._runner, self._examiner = runner, examiner
         self._names = [operator.name for operator in operators]
-        self._batches = examiner.screening_batches()
-        self._exact = _answers(self._running([]), self._batches)
 
     def damage(self, quantized: Collection[str]) -> float:
         """Relative error of the answers' numbers where only those operators run in int8; infinite where one is NaN."""
-        return _relative_error(_answers(self._running(quantized), self._batches), self._exact)
+        batches, exact = self._screening
+        return _relative_error(_answers(self._running(quantized), batches), exact)
 
     def misses(self, kept: Collection[str]) -> list[str]:
         """The gates that are missed where all operators but those run in int8."""
         return self._examiner.misses(self._running([name for name in self._names if name not in kept]))
+
+    @cached_property
+    def _screening(self) -> tuple[Batches, list[np.ndarray]]:
+        """What harm is measured on, and the exact answers. Chosen when harm is first asked for: which texts are hard is
+        known from `misses`."""
+        batches = self._examiner.screening_batches()
+        return batches, _answers(self._running([]), batches)
 
     def _running(self, quantized: Collection[str]) -> Run:
         switches = np.array([name in quantized for name in self._names])
@@ -121,20 +131,24 @@ class HalfTrials:
 
     def __init__(self, running: Callable[[Collection[str]], Run], names: Collection[str], examiner: Examiner) -> None:
         self._running, self._names, self._examiner = running, list(names), examiner
-        self._batches = examiner.screening_batches()
-        self._exact = _answers(running(self._names), self._batches)
 
     def damage(self, halved: Collection[str]) -> float:
         """Relative error of the answers' numbers where only those operators run in half precision."""
+        batches, exact = self._screening
         run = self._running([name for name in self._names if name not in halved])
-        return _relative_error(_answers(run, self._batches), self._exact)
+        return _relative_error(_answers(run, batches), exact)
 
     def misses(self, kept: Collection[str]) -> list[str]:
         """The gates that are missed where all operators but those run in half precision."""
         return self._examiner.misses(self._running(kept))
 
+    @cached_property
+    def _screening(self) -> tuple[Batches, list[np.ndarray]]:
+        batches = self._examiner.screening_batches()
+        return batches, _answers(self._running(self._names), batches)
 
-def _answers(run: Run, batches: Sequence[tuple[Mapping[str, np.ndarray], Sequence[int]]]) -> list[np.ndarray]:
+
+def _answers(run: Run, batches: Batches) -> list[np.ndarray]:
     """One array a row, without what belongs to its padding."""
     return [
         row[:count] if row.ndim == 2 else row

@@ -40,9 +40,10 @@ def test_nothing_is_kept_where_nothing_is_missed():
     assert (outcome.kept, outcome.passed, model.trials) == ((), True, 1)
 
 
+@pytest.mark.parametrize("trials", [24, 48])
 @pytest.mark.parametrize("guilty", NAMES)
-def test_the_one_that_does_the_harm_is_found(guilty):
-    outcome = Model({guilty: 0.5}, limit=0.1).search()
+def test_the_one_that_does_the_harm_is_found(guilty, trials):
+    outcome = Model({guilty: 0.5}, limit=0.1).search(trials)
     assert outcome.passed
     assert outcome.kept == (guilty,)
 
@@ -68,6 +69,17 @@ def test_no_more_are_kept_than_needed():
 def test_cheap_operators_are_kept_rather_than_dear_ones():
     outcome = Model({"layer.1.self": 0.3, "layer.1.output": 0.3}, limit=0.31).search()
     assert outcome.kept == ("layer.1.output",)
+
+
+def test_each_is_tried_alone_where_the_budget_allows():
+    # By their sets the two would hide: each is small beside the rest of its half.
+    guilty = {"layer.0.down": 0.2, "layer.5.self": 0.2}
+    model = Model({**dict.fromkeys(NAMES, 0.1), **guilty}, limit=0.51)
+    outcome = model.search(trials=48)
+    assert outcome.passed
+    alone = [step for step in outcome.steps if step.startswith("only ")]
+    assert [step.split()[1] for step in alone] == NAMES
+    assert set(outcome.kept) <= set(guilty)
 
 
 def test_what_cannot_be_rescued_says_so():

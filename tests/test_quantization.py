@@ -62,12 +62,15 @@ def loaded(model, path):
     return OnnxRuntimeRunner(path, model.graph.outputs[0].name, threads=1)
 
 
-@pytest.fixture
-def made(tmp_path):
+@pytest.fixture(params=["even", "outlying"])
+def made(tmp_path, request):
     rng = np.random.default_rng(0)
     model = graph(rng)
     operators = find_operators(model)
     batches = [{"x": rng.normal(size=(1, tokens, ROWS)).astype(np.float32)} for tokens in (3, 17, 40)]
+    if request.param == "outlying":
+        for batch in batches:
+            batch["x"][..., [3, 40]] *= 100
     watching, watched = watched_graph(model, operators)
     seen = watch(loaded(watching, tmp_path / "watching.onnx").outputs, watched, batches)
     return model, operators, batches, seen
@@ -101,6 +104,7 @@ def test_activations_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("static", [False, True])
 def test_the_error_that_is_foretold_is_the_runtime_s(made, tmp_path, static):
     model, operators, batches, seen = made
+    outlying = batches[0]["x"].max() > 10
     weights = {
         name: quantize_weight(weight, seen[name], static=static)
         for name, weight in weights_of(model, operators).items()
@@ -115,7 +119,8 @@ def test_the_error_that_is_foretold_is_the_runtime_s(made, tmp_path, static):
     )
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0.3 * weights["a"].error < error < 3 * weights["a"].error
-    assert error < 0.02
+    assert error < (0.001 if outlying else 0.02)
+    assert (weights["a"].outliers is not None) == outlying
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -147,6 +152,22 @@ def test_smoothing_is_chosen_where_channels_differ_and_only_there(static):
     assert smoothed.smoothing[3] < 0.2 * np.median(smoothed.smoothing)
     # Without it the two channels would leave the others a handful of steps.
     assert smoothed.error < 0.03
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_channels_are_multiplied_apart_where_smoothing_is_not_enough(static):
+    rng = np.random.default_rng(1)
+    weight = rng.uniform(-1, 1, size=(256, 64)).astype(np.float32)
+    sample = rng.uniform(-1, 1, size=(200, 256)).astype(np.float32)
+    assert quantize_weight(weight, activations_of(sample), static=static).outliers is None
+    sample[:, [3, 200]] *= 1000
+    found = quantize_weight(weight, activations_of(sample), static=static)
+    assert {3, 200} <= set(found.outliers)
+    assert len(found.outliers) == 8
+    np.testing.assert_array_equal(found.outlier_rows, weight[found.outliers])
+    assert (found.values[found.outliers] == 0).all()
+    assert (found.smoothing[found.outliers] == 0).all()
+    assert found.error < 0.0001
 
 
 def test_zeros_are_no_trouble():

@@ -260,8 +260,9 @@ def _start_server() -> None:
     until then, for up to ten seconds, it would answer with the traceback of an import.
     """
     resource_tracker.ensure_running()  # the server starts it otherwise, and that ends with SIGINT let through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -19,13 +19,15 @@ import transformers.modeling_utils
 import transformers.models.auto.modeling_auto
 import transformers.models.auto.tokenization_auto
 
+_server = os.getpid()
+
 
 def _without_orphans(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say nothing of a child whose parent was interrupted before it had sent what the child is to do."""
-    if kind is not EOFError:
+    if kind is not EOFError or os.getpid() == _server:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _without_orphans  # the server's, which multiprocessing calls for what fails before our own code runs
+sys.excepthook = _without_orphans  # multiprocessing calls it for what fails in a child before our own code runs
 
 __all__ = ["onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"]

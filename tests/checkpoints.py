@@ -140,17 +140,17 @@ def make_checkpoint(
 
 
 def add_outliers(folder: Path) -> Path:
-    """Let the first layer of a BERT have twelve channels of 512 that cancel each other, in fp32.
+    """Let the first layer of a BERT have ten channels of 160 that cancel each other, in fp32.
 
     Neither rounding nor smoothing can represent them beside the others, whose values are about 1: large activations
-    meet large weights. And they are more than are multiplied apart.
+    meet large weights. And they are more than are multiplied apart where the layer is 128 wide.
     """
     with _weights(folder) as weights:
         layer = "encoder.layer.0"
-        weights[f"{layer}.intermediate.dense.weight"][:12] = 0
-        weights[f"{layer}.intermediate.dense.bias"][:12] = 512
-        weights[f"{layer}.output.dense.weight"][:, :12:2] = 1
-        weights[f"{layer}.output.dense.weight"][:, 1:12:2] = -1
+        weights[f"{layer}.intermediate.dense.weight"][:10] = 0
+        weights[f"{layer}.intermediate.dense.bias"][:10] = 160
+        weights[f"{layer}.output.dense.weight"][:, :10:2] = 1
+        weights[f"{layer}.output.dense.weight"][:, 1:10:2] = -1
     return folder
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from resources.engines.ladder import Operator
 from resources.engines.onnxruntime import OnnxRuntimeRunner
+from resources.engines.reduced import Trials
 from resources.evaluation.examiner import HARDEST_ROWS, SCREENING_ROWS, Examiner
 from tests.test_half import prepared
 
@@ -51,6 +53,32 @@ def test_harm_is_measured_on_what_was_answered_worst(opened):
     # The first engine is the one with everything in low precision; what the others miss is not what is searched for.
     assert examiner.misses(lambda batch: -run(batch))
     assert screened(examiner) == chosen
+
+
+def test_the_ladder_measures_harm_on_what_missed_the_gates_before(opened):
+    examiner, run = opened
+    hard = tuple(examiner.calibration_batches()[3]["input_ids"][0])
+
+    def running(reduced):
+        def answers(batch):
+            found = run(batch)
+            for number, row in enumerate(batch["input_ids"]):
+                # One does harm to that text alone, the other a little to all.
+                found[number] *= -1 if "one" in reduced and tuple(row[row > 0]) == hard else 1
+            return found + (0.01 * np.roll(found, 1, axis=1) if "other" in reduced else 0)
+
+        return answers
+
+    operators = [Operator(name, 32, 32, (name,)) for name in ("one", "other")]
+    assert pytest.approx(harms(Trials(running, operators, examiner)), abs=0.001) == (0.0, 0.01)
+    trials = Trials(running, operators, examiner)
+    assert trials.misses([])
+    one, other = harms(trials)
+    assert one > 10 * other
+
+
+def harms(trials):
+    return trials.damage(["one"]), trials.damage(["other"])
 
 
 def test_numbers_that_are_none_say_nothing_about_texts(opened):

@@ -271,7 +271,7 @@ def test_an_interrupted_start_prints_nothing(tmp_path, when):
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED % when)
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, "-W", "ignore", str(script)],
         capture_output=True,
         text=True,
         timeout=60,

@@ -91,7 +91,9 @@ def test_activations_are_those_of_the_batches(made):
     np.testing.assert_array_equal(seen["a"].high, whole.max(axis=0))
     first = weights_of(model, operators)["a"]
     into_b = whole @ first
-    assert (seen["b"].high >= into_b.max(axis=0) - 1e-4).all()  # and what goes into c, which shares the matrix
+    assert (
+        seen["b"].high >= into_b.max(axis=0) - 1e-5 * np.abs(into_b).max()
+    ).all()  # and what goes into c, which shares the matrix
     assert set(map(tuple, seen["a"].sample)) <= set(map(tuple, whole))
 
 
@@ -119,7 +121,7 @@ def test_the_error_that_is_foretold_is_the_runtime_s(made, tmp_path, static):
     )
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0.3 * weights["a"].error < error < 3 * weights["a"].error
-    assert error < (0.001 if outlying else 0.02)
+    assert error < (0.002 if outlying else 0.02)
     assert (weights["a"].outliers is not None) == outlying
 
 
@@ -170,6 +172,32 @@ def test_channels_are_multiplied_apart_where_smoothing_is_not_enough(static):
     assert found.error < 0.0001
 
 
+def test_attention_answers_alike_with_channels_apart(made_checkpoint, sharing, tmp_path):
+    from resources.engines.fusion import fuse
+    from tests.test_fusion import batch
+    from tests.test_half import prepared
+
+    sources, _ = prepared(sharing, made_checkpoint())
+    fused, _ = fuse(sources.graph_folder / "model.onnx")
+    operators = find_operators(fused)
+    attention = operators[0]
+    assert attention.columns == 3 * attention.rows
+    # As if one channel were far larger than all others: how a matrix is split changes nothing of what it computes.
+    sample = np.random.default_rng(0).normal(size=(100, attention.rows)).astype(np.float32)
+    sample[:, 5] *= 1000
+    weight = quantize_weight(weights_of(fused, operators)[attention.name], activations_of(sample), static=False)
+    assert 5 in weight.outliers
+    kept = [operator.name for operator in operators[1:]]
+    model = quantize(fused, operators, {attention.name: weight}, kept)
+    nodes = [node.op_type for node in model.graph]
+    assert nodes.count("MultiHeadAttention") == 1
+    answers = []
+    for number, graph in enumerate((fused, model)):
+        ir.save(graph, tmp_path / f"{number}.onnx")
+        answers.append(OnnxRuntimeRunner(tmp_path / f"{number}.onnx", sources.graph.output, 1).run(batch(3, 33)))
+    assert 0 < np.linalg.norm(answers[1] - answers[0]) < 0.02 * np.linalg.norm(answers[0])
+
+
 def test_zeros_are_no_trouble():
     nothing = activations_of(np.zeros((8, ROWS), np.float32))
     found = quantize_weight(np.zeros((ROWS, COLUMNS), np.float32), nothing, static=True)
@@ -211,8 +239,8 @@ def test_the_output_keeps_its_name_where_it_is_what_is_quantized(tmp_path):
 
 @pytest.fixture
 def outliers(own_checkpoint: Callable[..., Path]) -> Path:
-    """A checkpoint whose first layer has two channels of 512 that cancel each other."""
-    return add_outliers(own_checkpoint(initializer_range=0.05, hidden_size=64, intermediate_size=128))
+    """A checkpoint whose first layer has ten channels of 160 that cancel each other."""
+    return add_outliers(own_checkpoint(initializer_range=0.1, hidden_size=64, intermediate_size=128))
 
 
 def judged(workspace, folder, engine, **fields):
@@ -244,7 +272,7 @@ def test_the_ladder_rescues_a_model_with_outliers(outliers, sharing, engine):
     assert plain.kept == ()
     assert plain.parameters["int8_operators"] == "8 of 8"
     assert plain.parameters["ladder"] == "not rescued: the budget of trials is spent"
-    assert any("neighbours" in miss for miss in missed)
+    assert any("neighbours" in miss for miss in missed), missed
 
     rescued, missed = judged(sharing, outliers, engine)
     assert missed == []

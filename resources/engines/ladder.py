@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from resources.errors import EngineError
 
+#: Share of the seconds for measuring harm. The rest is for finding the fewest that suffice.
+_SHARE_FOR_HARM = 0.5
 #: Sets whose harm is below this share of all harm (in squares) are not cut further.
 _NEGLIGIBLE = 0.05
 
@@ -61,12 +63,18 @@ class Reduced:
 @dataclass
 class _Budget:
     trials: int
-    deadline: float
+    started: float
+    seconds: float
     spent: str = ""
+
+    @property
+    def elapsed(self) -> float:
+        """Share of the seconds."""
+        return (time.monotonic() - self.started) / self.seconds if self.seconds else float("inf")
 
     def take(self) -> bool:
         """Whether there is room for one more trial; takes it. `spent` says what has come to its end."""
-        if self.trials <= 0 or time.monotonic() > self.deadline:
+        if self.trials <= 0 or self.elapsed > 1:
             self.spent = "the budget of trials" if self.trials <= 0 else "the time (`ladder.seconds`)"
             return False
         self.trials -= 1
@@ -82,7 +90,7 @@ class _Search:
 
     def harm(self, group: Sequence[Operator]) -> float | None:
         """Relative error of the answers where only the group runs in low precision; None: the budget is spent."""
-        if not self.budget.take():
+        if self.budget.elapsed > _SHARE_FOR_HARM or not self.budget.take():
             return None
         value = self.damage([operator.name for operator in group])
         self.steps.append(f"only {_named(group)} in low precision: relative error {value:.4f}")
@@ -111,7 +119,7 @@ def search(
     damage: relative error of the answers where only the operators of those names run in low precision.
     misses: the gates that are missed, each as a sentence, where all run in low precision but those.
     """
-    budget = _Budget(trials + 1, time.monotonic() + seconds)
+    budget = _Budget(trials + 1, time.monotonic(), seconds)
     running = _Search(damage, misses, budget)
     if running.passes([]):
         return Outcome((), True, tuple(running.steps))
@@ -147,9 +155,11 @@ def require_nodes(wanted: Collection[str], there: Collection[str]) -> None:
 
 
 def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[Operator]]:
-    """Sets of operators by harm for their cost: each alone, where half of the budget is enough for that. Else first by
-    shape, which is what tells the parts of a block apart; then the worst is cut in two by depth, again and again."""
-    alone = len(operators) <= running.budget.trials // 2
+    """Sets of operators by harm for their cost: each alone, where the budget is enough for that. Else first by shape,
+    which is what tells the parts of a block apart; then the worst is cut in two by depth, again and again."""
+    budget, count = running.budget, len(operators)
+    # So far there was one trial, of the gates, which takes longer than one of harm.
+    alone = count + _trials_for_fewest(count) <= budget.trials and budget.elapsed * count <= _SHARE_FOR_HARM
     sets: dict[str | tuple[int, int], list[Operator]] = {}
     for operator in operators:
         sets.setdefault(operator.name if alone else (operator.rows, operator.columns), []).append(operator)
@@ -157,8 +167,7 @@ def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[O
     for group in sets.values():
         harm = running.harm(group)
         groups.append((0.0 if harm is None else harm, group))
-    # The second half of the search, for the fewest that suffice, takes a few trials more.
-    while running.budget.trials > len(groups).bit_length() + 3:
+    while budget.trials > _trials_for_fewest(len(groups)):
         # A harm without bounds (NaN) is never negligible, and says nothing about the others.
         total = sum(harm**2 for harm, _ in groups if harm < float("inf"))
         divisible = [item for item in groups if len(item[1]) > 1 and item[0] ** 2 > _NEGLIGIBLE * total]
@@ -174,6 +183,11 @@ def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[O
         groups += [(harm, part) for harm, part in zip(harms, halves, strict=True) if harm is not None]
     groups.sort(key=lambda item: item[0] ** 2 / sum(operator.cost for operator in item[1]), reverse=True)
     return [group for _, group in groups]
+
+
+def _trials_for_fewest(groups: int) -> int:
+    """How many trials `_fewest` may take for so many sets, about."""
+    return groups.bit_length() + 3
 
 
 def _fewest(running: _Search, order: Sequence[Sequence[Operator]]) -> list[Operator] | None:

@@ -69,7 +69,7 @@ def _quantize(
     """
     assert device == "cpu", "GPUs have no kernels for these"
     from resources.engines import quantization
-    from resources.engines.reduced import SwitchedTrials, verdict
+    from resources.engines.reduced import Trials, switched, verdict
     from resources.evaluation.examiner import Examiner
 
     operators = quantization.find_operators(fused)
@@ -90,10 +90,10 @@ def _quantize(
     if goal.kept_nodes is not None:
         outcome = known(operators, goal.kept_nodes)
     else:
-        switched = quantization.switched_graph(fused, operators, weights)
-        trials = SwitchedTrials(cpu_runner(switched, trial, sources), operators, examiner)
+        graph = quantization.switched_graph(fused, operators, weights)
+        trials = Trials(switched(cpu_runner(graph, trial, sources), operators), operators, examiner)
         outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
-        del trials, switched
+        del trials, graph
     save_graph(
         quantization.quantize(fused, operators, weights, outcome.kept), target, external=sources.graph.external_data
     )
@@ -102,6 +102,7 @@ def _quantize(
         "quantization": spec.quantization,
         "int8_operators": f"{len(used)} of {len(operators)}",
         "smoothed_operators": f"{sum(weight.smoothing is not None for weight in used)} of {len(used)}",
+        "split_operators": f"{sum(weight.outliers is not None for weight in used)} of {len(used)}",
         "ladder": verdict(outcome),
     }
     return Reduced(parameters, outcome.kept, outcome.steps, nodes_of(operators, outcome.kept))

@@ -56,10 +56,12 @@ def halve(
     def halved(kept: Collection[str], *, emulated: bool = False) -> ir.Model:
         return half.to_half(model, single(kept), kind=kind, wide=wide, emulated=emulated)
 
-    def running(kept: Collection[str]) -> Run:
+    def running(reduced: Collection[str]) -> Run:
+        kept = [operator.name for operator in operators if operator.name not in reduced]
         return trial_runner(halved(kept, emulated=emulated), trial, sources, device).run
 
-    trials = HalfTrials(running, nodes, examiner)
+    # Each trial has a graph of its own: a switch would cost casts everywhere.
+    trials = Trials(running, operators, examiner)
     outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
     save_graph(halved(outcome.kept), target, external=sources.graph.external_data)
     paths, steps = explained(model, near)
@@ -98,20 +100,23 @@ def verdict(outcome: Outcome) -> str:
     return "gates kept" if outcome.kept else "not needed"
 
 
-class SwitchedTrials:
-    """The trials of the ladder, on one loaded graph with a switch at each operator."""
+class Trials:
+    """The trials of the ladder. running: the graph with only the operators of those names in low precision."""
 
-    def __init__(self, runner: OnnxRuntimeRunner, operators: Sequence[Operator], examiner: Examiner) -> None:
-        self._runner, self._examiner = runner, examiner
+    def __init__(
+        self, running: Callable[[Collection[str]], Run], operators: Sequence[Operator], examiner: Examiner
+    ) -> None:
+        self._running, self._examiner = running, examiner
         self._names = [operator.name for operator in operators]
 
-    def damage(self, quantized: Collection[str]) -> float:
-        """Relative error of the answers' numbers where only those operators run in int8; infinite where one is NaN."""
+    def damage(self, reduced: Collection[str]) -> float:
+        """Relative error of the answers' numbers where only those operators run in low precision; infinite where one
+        is NaN."""
         batches, exact = self._screening
-        return _relative_error(_answers(self._running(quantized), batches), exact)
+        return _relative_error(_answers(self._running(reduced), batches), exact)
 
     def misses(self, kept: Collection[str]) -> list[str]:
-        """The gates that are missed where all operators but those run in int8."""
+        """The gates that are missed where all operators but those run in low precision."""
         return self._examiner.misses(self._running([name for name in self._names if name not in kept]))
 
     @cached_property
@@ -121,31 +126,16 @@ class SwitchedTrials:
         batches = self._examiner.screening_batches()
         return batches, _answers(self._running([]), batches)
 
-    def _running(self, quantized: Collection[str]) -> Run:
-        switches = np.array([name in quantized for name in self._names])
-        return lambda batch: self._runner.run({**batch, SWITCHES: switches})
 
+def switched(runner: OnnxRuntimeRunner, operators: Sequence[Operator]) -> Callable[[Collection[str]], Run]:
+    """How `Trials` run on one loaded graph with a switch at each operator."""
+    names = [operator.name for operator in operators]
 
-class HalfTrials:
-    """The trials of the ladder in half precision, each on a graph of its own: a switch would cost casts everywhere."""
+    def running(reduced: Collection[str]) -> Run:
+        switches = np.array([name in reduced for name in names])
+        return lambda batch: runner.run({**batch, SWITCHES: switches})
 
-    def __init__(self, running: Callable[[Collection[str]], Run], names: Collection[str], examiner: Examiner) -> None:
-        self._running, self._names, self._examiner = running, list(names), examiner
-
-    def damage(self, halved: Collection[str]) -> float:
-        """Relative error of the answers' numbers where only those operators run in half precision."""
-        batches, exact = self._screening
-        run = self._running([name for name in self._names if name not in halved])
-        return _relative_error(_answers(run, batches), exact)
-
-    def misses(self, kept: Collection[str]) -> list[str]:
-        """The gates that are missed where all operators but those run in half precision."""
-        return self._examiner.misses(self._running(kept))
-
-    @cached_property
-    def _screening(self) -> tuple[Batches, list[np.ndarray]]:
-        batches = self._examiner.screening_batches()
-        return batches, _answers(self._running(self._names), batches)
+    return running
 
 
 def _answers(run: Run, batches: Batches) -> list[np.ndarray]:

@@ -29,7 +29,7 @@ from resources.engines.graphs import (
 from resources.engines.ladder import Operator, Reduced, known, nodes_of, search
 from resources.engines.onnxruntime import MODEL_FILE, cpu_runner, save_graph
 from resources.engines.qdq import EightBits, eight_bit_weights, qdq_form
-from resources.engines.reduced import SwitchedTrials, explained, halve, near_overflow, verdict
+from resources.engines.reduced import Trials, explained, halve, near_overflow, switched, verdict
 from resources.errors import EngineError
 from resources.evaluation.examiner import Examiner
 from resources.evaluation.goal import Goal
@@ -110,10 +110,11 @@ def _quantize(model: ir.Model, kind: EightBits, name: str, sources: Sources, goa
     else:
         # Trials leave the rest in fp32: a processor takes several times as long for fp16, which adds next to nothing
         # to the error of 8 bits. What is written is judged once more as it is.
-        switched = quantization.switched_graph(model, operators, weights, qdq_form)
-        trials = SwitchedTrials(cpu_runner(switched, trial, sources, as_written=True), operators, examiner)
+        graph = quantization.switched_graph(model, operators, weights, qdq_form)
+        runner = cpu_runner(graph, trial, sources, as_written=True)
+        trials = Trials(switched(runner, operators), operators, examiner)
         outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
-        del trials, switched
+        del trials, runner, graph
 
     def written(*, emulated: bool) -> ir.Model:
         halved = half.to_half(model, near, wide=WIDE, emulated=emulated)

@@ -52,7 +52,8 @@ class Examiner:
             if missed:
                 if self._hardest is None and not accuracy.broken:
                     scores = self._task.scores(self._settings, self._known.reference, answered.answers)
-                    self._hardest = np.argsort(scores, kind="stable").tolist()
+                    # An item that is as good as can be misses nothing.
+                    self._hardest = [index for index in np.argsort(scores, kind="stable").tolist() if scores[index] < 1]
                 return missed
         return []
 
@@ -64,12 +65,11 @@ class Examiner:
     def screening_batches(self) -> list[tuple[dict[str, np.ndarray], list[int]]]:
         """A few batches of rows, with the tokens of each row: some of the items that the first engine that missed a
         gate answered worst, and some of all lengths."""
-        items = self._known.items
-        hardest = [
-            row for index in (self._hardest or [])[:HARDEST_ROWS] for row in self._pipeline.rows([items[index]])[0]
-        ]
-        rows = self._rows(items, SCREENING_ROWS if hardest else SCREENING_ROWS + HARDEST_ROWS)
-        rows = sorted([*hardest[:HARDEST_ROWS], *rows], key=lambda row: row.tokens)
+        items, hardest = self._known.items, (self._hardest or [])[:HARDEST_ROWS]
+        rows = [row for index in hardest for row in self._pipeline.rows([items[index]])[0]][:HARDEST_ROWS]
+        others = [item for index, item in enumerate(items) if index not in hardest]
+        rows += self._rows(others or items, SCREENING_ROWS + HARDEST_ROWS - len(rows))
+        rows.sort(key=lambda row: row.tokens)
         batches = []
         for start in range(0, len(rows), _SCREENING_BATCH):
             members = rows[start : start + _SCREENING_BATCH]

@@ -107,6 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--target", default="cpu")
     command.set_defaults(command=_releases)
 
+    command = commands.add_parser("rollback", help="serve an older release again, once a server has answered with it")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--to", type=_release, metavar="N", help="any release (default: the one before)")
+    command.add_argument("--target", default="cpu")
+    command.set_defaults(command=_rollback)
+
+    command = commands.add_parser("verify", help="compare a release with what was published, and ask it a question")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--release", type=_release, metavar="N", help="default: the one that serves")
+    command.add_argument("--target", default="cpu")
+    command.set_defaults(command=_verify)
+
     command = commands.add_parser("ui", help="start Dagster and MLflow on this machine until Ctrl-C")
     for name, port in (("dagster", 3000), ("mlflow", 5000)):
         command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
@@ -120,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
 def _port(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
+
+
+def _release(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a release")
     return int(text)
 
 
@@ -173,6 +191,18 @@ def _releases(options: argparse.Namespace) -> int:
     from orchestration.listing import releases
 
     return releases(options)
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from orchestration.releases import rollback
+
+    return rollback(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from orchestration.releases import verify
+
+    return verify(options)
 
 
 def _ui(options: argparse.Namespace) -> int:

@@ -161,6 +161,8 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["query", "no-such-model", "text"], "no release of it"),
         (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers grpc at 127.0.0.1:9"),
         (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
+        (["rollback", "no-such-model"], "no release of it"),
+        (["verify", "no-such-model"], "There is no model named"),
         (["serve"], "holds no release yet"),
     ],
 )

@@ -133,6 +133,18 @@ class TextClient:
         inputs = tuple(str(item["name"]) for item in found["inputs"])
         return Contract(inputs, str(output["name"]), structured=output["datatype"] == "BYTES")
 
+    def release_of(self, model: str) -> int | None:
+        """The number of the release that the server serves under the name; gRPC alone. None: it is not one of ours.
+
+        Raises ServerError where the server does not have the model.
+        """
+        try:
+            config = self._client.get_model_config(model, client_timeout=TIMEOUT_SECONDS).config
+        except Exception as error:
+            raise self._trouble(f"does not serve {model}", error) from error
+        number = config.parameters["refinery_release"].string_value if "refinery_release" in config.parameters else ""
+        return int(number) if number.isdigit() else None
+
     def version(self) -> str:
         """The server's name and version. Raises ServerError."""
         try:

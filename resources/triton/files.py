@@ -7,10 +7,11 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from resources.errors import ReleaseError
+from resources.locks import file_lock
 
 #: Beside the engine: the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
@@ -43,6 +44,11 @@ def discard(path: Path, bin_folder: Path) -> None:
     gone = bin_folder / uuid.uuid4().hex
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def repository_lock(repository: Path) -> AbstractContextManager[None]:
+    """Held by whoever changes the repository."""
+    return file_lock(repository.parent / f".{repository.name}.lock")
 
 
 def staging_root(repository: Path) -> Path:

@@ -14,8 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError
-from resources.locks import file_lock
-from resources.triton.files import clear_disk_errors, discard, staging_folder, staging_root, sync, sync_tree
+from resources.triton.files import (
+    clear_disk_errors,
+    discard,
+    repository_lock,
+    staging_folder,
+    staging_root,
+    sync,
+    sync_tree,
+)
 from resources.triton.layout import (
     CONFIG,
     MANIFEST,
@@ -85,7 +92,7 @@ def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
     engine_bytes = plan.engine.size_bytes
     with clear_disk_errors(plan.model, repository, engine_bytes):
         repository.mkdir(parents=True, exist_ok=True)
-        with file_lock(repository.parent / f".{repository.name}.lock"):
+        with repository_lock(repository):
             _require_ours(repository, plan.model)
             waiting = _waiting(repository, plan.model)
             highest = max(highest_number(repository, plan.model), waiting.number if waiting else 0)

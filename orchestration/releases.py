@@ -1,0 +1,81 @@
+"""`refinery rollback` and `refinery verify`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from argparse import Namespace
+
+from orchestration.serving import DEFAULT_ADDRESS
+from orchestration.settings import read_workspace
+from resources.errors import ReleaseError, ServerError
+from resources.triton.client import TextClient, serves
+from resources.triton.layout import current_number
+from resources.triton.rollback import roll_back
+from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged
+
+#: `refinery serve` looks every second, and loads in less than this.
+_TAKEN_UP_SECONDS = 15.0
+
+
+def rollback(options: Namespace) -> int:
+    """Point to an older release, and say what serves now."""
+    workspace = read_workspace(os.environ)
+    log = workspace.log(options.model, f"triton-{options.target}")
+    repository = workspace.repository(options.target)
+    done = roll_back(repository, options.model, workspace.triton, to=options.to, log=log)
+    release = done.release
+    print(
+        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision}), not to "
+        f"{done.before} any more. Optimizing the same again does not undo it."
+    )
+    if workspace.triton.server is None and serves(DEFAULT_ADDRESS, options.model):
+        _await(options.model, release.number)
+    return 0
+
+
+def _await(model: str, number: int) -> None:
+    """Say when the server on the usual port answers with the release. It may be one of another repository."""
+    deadline = time.monotonic() + _TAKEN_UP_SECONDS
+    with TextClient(DEFAULT_ADDRESS) as client:
+        found = client.release_of(model)
+        while found != number and time.monotonic() < deadline:
+            time.sleep(0.2)
+            found = client.release_of(model)
+    if found == number:
+        print(f"The server at {DEFAULT_ADDRESS} serves it.")
+    else:
+        print(
+            f"The server at {DEFAULT_ADDRESS} still serves release {found}. Is it that of another repository?",
+            file=sys.stderr,
+        )
+
+
+def verify(options: Namespace) -> int:
+    """Every file against the manifest, then a question."""
+    workspace = read_workspace(os.environ)
+    repository = workspace.repository(options.target)
+    number = options.release or current_number(repository, options.model)
+    if number is None:
+        workspace.entry(options.model)  # an unknown model is said to be unknown
+        raise ReleaseError(
+            f"{options.model}: no release in {repository}. Publish one: refinery optimize {options.model}."
+        )
+    release = find_release(repository, options.model, number)
+    require_unchanged(repository, release)
+    size = sum(file.size_bytes for file in release.files.values()) / 1e6
+    print(f"{options.model}: all {len(release.files)} files of release {number} ({size:.1f} MB) are as published.")
+    if release.flavour == "python":
+        ask_embedded(repository, release, workspace.triton, workspace.log(options.model, f"triton-{options.target}"))
+        print("An embedded server answers with it.")
+    elif workspace.triton.server is None or number != current_number(repository, options.model):
+        raise ServerError(
+            f"{options.model}: release {number} was not asked anything: it runs on Triton's own backends. Set "
+            "REFINERY_TRITON_GRPC to a server that serves it."
+        )
+    else:
+        with TextClient(workspace.triton.server) as client:
+            ask(client, repository, release)
+        print(f"The server at {workspace.triton.server} answers with it.")
+    return 0

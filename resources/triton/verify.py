@@ -1,0 +1,127 @@
+"""Whether a release is still what was published: its files against the manifest, and its answers on a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from resources.artifacts.records import sha256_file
+from resources.errors import ReleaseError, ServerError
+from resources.pipelines import PIPELINE_FILE
+from resources.tasks import TASKS
+from resources.tasks.base import broken_answers
+from resources.triton.client import TextClient
+from resources.triton.files import staging_folder
+from resources.triton.layout import (
+    CONFIG,
+    MANIFEST,
+    current_number,
+    internal_names,
+    list_releases,
+    named_internals,
+    pinned_number,
+    read_release,
+)
+from resources.triton.release import Release
+from resources.triton.server import EmbeddedServer
+from resources.triton.settings import TritonSettings
+
+_TEXT = "Is this release what was published?"
+
+
+def find_release(repository: Path, model: str, number: int) -> Release:
+    """The manifest of a release. Raises ReleaseError with the releases that there are."""
+    release = read_release(repository, model, number)
+    if release is None:
+        there = ", ".join(str(other.number) for other in list_releases(repository, model)) or "none"
+        raise ReleaseError(f"{model}: there is no release {number} in {repository} (there: {there}).")
+    return release
+
+
+def differences(repository: Path, release: Release) -> list[str]:
+    """What is not as it was published, a sentence for each file; every byte is read."""
+    found = []
+    for name, file in release.files.items():
+        path = repository / name
+        if not path.is_file():
+            found.append(f"{name} is missing.")
+        elif path.stat().st_size != file.size_bytes or sha256_file(path) != file.sha256:
+            found.append(f"{name} was changed.")
+    for internal in internal_names(release):
+        there = (path for path in sorted((repository / internal).rglob("*")) if path.is_file())
+        names = (path.relative_to(repository).as_posix() for path in there)
+        found += [f"{name} was added." for name in names if name not in release.files]
+    pointer = repository / release.model / str(release.number) / CONFIG
+    try:
+        config = pointer.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return [*found, f"{pointer.relative_to(repository)} is missing or not readable."]
+    if pinned_number(config) != release.number or sorted(named_internals(config)) != internal_names(release):
+        found.append(f"{pointer.relative_to(repository)} was changed: it names another release.")
+    public = repository / release.model / CONFIG
+    serves = current_number(repository, release.model) == release.number
+    if serves and public.read_text(encoding="utf-8") != config:
+        found.append(
+            f"{public.relative_to(repository)} was changed; {pointer.relative_to(repository)} is as published."
+        )
+    return found
+
+
+def require_unchanged(repository: Path, release: Release) -> None:
+    """Raise ReleaseError where the release is not what was published, naming the files."""
+    found = differences(repository, release)
+    if found:
+        raise ReleaseError(
+            f"{release.model}: release {release.number} is not what was published: {' '.join(found[:5])} "
+            f"Choose another release, or publish again: refinery optimize {release.model}."
+        )
+
+
+def ask_embedded(repository: Path, release: Release, settings: TritonSettings, log: Path) -> None:
+    """Have an embedded server of its own answer with the release. The repository and what it serves stay as they are.
+
+    Raises ReleaseError where its backend is not embedded, ServerError where it does not load or answer.
+    """
+    if release.flavour != "python":
+        raise ReleaseError(
+            f"{release.model}: release {release.number} runs on Triton's own backends, which the embedded server does "
+            "not have. Set REFINERY_TRITON_GRPC to a server in explicit model control that serves the repository."
+        )
+    with staging_folder(repository) as root:
+        for name in internal_names(release):
+            shutil.copytree(repository / name, root / name, copy_function=_link)
+        public = root / release.model
+        (public / str(release.number)).mkdir(parents=True)
+        (public / str(release.number) / MANIFEST).touch()
+        shutil.copyfile(repository / release.model / str(release.number) / CONFIG, public / CONFIG)
+        server = EmbeddedServer(root, settings, models=[release.model], log=log)
+        with server, TextClient(server.grpc_address) as client:
+            ask(client, repository, release)
+
+
+def ask(client: TextClient, repository: Path, release: Release) -> None:
+    """Raise ServerError where the server's public model is not that release, or does not answer a text with numbers."""
+    number = client.release_of(release.model)
+    if number != release.number:
+        raise ServerError(
+            f"The server at {client.address} serves {f'release {number}' if number else 'something else'} as "
+            f"{release.model}, not release {release.number}."
+        )
+    front = next(name for name in release.files if name.endswith(f"/{PIPELINE_FILE}"))
+    settings = json.loads((repository / front).read_text(encoding="utf-8"))["settings"]
+    contract = client.contract(release.model)
+    for item in TASKS[release.task].odd_items(settings, _TEXT):
+        answers = client.ask(release.model, contract, [item])
+        broken = broken_answers(answers, answers)
+        if broken:
+            raise ServerError(f"{release.model}: release {release.number} answers {item} with {broken}.")
+
+
+def _link(source: str, target: str) -> None:
+    """Gigabytes need not be copied to be looked at."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,181 @@
+"""Going back on the real server: to what was published and answers, or not at all."""
+
+import os
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orchestration.cli import main
+from resources.errors import ReleaseError, ServerError
+from resources.triton.client import TextClient
+from resources.triton.files import staging_root
+from resources.triton.layout import CONFIG, current_number
+from resources.triton.publish import Steps, publish
+from resources.triton.rollback import roll_back
+from resources.triton.server import EmbeddedServer
+from resources.triton.settings import TritonSettings
+from resources.triton.verify import ask, differences, find_release
+from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
+
+TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    return [make_plan(folder, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def repository(tmp_path, plans):
+    """Three releases, of which the last serves."""
+    folder = tmp_path / "models" / "cpu"
+    for plan in plans:
+        publish(plan, folder, Steps(prove=unasked))
+    return folder
+
+
+@pytest.fixture
+def broken(repository, tmp_path):
+    """A fourth release, as published as the others, that no server can load; it serves nothing."""
+    plan = make_plan(tmp_path / "broken", seed=9)
+    (plan.engine_folder / "model.onnx").write_bytes(b"no graph")
+    plan = replace(plan, engine=plan.engine.with_files(plan.engine_folder))
+    publish(plan, repository, Steps(prove=unasked))
+    pointer = (repository / "tiny" / "3" / CONFIG).read_bytes()
+    (repository / "tiny" / CONFIG).write_bytes(pointer)
+    return 4
+
+
+def served(client):
+    return client.release_of("tiny"), ask_together(client, TEXTS)
+
+
+def test_back_to_the_release_before_and_to_any(repository, plans, triton_settings, tmp_path):
+    internals = {path: tree_digest(path) for path in repository.iterdir() if "__r" in path.name}
+    done = roll_back(repository, "tiny", triton_settings, log=tmp_path / "log")
+    assert (done.before, done.release.number, current_number(repository, "tiny")) == (3, 2, 2)
+    assert roll_back(repository, "tiny", triton_settings, log=tmp_path / "log").release.number == 1
+    with pytest.raises(ReleaseError, match=r"no release before 1 .*\(there: 1, 2, 3\)"):
+        roll_back(repository, "tiny", triton_settings, log=tmp_path / "log")
+    assert roll_back(repository, "tiny", triton_settings, to=3, log=tmp_path / "log").before == 1
+    assert {path: tree_digest(path) for path in internals} == internals
+    assert not list(staging_root(repository).glob("*"))
+    # What was rolled back is not published again; see test_triton_publish.
+    assert not publish(plans[2], repository, Steps(prove=unasked)).changed
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [(7, r"no release 7 in .* \(there: 1, 2, 3\)"), (3, "release 3 is what is pointed to already")],
+)
+def test_numbers_that_make_no_sense_are_refused(repository, tmp_path, to, message):
+    before = tree_digest(repository)
+    with pytest.raises(ReleaseError, match=message):
+        roll_back(repository, "tiny", TritonSettings(), to=to, log=tmp_path / "log")
+    with pytest.raises(ReleaseError, match="no release of it"):
+        roll_back(repository, "other", TritonSettings(), log=tmp_path / "log")
+    assert tree_digest(repository) == before
+
+
+def change(repository):
+    path = repository / "tiny__r2__engine" / "1" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def take_away(repository):
+    (repository / "tiny__r2__tokenizer" / "1" / "tokenizer.json").unlink()
+
+
+def add(repository):
+    (repository / "tiny__r2__engine" / "1" / "notes.txt").write_text("mine")
+
+
+def repoint(repository):
+    (repository / "tiny" / "2" / CONFIG).write_bytes((repository / "tiny" / "1" / CONFIG).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (change, "tiny__r2__engine/1/model.onnx was changed."),
+        (take_away, "tiny__r2__tokenizer/1/tokenizer.json is missing."),
+        (add, "tiny__r2__engine/1/notes.txt was added."),
+        (repoint, "tiny/2/config.pbtxt was changed: it names another release."),
+    ],
+)
+def test_a_release_that_is_not_what_was_published_is_named_and_not_gone_back_to(repository, tmp_path, edit, said):
+    release = find_release(repository, "tiny", 2)
+    assert differences(repository, release) == []
+    edit(repository)
+    assert differences(repository, release) == [said]
+    with pytest.raises(ReleaseError, match=re.escape(said)):
+        roll_back(repository, "tiny", TritonSettings(), to=2, log=tmp_path / "log")
+    assert current_number(repository, "tiny") == 3
+
+
+def test_an_edited_pointer_is_named(repository):
+    pointer = repository / "tiny" / CONFIG
+    pointer.write_text(pointer.read_text() + "# by hand\n")
+    assert differences(repository, find_release(repository, "tiny", 3)) == [
+        "tiny/config.pbtxt was changed; tiny/3/config.pbtxt is as published."
+    ]
+    assert differences(repository, find_release(repository, "tiny", 2)) == []
+
+
+def test_a_release_that_does_not_load_is_not_gone_back_to(repository, broken, triton_settings, tmp_path):
+    before = tree_digest(repository)
+    with pytest.raises(ServerError, match="model.onnx"):
+        roll_back(repository, "tiny", triton_settings, to=broken, log=tmp_path / "log")
+    assert tree_digest(repository) == before
+
+
+def test_native_releases_need_a_server_that_has_their_backend(tmp_path):
+    repository = tmp_path / "models" / "cpu"
+    for seed in range(2):
+        publish(make_plan(tmp_path / "plans", seed=seed, flavour="native"), repository, Steps(prove=unasked))
+    with pytest.raises(ReleaseError, match="REFINERY_TRITON_GRPC"):
+        roll_back(repository, "tiny", TritonSettings(), log=tmp_path / "log")
+    assert current_number(repository, "tiny") == 2
+
+
+def test_a_running_server_is_told_and_asked(repository, broken, plans, triton_settings, tmp_path):
+    with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
+        settings = replace(triton_settings, server=server.grpc_address)
+        with TextClient(server.grpc_address) as client:
+            roll_back(repository, "tiny", settings, to=1, log=tmp_path / "log")
+            number, answers = served(client)
+            assert number == 1
+            np.testing.assert_allclose(answers, answers_of(plans[0], TEXTS), atol=1e-5)
+
+            with pytest.raises(ServerError, match=f"cannot load tiny__r{broken}"):
+                roll_back(repository, "tiny", settings, to=broken, log=tmp_path / "log")
+            assert current_number(repository, "tiny") == 1
+            np.testing.assert_array_equal(served(client)[1], answers)
+            assert not client.is_ready(f"tiny__r{broken}__tokenizer")
+            with pytest.raises(ServerError, match="serves release 1 as tiny, not release 2"):
+                ask(client, repository, find_release(repository, "tiny", 2))
+    with pytest.raises(ServerError, match="REFINERY_TRITON_GRPC"):
+        roll_back(repository, "tiny", settings, to=2, log=tmp_path / "log")
+    assert current_number(repository, "tiny") == 1
+
+
+def test_the_commands(repository, triton_settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(repository.parent))
+    monkeypatch.setenv("REFINERY_TRITON_ENVIRONMENT", os.fspath(triton_settings.environment))
+    assert main(["rollback", "tiny"]) == 0
+    assert "points to release 2 (table, revision 0123456789abcdef), not to 3 any more" in capsys.readouterr().out
+    assert main(["verify", "tiny"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"all \d+ files of release 2 \([0-9.]+ MB\) are as published", out)
+    assert "An embedded server answers with it." in out
+    change(repository)
+    assert main(["verify", "tiny", "--release", "2"]) == 1
+    assert "model.onnx was changed" in capsys.readouterr().err
+    assert main(["verify", "tiny", "--release", "8"]) == 1
+    assert "there is no release 8" in capsys.readouterr().err

@@ -151,23 +151,29 @@ def quantize_weight(weight: np.ndarray, activations: Activations, *, static: boo
     largest = np.maximum(np.abs(activations.low), np.abs(activations.high))
     most = min(OUTLIERS, weight.shape[0] // ROWS_AN_OUTLIER)
 
-    def attempts(outliers: int) -> list[Int8Weight]:
+    def best(outliers: int) -> Int8Weight:
         smoothings = (smoothing_of(largest, weight, strength) for strength in STRENGTHS)
-        return [_quantized(weight, activations, exact, each, outliers, static=static) for each in smoothings]
+        plain, *smoothed = (
+            _quantized(weight, activations, exact, each, outliers, static=static) for each in smoothings
+        )
+        found = min(smoothed, key=lambda attempt: attempt.error)
+        return found if found.error < plain.error * WORTH_SMOOTHING else plain
 
-    plain, *smoothed = attempts(0)
-    best = min(smoothed, key=lambda found: found.error)
-    if plain.error * WORTH_SMOOTHING <= best.error:
-        best = plain
-    split = min(attempts(most), key=lambda found: found.error) if most else best
-    return split if split.error < best.error * WORTH_SPLITTING else best
+    whole, split = best(0), best(most)
+    return split if split.error < whole.error * WORTH_SPLITTING else whole
 
 
 def smoothing_of(largest: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray | None:
-    """What each channel of the input is multiplied by, fp32 `[rows]`, with 1 as its geometric mean."""
+    """What each channel of the input is multiplied by, fp32 `[rows]`, with 1 as its geometric mean.
+
+    Smaller channels than the median count as that: what a few texts hardly showed would be multiplied up, and one text
+    that shows it then takes the steps from all others. Of all-MiniLM-L6-v2 in static int8 the worst cosine, which is
+    such a text's, is .988 with it and .976 without.
+    """
     if strength == 0.0:
         return None
     tiny = np.float32(1e-5)
+    largest = np.maximum(largest, np.median(largest))
     divisor = np.maximum(largest, tiny) ** strength / np.maximum(np.abs(weight).max(axis=1), tiny) ** (1 - strength)
     smoothing: np.ndarray = np.exp(np.log(divisor).mean() - np.log(divisor)).astype(np.float32)
     return smoothing

@@ -113,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--target", default="cpu")
     command.set_defaults(command=_rollback)
 
+    command = commands.add_parser("retain", help="remove old releases")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--keep", type=_release, default=3, metavar="N", help="the newest N (default: %(default)s)")
+    command.add_argument("--target", default="cpu")
+    command.set_defaults(command=_retain)
+
     command = commands.add_parser("verify", help="compare a release with what was published, and ask it a question")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--release", type=_release, metavar="N", help="default: the one that serves")
@@ -137,7 +143,7 @@ def _port(text: str) -> int:
 
 def _release(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a release")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
 
 
@@ -197,6 +203,12 @@ def _rollback(options: argparse.Namespace) -> int:
     from orchestration.releases import rollback
 
     return rollback(options)
+
+
+def _retain(options: argparse.Namespace) -> int:
+    from orchestration.releases import retain
+
+    return retain(options)
 
 
 def _verify(options: argparse.Namespace) -> int:

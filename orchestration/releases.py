@@ -1,4 +1,4 @@
-"""`refinery rollback` and `refinery verify`."""
+"""`refinery rollback`, `refinery retain` and `refinery verify`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import time
 from argparse import Namespace
 
 from orchestration.serving import DEFAULT_ADDRESS
-from orchestration.settings import read_workspace
+from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ReleaseError, ServerError
+from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
 from resources.triton.layout import current_number
 from resources.triton.rollback import roll_back
@@ -50,6 +51,23 @@ def _await(model: str, number: int) -> None:
             f"The server at {DEFAULT_ADDRESS} still serves release {found}. Is it that of another repository?",
             file=sys.stderr,
         )
+
+
+def retain(options: Namespace) -> int:
+    """Remove old releases, but what is pointed to, served, or the champion in MLflow."""
+    workspace = read_workspace(os.environ)
+    champion = tracker_of(workspace).champion_release(options.model, options.target)
+    done = removing.retain(
+        workspace.repository(options.target),
+        options.model,
+        keep=options.keep,
+        wanted={} if champion is None else {champion: "the champion in MLflow"},
+        servers=[address for address in (workspace.triton.server, DEFAULT_ADDRESS) if address is not None],
+    )
+    for number, why in done.kept.items():
+        print(f"release {number} stays: {why}")
+    print(f"removed: {', '.join(map(str, done.removed)) or 'none'}")
+    return 0
 
 
 def verify(options: Namespace) -> int:

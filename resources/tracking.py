@@ -23,6 +23,7 @@ from resources.reporting import length_plot
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 #: MLflow's codes for something that does not exist.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -117,15 +118,26 @@ class Tracker:
         if link is not None:
             self._remember(name, link)
 
-    def _tag_release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> RunLink | None:
-        client, name = self._client(), champion.model
+    def champion_release(self, model: str, target: str) -> int | None:
+        """The Triton release of the version that has the champion's alias; None where there is none."""
+        with _clear_errors(self._uri):
+            version = self._champion_version(model, target)
+        number = version.tags.get(f"{_TAG}release", "") if version is not None else ""
+        return int(number) if number.isdigit() else None
+
+    def _champion_version(self, model: str, target: str) -> ModelVersion | None:
         try:
-            version = client.get_model_version_by_alias(name, f"{ALIAS}-{champion.target}")
+            version: ModelVersion = self._client().get_model_version_by_alias(model, f"{ALIAS}-{target}")
         except _exceptions() as error:
             if getattr(error, "error_code", "") not in _NOT_THERE:
                 raise
             return None
-        if version.tags.get(f"{_TAG}engine") != champion.engine_digest:
+        return version
+
+    def _tag_release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> RunLink | None:
+        client, name = self._client(), champion.model
+        version = self._champion_version(name, champion.target)
+        if version is None or version.tags.get(f"{_TAG}engine") != champion.engine_digest:
             return None
         tags = {f"{_TAG}release": str(number), f"{_TAG}revision": checkpoint.revision}
         for key, value in tags.items():

@@ -163,6 +163,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
         (["rollback", "no-such-model"], "no release of it"),
         (["verify", "no-such-model"], "There is no model named"),
+        (["retain", "no-such-model"], "no release of it"),
         (["serve"], "holds no release yet"),
     ],
 )

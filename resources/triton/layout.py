@@ -86,6 +86,13 @@ def is_whole(repository: Path, release: Release) -> bool:
     return pointer.is_file() and all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
+def release_numbers(repository: Path, model: str) -> list[int]:
+    """The numbers of a model's releases, whole or not, oldest first."""
+    return [
+        number for number in _versions(repository / model) if (repository / model / str(number) / MANIFEST).is_file()
+    ]
+
+
 def list_releases(repository: Path, model: str) -> list[Release]:
     """All releases of a model that the repository holds whole, oldest first."""
     found = (read_release(repository, model, number) for number in _versions(repository / model))

@@ -1,0 +1,129 @@
+"""Old releases go whole; what serves, is wanted or is new stays, and numbers are never given out again."""
+
+import numpy as np
+import pytest
+
+from orchestration.cli import main
+from resources.errors import ReleaseError
+from resources.triton import retain as module
+from resources.triton.client import TextClient
+from resources.triton.files import discard, staging_root
+from resources.triton.layout import CONFIG, list_releases
+from resources.triton.publish import Steps, publish
+from resources.triton.retain import retain
+from resources.triton.server import EmbeddedServer
+from tests.releases import answers_of, ask_together, make_plan, release_digest, unasked
+
+UNASKED = Steps(prove=unasked)
+TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    return [make_plan(folder, seed=seed) for seed in range(6)]
+
+
+@pytest.fixture
+def repository(tmp_path, plans):
+    """Five releases, of which the last serves."""
+    folder = tmp_path / "models" / "cpu"
+    for plan in plans[:5]:
+        publish(plan, folder, UNASKED)
+    return folder
+
+
+def point_to(repository, number):
+    config = (repository / "tiny" / str(number) / CONFIG).read_bytes()
+    (repository / "tiny" / "new").write_bytes(config)
+    (repository / "tiny" / "new").replace(repository / "tiny" / CONFIG)
+
+
+def numbers(repository):
+    """Of the releases, and of every folder that belongs to one."""
+    folders = {int(path.name.split("__r")[1].split("__")[0]) for path in repository.glob("tiny__r*")}
+    assert folders == {release.number for release in list_releases(repository, "tiny")}
+    return sorted(folders)
+
+
+def test_the_newest_and_what_is_pointed_to_or_wanted_stay(repository, plans):
+    point_to(repository, 2)
+    (repository / "foreign" / "1").mkdir(parents=True)
+    before = {number: release_digest(repository, "tiny", number) for number in (1, 2, 5)}
+    done = retain(repository, "tiny", keep=1, wanted={1: "wanted", 77: "gone"})
+    assert done.removed == (3, 4)
+    assert done.kept == {1: "wanted", 2: "what is pointed to", 5: "one of the newest 1"}
+    assert numbers(repository) == [1, 2, 5]
+    assert {number: release_digest(repository, "tiny", number) for number in before} == before
+    assert (repository / "foreign" / "1").is_dir()
+    assert not list(staging_root(repository).glob("*"))
+    assert retain(repository, "tiny", keep=3).removed == ()
+    assert publish(plans[5], repository, UNASKED).release.number == 6
+
+
+def test_what_a_server_serves_stays_and_answers(repository, plans, triton_settings, tmp_path):
+    point_to(repository, 3)
+    with (
+        EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log") as server,
+        TextClient(server.grpc_address) as client,
+    ):
+        client.load("tiny__r1__engine")
+        point_to(repository, 5)  # and nobody has told the server
+        done = retain(repository, "tiny", keep=1, servers=(server.grpc_address, "127.0.0.1:9"))
+        assert done.removed == (1, 2, 4)
+        assert done.kept[3] == f"served at {server.grpc_address}"
+        assert not client.is_ready("tiny__r1__engine")
+        np.testing.assert_allclose(ask_together(client, TEXTS), answers_of(plans[2], TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize("survives", range(3))
+def test_what_a_killed_clean_up_leaves_is_swept_up(repository, monkeypatch, survives):
+    calls = []
+
+    def dying(path, bin_folder):
+        calls.append(path)
+        if len(calls) > survives:
+            raise KeyboardInterrupt
+        discard(path, bin_folder)
+
+    monkeypatch.setattr(module, "discard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        retain(repository, "tiny", keep=4)
+    monkeypatch.undo()
+    assert [release.number for release in list_releases(repository, "tiny")] == ([1] if not survives else []) + [
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert retain(repository, "tiny", keep=4).removed == ((1,) if not survives else ())
+    assert numbers(repository) == [2, 3, 4, 5]
+
+
+def test_mistakes_remove_nothing(repository):
+    for model, keep, message in (("tiny", 0, "at least 1"), ("other", 1, "no release of it")):
+        with pytest.raises(ReleaseError, match=message):
+            retain(repository, model, keep=keep)
+    (repository / "tiny" / CONFIG).write_text("by hand")
+    with pytest.raises(ReleaseError, match=r"config.pbtxt names no release, so nothing is removed"):
+        retain(repository, "tiny", keep=1)
+    assert numbers(repository) == [1, 2, 3, 4, 5]
+
+
+def test_the_command_keeps_the_champion(repository, tmp_path, monkeypatch, capsys):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(repository.parent))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("REFINERY_MLFLOW_URI", uri)
+    assert main(["retain", "tiny", "--keep", "4"]) == 0
+    assert capsys.readouterr().out.endswith("removed: 1\n")
+    client = MlflowClient(uri, uri)
+    client.create_registered_model("tiny")
+    version = client.create_model_version("tiny", "file:///nowhere", tags={"refinery.release": "2"})
+    client.set_registered_model_alias("tiny", "champion-cpu", version.version)
+    assert main(["retain", "tiny", "--keep", "1"]) == 0
+    assert capsys.readouterr().out == (
+        "release 2 stays: the champion in MLflow\nrelease 5 stays: what is pointed to\nremoved: 3, 4\n"
+    )

@@ -125,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--target", default="cpu")
     command.set_defaults(command=_verify)
 
+    command = commands.add_parser("lint", help="find what is wrong with a Triton model repository, without a server")
+    command.add_argument("path", metavar="PATH", help="the folder that holds the models' folders, ours or anybody's")
+    command.add_argument("--format", choices=("text", "json", "sarif"), default="text", help="default: %(default)s")
+    command.set_defaults(command=_lint)
+
     command = commands.add_parser("ui", help="start Dagster and MLflow on this machine until Ctrl-C")
     for name, port in (("dagster", 3000), ("mlflow", 5000)):
         command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
@@ -215,6 +220,12 @@ def _verify(options: argparse.Namespace) -> int:
     from orchestration.releases import verify
 
     return verify(options)
+
+
+def _lint(options: argparse.Namespace) -> int:
+    from orchestration.lint import lint
+
+    return lint(options)
 
 
 def _ui(options: argparse.Namespace) -> int:

@@ -6,12 +6,14 @@ import os
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 
 from orchestration.serving import DEFAULT_ADDRESS
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ReleaseError, ServerError
 from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
+from resources.triton.files import clear_disk_errors, repository_lock
 from resources.triton.layout import current_number
 from resources.triton.rollback import roll_back
 from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged
@@ -39,18 +41,19 @@ def rollback(options: Namespace) -> int:
 def _await(model: str, number: int) -> None:
     """Say when the server on the usual port answers with the release. It may be one of another repository."""
     deadline = time.monotonic() + _TAKEN_UP_SECONDS
-    with TextClient(DEFAULT_ADDRESS) as client:
+    with TextClient(DEFAULT_ADDRESS) as client, suppress(ServerError):  # it ended meanwhile
         found = client.release_of(model)
         while found != number and time.monotonic() < deadline:
             time.sleep(0.2)
             found = client.release_of(model)
-    if found == number:
-        print(f"The server at {DEFAULT_ADDRESS} serves it.")
-    else:
-        print(
-            f"The server at {DEFAULT_ADDRESS} still serves release {found}. Is it that of another repository?",
-            file=sys.stderr,
-        )
+        if found == number:
+            print(f"The server at {DEFAULT_ADDRESS} serves it.")
+        else:
+            print(
+                f"The server at {DEFAULT_ADDRESS} still serves release {found}. It may be that of another repository, "
+                "or have refused this one: see what it printed.",
+                file=sys.stderr,
+            )
 
 
 def retain(options: Namespace) -> int:
@@ -62,7 +65,8 @@ def retain(options: Namespace) -> int:
         options.model,
         keep=options.keep,
         wanted={} if champion is None else {champion: "the champion in MLflow"},
-        servers=[address for address in (workspace.triton.server, DEFAULT_ADDRESS) if address is not None],
+        server=workspace.triton.server,
+        asked=[DEFAULT_ADDRESS],
     )
     for number, why in done.kept.items():
         print(f"release {number} stays: {why}")
@@ -80,20 +84,23 @@ def verify(options: Namespace) -> int:
         raise ReleaseError(
             f"{options.model}: no release in {repository}. Publish one: refinery optimize {options.model}."
         )
-    release = find_release(repository, options.model, number)
-    require_unchanged(repository, release)
-    size = sum(file.size_bytes for file in release.files.values()) / 1e6
-    print(f"{options.model}: all {len(release.files)} files of release {number} ({size:.1f} MB) are as published.")
-    if release.flavour == "python":
-        ask_embedded(repository, release, workspace.triton, workspace.log(options.model, f"triton-{options.target}"))
-        print("An embedded server answers with it.")
-    elif workspace.triton.server is None or number != current_number(repository, options.model):
-        raise ServerError(
-            f"{options.model}: release {number} was not asked anything: it runs on Triton's own backends. Set "
-            "REFINERY_TRITON_GRPC to a server that serves it."
-        )
-    else:
-        with TextClient(workspace.triton.server) as client:
-            ask(client, repository, release)
-        print(f"The server at {workspace.triton.server} answers with it.")
+    with clear_disk_errors(options.model, repository, 0), repository_lock(repository):
+        release = find_release(repository, options.model, number)
+        require_unchanged(repository, release)
+        size = sum(file.size_bytes for file in release.files.values()) / 1e6
+        print(f"{options.model}: all {len(release.files)} files of release {number} ({size:.1f} MB) are as published.")
+        server = workspace.triton.server
+        if release.flavour == "python":
+            log = workspace.log(options.model, f"verify-{options.target}")
+            ask_embedded(repository, release, workspace.triton, log)
+            print("An embedded server answers with it.")
+        elif server is None:
+            raise ServerError(
+                f"{options.model}: release {number} was not asked anything: it runs on Triton's own backends. Set "
+                "REFINERY_TRITON_GRPC to a server that serves it."
+            )
+        else:
+            with TextClient(server) as client:
+                ask(client, repository, release)
+            print(f"The server at {server} answers with it.")
     return 0

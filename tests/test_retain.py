@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from orchestration import releases
 from orchestration.cli import main
-from resources.errors import ReleaseError
+from resources.errors import ReleaseError, ServerError
 from resources.triton import retain as module
 from resources.triton.client import TextClient
 from resources.triton.files import discard, staging_root
@@ -69,10 +70,11 @@ def test_what_a_server_serves_stays_and_answers(repository, plans, triton_settin
     ):
         client.load("tiny__r1__engine")
         point_to(repository, 5)  # and nobody has told the server
-        done = retain(repository, "tiny", keep=1, servers=(server.grpc_address, "127.0.0.1:9"))
+        done = retain(repository, "tiny", keep=1, server=server.grpc_address, asked=["127.0.0.1:9"])
         assert done.removed == (1, 2, 4)
         assert done.kept[3] == f"served at {server.grpc_address}"
         assert not client.is_ready("tiny__r1__engine")
+        assert client.is_ready("tiny__r3__engine")
         np.testing.assert_allclose(ask_together(client, TEXTS), answers_of(plans[2], TEXTS), atol=1e-5)
 
 
@@ -105,8 +107,21 @@ def test_mistakes_remove_nothing(repository):
         with pytest.raises(ReleaseError, match=message):
             retain(repository, model, keep=keep)
     (repository / "tiny" / CONFIG).write_text("by hand")
-    with pytest.raises(ReleaseError, match=r"config.pbtxt names no release, so nothing is removed"):
+    with pytest.raises(
+        ReleaseError, match=r"points to no release, which is not there whole.* \(there: 1, 2, 3, 4, 5\)"
+    ):
         retain(repository, "tiny", keep=1)
+    assert numbers(repository) == [1, 2, 3, 4, 5]
+    # With the one that serves damaged, the others may be all there is.
+    point_to(repository, 5)
+    (repository / "tiny__r5__engine" / "1" / "model.onnx").write_bytes(b"")
+    with pytest.raises(ReleaseError, match="points to release 5, which is not there whole"):
+        retain(repository, "tiny", keep=1)
+
+
+def test_a_server_that_does_not_answer_may_hold_anything(repository):
+    with pytest.raises(ServerError, match="nobody knows which release it holds"):
+        retain(repository, "tiny", keep=1, server="127.0.0.1:9")
     assert numbers(repository) == [1, 2, 3, 4, 5]
 
 
@@ -114,6 +129,8 @@ def test_the_command_keeps_the_champion(repository, tmp_path, monkeypatch, capsy
     from mlflow import MlflowClient
 
     monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("REFINERY_TRITON_GRPC", raising=False)
+    monkeypatch.setattr(releases, "DEFAULT_ADDRESS", "127.0.0.1:9")
     monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(repository.parent))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("REFINERY_MLFLOW_URI", uri)

@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from orchestration import releases
 from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
+from resources.triton import rollback as module
 from resources.triton.client import TextClient
 from resources.triton.files import staging_root
 from resources.triton.layout import CONFIG, current_number
@@ -95,6 +97,11 @@ def add(repository):
     (repository / "tiny__r2__engine" / "1" / "notes.txt").write_text("mine")
 
 
+def resize(repository):
+    path = repository / "tiny" / "2" / CONFIG
+    path.write_text(path.read_text().replace("max_batch_size: 8", "max_batch_size: 4"))
+
+
 def repoint(repository):
     (repository / "tiny" / "2" / CONFIG).write_bytes((repository / "tiny" / "1" / CONFIG).read_bytes())
 
@@ -105,6 +112,7 @@ def repoint(repository):
         (change, "tiny__r2__engine/1/model.onnx was changed."),
         (take_away, "tiny__r2__tokenizer/1/tokenizer.json is missing."),
         (add, "tiny__r2__engine/1/notes.txt was added."),
+        (resize, "tiny/2/config.pbtxt was changed."),
         (repoint, "tiny/2/config.pbtxt was changed: it names another release."),
     ],
 )
@@ -122,7 +130,7 @@ def test_an_edited_pointer_is_named(repository):
     pointer = repository / "tiny" / CONFIG
     pointer.write_text(pointer.read_text() + "# by hand\n")
     assert differences(repository, find_release(repository, "tiny", 3)) == [
-        "tiny/config.pbtxt was changed; tiny/3/config.pbtxt is as published."
+        "tiny/config.pbtxt was changed; tiny/3/config.pbtxt is what it was."
     ]
     assert differences(repository, find_release(repository, "tiny", 2)) == []
 
@@ -157,15 +165,50 @@ def test_a_running_server_is_told_and_asked(repository, broken, plans, triton_se
             assert current_number(repository, "tiny") == 1
             np.testing.assert_array_equal(served(client)[1], answers)
             assert not client.is_ready(f"tiny__r{broken}__tokenizer")
+            assert not list(repository.glob("*__proof"))
             with pytest.raises(ServerError, match="serves release 1 as tiny, not release 2"):
                 ask(client, repository, find_release(repository, "tiny", 2))
+            with pytest.raises(ReleaseError, match="release 1 is what is pointed to and served already"):
+                roll_back(repository, "tiny", settings, to=1, log=tmp_path / "log")
     with pytest.raises(ServerError, match="REFINERY_TRITON_GRPC"):
         roll_back(repository, "tiny", settings, to=2, log=tmp_path / "log")
     assert current_number(repository, "tiny") == 1
 
 
+def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_settings, tmp_path, monkeypatch):
+    asked = []
+
+    def failing(client, repository, release, name=None):
+        asked.append(name)
+        ask(client, repository, release, name)
+        if name is None:  # the public model, which everybody asks
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "ask", failing)
+    with (
+        EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
+        TextClient(server.grpc_address) as client,
+    ):
+        settings = replace(triton_settings, server=server.grpc_address)
+        with pytest.raises(KeyboardInterrupt):
+            roll_back(repository, "tiny", settings, log=tmp_path / "log")
+        assert asked == ["tiny__r2__proof", None]
+        assert current_number(repository, "tiny") == 3
+        number, answers = served(client)
+        assert number == 3
+        np.testing.assert_allclose(answers, answers_of(plans[2], TEXTS), atol=1e-5)
+        assert not client.is_ready("tiny__r2__engine")
+        monkeypatch.undo()
+        # A pointer that was moved, by whomever, and that the server was never told of.
+        (repository / "tiny" / CONFIG).write_bytes((repository / "tiny" / "1" / CONFIG).read_bytes())
+        roll_back(repository, "tiny", settings, to=1, log=tmp_path / "log")
+        assert served(client)[0] == 1
+
+
 def test_the_commands(repository, triton_settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("REFINERY_TRITON_GRPC", raising=False)
+    monkeypatch.setattr(releases, "DEFAULT_ADDRESS", "127.0.0.1:9")
     monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(repository.parent))
     monkeypatch.setenv("REFINERY_TRITON_ENVIRONMENT", os.fspath(triton_settings.environment))
     assert main(["rollback", "tiny"]) == 0

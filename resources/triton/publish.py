@@ -219,13 +219,13 @@ def _require_ours(repository: Path, model: str) -> None:
         )
 
 
-def sweep(repository: Path) -> list[str]:
-    """Undo what a killed publisher left, or finish it where only the pointer was missing.
+def sweep(repository: Path, *, finish: bool = True) -> list[str]:
+    """Undo what a killed publisher left, or, with `finish`, finish it where only the pointer was missing.
 
     Returns the names of the folders that are gone from the repository.
     """
     root = staging_root(repository)
-    if root.is_dir():
+    if finish and root.is_dir():
         for staged in sorted(root.iterdir()):
             _finish(staged, repository)
     removed = []

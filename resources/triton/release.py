@@ -63,7 +63,8 @@ class Release(BaseModel):
     status: Literal["published", "unverified"]
     proof: Proof | None = None
     lineage: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, StoredFile] = Field(default_factory=dict, description="By path below the repository.")
+    files: dict[str, StoredFile] = Field(default_factory=dict, description="Of the internals, by path.")
+    pointer: StoredFile | None = Field(default=None, description="The public config.pbtxt. None: an older manifest.")
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,15 @@ def _write_model(folder: Path, name: str) -> None:
     (folder / _NO_CACHE).touch()
 
 
+def stored(path: Path) -> StoredFile:
+    """A file's digest and size."""
+    return StoredFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
+
+
 def list_files(root: Path, folders: list[str]) -> dict[str, StoredFile]:
     """Every file of the named folders below `root`, hashed."""
     return {
-        path.relative_to(root).as_posix(): StoredFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
+        path.relative_to(root).as_posix(): stored(path)
         for folder in folders
         for path in sorted((root / folder).rglob("*"))
         if path.is_file()

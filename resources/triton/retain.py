@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +11,14 @@ from types import MappingProxyType
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import TextClient
 from resources.triton.files import clear_disk_errors, discard, repository_lock, staging_root, sync
-from resources.triton.layout import current_number, is_published_here, parse_internal, release_numbers
+from resources.triton.layout import (
+    CONFIG,
+    current_number,
+    is_published_here,
+    list_releases,
+    parse_internal,
+    release_numbers,
+)
 from resources.triton.publish import sweep
 
 
@@ -29,53 +36,74 @@ def retain(
     *,
     keep: int,
     wanted: Mapping[int, str] = MappingProxyType({}),
-    servers: Collection[str] = (),
+    server: str | None = None,
+    asked: Collection[str] = (),
 ) -> Retained:
     """Remove all releases of a model but the newest `keep`, what is pointed to, what is `wanted`, and what is served.
 
-    wanted: reasons by number. servers: gRPC addresses of servers in explicit model control, asked which release they
-    hold; those of what goes are unloaded first. One that is not there, or does not know the model, holds none. Killed
-    at any moment, what is left of a release is no release any more and is swept up by whoever changes the repository
-    next. Raises ReleaseError.
+    wanted: reasons by number. server: gRPC address of the one in explicit model control that serves the repository; it
+    has to answer, and unloads what goes. asked: addresses of others that may hold a release; those that do not answer
+    hold none. Damaged releases go, and do not count. Killed at any moment, what is left of a release is no release any
+    more and is swept up by whoever changes the repository next. Raises ReleaseError, ServerError.
     """
     if keep < 1:
         raise ReleaseError(f"{model}: keep at least 1 release, not {keep}.")
     if not is_published_here(repository, model):
         raise ReleaseError(f"{model}: no release of it is in {repository}.")
-    with clear_disk_errors(model, repository, 0), repository_lock(repository):
-        sweep(repository)
-        numbers = release_numbers(repository, model)
-        kept = dict.fromkeys(numbers[-keep:], f"one of the newest {keep}")
-        kept |= {number: why for number, why in wanted.items() if number in numbers}
-        kept |= {
-            number: f"served at {address}" for address in servers if (number := _served(address, model)) in numbers
-        }
+    with clear_disk_errors(model, repository, 0), repository_lock(repository), ExitStack() as stack:
+        client = None if server is None else stack.enter_context(TextClient(server))
+        whole = [release.number for release in list_releases(repository, model)]
         current = current_number(repository, model)
-        if current is None:
-            raise ReleaseError(f"{model}: its config.pbtxt names no release, so nothing is removed. Mend it first.")
+        if current not in whole:
+            points = f"release {current}" if current else "no release"
+            raise ReleaseError(
+                f"{model}: {repository / model / CONFIG} points to {points}, which is not there whole, so nothing is "
+                f"removed. Go back to one that is (there: {', '.join(map(str, whole)) or 'none'}): refinery rollback "
+                f"{model} --to N."
+            )
+        kept = dict.fromkeys(whole[-keep:], f"one of the newest {keep}")
+        kept |= {number: why for number, why in wanted.items() if number in whole}
+        kept |= {number: f"served at {address}" for address in asked if (number := _served(address, model)) in whole}
+        if client is not None and (number := _require_served(client, model)) in whole:
+            kept[number] = f"served at {client.address}"
         kept[current] = "what is pointed to"
-        removed = tuple(number for number in numbers if number not in kept)
+        gone = sweep(repository, finish=False)
+        removed = tuple(number for number in release_numbers(repository, model) if number not in kept)
         for number in removed:
-            _remove(repository, model, number, servers)
+            gone += _remove(repository, model, number, client)
+        _unload(client, gone)
         return Retained(dict(sorted(kept.items())), removed)
 
 
-def _remove(repository: Path, model: str, number: int, servers: Collection[str]) -> None:
+def _remove(repository: Path, model: str, number: int, client: TextClient | None) -> list[str]:
     root = staging_root(repository)
-    internals = [
-        path for path in sorted(repository.iterdir()) if (parse_internal(path.name) or ())[:2] == (model, number)
-    ]
+    parsed = {path.name: parse_internal(path.name) for path in sorted(repository.iterdir())}
+    internals = [name for name, found in parsed.items() if found is not None and found[:2] == (model, number)]
     # The manifest first: without it the rest is no release, wherever this ends.
     discard(repository / model / str(number), root)
     sync(repository / model)
-    for address in servers:
-        with TextClient(address) as client:
-            for path in internals:
-                with suppress(ServerError):  # most were not loaded
-                    client.unload(path.name)
-    for path in internals:
-        discard(path, root)
+    _unload(client, internals)
+    for name in internals:
+        discard(repository / name, root)
     sync(repository)
+    return internals
+
+
+def _unload(client: TextClient | None, names: Collection[str]) -> None:
+    if client is None:
+        return
+    for name in names:
+        with suppress(ServerError):  # most were not loaded
+            client.unload(name)
+
+
+def _require_served(client: TextClient, model: str) -> int | None:
+    if not client.is_live():
+        raise ServerError(
+            f"No Triton answers gRPC at {client.address} (REFINERY_TRITON_GRPC), so nobody knows which release it "
+            "holds, and nothing is removed. Start it, or unset the variable."
+        )
+    return client.release_of(model) if client.is_ready(model) else None
 
 
 def _served(address: str, model: str) -> int | None:

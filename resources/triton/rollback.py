@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import TextClient
-from resources.triton.files import clear_disk_errors, repository_lock, staging_folder, sync
+from resources.triton.files import clear_disk_errors, discard, repository_lock, staging_folder, staging_root, sync
 from resources.triton.layout import (
     CONFIG,
     called_internals,
@@ -16,11 +17,12 @@ from resources.triton.layout import (
     is_published_here,
     list_releases,
     named_internals,
+    pinned_number,
 )
 from resources.triton.publish import sweep
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
-from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged
+from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged, write_alias
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,23 @@ def roll_back(
     if not is_published_here(repository, model):
         raise ReleaseError(f"{model}: no release of it is in {repository}.")
     with clear_disk_errors(model, repository, 0), repository_lock(repository):
-        sweep(repository)
         before = current_number(repository, model)
         if before is None:
             raise ReleaseError(
                 f"{model}: {repository / model / CONFIG} names no release. Publish one: refinery optimize {model}."
             )
         release = _target(repository, model, before, to)
-        if release.number == before:
-            raise ReleaseError(f"{model}: release {before} is what is pointed to already.")
         require_unchanged(repository, release)
+        # Not finishing what a killed publisher began: that would go forward.
+        removed = sweep(repository, finish=False)
         if settings.server is None:
+            if release.number == before:
+                raise ReleaseError(f"{model}: release {before} is what is pointed to already.")
             ask_embedded(repository, release, settings, log)
             _point(repository, release)
         else:
             with TextClient(settings.server) as client:
-                _switch(repository, release, client)
+                _switch(repository, release, client, removed)
         return RolledBack(release, before)
 
 
@@ -74,39 +77,77 @@ def _target(repository: Path, model: str, current: int, to: int | None) -> Relea
 
 def _point(repository: Path, release: Release) -> None:
     """Replace the pointer by the release's own, whole."""
-    _replace(repository, release.model, (repository / release.model / str(release.number) / CONFIG).read_bytes())
+    with _prepared(repository, (repository / release.model / str(release.number) / CONFIG).read_bytes()) as new:
+        _replace(repository, release.model, new)
 
 
-def _replace(repository: Path, model: str, config: bytes) -> None:
+@contextmanager
+def _prepared(repository: Path, config: bytes) -> Iterator[Path]:
+    """A pointer that is on the disk and only has to be moved to its place."""
     with staging_folder(repository) as scratch:
         (scratch / CONFIG).write_bytes(config)
         sync(scratch / CONFIG)
-        (scratch / CONFIG).replace(repository / model / CONFIG)
-        sync(repository / model)
+        yield scratch / CONFIG
 
 
-def _switch(repository: Path, release: Release, client: TextClient) -> None:
-    """On a running server in explicit model control: internals first, then the pointer; back where it fails."""
+def _replace(repository: Path, model: str, new: Path) -> None:
+    new.replace(repository / model / CONFIG)
+    sync(repository / model)
+
+
+def _switch(repository: Path, release: Release, client: TextClient, removed: Sequence[str]) -> None:
+    """On a running server in explicit model control: asked under another name first, then pointed to and loaded."""
     if not client.is_live():
         raise ServerError(
             f"No Triton answers gRPC at {client.address} (REFINERY_TRITON_GRPC). Start it, or unset the variable."
         )
-    pointer = repository / release.model / CONFIG
-    old = pointer.read_bytes()
-    config = (repository / release.model / str(release.number) / CONFIG).read_text(encoding="utf-8")
-    names = named_internals(config)
+    model, pointer = release.model, repository / release.model / CONFIG
+    old = pointer.read_text(encoding="utf-8")
+    served = _served(client, model)
+    if served == release.number == pinned_number(old):
+        raise ReleaseError(f"{model}: release {served} is what is pointed to and served already.")
+    for name in removed:
+        _unload(client, name)
+    config = (repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8")
+    internals = named_internals(config)
     try:
-        for name in names:  # beside what serves, which they do not touch
-            client.load(name)
-        _point(repository, release)
-        client.load(release.model, called_internals(config))
-        ask(client, repository, release)
+        _ask_aside(repository, release, client)
+        with _prepared(repository, old.encode()) as back:
+            _point(repository, release)
+            try:
+                client.load(model, called_internals(config))
+                ask(client, repository, release)
+            except BaseException:
+                _replace(repository, model, back)
+                client.load(model, called_internals(old))
+                raise
     except BaseException:
-        if pointer.read_bytes() != old:
-            _replace(repository, release.model, old)
-            with suppress(ServerError):
-                client.load(release.model, called_internals(old.decode()))
-        for name in names:
-            with suppress(ServerError):  # not all were loaded
-                client.unload(name)
+        # Not what serves: going back may have failed too.
+        if _served(client, model) not in (release.number, None):
+            for name in internals:
+                _unload(client, name)
         raise
+
+
+def _ask_aside(repository: Path, release: Release, client: TextClient) -> None:
+    with staging_folder(repository) as scratch:
+        name = write_alias(repository, release, scratch)
+        (scratch / name).rename(repository / name)
+    try:
+        client.load(name, called_internals((repository / name / CONFIG).read_text(encoding="utf-8")))
+        ask(client, repository, release, name)
+    finally:
+        _unload(client, name)
+        discard(repository / name, staging_root(repository))
+
+
+def _served(client: TextClient, model: str) -> int | None:
+    try:
+        return client.release_of(model)
+    except ServerError:
+        return None
+
+
+def _unload(client: TextClient, name: str) -> None:
+    with suppress(ServerError):  # most were never loaded
+        client.unload(name)

@@ -14,6 +14,7 @@ from resources.triton.release import (
     check_copies,
     list_files,
     new_release,
+    stored,
     write_engine,
     write_pipeline,
 )
@@ -38,7 +39,7 @@ def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
     shutil.copyfile(folder / CONFIG, root / plan.model / CONFIG)
     files = list_files(root, [front, engine])
     check_copies(plan, files)
-    return new_release(plan, number).model_copy(update={"files": files})
+    return new_release(plan, number).model_copy(update={"files": files, "pointer": stored(folder / CONFIG)})
 
 
 def stage_alias(plan: ReleasePlan, number: int, name: str, root: Path) -> Path:

@@ -13,18 +13,19 @@ from resources.pipelines import PIPELINE_FILE
 from resources.tasks import TASKS
 from resources.tasks.base import broken_answers
 from resources.triton.client import TextClient
+from resources.triton.config import write_config
 from resources.triton.files import staging_folder
 from resources.triton.layout import (
     CONFIG,
-    MANIFEST,
     current_number,
+    internal_name,
     internal_names,
     list_releases,
     named_internals,
     pinned_number,
     read_release,
 )
-from resources.triton.release import Release
+from resources.triton.release import Release, stored
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 
@@ -53,19 +54,19 @@ def differences(repository: Path, release: Release) -> list[str]:
         there = (path for path in sorted((repository / internal).rglob("*")) if path.is_file())
         names = (path.relative_to(repository).as_posix() for path in there)
         found += [f"{name} was added." for name in names if name not in release.files]
-    pointer = repository / release.model / str(release.number) / CONFIG
+    pointer, public = repository / release.model / str(release.number) / CONFIG, repository / release.model / CONFIG
+    place = pointer.relative_to(repository)
     try:
         config = pointer.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return [*found, f"{pointer.relative_to(repository)} is missing or not readable."]
+        return [*found, f"{place} is missing or not readable."]
     if pinned_number(config) != release.number or sorted(named_internals(config)) != internal_names(release):
-        found.append(f"{pointer.relative_to(repository)} was changed: it names another release.")
-    public = repository / release.model / CONFIG
+        found.append(f"{place} was changed: it names another release.")
+    elif release.pointer is not None and stored(pointer) != release.pointer:
+        found.append(f"{place} was changed.")
     serves = current_number(repository, release.model) == release.number
     if serves and public.read_text(encoding="utf-8") != config:
-        found.append(
-            f"{public.relative_to(repository)} was changed; {pointer.relative_to(repository)} is as published."
-        )
+        found.append(f"{public.relative_to(repository)} was changed; {place} is what it was.")
     return found
 
 
@@ -82,7 +83,8 @@ def require_unchanged(repository: Path, release: Release) -> None:
 def ask_embedded(repository: Path, release: Release, settings: TritonSettings, log: Path) -> None:
     """Have an embedded server of its own answer with the release. The repository and what it serves stay as they are.
 
-    Raises ReleaseError where its backend is not embedded, ServerError where it does not load or answer.
+    For who holds the repository's lock. Raises ReleaseError where its backend is not embedded, ServerError where it
+    does not load or answer.
     """
     if release.flavour != "python":
         raise ReleaseError(
@@ -90,36 +92,53 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
             "not have. Set REFINERY_TRITON_GRPC to a server in explicit model control that serves the repository."
         )
     with staging_folder(repository) as root:
-        for name in internal_names(release):
-            shutil.copytree(repository / name, root / name, copy_function=_link)
-        public = root / release.model
-        (public / str(release.number)).mkdir(parents=True)
-        (public / str(release.number) / MANIFEST).touch()
-        shutil.copyfile(repository / release.model / str(release.number) / CONFIG, public / CONFIG)
-        server = EmbeddedServer(root, settings, models=[release.model], log=log)
+        for name in release.files:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(repository / name, root / name)
+        alias = write_alias(repository, release, root)
+        server = EmbeddedServer(root, settings, models=[alias], log=log)
         with server, TextClient(server.grpc_address) as client:
-            ask(client, repository, release)
+            ask(client, repository, release, alias)
 
 
-def ask(client: TextClient, repository: Path, release: Release) -> None:
-    """Raise ServerError where the server's public model is not that release, or does not answer a text with numbers."""
-    number = client.release_of(release.model)
+def write_alias(repository: Path, release: Release, root: Path) -> str:
+    """Write a second public model of the release below `root`, under a name that is there for asking alone; the name.
+
+    Nobody asks for it, so nothing that serves is touched.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    name = internal_name(release.model, release.number, "proof")
+    pointer = repository / release.model / str(release.number) / CONFIG
+    config = text_format.Parse(pointer.read_text(encoding="utf-8"), ModelConfig())
+    config.name = name
+    (root / name / str(release.number)).mkdir(parents=True)
+    (root / name / str(release.number) / "placeholder").touch()
+    write_config(config, root / name / CONFIG)
+    return name
+
+
+def ask(client: TextClient, repository: Path, release: Release, name: str | None = None) -> None:
+    """Raise ServerError where the server's model, public or of that name, is not the release or does not answer."""
+    name = name or release.model
+    number = client.release_of(name)
     if number != release.number:
         raise ServerError(
             f"The server at {client.address} serves {f'release {number}' if number else 'something else'} as "
             f"{release.model}, not release {release.number}."
         )
-    front = next(name for name in release.files if name.endswith(f"/{PIPELINE_FILE}"))
+    front = next(file for file in release.files if file.endswith(f"/{PIPELINE_FILE}"))
     settings = json.loads((repository / front).read_text(encoding="utf-8"))["settings"]
-    contract = client.contract(release.model)
+    contract = client.contract(name)
     for item in TASKS[release.task].odd_items(settings, _TEXT):
-        answers = client.ask(release.model, contract, [item])
+        answers = client.ask(name, contract, [item])
         broken = broken_answers(answers, answers)
         if broken:
             raise ServerError(f"{release.model}: release {release.number} answers {item} with {broken}.")
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """Gigabytes need not be copied to be looked at."""
     try:
         os.link(source, target)

@@ -1,0 +1,66 @@
+"""`refinery lint`: findings for people, and as JSON or SARIF for machines."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from resources.triton.lint import RULES, Finding
+from resources.triton.lint import lint as find
+
+
+def lint(options: Namespace) -> int:
+    """Print what is wrong with the repository; 1 where there is an error."""
+    findings = find(Path(options.path))
+    print(FORMATS[options.format](findings))
+    return int(any(finding.severity == "error" for finding in findings))
+
+
+def as_text(findings: Sequence[Finding]) -> str:
+    """A line for each finding, and their count."""
+    errors = sum(finding.severity == "error" for finding in findings)
+    count = f"{errors} errors, {len(findings) - errors} warnings" if findings else "nothing found"
+    return "\n".join([*map(str, findings), count])
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """A list of objects with rule, severity, path, line and message."""
+    return json.dumps([{**asdict(finding), "severity": finding.severity} for finding in findings], indent=1)
+
+
+def as_sarif(findings: Sequence[Finding]) -> str:
+    """SARIF 2.1.0 (OASIS), which code hosts show beside the lines."""
+    rules = [
+        {
+            "id": name,
+            "shortDescription": {"text": rule.meaning},
+            "defaultConfiguration": {"level": rule.severity},
+        }
+        for name, rule in RULES.items()
+    ]
+    run = {
+        "tool": {"driver": {"name": "refinery lint", "rules": rules}},
+        "results": [_result(finding) for finding in findings],
+    }
+    schema = "https://json.schemastore.org/sarif-2.1.0.json"
+    return json.dumps({"$schema": schema, "version": "2.1.0", "runs": [run]}, indent=1)
+
+
+def _result(finding: Finding) -> dict[str, Any]:
+    place: dict[str, Any] = {"artifactLocation": {"uri": finding.path}}
+    if finding.line:
+        place["region"] = {"startLine": finding.line}
+    return {
+        "ruleId": finding.rule,
+        "ruleIndex": list(RULES).index(finding.rule),
+        "level": finding.severity,
+        "message": {"text": finding.message},
+        "locations": [{"physicalLocation": place}],
+    }
+
+
+FORMATS: dict[str, Callable[[Sequence[Finding]], str]] = {"text": as_text, "json": as_json, "sarif": as_sarif}

@@ -1,0 +1,71 @@
+"""The rules, and what breaking one looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """error: Triton refuses the model, hangs, or answers wrongly; warning: it does something nobody asked for."""
+
+    severity: Severity
+    meaning: str
+
+
+#: By what they are called in reports. Sources: Triton's documentation (model repository, model configuration,
+#: ensembles), its model_config.proto, and what the server was seen to do.
+RULES: dict[str, Rule] = {
+    "config-syntax": Rule("error", "config.pbtxt is not what model_config.proto describes"),
+    "no-config": Rule("warning", "without config.pbtxt Triton makes one up, with batch size 4 and two CPU instances"),
+    "model-name": Rule("error", "a model's name has to be that of its folder"),
+    "stray-folder": Rule("error", "every folder of a repository is read as a model, hidden ones too"),
+    "no-version": Rule("error", "a model needs a folder of a version, an ensemble an empty one"),
+    "stray-version": Rule("error", "a folder whose name begins with a number is read as that version"),
+    "ignored-version": Rule("warning", "versions are whole numbers above 0 without leading zeros; others are ignored"),
+    "version-policy": Rule("error", "a specific version has to be there"),
+    "no-backend": Rule("error", "a model needs a backend or a platform"),
+    "model-file": Rule("error", "every version needs the file that its backend opens"),
+    "empty-file": Rule("error", "a model file of 0 bytes is a copy that did not end"),
+    "onnx-graph": Rule("error", "model.onnx has to be a whole ONNX graph"),
+    "external-data": Rule("error", "weights beside a graph have to be there, whole, in a folder named as the graph is"),
+    "tensor-name": Rule("error", "inputs and outputs have to be those of the graph"),
+    "tensor-type": Rule("error", "a tensor's type has to be given, and be that of the graph"),
+    "tensor-dims": Rule("error", "dims have to be above 0 or -1, and fit the graph"),
+    "batch-size": Rule(
+        "error", "a batch size above 0 needs a graph with a free first dimension, and steps that take it"
+    ),
+    "batching": Rule("error", "preferred batch sizes may not exceed the largest"),
+    "no-batching": Rule("warning", "with max_batch_size 0 nothing is ever batched"),
+    "instance-group": Rule("error", "counts are above 0, and instances on CPUs have no GPUs"),
+    "warm-up": Rule("error", "warm-up has to give every input, in its type, from files that are there"),
+    "label-file": Rule("error", "a label file has to be there"),
+    "ensemble-step": Rule("error", "steps name models and versions of the repository"),
+    "ensemble-map": Rule("error", "maps name the step's tensors, and every tensor has one source"),
+    "ensemble-unused": Rule("warning", "tensors that no step and no output reads are computed for nothing"),
+    "ensemble-cycle": Rule("error", "a step may not wait for what it makes itself"),
+    "python-syntax": Rule("error", "model.py has to be Python with a class TritonPythonModel"),
+    "python-import": Rule("warning", "what model.py imports has to be beside it or installed"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One broken rule. path: relative to the repository; line: from 1 on, 0 where the whole file or folder is meant."""
+
+    rule: str
+    path: str
+    message: str
+    line: int = 0
+
+    @property
+    def severity(self) -> Severity:
+        """How bad it is."""
+        return RULES[self.rule].severity
+
+    def __str__(self) -> str:
+        place = f"{self.path}:{self.line}" if self.line else self.path
+        return f"{place}: {self.severity}: {self.message} [{self.rule}]"

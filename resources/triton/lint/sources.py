@@ -1,0 +1,73 @@
+"""Rules about Python models, whose code is read and never run."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resources.triton.lint.findings import Finding
+
+if TYPE_CHECKING:
+    from resources.triton.lint.repository import Model
+
+#: What the backend puts on the path of every model.
+_GIVEN = {"triton_python_backend_utils", "c_python_backend_utils"}
+
+
+def source_findings(model: Model, path: Path) -> Iterator[Finding]:
+    """What is wrong with a version's `model.py`."""
+    place = path.relative_to(model.root).as_posix()
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        yield Finding("python-syntax", place, f"is no Python: {error.msg}.", error.lineno or 0)
+        return
+    except ValueError as error:  # null bytes
+        yield Finding("python-syntax", place, f"is no Python: {error}.")
+        return
+    if not any(isinstance(node, ast.ClassDef) and node.name == "TritonPythonModel" for node in tree.body):
+        yield Finding("python-syntax", place, "defines no class TritonPythonModel.")
+    seen: set[str] = set()
+    for name, line in _imports(tree):
+        if name not in seen and not _found(name, path.parent):
+            yield Finding(
+                "python-import",
+                place,
+                f"imports {name!r}, which is not beside it and not installed here. Install it where the server runs.",
+                line,
+            )
+        seen.add(name)
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Top-level names of modules, with the lines, of all imports but those that are guarded by `try`."""
+    guarded = {
+        node
+        for attempt in ast.walk(tree)
+        if isinstance(attempt, ast.Try)
+        for part in attempt.body
+        for node in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if node in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0], node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0], node.lineno
+
+
+def _found(name: str, folder: Path) -> bool:
+    if name in _GIVEN or name in sys.stdlib_module_names:
+        return True
+    if (folder / f"{name}.py").is_file() or (folder / name).is_dir():
+        return True
+    try:
+        return find_spec(name) is not None  # looks for files; a top-level name is not imported for it
+    except (ImportError, ValueError):
+        return False

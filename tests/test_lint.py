@@ -1,0 +1,368 @@
+"""Every rule has a repository that breaks it and one that does not; where the embedded server can tell, it agrees."""
+
+import json
+import re
+import shutil
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from orchestration.cli import main
+from orchestration.lint import as_sarif, as_text
+from resources.errors import ReleaseError, ServerError
+from resources.triton.layout import CONFIG
+from resources.triton.lint import RULES, Finding, lint
+from resources.triton.publish import Steps, publish
+from resources.triton.server import EmbeddedServer
+from tests.releases import LABELS, make_plan, unasked
+
+ECHO = """
+name: "echo"
+backend: "python"
+max_batch_size: 8
+input [{ name: "TEXT", data_type: TYPE_STRING, dims: [1] }]
+output [{ name: "COPY", data_type: TYPE_STRING, dims: [1], label_filename: "labels.txt" }]
+dynamic_batching { preferred_batch_size: [4] }
+instance_group [{ count: 1, kind: KIND_CPU }]
+model_warmup [{
+  name: "warm", batch_size: 1, inputs { key: "TEXT" value: { data_type: TYPE_STRING dims: [1] zero_data: true } }
+}]
+version_policy { specific { versions: [1] } }
+"""
+MODEL_PY = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [
+            pb_utils.InferenceResponse([
+                pb_utils.Tensor("COPY", pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy())
+            ])
+            for request in requests
+        ]
+"""
+TWICE = """
+name: "twice"
+platform: "ensemble"
+max_batch_size: 8
+input [{ name: "TEXT", data_type: TYPE_STRING, dims: [1] }]
+output [{ name: "RESULT", data_type: TYPE_STRING, dims: [1] }]
+ensemble_scheduling {
+  step [
+    { model_name: "echo", model_version: 1,
+      input_map { key: "TEXT" value: "TEXT" }
+      output_map { key: "COPY" value: "between" } },
+    { model_name: "echo", model_version: -1,
+      input_map { key: "TEXT" value: "between" }
+      output_map { key: "COPY" value: "RESULT" } }
+  ]
+}
+"""
+DOUBLE = """
+name: "double"
+backend: "onnxruntime"
+max_batch_size: 4
+input [{ name: "x", data_type: TYPE_FP32, dims: [3] }]
+output [{ name: "y", data_type: TYPE_FP32, dims: [3] }]
+"""
+
+
+def graph(rows="batch", width=3):
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width]) for name in "xy")
+    node = helper.make_node("Add", ["x", "x"], ["y"])
+    return helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 20)])
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A Python model, an ensemble of two of it, and an ONNX model; nothing is wrong."""
+    root = tmp_path / "models"
+    for name, config in (("echo", ECHO), ("twice", TWICE), ("double", DOUBLE)):
+        (root / name / "1").mkdir(parents=True)
+        (root / name / CONFIG).write_text(config)
+    (root / "echo" / "1" / "model.py").write_text(MODEL_PY)
+    (root / "echo" / "labels.txt").write_text("one\n")
+    (root / "twice" / "1" / "placeholder").touch()
+    onnx.save(graph(), root / "double" / "1" / "model.onnx")
+    return root
+
+
+def edit(name, old, new):
+    def change(root):
+        path = root / name / CONFIG
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def write(path, content=""):
+    def change(root):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+
+    return change
+
+
+def drop(path):
+    def change(root):
+        shutil.rmtree(root / path) if (root / path).is_dir() else (root / path).unlink()
+
+    return change
+
+
+def save(proto):
+    def change(root):
+        onnx.save(proto, root / "double" / "1" / "model.onnx")
+
+    return change
+
+
+def with_weights(root):
+    """Weights in a file of their own, as an exporter writes them."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy")
+    w = helper.make_tensor("w", TensorProto.FLOAT, [3], bytes(12), raw=True)
+    made = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", [x], [y], [w])
+    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)])
+    path = root / "double" / "1" / "model.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+
+
+def in_a_folder(root):
+    with_weights(root)
+    folder = root / "double" / "1"
+    for name in ("model.onnx", "weights.bin"):
+        (folder / name).rename(folder / f"moved-{name}")
+    (folder / "model.onnx").mkdir()
+    for name in ("model.onnx", "weights.bin"):
+        (folder / f"moved-{name}").rename(folder / "model.onnx" / name)
+
+
+def cut_off(root):
+    in_a_folder(root)
+    path = root / "double" / "1" / "model.onnx" / "weights.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def without_weights(root):
+    in_a_folder(root)
+    (root / "double" / "1" / "model.onnx" / "weights.bin").unlink()
+
+
+RANDOM = """
+model_warmup { name: "w" batch_size: 1 inputs { key: "x" value { data_type: TYPE_INT64 dims: [3] random_data: true } } }
+"""
+#: What is done to the repository, and the one rule that it breaks, with what is said of it.
+BROKEN = {
+    "a field that is not there": (edit("echo", "backend", "bakend"), "config-syntax", "echo/config.pbtxt:3"),
+    "TYPE_BYTES": (edit("echo", "TYPE_STRING", "TYPE_BYTES"), "config-syntax", "echo/config.pbtxt:5"),
+    "two schedulers": (
+        edit("twice", "ensemble_scheduling", "dynamic_batching {}\nensemble_scheduling"),
+        "config-syntax",
+        "twice",
+    ),
+    "no configuration": (drop(f"double/{CONFIG}"), "no-config", "double: "),
+    "another name": (edit("double", '"double"', '"triple"'), "model-name", "double/config.pbtxt:2"),
+    "a hidden folder": (write(".git/HEAD"), "stray-folder", ".git"),
+    "an empty folder": (lambda root: (root / "new").mkdir(), "stray-folder", "new"),
+    "no version": (drop("double/1"), "no-version", "double"),
+    "a version in the making": (
+        write("double/4.tmp/model.onnx"),
+        "stray-version",
+        "double/4.tmp: error: is read as version 4",
+    ),
+    "a version with a zero": (write("double/01/model.onnx"), "ignored-version", "double/01"),
+    "a policy of what is not there": (edit("echo", "versions: [1]", "versions: [3]"), "version-policy", "version 3"),
+    "no backend": (edit("double", 'backend: "onnxruntime"', ""), "no-backend", "double"),
+    "no model.py": (drop("echo/1/model.py"), "model-file", "hangs the whole server"),
+    "no graph": (drop("double/1/model.onnx"), "model-file", "model.onnx is missing"),
+    "an empty graph": (write("double/1/model.onnx"), "empty-file", "double/1/model.onnx"),
+    "a graph cut off": (write("double/1/model.onnx", "\x08\x0a:\x7fno"), "onnx-graph", "double/1/model.onnx"),
+    "weights beside the graph": (with_weights, "external-data", "a folder named model.onnx/"),
+    "weights cut off": (cut_off, "external-data", "weights.bin has 8 bytes of 12"),
+    "weights missing": (without_weights, "external-data", "weights.bin are missing"),
+    "an input that is not the graph's": (edit("double", '"y"', '"z"'), "tensor-name", "no output 'z' (it has y)"),
+    "another type": (edit("double", "TYPE_FP32", "TYPE_INT64"), "tensor-type", "input 'x' is TYPE_INT64, and FLOAT"),
+    "no type": (
+        edit("echo", "data_type: TYPE_STRING, dims: [1] }", "dims: [1] }"),
+        "tensor-type",
+        "'TEXT' has no data_type",
+    ),
+    "a dimension of nothing": (edit("echo", "dims: [1]", "dims: [0]"), "tensor-dims", "a dimension of 0"),
+    "other dims": (
+        edit("double", "dims: [3]", "dims: [3, 3]"),
+        "tensor-dims",
+        "dims [3, 3] after the batch, and [-1, 3]",
+    ),
+    "a graph of one row": (save(graph(rows=1)), "batch-size", "has 1 rows"),
+    "a step that takes fewer rows": (edit("twice", "max_batch_size: 8", "max_batch_size: 16"), "batch-size", "echo 8"),
+    "a preference beyond the largest": (edit("echo", "[4]", "[16]"), "batching", "prefers 16 of at most 8"),
+    "batches of nothing": (
+        edit("double", "max_batch_size: 4", "max_batch_size: 0\ndynamic_batching {}"),
+        "no-batching",
+        "max_batch_size is 0",
+    ),
+    "fewer than no instances": (edit("echo", "count: 1", "count: -1"), "instance-group", "-1"),
+    "a processor with a GPU": (
+        edit("echo", "KIND_CPU", "KIND_CPU, gpus: [0]"),
+        "instance-group",
+        "KIND_CPU has no gpus",
+    ),
+    "a warm-up without its input": (edit("echo", 'key: "TEXT"', 'key: "OTHER"'), "warm-up", "does not give 'TEXT'"),
+    "a warm-up of random ids": (
+        edit("double", "max_batch_size: 4", "max_batch_size: 4" + RANDOM),
+        "warm-up",
+        "random integers",
+    ),
+    "a warm-up from no file": (
+        edit("echo", "zero_data: true", 'input_data_file: "ids"'),
+        "warm-up",
+        "warmup/ids is missing",
+    ),
+    "no labels": (drop("echo/labels.txt"), "label-file", "labels.txt is missing"),
+    "a step that is not there": (edit("twice", '"echo"', '"ecco"'), "ensemble-step", "'ecco' is not in the repository"),
+    "a step's version left out": (edit("twice", ", model_version: 1", ""), "ensemble-step", "has no model_version"),
+    "a step's version that is not there": (
+        edit("twice", "model_version: 1", "model_version: 2"),
+        "ensemble-step",
+        "no version 2",
+    ),
+    "an input that the step has not": (
+        edit("twice", 'key: "TEXT"', 'key: "TXT"'),
+        "ensemble-map",
+        "echo has no input 'TXT'",
+    ),
+    "an output that the step has not": (
+        edit("twice", 'key: "COPY"', 'key: "CPY"'),
+        "ensemble-map",
+        "echo has no output 'CPY'",
+    ),
+    "a tensor that nothing makes": (
+        edit("twice", 'value: "between"', 'value: "else"'),
+        "ensemble-map",
+        "nothing makes 'between'",
+    ),
+    "a tensor that is made twice": (
+        edit("twice", 'value: "between"', 'value: "RESULT"'),
+        "ensemble-map",
+        "'RESULT' is made by echo",
+    ),
+    "a tensor that nothing reads": (
+        edit("twice", 'key: "TEXT" value: "between"', 'key: "TEXT" value: "TEXT"'),
+        "ensemble-unused",
+        "nothing reads 'between'",
+    ),
+    "a step that waits for itself": (
+        edit("twice", 'key: "TEXT" value: "between"', 'key: "TEXT" value: "RESULT"'),
+        "ensemble-cycle",
+        "echo waits",
+    ),
+    "no Python": (write("echo/1/model.py", "def (:"), "python-syntax", "echo/1/model.py:1"),
+    "no class": (write("echo/1/model.py", "import json\n"), "python-syntax", "no class TritonPythonModel"),
+    "an import that is nowhere": (
+        write("echo/1/model.py", "import nowhere_at_all\n" + MODEL_PY),
+        "python-import",
+        "echo/1/model.py:1",
+    ),
+}
+
+
+def test_nothing_is_wrong_with_what_is_right(repository):
+    assert lint(repository) == []
+    # What is beside a model, guarded, or part of Python is found.
+    (repository / "echo" / "1" / "helper.py").write_text("")
+    source = "import os.path, helper\nfrom . import x\ntry:\n    import nowhere_at_all\nexcept ImportError:\n    pass\n"
+    write("echo/1/model.py", source + MODEL_PY)(repository)
+    in_a_folder(repository)
+    assert lint(repository) == []
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_rule_is_found_with_its_place(repository, what):
+    change, rule, said = BROKEN[what]
+    change(repository)
+    found = [finding for finding in lint(repository) if finding.rule == rule]
+    assert found, lint(repository)
+    assert any(said in str(finding) for finding in found), found
+
+
+def test_every_rule_has_something_that_breaks_it():
+    assert {rule for _, rule, _ in BROKEN.values()} == set(RULES)
+
+
+def test_foreign_code_is_read_and_not_run(repository, tmp_path):
+    write("echo/1/model.py", f"open({str(tmp_path / 'ran')!r}, 'w')\n{MODEL_PY}")(repository)
+    assert lint(repository) == []
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("labels", [(), LABELS])
+def test_our_own_releases_are_clean(tmp_path, labels):
+    for seed, flavour in enumerate(("python", "native")):
+        root = tmp_path / flavour
+        for number in range(2):
+            plan = make_plan(tmp_path / f"plans-{flavour}", labels=labels, seed=seed + number, flavour=flavour)
+            publish(plan, root, Steps(prove=unasked))
+        assert lint(root) == []
+
+
+#: What the embedded server refuses to load, by the model that is asked for.
+REFUSED = {
+    "a field that is not there": "echo",
+    "a policy of what is not there": "echo",
+    "no labels": "echo",
+    "a dimension of nothing": "echo",
+    "a processor with a GPU": "echo",
+    "no Python": "echo",
+    "a warm-up without its input": "echo",
+    "a step that is not there": "twice",
+    "a step's version that is not there": "twice",
+    "an input that the step has not": "twice",
+    "a tensor that nothing makes": "twice",
+    "a step that takes fewer rows": "twice",
+}
+
+
+def test_the_server_takes_what_is_right(repository, triton_settings, tmp_path):
+    with EmbeddedServer(repository, triton_settings, models=["twice"], log=tmp_path / "log"):
+        pass
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_server_refuses_what_is_an_error(repository, triton_settings, tmp_path, what):
+    change, rule, _ = BROKEN[what]
+    change(repository)
+    assert RULES[rule].severity == "error"
+    server = EmbeddedServer(repository, triton_settings, models=[REFUSED[what]], log=tmp_path / "log")
+    with pytest.raises(ServerError), server:
+        pass
+
+
+def test_formats_and_exit_codes(repository, capsys):
+    assert main(["lint", str(repository)]) == 0
+    assert capsys.readouterr().out == "nothing found\n"
+    drop(f"double/{CONFIG}")(repository)
+    assert main(["lint", str(repository)]) == 0  # a warning
+    assert "0 errors, 1 warnings" in capsys.readouterr().out
+    drop("echo/labels.txt")(repository)
+    assert main(["lint", str(repository), "--format", "json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(item["rule"], item["severity"], item["path"], item["line"]) for item in found] == [
+        ("no-config", "warning", "double", 0),
+        ("label-file", "error", f"echo/{CONFIG}", 6),
+    ]
+    assert main(["lint", str(repository), "--format", "sarif"]) == 1
+    run = json.loads(capsys.readouterr().out)["runs"][0]
+    rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
+    assert [rules[result["ruleIndex"]] for result in run["results"]] == ["no-config", "label-file"]
+    assert run["results"][1]["locations"][0]["physicalLocation"]["region"] == {"startLine": 6}
+    with pytest.raises(ReleaseError, match="is no folder"):
+        lint(repository / "nowhere")
+
+
+def test_text_is_what_editors_jump_to():
+    finding = Finding("model-name", "a/config.pbtxt", "says 'b', and its folder is 'a'.", 3)
+    assert re.match(r"a/config\.pbtxt:3: error: says .*\[model-name\]\n1 errors", as_text([finding]))
+    assert json.loads(as_sarif([]))["runs"][0]["results"] == []

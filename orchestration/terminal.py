@@ -38,7 +38,10 @@ def print_table(
 
     table = Table(title=title, title_justify="left")
     for name in header:
-        table.add_column(name, overflow="fold", justify="right" if name.endswith("ms") else "left")
+        # A name that is broken in two is none.
+        table.add_column(
+            name, overflow="fold", no_wrap=name == header[0], justify="right" if name.endswith("ms") else "left"
+        )
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == bold else None)
     console.print(table)
@@ -55,6 +58,9 @@ def print_candidates(
     header, rows = candidate_table(reports, verdicts)
     measured = {report.engine for report in reports if report.status == "measured"}
     print_table(console, title, header, [row for row in rows if row[0] in measured], best)
+    without: dict[str, list[str]] = {}
     for row in rows:
         if row[0] not in measured:
-            console.print(f"{row[0]}: {row[-1]}", highlight=False)
+            without.setdefault(row[-1].replace(f"{row[0]} ", "it "), []).append(row[0])
+    for why, names in without.items():
+        console.print(f"{', '.join(names)}: {why.replace('it needs', 'needs')}", highlight=False)

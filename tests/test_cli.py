@@ -62,7 +62,7 @@ def test_a_folder_becomes_a_model_and_is_asked(empty, made_checkpoint, triton_se
     assert "\x1b" not in out
     assert re.search(r"s  onnx_graph  made in", out)
     assert re.search(r"onnxruntime_fp32 +│.*│ champion: ", out)
-    assert "tensorrt_fp16: unsupported" in out
+    assert re.search(r"\n.*\btensorrt_fp16\b.*: unsupported: ", out)
     assert "Release 1 of yes-or-no serves onnxruntime_fp32" in out
     assert 'refinery query yes-or-no "any text"' in out
 

@@ -72,7 +72,8 @@ def tiny(made_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 
 def run(script, *, cwd, artifacts, output):
-    command = [sys.executable, str(script), "--artifacts", str(artifacts), "--output", str(output)]
+    given = [] if artifacts is None else ["--artifacts", str(artifacts)]
+    command = [sys.executable, str(script), *given, "--output", str(output)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -103,6 +104,10 @@ def test_fp32_is_built_again_elsewhere_and_what_differs_is_said(tiny, tmp_path):
     assert list(elsewhere.iterdir()) == []
     assert not again.with_name("again.log").exists()
 
+    # Its own store is what it looks in by itself.
+    code, out, _ = run(script, cwd=elsewhere, artifacts=None, output=tmp_path / "by itself")
+    assert (code, out[:7]) == (0, "Equal: ")
+
     # The folder is full now, and a full one is never built into.
     code, _, err = run(script, cwd=elsewhere, artifacts=artifacts, output=again)
     assert code == 2
@@ -121,7 +126,7 @@ def test_fp32_is_built_again_elsewhere_and_what_differs_is_said(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime_int8", "onnxruntime_int8_static"])
-def test_int8_keeps_what_the_ladder_kept_without_searching(tiny, tmp_path, engine):
+def test_int8_keeps_what_the_ladder_kept_without_searching(tiny, tmp_path, engine, capsys):
     record, folder = tiny.built(engine)
     assert record.parameters["ladder"] == "gates kept"
     recipe = recipe_in(folder)
@@ -130,6 +135,7 @@ def test_int8_keeps_what_the_ladder_kept_without_searching(tiny, tmp_path, engin
     recipe["goal"] |= {"trials": 0, "seconds": 0.0, "gates": {**recipe["goal"]["gates"], "cosine_worst": 1.0}}
     arguments = ["--artifacts", str(tiny.workspace.store.root), "--output", str(tmp_path / "again")]
     assert main(str(folder / SCRIPT), recipe, arguments) == 0
+    assert capsys.readouterr().out.startswith("Equal: ")  # and no note of what is another than it was
     assert same_files(record, folder, tmp_path / "again")
 
     # Kept is what the recipe says, and nothing else.

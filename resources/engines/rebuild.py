@@ -96,7 +96,7 @@ def recipe_of(
         graph=sources.graph.digest,
         evaluation=evaluation.digest if evaluation is not None and goal is not None else None,
         goal=None if goal is None else _written(goal, built.kept_nodes),
-        code=code_version(*CODE, *(JUDGING if goal is not None else ())),
+        code=_code(judged=goal is not None),
         libraries=dict(libraries),
         files={name: sha256_file(path) for name, path in names.items() if name not in built.documents},
     )
@@ -164,7 +164,7 @@ def changes(recipe: Recipe) -> list[str]:
         for name, version in recipe.libraries.items()
         if now[name] != version
     ]
-    if code_version(*CODE) != recipe.code:
+    if _code(judged=recipe.goal is not None) != recipe.code:
         found.append("The builders of transformer-refinery are of another version.")
     if recipe.device and describe_device(recipe.target) != recipe.device:
         found.append(f"This is {describe_device(recipe.target)}; the engine was built on {recipe.device}.")
@@ -175,7 +175,7 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
     """What the script does: build, compare, say so. 0: equal, 1: different, 2: nothing could be built."""
     name = recipe.get("spec", {}).get("name", "engine")
     parser = argparse.ArgumentParser(prog=SCRIPT, description=f"Build {name} of {recipe.get('model')} again.")
-    parser.add_argument("--artifacts", required=True, type=Path, metavar="DIR", help="the artifact store")
+    parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the artifact store (default: this script's)")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--seconds", type=float, metavar="N", help="when to give up")
     options = parser.parse_args(arguments)
@@ -184,7 +184,9 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
         known = _read_recipe(recipe)
         for change in changes(known):
             print(f"note: {change}")
-        rebuild(known, ArtifactStore(options.artifacts.resolve()), output, options.seconds)
+        # Below the store, by kind and digest.
+        artifacts = Path(script).resolve().parents[2] if options.artifacts is None else options.artifacts.resolve()
+        rebuild(known, ArtifactStore(artifacts), output, options.seconds)
     except (RefineryError, OSError) as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         return IMPOSSIBLE
@@ -199,6 +201,11 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
     if not found:
         print(f"Equal: {', '.join(known.files)} in {output}, byte for byte what was built.")
     return DIFFERENT if found else EQUAL
+
+
+def _code(*, judged: bool) -> str:
+    """The version of what builds, and where engines are judged, of what judges."""
+    return code_version(*CODE, *(JUDGING if judged else ()))
 
 
 def _written(goal: Goal, kept_nodes: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from assets.engines import engine_asset
 from assets.evaluation_set import evaluation_set
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
 from assets.triton_repository import triton_repository_assets
+from orchestration import upkeep
 from orchestration.jobs import EXECUTOR, optimize
 from orchestration.progress import progress_logger
 from orchestration.settings import read_workspace, tracker_of
@@ -34,7 +35,7 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
     return dg.Definitions(
         assets=assets,
         asset_checks=checks,
-        jobs=[optimize],
+        jobs=[optimize, *upkeep.JOBS],
         executor=EXECUTOR,  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},

@@ -10,13 +10,12 @@ from contextlib import suppress
 
 from orchestration.serving import DEFAULT_ADDRESS
 from orchestration.settings import read_workspace, tracker_of
-from resources.errors import ReleaseError, ServerError
+from resources.errors import ServerError
 from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
-from resources.triton.files import clear_disk_errors, repository_lock
 from resources.triton.layout import current_number
 from resources.triton.rollback import roll_back
-from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged
+from resources.triton.verify import verify_release
 
 #: `refinery serve` looks every second, and loads in less than this.
 _TAKEN_UP_SECONDS = 15.0
@@ -78,29 +77,13 @@ def verify(options: Namespace) -> int:
     """Every file against the manifest, then a question."""
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
-    number = options.release or current_number(repository, options.model)
-    if number is None:
+    if options.release is None and current_number(repository, options.model) is None:
         workspace.entry(options.model)  # an unknown model is said to be unknown
-        raise ReleaseError(
-            f"{options.model}: no release in {repository}. Publish one: refinery optimize {options.model}."
-        )
-    with clear_disk_errors(options.model, repository, 0), repository_lock(repository):
-        release = find_release(repository, options.model, number)
-        require_unchanged(repository, release)
-        size = sum(file.size_bytes for file in release.files.values()) / 1e6
-        print(f"{options.model}: all {len(release.files)} files of release {number} ({size:.1f} MB) are as published.")
-        server = workspace.triton.server
-        if release.flavour == "python":
-            log = workspace.log(options.model, f"verify-{options.target}")
-            ask_embedded(repository, release, workspace.triton, log)
-            print("An embedded server answers with it.")
-        elif server is None:
-            raise ServerError(
-                f"{options.model}: release {number} was not asked anything: it runs on Triton's own backends. Set "
-                "REFINERY_TRITON_GRPC to a server that serves it."
-            )
-        else:
-            with TextClient(server) as client:
-                ask(client, repository, release)
-            print(f"The server at {server} answers with it.")
+    log = workspace.log(options.model, f"verify-{options.target}")
+    release, server = verify_release(repository, options.model, workspace.triton, options.release, log=log)
+    count, size = len(release.files), sum(file.size_bytes for file in release.files.values()) / 1e6
+    print(
+        f"{options.model}: all {count} files of release {release.number} ({size:.1f} MB) are as published, and "
+        f"{server} answers with it."
+    )
     return 0

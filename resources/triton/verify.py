@@ -14,7 +14,7 @@ from resources.tasks import TASKS
 from resources.tasks.base import broken_answers
 from resources.triton.client import TextClient
 from resources.triton.config import write_config
-from resources.triton.files import staging_folder
+from resources.triton.files import clear_disk_errors, repository_lock, staging_folder
 from resources.triton.layout import (
     CONFIG,
     current_number,
@@ -68,6 +68,25 @@ def differences(repository: Path, release: Release) -> list[str]:
     if serves and public.read_text(encoding="utf-8") != config:
         found.append(f"{public.relative_to(repository)} was changed; {place} is what it was.")
     return found
+
+
+def verify_release(
+    repository: Path, model: str, settings: TritonSettings, number: int | None = None, *, log: Path
+) -> tuple[Release, str]:
+    """The release of that number, or the one that is pointed to, once it is what was published and a server answered
+    with it; and the server. Raises ReleaseError, ServerError."""
+    with clear_disk_errors(model, repository, 0), repository_lock(repository):
+        number = number or current_number(repository, model)
+        if number is None:
+            raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
+        release = find_release(repository, model, number)
+        require_unchanged(repository, release)
+        if release.flavour == "native" and settings.server is not None:
+            with TextClient(settings.server) as client:
+                ask(client, repository, release)
+            return release, f"the server at {settings.server}"
+        ask_embedded(repository, release, settings, log)
+        return release, "an embedded server"
 
 
 def require_unchanged(repository: Path, release: Release) -> None:

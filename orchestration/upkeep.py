@@ -1,0 +1,97 @@
+"""Jobs for releases that exist: going back, cleaning up, checking. What they did is seen on the release's asset."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from resources.tracking import Tracker
+from resources.triton import retain as cleaning
+from resources.triton.rollback import roll_back
+from resources.triton.verify import verify_release
+from resources.workspace import Workspace
+
+
+class Which(dg.Config):
+    """The model, and whose repository."""
+
+    model: str
+    target: str = "cpu"
+
+
+class Rollback(Which):
+    """to: the release to serve; 0: the one before."""
+
+    to: int = 0
+
+
+class Retention(Which):
+    """keep: the newest so many stay."""
+
+    keep: int = 3
+
+
+class Verification(Which):
+    """release: which; 0: the one that serves."""
+
+    release: int = 0
+
+
+@dg.op(description="Serve an older release again, once a real server has answered with it.")
+def roll_back_release(context: dg.OpExecutionContext, config: Rollback, workspace: dg.ResourceParam[Workspace]) -> None:
+    repository = workspace.repository(config.target)
+    log = workspace.log(config.model, f"triton-{config.target}")
+    done = roll_back(repository, config.model, workspace.triton, to=config.to or None, log=log)
+    _seen(context, config, {"rolled_back_to": done.release.number, "before": done.before})
+
+
+@dg.op(description="Remove old releases, but what is pointed to, served, or the champion in MLflow.")
+def retain_releases(
+    context: dg.OpExecutionContext,
+    config: Retention,
+    workspace: dg.ResourceParam[Workspace],
+    tracker: dg.ResourceParam[Tracker],
+) -> None:
+    champion = tracker.champion_release(config.model, config.target)
+    done = cleaning.retain(
+        workspace.repository(config.target),
+        config.model,
+        keep=config.keep,
+        wanted={} if champion is None else {champion: "the champion in MLflow"},
+        server=workspace.triton.server,
+    )
+    kept = {str(number): why for number, why in done.kept.items()}
+    _seen(context, config, {"kept": dg.MetadataValue.json(kept), "removed": dg.MetadataValue.json(list(done.removed))})
+
+
+@dg.op(description="Compare a release with what was published, and have a real server answer with it.")
+def verify_one_release(
+    context: dg.OpExecutionContext, config: Verification, workspace: dg.ResourceParam[Workspace]
+) -> None:
+    repository = workspace.repository(config.target)
+    log = workspace.log(config.model, f"verify-{config.target}")
+    release, server = verify_release(repository, config.model, workspace.triton, config.release or None, log=log)
+    _seen(context, config, {"verified": release.number, "files": len(release.files), "asked": server})
+
+
+def _seen(context: dg.OpExecutionContext, config: Which, metadata: Mapping[str, Any]) -> None:
+    key = dg.AssetKey(["triton_repository", config.target])
+    context.log_event(dg.AssetObservation(asset_key=key, partition=config.model, metadata=metadata))
+
+
+@dg.job(description="Point a model to an older release; see `refinery rollback`.", executor_def=dg.in_process_executor)
+def rollback() -> None:
+    roll_back_release()
+
+
+@dg.job(description="Remove a model's old releases; see `refinery retain`.", executor_def=dg.in_process_executor)
+def retain() -> None:
+    retain_releases()
+
+
+@dg.job(description="Check a model's release; see `refinery verify`.", executor_def=dg.in_process_executor)
+def verify() -> None:
+    verify_one_release()
+
+
+JOBS = [rollback, retain, verify]

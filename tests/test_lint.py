@@ -1,8 +1,10 @@
 """Every rule has a repository that breaks it and one that does not; where the embedded server can tell, it agrees."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import onnx
 import pytest
@@ -86,6 +88,11 @@ def repository(tmp_path):
     (root / "twice" / "1" / "placeholder").touch()
     onnx.save(graph(), root / "double" / "1" / "model.onnx")
     return root
+
+
+def nest(root):
+    """Python that no parser takes."""
+    (root / "echo" / "1" / "model.py").write_text("-" * 20_000 + "1\n" + MODEL_PY)
 
 
 def edit(name, old, new):
@@ -175,7 +182,14 @@ BROKEN = {
     ),
     "a version with a zero": (write("double/01/model.onnx"), "ignored-version", "double/01"),
     "a policy of what is not there": (edit("echo", "versions: [1]", "versions: [3]"), "version-policy", "version 3"),
-    "no backend": (edit("double", 'backend: "onnxruntime"', ""), "no-backend", "double"),
+    "no backend": (
+        lambda root: (
+            edit("double", 'backend: "onnxruntime"', "")(root),
+            (root / "double" / "1" / "model.onnx").rename(root / "double" / "1" / "weights"),
+        ),
+        "no-backend",
+        "double/config.pbtxt: error: names no backend",
+    ),
     "no model.py": (drop("echo/1/model.py"), "model-file", "hangs the whole server"),
     "no graph": (drop("double/1/model.onnx"), "model-file", "model.onnx is missing"),
     "an empty graph": (write("double/1/model.onnx"), "empty-file", "double/1/model.onnx"),
@@ -260,12 +274,47 @@ BROKEN = {
         "echo waits",
     ),
     "no Python": (write("echo/1/model.py", "def (:"), "python-syntax", "echo/1/model.py:1"),
+    "Python nested beyond all measure": (nest, "python-syntax", "echo/1/model.py"),
+    "a folder for a file": (
+        lambda root: (drop("echo/1/model.py")(root), write("echo/1/model.py/x")(root)),
+        "model-file",
+        "model.py is missing",
+    ),
+    "a file elsewhere": (
+        edit("double", "max_batch_size", 'default_model_filename: "/etc/passwd"\nmax_batch_size'),
+        "model-file",
+        "is no plain file name",
+    ),
+    "a type of another step": (
+        edit("twice", "data_type: TYPE_STRING", "data_type: TYPE_INT64"),
+        "tensor-type",
+        "'TEXT' is TYPE_INT64 of the input, and TYPE_STRING for echo",
+    ),
+    "a type that there is not": (edit("double", "TYPE_FP32", "99"), "tensor-type", "input 'x' is 99"),
+    "a version that is not served": (
+        lambda root: (
+            edit("echo", "versions: [1]", "versions: [2]")(root),
+            shutil.copytree(root / "echo" / "1", root / "echo" / "2"),
+        ),
+        "ensemble-step",
+        "no version 1 that its policy",
+    ),
     "no class": (write("echo/1/model.py", "import json\n"), "python-syntax", "no class TritonPythonModel"),
     "an import that is nowhere": (
         write("echo/1/model.py", "import nowhere_at_all\n" + MODEL_PY),
         "python-import",
         "echo/1/model.py:1",
     ),
+}
+
+
+#: What is broken with it, where that is more than the one rule.
+FOLLOWING = {
+    "a policy of what is not there": {"ensemble-step"},
+    "no type": {"warm-up"},
+    "batches of nothing": {"tensor-dims"},
+    "a tensor that nothing makes": {"ensemble-unused"},
+    "a step that waits for itself": {"ensemble-unused"},
 }
 
 
@@ -283,13 +332,49 @@ def test_nothing_is_wrong_with_what_is_right(repository):
 def test_a_broken_rule_is_found_with_its_place(repository, what):
     change, rule, said = BROKEN[what]
     change(repository)
-    found = [finding for finding in lint(repository) if finding.rule == rule]
-    assert found, lint(repository)
-    assert any(said in str(finding) for finding in found), found
+    found = lint(repository)
+    assert any(finding.rule == rule and said in str(finding) for finding in found), found
+    assert {finding.rule for finding in found} <= {rule, *FOLLOWING.get(what, ())}, found
 
 
 def test_every_rule_has_something_that_breaks_it():
-    assert {rule for _, rule, _ in BROKEN.values()} == set(RULES)
+    assert {rule for _, rule, _ in BROKEN.values()} | {"unreadable"} == set(RULES)
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_is_looked_at(repository, monkeypatch):
+    drop("echo/labels.txt")(repository)
+    listed = Path.iterdir
+
+    def refused(path):  # permissions do not stop root, who runs tests in containers
+        if path == repository / "double":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "double")
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert [(finding.rule, finding.path) for finding in lint(repository)] == [
+        ("unreadable", "double"),
+        ("label-file", f"echo/{CONFIG}"),
+    ]
+
+
+def test_what_triton_completes_or_takes_is_no_error(repository):
+    # No backend, inputs or outputs: told from the files.
+    (repository / "double" / CONFIG).write_text("")
+    (repository / "echo" / CONFIG).write_text('backend: "python"')
+    # Of two versions the newest alone is served; a class may come from elsewhere.
+    shutil.copytree(repository / "double" / "1", repository / "double" / "2")
+    (repository / "double" / "1" / "model.onnx").write_bytes(b"old and broken")
+    (repository / "echo" / "1" / "shared.py").write_text("class TritonPythonModel: ...")
+    (repository / "echo" / "1" / "model.py").write_text("from shared import TritonPythonModel\n")
+    assert lint(repository) == []
+
+
+def test_a_repeated_step_is_named_at_its_own_line(repository):
+    edit("twice", "model_version: -1", "model_version: 7")(repository)
+    write(f"twice/{CONFIG}", '# "echo"\n' + (repository / "twice" / CONFIG).read_text())(repository)
+    (found,) = lint(repository)
+    assert (found.rule, found.line) == ("ensemble-step", 13)
 
 
 def test_foreign_code_is_read_and_not_run(repository, tmp_path):
@@ -321,6 +406,8 @@ REFUSED = {
     "a step's version that is not there": "twice",
     "an input that the step has not": "twice",
     "a tensor that nothing makes": "twice",
+    "a tensor that nothing reads": "twice",
+    "a type of another step": "twice",
     "a step that takes fewer rows": "twice",
 }
 
@@ -336,7 +423,7 @@ def test_the_server_refuses_what_is_an_error(repository, triton_settings, tmp_pa
     change(repository)
     assert RULES[rule].severity == "error"
     server = EmbeddedServer(repository, triton_settings, models=[REFUSED[what]], log=tmp_path / "log")
-    with pytest.raises(ServerError), server:
+    with pytest.raises(ServerError, match=REFUSED[what]), server:
         pass
 
 

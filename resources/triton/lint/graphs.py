@@ -31,6 +31,13 @@ _TYPES = {
 }
 
 
+def type_name(number: int) -> str:
+    """Triton's name of a type; of one that it does not know, the number."""
+    from tritonclient.grpc.model_config_pb2 import DataType
+
+    return str(DataType.Name(number)) if number in DataType.values() else str(number)
+
+
 def graph_findings(model: Model, path: Path) -> Iterator[Finding]:
     """What is wrong with a version's graph. path: of the file, or of the folder of the same name with its weights."""
     import onnx
@@ -61,7 +68,8 @@ def _weights(model: Model, file: Path, proto: Any, *, in_folder: bool) -> Iterat
     for tensor in proto.graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if "location" in entries:
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            parts = [entries.get(key, "0") for key in ("offset", "length")]
+            end = sum(int(part) for part in parts if part.isdigit())
             needed[entries["location"]] = max(needed.get(entries["location"], 0), end)
     if needed and not in_folder:
         yield model.at(
@@ -95,8 +103,9 @@ def _compare(
             there = ", ".join(graph) or "none"
             yield model.at("tensor-name", f"the graph has no {kind} {item.name!r} (it has {there}).", near=near)
             continue
-        type_ = item.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[item.data_type].name
-        real = onnx.TensorProto.DataType.Name(graph[item.name].elem_type)
+        type_, number = type_name(item.data_type), graph[item.name].elem_type
+        known = onnx.TensorProto.DataType.values()
+        real = onnx.TensorProto.DataType.Name(number) if number in known else str(number)
         if item.data_type and _TYPES.get(type_) != real:
             yield model.at("tensor-type", f"{kind} {item.name!r} is {type_}, and {real} in the graph.", near=near)
         if not graph[item.name].HasField("shape"):
@@ -110,10 +119,13 @@ def _compare(
                 near="max_batch_size",
             )
         dims = [*batch, *(item.reshape.shape if item.HasField("reshape") else item.dims)]
+        # An input may be narrower than what the graph takes; an output is what the graph makes.
+        free = kind == "input"
         fits = len(dims) == len(sizes) and all(
-            one == other or other == -1 or (number == 0 and batch)
-            for number, (one, other) in enumerate(zip(dims, sizes, strict=True))
+            one == other or (other == -1 and free) or (place == 0 and batch)
+            for place, (one, other) in enumerate(zip(dims, sizes, strict=True))
         )
+        fits = fits or (not sizes and dims == [1])  # a scalar has no dims, and Triton wants one
         if not fits:
             yield model.at(
                 "tensor-dims",
@@ -122,5 +134,9 @@ def _compare(
                 near=near,
             )
     if all_of_them and said:
-        for name in sorted(set(graph) - {item.name for item in said}):
+        sequence = config.sequence_batching
+        given = {item.name for item in (*said, *sequence.control_input)}
+        given |= {state.input_name for state in sequence.state}
+        given |= {name for item in config.batch_input for name in item.target_name}
+        for name in sorted(set(graph) - given):
             yield model.at("tensor-name", f"the graph's {kind} {name!r} is not given.", near=kind)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from resources.errors import ReleaseError
 from resources.triton.layout import CONFIG
 from resources.triton.lint.ensembles import ensemble_findings
 from resources.triton.lint.findings import Finding
-from resources.triton.lint.graphs import graph_findings
+from resources.triton.lint.graphs import graph_findings, type_name
 from resources.triton.lint.sources import source_findings
 
 if TYPE_CHECKING:
@@ -29,7 +31,10 @@ _FILES = {
     "pytorch": "model.pt",
     "pytorch_libtorch": "model.pt",
 }
-_INTEGERS = ("TYPE_INT8", "TYPE_INT16", "TYPE_INT32", "TYPE_INT64", "TYPE_UINT8", "TYPE_UINT16", "TYPE_UINT32")
+#: The types that ids have.
+_IDS = ("TYPE_INT32", "TYPE_INT64")
+#: What Triton tells a backend from, where the configuration names none.
+_TELLING = {"model.py": "python", "model.onnx": "onnxruntime", "model.plan": "tensorrt", "model.xml": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,21 @@ class Model:
 
     @property
     def backend(self) -> str:
-        """Backend, or the platform that means one."""
-        return (self.config.backend or self.config.platform) if self.config is not None else ""
+        """Backend, or the platform that means one, or what Triton completes it to from the files."""
+        named = (self.config.backend or self.config.platform) if self.config is not None else ""
+        there = (name for number in self.versions for name in _TELLING if (self.folder / str(number) / name).exists())
+        return named or _TELLING.get(next(there, ""), "")
+
+    @property
+    def served(self) -> tuple[int, ...]:
+        """The versions that the policy lets Triton load; the newest alone by default."""
+        policy = self.config.version_policy if self.config is not None else None
+        if policy is not None and policy.HasField("specific"):
+            return tuple(number for number in self.versions if number in policy.specific.versions)
+        if policy is not None and policy.HasField("all"):
+            return self.versions
+        count = policy.latest.num_versions if policy is not None and policy.HasField("latest") else 1
+        return self.versions[-max(1, count) :]
 
     @property
     def is_ensemble(self) -> bool:
@@ -59,13 +77,14 @@ class Model:
             self.config.platform == "ensemble" or self.config.HasField("ensemble_scheduling")
         )
 
-    def at(self, rule: str, message: str, *, near: str = "", path: Path | None = None) -> Finding:
-        """A finding in the configuration, at the line that holds `near`; or in another file."""
+    def at(self, rule: str, message: str, *, near: str = "", nth: int = 0, path: Path | None = None) -> Finding:
+        """A finding in the configuration, at the line that holds `near` for the nth time; or in another file."""
         place = path or self.folder / CONFIG
         line = 0
         if path is None and near:
-            lines = self.text.splitlines()
-            line = next((number for number, text in enumerate(lines, 1) if near in text), 0)
+            lines = [text.split("#")[0] for text in self.text.splitlines()]
+            found = [number for number, text in enumerate(lines, 1) for _ in range(text.count(near))]
+            line = found[min(nth, len(found) - 1)] if found else 0
         return Finding(rule, place.relative_to(self.root).as_posix(), message, line)
 
 
@@ -76,15 +95,23 @@ def lint(root: Path) -> list[Finding]:
     findings: list[Finding] = []
     models: dict[str, Model] = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if folder.name.startswith(".") or not any(folder.iterdir()):
-            what = "a hidden folder" if folder.name.startswith(".") else "an empty folder"
+        hidden = folder.name.startswith(".")
+        if hidden or (os.access(folder, os.R_OK | os.X_OK) and not any(folder.iterdir())):
+            what = "a hidden folder" if hidden else "an empty folder"
             findings.append(Finding("stray-folder", folder.name, f"{what} is polled as a model. Keep it elsewhere."))
             continue
-        model, found = _read(root, folder)
+        try:
+            model, found = _read(root, folder)
+        except OSError as error:
+            findings.append(Finding("unreadable", folder.name, f"cannot be read: {error.strerror}."))
+            continue
         models[model.name] = model
         findings += found
     for model in models.values():
-        findings += _model_findings(model)
+        try:
+            findings += _model_findings(model)
+        except OSError as error:
+            findings.append(model.at("unreadable", f"{error.filename} cannot be read: {error.strerror}."))
         if model.is_ensemble:
             findings += ensemble_findings(model, models)
     return sorted(findings, key=lambda finding: (finding.path, finding.line, finding.rule, finding.message))
@@ -148,12 +175,15 @@ def _model_findings(model: Model) -> Iterator[Finding]:
     if not model.backend:
         yield model.at("no-backend", 'names no backend: add backend: "onnxruntime", "python" or another.')
         return
-    name = config.default_model_filename or _FILES.get(model.backend)
-    if name is None:
+    default = config.default_model_filename or _FILES.get(model.backend)
+    if default is None:
         return
-    for number in model.versions:
+    names = [*config.cc_model_filenames.values()] or [default]
+    for number, name in product(model.served, names):
         path = model.folder / str(number) / name
-        if not path.exists():
+        if Path(name).name != name:
+            yield model.at("model-file", f"{name!r} is no plain file name.", near=f'"{name}"')
+        elif not path.exists() or (model.backend == "python" and not path.is_file()):
             hang = " A Python model without it hangs the whole server." if model.backend == "python" else ""
             yield model.at("model-file", f"{name} is missing.{hang}", path=path.parent)
         elif path.is_file() and path.stat().st_size == 0:
@@ -172,7 +202,7 @@ def _tensors(model: Model) -> Iterator[Finding]:
         near = f'"{item.name}"'
         if not item.data_type:
             yield model.at("tensor-type", f"{kind} {item.name!r} has no data_type.", near=near)
-        if not item.dims and not item.reshape.shape and model.backend != "ensemble" and not config.max_batch_size:
+        if not item.dims:
             yield model.at("tensor-dims", f"{kind} {item.name!r} has no dims.", near=near)
         for size in item.dims:
             if size == 0 or size < -1:
@@ -189,15 +219,15 @@ def _scheduling(model: Model) -> Iterator[Finding]:
         if config.max_batch_size == 0:
             yield model.at("no-batching", "batches nothing: max_batch_size is 0.", near="dynamic_batching")
         for size in config.dynamic_batching.preferred_batch_size:
-            if size > config.max_batch_size > 0:
+            if not 1 <= size <= config.max_batch_size:
                 yield model.at(
                     "batching", f"prefers {size} of at most {config.max_batch_size}.", near="preferred_batch_size"
                 )
     for group in config.instance_group:
         if group.count < 0:
             yield model.at("instance-group", f"a count of {group.count}.", near="instance_group")
-        if group.kind == group.KIND_CPU and group.gpus:
-            yield model.at("instance-group", "KIND_CPU has no gpus.", near="gpus")
+        if group.kind in (group.KIND_CPU, group.KIND_MODEL) and group.gpus:
+            yield model.at("instance-group", f"{group.Kind.Name(group.kind)} has no gpus.", near="gpus")
 
 
 def _warm_up(model: Model) -> Iterator[Finding]:
@@ -215,8 +245,7 @@ def _warm_up(model: Model) -> Iterator[Finding]:
                 continue
             if given.data_type != known[name].data_type:
                 yield model.at("warm-up", f"{sample.name!r} gives {name!r} in another type.", near=near)
-            type_ = config.input[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[given.data_type]
-            if given.random_data and type_.name in _INTEGERS:
+            if given.random_data and type_name(given.data_type) in _IDS:
                 yield model.at(
                     "warm-up", f"{sample.name!r} gives {name!r} random integers: ids beyond any table.", near=near
                 )

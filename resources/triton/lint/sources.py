@@ -23,16 +23,19 @@ def source_findings(model: Model, path: Path) -> Iterator[Finding]:
     place = path.relative_to(model.root).as_posix()
     try:
         tree = ast.parse(path.read_bytes())
+        imports = list(_imports(tree))
     except SyntaxError as error:
         yield Finding("python-syntax", place, f"is no Python: {error.msg}.", error.lineno or 0)
         return
-    except ValueError as error:  # null bytes
-        yield Finding("python-syntax", place, f"is no Python: {error}.")
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes; nested beyond all measure
+        yield Finding("python-syntax", place, f"cannot be read as Python: {error or type(error).__name__}.")
         return
-    if not any(isinstance(node, ast.ClassDef) and node.name == "TritonPythonModel" for node in tree.body):
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.alias)}
+    names |= {node.asname for node in ast.walk(tree) if isinstance(node, ast.alias) and node.asname}
+    if "TritonPythonModel" not in names:
         yield Finding("python-syntax", place, "defines no class TritonPythonModel.")
     seen: set[str] = set()
-    for name, line in _imports(tree):
+    for name, line in imports:
         if name not in seen and not _found(name, path.parent):
             yield Finding(
                 "python-import",

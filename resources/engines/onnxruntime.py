@@ -101,7 +101,7 @@ def _quantize(
     parameters = {
         "quantization": spec.quantization,
         "int8_operators": f"{len(used)} of {len(operators)}",
-        "smoothed_operators": f"{sum(weight.smoothing is not None for weight in used)} of {len(used)}",
+        "smoothed_operators": f"{sum(weight.smoothed for weight in used)} of {len(used)}",
         "split_operators": f"{sum(weight.outliers is not None for weight in used)} of {len(used)}",
         "ladder": verdict(outcome),
     }

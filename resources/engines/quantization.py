@@ -87,6 +87,11 @@ class Int8Weight:
     outlier_rows: np.ndarray | None
     error: float
 
+    @property
+    def smoothed(self) -> bool:
+        """Whether channels are scaled, and not only some of them taken out."""
+        return self.smoothing is not None and bool(((self.smoothing != 0) & (self.smoothing != 1)).any())
+
 
 def find_operators(model: ir.Model) -> list[Operator]:
     """The matrix products that can run in int8, in the order of the graph."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -172,6 +173,12 @@ class TextClient:
             self._client.unload_model(model, client_timeout=LOAD_TIMEOUT_SECONDS)
         except Exception as error:
             raise self._trouble(f"cannot unload {model}", error) from error
+
+    def unload_all(self, models: Iterable[str]) -> None:
+        """Unload those of the models that are loaded, gRPC alone; what fails is not said: most were never loaded."""
+        for model in models:
+            with suppress(ServerError):
+                self.unload(model)
 
     def _tensors(self, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
         import numpy as np

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +140,6 @@ def _server_steps(grpc: str, http: str | None, exam: Callable[[], Exam], home: P
 
     def retire(names: list[str]) -> None:
         with TextClient(grpc) as client:
-            for name in names:
-                with suppress(ServerError):  # most were never loaded
-                    client.unload(name)
+            client.unload_all(names)
 
     return Steps(prove_inside=prove_inside, announce=announce, retire=retire)

@@ -70,31 +70,24 @@ def retain(
         gone = sweep(repository, finish=False)
         removed = tuple(number for number in release_numbers(repository, model) if number not in kept)
         for number in removed:
-            gone += _remove(repository, model, number, client)
-        _unload(client, gone)
+            _remove(repository, model, number, client)
+        if client is not None:
+            client.unload_all(gone)
         return Retained(dict(sorted(kept.items())), removed)
 
 
-def _remove(repository: Path, model: str, number: int, client: TextClient | None) -> list[str]:
+def _remove(repository: Path, model: str, number: int, client: TextClient | None) -> None:
     root = staging_root(repository)
     parsed = {path.name: parse_internal(path.name) for path in sorted(repository.iterdir())}
     internals = [name for name, found in parsed.items() if found is not None and found[:2] == (model, number)]
     # The manifest first: without it the rest is no release, wherever this ends.
     discard(repository / model / str(number), root)
     sync(repository / model)
-    _unload(client, internals)
+    if client is not None:
+        client.unload_all(internals)
     for name in internals:
         discard(repository / name, root)
     sync(repository)
-    return internals
-
-
-def _unload(client: TextClient | None, names: Collection[str]) -> None:
-    if client is None:
-        return
-    for name in names:
-        with suppress(ServerError):  # most were not loaded
-            client.unload(name)
 
 
 def _require_served(client: TextClient, model: str) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +106,7 @@ def _switch(repository: Path, release: Release, client: TextClient, removed: Seq
     served = _served(client, model)
     if served == release.number == pinned_number(old):
         raise ReleaseError(f"{model}: release {served} is what is pointed to and served already.")
-    for name in removed:
-        _unload(client, name)
+    client.unload_all(removed)
     config = (repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8")
     internals = named_internals(config)
     try:
@@ -124,8 +123,7 @@ def _switch(repository: Path, release: Release, client: TextClient, removed: Seq
     except BaseException:
         # Not what serves: going back may have failed too.
         if _served(client, model) not in (release.number, None):
-            for name in internals:
-                _unload(client, name)
+            client.unload_all(internals)
         raise
 
 
@@ -137,7 +135,7 @@ def _ask_aside(repository: Path, release: Release, client: TextClient) -> None:
         client.load(name, called_internals((repository / name / CONFIG).read_text(encoding="utf-8")))
         ask(client, repository, release, name)
     finally:
-        _unload(client, name)
+        client.unload_all([name])
         discard(repository / name, staging_root(repository))
 
 
@@ -146,8 +144,3 @@ def _served(client: TextClient, model: str) -> int | None:
         return client.release_of(model)
     except ServerError:
         return None
-
-
-def _unload(client: TextClient, name: str) -> None:
-    with suppress(ServerError):  # most were never loaded
-        client.unload(name)

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources.errors import ServerError
+from resources.triton.settings import Control
 
 LOOPBACK = "127.0.0.1"
 #: Triton itself gives up waiting for requests under way after this long.
 EXIT_SECONDS = 10
+#: How often a polling server looks.
+POLL_SECONDS = 1
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
 
 
@@ -62,14 +65,27 @@ def supervised(command: Sequence[str], folder: Path) -> list[str]:
     return [sys.executable, "-I", str(_SUPERVISOR), caller, seconds, str(folder), *command]
 
 
-def command(environment: Path, repository: Path, backends: Path, ports: Ports, models: Sequence[str]) -> list[str]:
-    """The command line of a server that holds the named models alone."""
+def command(
+    environment: Path,
+    repository: Path,
+    backends: Path,
+    ports: Ports,
+    models: Sequence[str],
+    control: Control = "explicit",
+    options: Sequence[str] = (),
+) -> list[str]:
+    """The command line of a server: in explicit control it holds the named models alone, else the whole repository."""
+    mode = [f"--model-control-mode={control}"]
+    if control == "explicit":
+        mode += [f"--load-model={name}" for name in models]
+    elif control == "poll":
+        mode.append(f"--repository-poll-secs={POLL_SECONDS}")
     return [
         str(_package(environment) / "tritonserver" / "bin" / "tritonserver"),
         f"--model-repository={repository}",
         f"--backend-directory={backends}",
-        "--model-control-mode=explicit",
-        *(f"--load-model={name}" for name in models),
+        *mode,
+        *options,
         "--exit-on-error=true",
         "--strict-readiness=true",
         # It would fill in what a configuration lacks by guessing, a batch size of 4 among other things.

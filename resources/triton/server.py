@@ -21,7 +21,7 @@ from resources.triton.client import TextClient
 from resources.triton.environment import require_installed
 from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, supervised, variables
 from resources.triton.layout import CONFIG, called_internals
-from resources.triton.settings import TritonSettings
+from resources.triton.settings import Control, TritonSettings
 from resources.triton.watch import Watcher
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class EmbeddedServer:
     """A Triton server of one repository, on loopback, while the context lasts.
 
     Explicit model control: it holds the named public models and the releases they are pinned to, and nothing else of
-    the repository. Ports left out are free ones. It ends when the thread that started it ends, however that is.
+    the repository; the other modes hold all of it, and `models` are those that are waited for. Ports left out are free
+    ones. options: further ones of tritonserver. It ends when the thread that started it ends, however that is.
     Raises ServerError with the telling lines of its log where it does not get ready.
     """
 
@@ -52,7 +53,11 @@ class EmbeddedServer:
         http_port: int | None = None,
         grpc_port: int | None = None,
         metrics_port: int | None = None,
+        control: Control = "explicit",
+        options: Sequence[str] = (),
     ) -> None:
+        self._control: Control = control
+        self._options = tuple(options)
         self._repository, self._settings, self._models, self._log = repository, settings, tuple(models), log
         self._ports = Ports.choose(http_port, grpc_port, metrics_port)
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +87,7 @@ class EmbeddedServer:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             output = starting.enter_context(self._log.open("wb"))
             self._process = subprocess.Popen(
-                supervised(command(environment, self._repository, backends, self._ports, self._loaded()), backends),
+                supervised(self._command(backends), backends),
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -108,6 +113,21 @@ class EmbeddedServer:
             line for line in lines if line.startswith("E") or "error" in line.lower() or "failed" in line.lower()
         ]
         return "\n".join((telling or lines)[-8:])[-2000:]
+
+    @property
+    def metrics_address(self) -> str:
+        return f"{LOOPBACK}:{self._ports.metrics}"
+
+    def _command(self, backends: Path) -> list[str]:
+        return command(
+            self._settings.environment,
+            self._repository,
+            backends,
+            self._ports,
+            self._loaded(),
+            self._control,
+            self._options,
+        )
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

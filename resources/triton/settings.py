@@ -9,6 +9,9 @@ from typing import Literal
 
 #: `python`: the engine runs inside a `model.py`, what the embedded server can load. `native`: Triton's own backend.
 Flavour = Literal["python", "native"]
+#: Triton's `--model-control-mode`. `explicit`: models are loaded when a client says so; `poll`: when the repository
+#: changes; `none`: all of them, once, at the start.
+Control = Literal["explicit", "poll", "none"]
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,17 @@ class TextClient:
             with suppress(ServerError):
                 self.unload(model)
 
+    def failures(self) -> dict[str, str]:
+        """The models that the server could not load or has unloaded, each with its reason, gRPC alone.
+
+        Raises ServerError.
+        """
+        try:
+            index = self._client.get_model_repository_index(client_timeout=TIMEOUT_SECONDS)
+        except Exception as error:
+            raise self._trouble("does not list its models", error) from error
+        return {item.name: item.reason for item in index.models if item.state == "UNAVAILABLE" and item.reason}
+
     def _tensors(self, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
         import numpy as np
 
@@ -202,6 +213,16 @@ class TextClient:
         if "unknown model" in first:
             first += (
                 ". Start the server on the repository that holds a release of it (refinery serve), or load it there"
+            )
+        elif "not allowed if polling is enabled" in first:
+            first = (
+                "it does not run in explicit model control. Start it with --model-control-mode=explicit, or set "
+                "REFINERY_TRITON_CONTROL to the mode that it runs in"
+            )
+        elif "find backend library" in first or "runtime library" in first:
+            first += (
+                ". It lacks that backend: serve with a Triton that has it, or publish with "
+                "REFINERY_TRITON_FLAVOUR=python"
             )
         elif not self.is_live():
             return ServerError(

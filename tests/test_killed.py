@@ -1,0 +1,250 @@
+"""Publishing, rolling back and retention, killed, starved or crowded: what was published is there, whole, and goes on.
+
+test_triton_publish kills a publisher before each of its changes of the file system and looks at the files; here all
+three are killed at moments of a random choice, and what is left is linted, served and published to.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resources.errors import ReleaseError
+from resources.triton import rollback as rolling_back
+from resources.triton.client import TextClient
+from resources.triton.files import staging_root
+from resources.triton.layout import current_number, internal_names, is_whole, list_releases
+from resources.triton.lint import lint
+from resources.triton.publish import Steps, publish
+from resources.triton.retain import retain
+from resources.triton.rollback import roll_back
+from resources.triton.server import EmbeddedServer
+from resources.triton.settings import TritonSettings
+from resources.triton.verify import differences, find_release
+from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
+
+ROOT = Path(__file__).resolve().parents[1]
+UNASKED = Steps(prove=unasked)
+TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
+#: Releases that are there before anything is killed.
+BASE = 3
+KEEP = 2
+#: Changes of the file system, as Python's audit hooks name them; `open` where it is for writing.
+CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link")
+LONGEST_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    return [make_plan(folder, seed=seed, permuted=True) for seed in (*range(BASE), 1000, 1001, 1002)]
+
+
+@pytest.fixture
+def repository(tmp_path, plans):
+    """The first releases, of which the last serves."""
+    folder = tmp_path / "models" / "cpu"
+    for plan in plans[:BASE]:
+        publish(plan, folder, UNASKED)
+    return folder
+
+
+# What runs in the processes that are killed.
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a process is killed: before its n-th change of the file system, or after so many seconds."""
+
+    change: int = 0
+    seconds: float = 0.0
+
+
+def act(folder: str, change: int, *, asking: bool) -> None:
+    """Publish, roll back, clean up, publish, over and over; says in a journal what it begins and what it has done.
+
+    change: the n-th change of the file system ends it; 0: nothing does, and it stops after one round. asking: rolling
+    back starts a server.
+    """
+    repository, journal = Path(folder) / "models" / "cpu", (Path(folder) / "journal").open("a", buffering=1)
+    plans = [make_plan(Path(folder) / "plans", seed=BASE + number, permuted=True) for number in range(40)]
+    settings = TritonSettings()
+    if not asking:
+        rolling_back.ask_embedded = lambda *arguments: None
+
+    def say(**what: object) -> None:
+        journal.write(json.dumps(what) + "\n")
+
+    counted = 0
+
+    def count(name: str, arguments: tuple[object, ...]) -> None:
+        nonlocal counted
+        path = str(arguments[0]) if arguments else ""
+        writes = name == "open" and isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        # The journal is no part of it, nor is what the server's process needs.
+        if (name in CHANGES or writes) and "journal" not in path and not path.endswith((".log", "/null")):
+            counted += 1
+            if counted == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    print("begun", flush=True)
+    sys.addaudithook(count)
+    for plan in plans if asking else plans[:1]:
+        say(begins="publish", seed=int(plan.engine.digest), changes=counted)
+        say(published=publish(plan, repository, UNASKED).release.number)
+        say(begins="rollback", changes=counted)
+        say(rolled_back=roll_back(repository, "tiny", settings, log=Path(folder) / "rollback.log").release.number)
+        say(begins="retain", keep=KEEP, changes=counted)
+        say(removed=retain(repository, "tiny", keep=KEEP).removed, changes=counted)
+
+
+def expected(journal: Path) -> tuple[dict[int, int], set[int], set[int]]:
+    """From what a killed process has said: seeds by number, the releases that have to be there, and what may serve."""
+    seeds, held = {number: number - 1 for number in range(1, BASE + 1)}, set(range(1, BASE + 1))
+    serves, under_way = BASE, {BASE}
+    for line in journal.read_text().splitlines():
+        said = json.loads(line)
+        if said.get("begins") == "publish":
+            new = max(seeds) + 1
+            seeds[new] = said["seed"]
+            under_way = {serves, new}
+        elif "published" in said:
+            serves = said["published"]
+            assert serves == max(seeds)
+            held.add(serves)
+            under_way = {serves}
+        elif said.get("begins") == "rollback":
+            under_way = {serves, max(number for number in held if number < serves)}
+        elif "rolled_back" in said:
+            serves = said["rolled_back"]
+            under_way = {serves}
+        elif said.get("begins") == "retain":
+            held = {serves, *sorted(held)[-said["keep"] :]}
+    return seeds, held, under_way
+
+
+def run_killed(folder: Path, moment: Moment) -> bool:
+    """Whether the process was killed; else it came to its end before the moment."""
+    asking = moment.seconds > 0
+    code = f"from tests.test_killed import act; act({str(folder)!r}, {moment.change}, asking={asking})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        if asking:
+            time.sleep(moment.seconds)
+            process.kill()
+        status = process.wait(LONGEST_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Files of a release are never written again, so a copy may share them."""
+    for path in source.rglob("*"):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            os.link(path, place)
+
+
+def check_serves(repository: Path, settings: TritonSettings, plan, control, log: Path) -> None:
+    """A server starts on the repository, with all that is in it, and answers with the release of that plan."""
+    with (
+        EmbeddedServer(repository, settings, models=["tiny"], log=log, control=control) as server,
+        TextClient(server.grpc_address) as client,
+    ):
+        assert client.release_of("tiny") == current_number(repository, "tiny")
+        np.testing.assert_allclose(ask_together(client, TEXTS), answers_of(plan, TEXTS), rtol=0, atol=1e-5)
+
+
+def check_left(repository: Path, folder: Path) -> tuple[int, set[int]]:
+    """What a killed process leaves, before anybody mends it; the seed of what serves, and what has to be there."""
+    seeds, held, may_serve = expected(folder / "journal")
+    serves = current_number(repository, "tiny")
+    assert serves in may_serve
+    for number in held | {serves}:
+        assert differences(repository, find_release(repository, "tiny", number)) == [], number
+    assert [finding for finding in lint(repository) if finding.severity == "error"] == []
+    return seeds[serves], held
+
+
+def check_goes_on(repository: Path, plan, held: set[int]) -> None:
+    """The next publish works, loses nothing, and leaves nothing but releases."""
+    release = publish(plan, repository, UNASKED).release
+    assert current_number(repository, "tiny") == release.number
+    there = {other.number for other in list_releases(repository, "tiny")}
+    assert held | {release.number} <= there
+    for number in there:
+        assert differences(repository, find_release(repository, "tiny", number)) == [], number
+    named = {name for other in list_releases(repository, "tiny") for name in internal_names(other)}
+    assert {path.name for path in repository.iterdir()} == {"tiny"} | named
+    assert {path.name for path in (repository / "tiny").iterdir()} == {"config.pbtxt"} | {str(one) for one in there}
+    assert not list(staging_root(repository).glob("*"))
+    assert lint(repository) == []
+
+
+def choose_moments(folder: Path, base: Path, changes: int, times: int, seed: int) -> list[Moment]:
+    """A third of the `changes` in each of the three, at random, and `times` at random times."""
+    link_tree(base.parent, folder / "models")
+    assert not run_killed(folder, Moment())
+    said = [json.loads(line) for line in (folder / "journal").read_text().splitlines()]
+    ends = [line["changes"] for line in said if "changes" in line]
+    chance = random.Random(seed)
+    moments = []
+    for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        assert end - start > 5, said
+        count = changes // 3 + (number < changes % 3)
+        whole, rest = divmod(count, end - start)
+        drawn = [*range(start + 1, end + 1)] * whole + chance.sample(range(start + 1, end + 1), rest)
+        moments += [Moment(change=change) for change in drawn]
+    return moments + [Moment(seconds=chance.uniform(0.01, 8.0)) for _ in range(times)]
+
+
+def kill_and_check(repository, plans, triton_settings, tmp_path, *, changes, times, served_every, seed):
+    moments = choose_moments(tmp_path / "counting", repository, changes, times, seed)
+    killed = served = 0
+    for number, moment in enumerate(moments):
+        folder = tmp_path / f"moment-{number}"
+        own = folder / "models" / "cpu"
+        link_tree(repository.parent, folder / "models")
+        killed += run_killed(folder, moment)
+        serving, held = check_left(own, folder)
+        if number % served_every == 0:
+            # All three modes, of which two load whatever is in the repository.
+            control = ("poll", "explicit", "none")[served % 3]
+            plan = make_plan(folder / "plans", seed=serving, permuted=True)
+            check_serves(own, triton_settings, plan, control, folder / "served.log")
+            served += 1
+        check_goes_on(own, plans[BASE], held)
+    assert killed == changes + times
+    return served
+
+
+def test_killed_at_some_moments(repository, plans, triton_settings, tmp_path):
+    served = kill_and_check(
+        repository, plans, triton_settings, tmp_path, changes=10, times=2, served_every=4, seed=11
+    )
+    assert served == 3
+
+
+@pytest.mark.whole
+def test_killed_at_a_hundred_moments(repository, plans, triton_settings, tmp_path):
+    served = kill_and_check(
+        repository, plans, triton_settings, tmp_path, changes=75, times=25, served_every=1, seed=20261
+    )
+    assert served == 100

@@ -32,7 +32,7 @@ def rollback(options: Namespace) -> int:
         f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision}), not to "
         f"{done.before} any more. Optimizing the same again does not undo it."
     )
-    if workspace.triton.server is None and serves(DEFAULT_ADDRESS, options.model):
+    if not workspace.triton.servers and serves(DEFAULT_ADDRESS, options.model):
         _await(options.model, release.number)
     return 0
 
@@ -64,7 +64,7 @@ def retain(options: Namespace) -> int:
         options.model,
         keep=options.keep,
         wanted={} if champion is None else {champion: "the champion in MLflow"},
-        server=workspace.triton.server,
+        settings=workspace.triton,
         asked=[DEFAULT_ADDRESS],
     )
     for number, why in done.kept.items():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import orchestration
 from resources.errors import CatalogError
 from resources.isolation import Limits
 from resources.targets import check_target
 from resources.tracking import Tracker
-from resources.triton.settings import Flavour, TritonSettings
+from resources.triton.settings import Control, Flavour, TritonSettings
 from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, Workspace
 
 DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")
@@ -33,10 +33,17 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
     flavour = environment.get("REFINERY_TRITON_FLAVOUR", "python")
     if flavour not in get_args(Flavour):
         raise CatalogError(f"REFINERY_TRITON_FLAVOUR: {flavour!r} is not one of {', '.join(get_args(Flavour))}.")
+    given = environment.get("REFINERY_TRITON_CONTROL") or TritonSettings().control
+    if given not in get_args(Control):
+        raise CatalogError(f"REFINERY_TRITON_CONTROL: {given!r} is not one of {', '.join(get_args(Control))}.")
+    grpc, http = _addresses(environment, "REFINERY_TRITON_GRPC"), _addresses(environment, "REFINERY_TRITON_HTTP")
+    if len(http) > len(grpc):
+        raise CatalogError("REFINERY_TRITON_HTTP names more servers than REFINERY_TRITON_GRPC; give both in one order.")
     triton = TritonSettings(
         flavour="native" if flavour == "native" else "python",
-        server=environment.get("REFINERY_TRITON_GRPC") or None,
-        server_http=environment.get("REFINERY_TRITON_HTTP") or None,
+        servers=grpc,
+        servers_http=http,
+        control=cast(Control, given),
         repositories=_path(environment, "REFINERY_TRITON_REPOSITORIES"),
         environment=_path(environment, "REFINERY_TRITON_ENVIRONMENT") or TritonSettings().environment,
     )
@@ -65,6 +72,16 @@ def tracker_of(workspace: Workspace) -> Tracker:
     uri = workspace.mlflow_uri()
     ui = workspace.tracking_ui or (uri if uri.startswith("http") else DEFAULT_MLFLOW_UI)
     return Tracker(uri, ui=ui.rstrip("/"), folder=workspace.home / "tracking")
+
+
+def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """`host:port`, several with commas between them."""
+    found = tuple(environment.get(name, "").replace(",", " ").split())
+    for address in found:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or "/" in address:
+            raise CatalogError(f"{name}: {address!r} is not host:port, such as triton:8001 (several: with commas).")
+    return found
 
 
 def _path(environment: Mapping[str, str], name: str) -> Path | None:

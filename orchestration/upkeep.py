@@ -58,7 +58,7 @@ def retain_releases(
         config.model,
         keep=config.keep,
         wanted={} if champion is None else {champion: "the champion in MLflow"},
-        server=workspace.triton.server,
+        settings=workspace.triton,
     )
     kept = {str(number): why for number, why in done.kept.items()}
     _seen(context, config, {"kept": dg.MetadataValue.json(kept), "removed": dg.MetadataValue.json(list(done.removed))})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -86,6 +87,14 @@ def sharing(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> W
     """Such a workspace, with the artifacts of all tests that ask for this: what one exported, others find."""
     base = tmp_path_factory.getbasetemp()
     return replace(workspace, artifacts=(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts")
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port of loopback where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

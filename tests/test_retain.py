@@ -13,6 +13,7 @@ from resources.triton.layout import CONFIG, list_releases
 from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.server import EmbeddedServer
+from resources.triton.settings import TritonSettings
 from tests.releases import answers_of, ask_together, make_plan, release_digest, unasked
 
 UNASKED = Steps(prove=unasked)
@@ -70,7 +71,9 @@ def test_what_a_server_serves_stays_and_answers(repository, plans, triton_settin
     ):
         client.load("tiny__r1__engine")
         point_to(repository, 5)  # and nobody has told the server
-        done = retain(repository, "tiny", keep=1, server=server.grpc_address, asked=["127.0.0.1:9"])
+        done = retain(
+            repository, "tiny", keep=1, settings=TritonSettings(servers=(server.grpc_address,)), asked=["127.0.0.1:9"]
+        )
         assert done.removed == (1, 2, 4)
         assert done.kept[3] == f"served at {server.grpc_address}"
         assert not client.is_ready("tiny__r1__engine")
@@ -121,7 +124,7 @@ def test_mistakes_remove_nothing(repository):
 
 def test_a_server_that_does_not_answer_may_hold_anything(repository):
     with pytest.raises(ServerError, match="nobody knows which release it holds"):
-        retain(repository, "tiny", keep=1, server="127.0.0.1:9")
+        retain(repository, "tiny", keep=1, settings=TritonSettings(servers=("127.0.0.1:9",)))
     assert numbers(repository) == [1, 2, 3, 4, 5]
 
 

@@ -153,7 +153,7 @@ def test_native_releases_need_a_server_that_has_their_backend(tmp_path):
 
 def test_a_running_server_is_told_and_asked(repository, broken, plans, triton_settings, tmp_path):
     with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
-        settings = replace(triton_settings, server=server.grpc_address)
+        settings = replace(triton_settings, servers=(server.grpc_address,))
         with TextClient(server.grpc_address) as client:
             roll_back(repository, "tiny", settings, to=1, log=tmp_path / "log")
             number, answers = served(client)
@@ -189,7 +189,7 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
         TextClient(server.grpc_address) as client,
     ):
-        settings = replace(triton_settings, server=server.grpc_address)
+        settings = replace(triton_settings, servers=(server.grpc_address,))
         with pytest.raises(KeyboardInterrupt):
             roll_back(repository, "tiny", settings, log=tmp_path / "log")
         assert asked == ["tiny__r2__proof", None]

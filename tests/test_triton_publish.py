@@ -111,19 +111,54 @@ def test_a_release_that_is_not_proven_leaves_nothing(repository, plans, fault):
         assert_clean(repository)
 
 
-def test_a_server_that_missed_the_announcement_is_told_again(repository, plans):
+@pytest.mark.parametrize("first", [True, False])
+def test_a_release_that_the_servers_do_not_take_up_is_taken_back(repository, plans, first):
+    told, gone = [], []
+
+    def refuse(release):
+        told.append(current_number(repository, "tiny"))
+        raise ServerError("It does not answer.")
+
+    def go_back(model):
+        told.append(current_number(repository, "tiny"))
+        return []
+
+    if not first:
+        publish(plans[0], repository, UNASKED)
+    before = tree_digest(repository)
+    steps = Steps(prove=unasked, announce=refuse, go_back=go_back, retire=gone.extend)
+    with pytest.raises(ServerError, match=r"taken back: It does not answer\. What served before serves again\."):
+        publish(plans[1], repository, steps)
+    number = 1 if first else 2
+    assert told == [number, None if first else 1]
+    assert gone == [f"tiny__r{number}__engine", f"tiny__r{number}__tokenizer"]
+    assert tree_digest(repository) == before
+    assert_clean(repository)
+    # What a server still answers with stays until the next publish, and is no release.
+    stuck = Steps(prove=unasked, announce=refuse, go_back=lambda model: ["Nor does it load what was there."])
+    with pytest.raises(ServerError, match=r"It does not answer\. Nor does it load what was there\."):
+        publish(plans[1], repository, stuck)
+    assert (repository / f"tiny__r{number}__engine").is_dir()
+    assert current_number(repository, "tiny") == (None if first else 1)
+    assert publish(plans[1], repository, UNASKED).release.number == number + 1
+    assert_clean(repository)
+
+
+def test_servers_are_told_of_what_is_published_already(repository, plans):
     told = []
-
-    def announce(release):
-        told.append(release.number)
-        if len(told) == 1:
-            raise ServerError("gone")
-
-    steps = Steps(prove=unasked, announce=announce)
-    with pytest.raises(ServerError, match="gone"):
-        publish(plans[0], repository, steps)
+    steps = Steps(prove=unasked, announce=lambda release: told.append(release.number))
+    publish(plans[0], repository, steps)
     assert publish(plans[0], repository, steps).changed is False
     assert told == [1, 1]
+
+
+def test_nothing_is_written_where_the_servers_are_not_ready(repository, plans):
+    def refuse():
+        raise ServerError("gone")
+
+    with pytest.raises(ServerError, match="gone"):
+        publish(plans[0], repository, Steps(prove=unasked, ready=refuse))
+    assert list(repository.iterdir()) == []
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(repository, plans):

@@ -24,9 +24,10 @@ from resources.errors import ReleaseError, ServerError
 from resources.triton import server as server_module
 from resources.triton import watch
 from resources.triton.client import TextClient
+from resources.triton.fleet import Fleet
 from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, current_release
-from resources.triton.make import _server_steps
+from resources.triton.make import fleet_steps
 from resources.triton.proof import prove
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer, serve_foreground
@@ -201,13 +202,6 @@ def test_what_a_person_reads_when_nothing_answers(served, unused_port):
         query_texts(f"127.0.0.1:{unused_port}", "tiny", ["x"], "http")
 
 
-@pytest.fixture
-def unused_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_classification_with_weights_beside_the_graph(tmp_path, triton_settings):
     import tritonclient.grpc as triton
 
@@ -307,10 +301,14 @@ def test_an_engine_that_cannot_be_loaded_is_not_published(repository, plans, tri
 def test_a_running_server_proves_and_takes_up_a_release(repository, plans, triton_settings, tmp_path):
     """What happens where REFINERY_TRITON_GRPC names a server of this repository."""
     first = release_digest(repository, "tiny", 1)
-    with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
+    with (
+        EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
+        Fleet(replace(triton_settings, servers=(server.grpc_address,))) as fleet,
+    ):
+        http = [server.http_address]
         # A release that fails: the server holds and answers what it did before, and no trace is left.
         before = tree_digest(repository)
-        wrong = _server_steps(server.grpc_address, server.http_address, lambda: exam_of(plans[1], plans[0]), repository)
+        wrong = fleet_steps(fleet, lambda: exam_of(plans[1], plans[0]), repository, http=http)
         with pytest.raises(ReleaseError, match="cosine_mean"):
             publish(plans[1], repository, wrong)
         assert tree_digest(repository) == before
@@ -320,7 +318,7 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
         np.testing.assert_allclose(
             query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[0], TEXTS), rtol=0, atol=1e-6
         )
-        steps = _server_steps(server.grpc_address, server.http_address, lambda: exam_of(plans[1]), repository)
+        steps = fleet_steps(fleet, lambda: exam_of(plans[1]), repository, http=http)
         assert publish(plans[1], repository, steps).release.number == 2
         np.testing.assert_allclose(
             query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[1], TEXTS), rtol=0, atol=1e-6
@@ -340,14 +338,6 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
             assert publish(plans[1], repository, steps).changed is False
             assert not client.is_ready("tiny__r7__engine")
     assert not (repository / "tiny__r7__engine").exists()
-
-
-def test_a_configured_server_that_is_not_there(repository, plans, unused_port):
-    before = tree_digest(repository)
-    steps = _server_steps(f"127.0.0.1:{unused_port}", None, lambda: exam_of(plans[1]), repository)
-    with pytest.raises(ServerError, match=rf"No Triton answers gRPC at 127\.0\.0\.1:{unused_port} \(REFINERY_TRITON"):
-        publish(plans[1], repository, steps)
-    assert tree_digest(repository) == before
 
 
 @pytest.mark.parametrize("option", ["http_port", "grpc_port", "metrics_port"])

@@ -82,7 +82,7 @@ class TextClient:
         import numpy as np
 
         binary = {} if self.protocol == "grpc" else {"binary_data": not as_json}
-        tensors = self._tensors(contract, items, **binary)
+        tensors = text_tensors(self._api, contract, items, **binary)
         wanted = [self._api.InferRequestedOutput(contract.output, **binary)]
         limit = {"client_timeout": TIMEOUT_SECONDS} if self.protocol == "grpc" else {}
         try:
@@ -113,7 +113,7 @@ class TextClient:
         Empty for a model without labels. Raises ServerError.
         """
         wanted = [self._api.InferRequestedOutput(contract.output, class_count=count)]
-        tensors = self._tensors(contract, [item])
+        tensors = text_tensors(self._api, contract, [item])
         try:
             answer = self._client.infer(model, tensors, outputs=wanted, client_timeout=TIMEOUT_SECONDS)
         except Exception as error:
@@ -180,17 +180,16 @@ class TextClient:
             with suppress(ServerError):
                 self.unload(model)
 
-    def _tensors(self, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
-        import numpy as np
+    def failures(self) -> dict[str, str]:
+        """The models that the server could not load or has unloaded, each with its reason, gRPC alone.
 
-        tensors = []
-        for name in contract.inputs:
-            texts = [item[name] for item in items]
-            rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
-            tensor = self._api.InferInput(name, [len(items), 1], "BYTES")
-            tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
-            tensors.append(tensor)
-        return tensors
+        Raises ServerError.
+        """
+        try:
+            index = self._client.get_model_repository_index(client_timeout=TIMEOUT_SECONDS)
+        except Exception as error:
+            raise self._trouble("does not list its models", error) from error
+        return {item.name: item.reason for item in index.models if item.state == "UNAVAILABLE" and item.reason}
 
     def _limit(self, seconds: float) -> dict[str, float]:
         return {"client_timeout": seconds} if self.protocol == "grpc" else {}
@@ -203,12 +202,36 @@ class TextClient:
             first += (
                 ". Start the server on the repository that holds a release of it (refinery serve), or load it there"
             )
+        elif "not allowed if polling is enabled" in first:
+            first = (
+                "it does not run in explicit model control. Start it with --model-control-mode=explicit, or set "
+                "REFINERY_TRITON_CONTROL to the mode that it runs in"
+            )
+        elif "find backend library" in first or "runtime library" in first:
+            first += (
+                ". It lacks that backend: serve with a Triton that has it, or publish with "
+                "REFINERY_TRITON_FLAVOUR=python"
+            )
         elif not self.is_live():
             return ServerError(
                 f"No Triton answers {self.protocol} at {self.address} ({first}). Start one (refinery serve), or give "
                 "the right address."
             )
         return ServerError(f"The server at {self.address} ({self.protocol}) {what}: {first}.")
+
+
+def text_tensors(api: Any, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
+    """The inputs of one request, strings `[items, 1]` each. api: `tritonclient.grpc` or `tritonclient.http`."""
+    import numpy as np
+
+    tensors = []
+    for name in contract.inputs:
+        texts = [item[name] for item in items]
+        rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
+        tensor = api.InferInput(name, [len(items), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
+        tensors.append(tensor)
+    return tensors
 
 
 def serves(address: str, model: str) -> bool:

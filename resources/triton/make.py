@@ -1,25 +1,27 @@
-"""Making a release of the champion: on the embedded server, on a configured one, or staged without proof."""
+"""Making a release of the champion: proven on the embedded server, on configured ones, or staged without proof."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ThreadSetting
 from resources.catalog import ModelEntry
-from resources.errors import ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.tasks import TASKS, Gates, Metrics
 from resources.tasks.base import broken_answers
-from resources.triton.client import Contract, TextClient
+from resources.triton.client import Contract
 from resources.triton.files import discard, staging_folder, staging_root
-from resources.triton.layout import CONFIG, called_internals, internal_name
+from resources.triton.fleet import Fleet
+from resources.triton.layout import internal_name
 from resources.triton.proof import ODD_TEXTS, Exam, Proof, prove
 from resources.triton.publish import Published, Steps, publish
 from resources.triton.release import RESULT, Release, ReleasePlan
 from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage_alias
+from resources.triton.verify import ask
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -62,13 +64,17 @@ def make_release(
         with EmbeddedServer(staged, settings, models=[release.model], log=log) as server:
             return prove(exam(), release.model, grpc=server.grpc_address, http=server.http_address)
 
-    if settings.server is not None:
-        steps = _server_steps(settings.server, settings.server_http, exam, workspace.repository(champion.target))
-    elif settings.flavour == "python":
-        steps = Steps(prove=prove_embedded)
-    else:  # the embedded server has no native backend, so there is nobody to prove it on
-        steps = Steps()
-    return publish(plan, workspace.repository(champion.target), steps)
+    repository = workspace.repository(champion.target)
+    if settings.driven:
+        with Fleet(settings) as fleet:
+            return publish(plan, repository, fleet_steps(fleet, exam, repository, http=settings.servers_http))
+    # Triton's own backends are not embedded, so there is nobody to prove such a release on.
+    steps = Steps(prove=prove_embedded) if settings.flavour == "python" else Steps()
+    published = publish(plan, repository, steps)
+    if settings.servers and published.release.status == "published":
+        advice = f"{' and '.join(settings.servers)}, without model control, serves it once it is started anew."
+        return replace(published, advice=f"{published.advice} {advice}".strip())
+    return published
 
 
 def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference: Sequence[Any]) -> Exam:
@@ -107,39 +113,31 @@ def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference:
     )
 
 
-def _server_steps(grpc: str, http: str | None, exam: Callable[[], Exam], home: Path) -> Steps:
-    """Proving on a running server in explicit control that serves the repository `home`, and telling it to load."""
+def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Path, *, http: Sequence[str] = ()) -> Steps:
+    """Proving on running servers that serve the repository `home`, and having them take the release up.
+
+    The first is asked everything, over gRPC and, where `http` has its address, HTTP; the others a question each.
+    """
 
     def prove_inside(repository: Path, release: Release, plan: ReleasePlan) -> Proof:
         """Through a second ensemble, which is there for the proof alone."""
         name = internal_name(release.model, release.number, "proof")
-        with TextClient(grpc) as client:
-            if not client.is_live():
-                raise ServerError(
-                    f"No Triton answers gRPC at {grpc} (REFINERY_TRITON_GRPC). Start it, or unset the variable."
-                )
-            try:
-                with staging_folder(repository) as scratch:
-                    stage_alias(plan, release.number, name, scratch).rename(repository / name)
-                client.load(name, called_internals((repository / name / CONFIG).read_text(encoding="utf-8")))
-                return prove(exam(), name, grpc=grpc, http=http)
-            finally:
-                retire([name])
-                discard(repository / name, staging_root(repository))
-
-    def announce(release: Release) -> None:
         try:
-            pointer = home / release.model / CONFIG
-            with TextClient(grpc) as client:
-                client.load(release.model, called_internals(pointer.read_text(encoding="utf-8")))
-        except ServerError as error:
-            raise ServerError(
-                f"{release.model}: release {release.number} is in the repository, and the server does not serve it "
-                f"yet; what served before does. Optimize again to have it loaded. {error}"
-            ) from error
+            with staging_folder(repository) as scratch:
+                stage_alias(plan, release.number, name, scratch).rename(repository / name)
+            fleet.hold(repository, name, release.number)
+            for client in fleet.clients[1:]:
+                ask(client, repository, release, name)
+            first = fleet.clients[0].address
+            return prove(exam(), name, grpc=first, http=http[0] if http else None)
+        finally:
+            fleet.retire([name])
+            discard(repository / name, staging_root(repository))
 
-    def retire(names: list[str]) -> None:
-        with TextClient(grpc) as client:
-            client.unload_all(names)
-
-    return Steps(prove_inside=prove_inside, announce=announce, retire=retire)
+    return Steps(
+        ready=fleet.require_alike,
+        prove_inside=prove_inside,
+        announce=lambda release: fleet.take_up(home, release),
+        go_back=lambda model: fleet.go_back(home, model),
+        retire=fleet.retire,
+    )

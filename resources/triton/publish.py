@@ -61,11 +61,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Steps:
-    """What the publisher needs done by a server. Each gets the repository the release's folders lie in.
+    """What the publisher needs done by a server. Provers get the repository the release's folders lie in.
 
+    ready: raises ServerError where what follows could not be done; nothing has been written yet.
     prove: before anything of the release is visible, on the staging folder alone.
     prove_inside: after the internals are in the repository, before the public model names them.
-    announce: at the end, also of an unchanged publish: a server that does not watch the repository is told to load.
+    announce: once the public model names it, also of an unchanged publish: servers have to answer with it, or the
+        pointer is put back.
+    go_back: after that; the servers have to serve what the public model names then, if anything. What failed.
     retire: names of folders that are in the repository no more; a server may still hold them.
     Without `prove` and `prove_inside` the release is staged, not published.
     """
@@ -73,6 +76,8 @@ class Steps:
     prove: Callable[[Path, Release], Proof] | None = None
     prove_inside: Callable[[Path, Release, ReleasePlan], Proof] | None = None
     announce: Callable[[Release], None] | None = None
+    go_back: Callable[[str], list[str]] | None = None
+    ready: Callable[[], None] | None = None
     retire: Callable[[list[str]], None] | None = None
 
 
@@ -84,9 +89,9 @@ def unverified_root(repository: Path, model: str) -> Path:
 def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
     """Publish the plan as the next release of its model, unless the repository holds just that already.
 
-    An unchanged plan publishes nothing and moves no pointer, so it never undoes a rollback. Raises ReleaseError or
-    ServerError; then what served before serves on, and nothing of the new release stays in the repository. The one
-    exception: a release that is published, and that the server then did not load; publishing again tells it again.
+    An unchanged plan publishes nothing and moves no pointer, so it never undoes a rollback; servers are told again.
+    Raises ReleaseError or ServerError; then what served before serves on, and nothing of the new release stays in the
+    repository.
     """
     check_plan(plan)
     engine_bytes = plan.engine.size_bytes
@@ -94,15 +99,19 @@ def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
         repository.mkdir(parents=True, exist_ok=True)
         with repository_lock(repository):
             _require_ours(repository, plan.model)
+            if steps.ready is not None:
+                steps.ready()
             waiting = _waiting(repository, plan.model)
             highest = max(highest_number(repository, plan.model), waiting.number if waiting else 0)
             removed = sweep(repository)
             if steps.retire is not None and removed:
                 steps.retire(removed)
-            result = _unchanged(plan, repository, steps, waiting) or _publish_next(plan, repository, steps, highest + 1)
-            if steps.announce is not None and result.release.status == "published":
-                steps.announce(result.release)
-            return result
+            unchanged = _unchanged(plan, repository, steps, waiting)
+            if unchanged is None:
+                return _publish_next(plan, repository, steps, highest + 1)
+            if steps.announce is not None and unchanged.release.status == "published":
+                steps.announce(unchanged.release)
+            return unchanged
 
 
 def _unchanged(plan: ReleasePlan, repository: Path, steps: Steps, waiting: Release | None) -> Published | None:
@@ -165,7 +174,38 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Pat
         raise
     sync(public)
     sync(repository)
+    if steps.announce is not None:
+        try:
+            steps.announce(release)
+        except BaseException as error:
+            failed = _take_back(release, staged, repository, steps)
+            if isinstance(error, ServerError):
+                raise ServerError(
+                    f"{release.model}: release {release.number} was taken back: {error} "
+                    f"{' '.join(failed) or 'What served before serves again.'}"
+                ) from error
+            raise
     return release
+
+
+def _take_back(release: Release, staged: Path, repository: Path, steps: Steps) -> list[str]:
+    """Undo a release that the servers did not take up; what could not be undone there, a sentence each."""
+    public, internals = repository / release.model, internal_names(release)
+    if (staged / _REPLACES).exists():
+        (staged / _REPLACES).replace(public / CONFIG)
+        sync(public)
+        failed = steps.go_back(release.model) if steps.go_back is not None else []
+        discard(public / str(release.number), staging_root(repository))
+    else:  # it was the first
+        discard(public, staging_root(repository))
+        failed = steps.go_back(release.model) if steps.go_back is not None else []
+    if failed:  # they may be what a server still answers with
+        return failed
+    for name in internals:
+        discard(repository / name, staging_root(repository))
+    if steps.retire is not None:
+        steps.retire(internals)
+    return []
 
 
 def _accept(release: Release, prove: Callable[[], Proof]) -> Release:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import TextClient
 from resources.triton.files import clear_disk_errors, discard, repository_lock, staging_root, sync
+from resources.triton.fleet import Fleet
 from resources.triton.layout import (
     CONFIG,
     current_number,
@@ -20,6 +21,7 @@ from resources.triton.layout import (
     release_numbers,
 )
 from resources.triton.publish import sweep
+from resources.triton.settings import TritonSettings
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,22 @@ def retain(
     *,
     keep: int,
     wanted: Mapping[int, str] = MappingProxyType({}),
-    server: str | None = None,
+    settings: TritonSettings = TritonSettings(),  # noqa: B008 - frozen
     asked: Collection[str] = (),
 ) -> Retained:
     """Remove all releases of a model but the newest `keep`, what is pointed to, what is `wanted`, and what is served.
 
-    wanted: reasons by number. server: gRPC address of the one in explicit model control that serves the repository; it
-    has to answer, and unloads what goes. asked: addresses of others that may hold a release; those that do not answer
-    hold none. Damaged releases go, and do not count. Killed at any moment, what is left of a release is no release any
-    more and is swept up by whoever changes the repository next. Raises ReleaseError, ServerError.
+    wanted: reasons by number. The settings' servers have to answer, and unload what goes. asked: addresses of others
+    that may hold a release; those that do not answer hold none. Damaged releases go, and do not count. Killed at any
+    moment, what is left of a release is no release any more and is swept up by whoever changes the repository next.
+    Raises ReleaseError, ServerError.
     """
     if keep < 1:
         raise ReleaseError(f"{model}: keep at least 1 release, not {keep}.")
     if not is_published_here(repository, model):
         raise ReleaseError(f"{model}: no release of it is in {repository}.")
     with clear_disk_errors(model, repository, 0), repository_lock(repository), ExitStack() as stack:
-        client = None if server is None else stack.enter_context(TextClient(server))
+        fleet = stack.enter_context(Fleet(settings))
         whole = [release.number for release in list_releases(repository, model)]
         current = current_number(repository, model)
         if current not in whole:
@@ -64,39 +66,39 @@ def retain(
         kept = dict.fromkeys(whole[-keep:], f"one of the newest {keep}")
         kept |= {number: why for number, why in wanted.items() if number in whole}
         kept |= {number: f"served at {address}" for address in asked if (number := _served(address, model)) in whole}
-        if client is not None and (number := _require_served(client, model)) in whole:
-            kept[number] = f"served at {client.address}"
+        for address in settings.servers:
+            if (number := _require_served(address, model)) in whole:
+                kept[number] = f"served at {address}"
         kept[current] = "what is pointed to"
         gone = sweep(repository, finish=False)
         removed = tuple(number for number in release_numbers(repository, model) if number not in kept)
         for number in removed:
-            _remove(repository, model, number, client)
-        if client is not None:
-            client.unload_all(gone)
+            _remove(repository, model, number, fleet)
+        fleet.retire(gone)
         return Retained(dict(sorted(kept.items())), removed)
 
 
-def _remove(repository: Path, model: str, number: int, client: TextClient | None) -> None:
+def _remove(repository: Path, model: str, number: int, fleet: Fleet) -> None:
     root = staging_root(repository)
     parsed = {path.name: parse_internal(path.name) for path in sorted(repository.iterdir())}
     internals = [name for name, found in parsed.items() if found is not None and found[:2] == (model, number)]
     # The manifest first: without it the rest is no release, wherever this ends.
     discard(repository / model / str(number), root)
     sync(repository / model)
-    if client is not None:
-        client.unload_all(internals)
+    fleet.retire(internals)
     for name in internals:
         discard(repository / name, root)
     sync(repository)
 
 
-def _require_served(client: TextClient, model: str) -> int | None:
-    if not client.is_live():
-        raise ServerError(
-            f"No Triton answers gRPC at {client.address} (REFINERY_TRITON_GRPC), so nobody knows which release it "
-            "holds, and nothing is removed. Start it, or unset the variable."
-        )
-    return client.release_of(model) if client.is_ready(model) else None
+def _require_served(address: str, model: str) -> int | None:
+    with TextClient(address) as client:
+        if not client.is_live():
+            raise ServerError(
+                f"No Triton answers gRPC at {address} (REFINERY_TRITON_GRPC), so nobody knows which release it holds, "
+                "and nothing is removed. Start it, or leave it out of the variable."
+            )
+        return client.release_of(model) if client.is_ready(model) else None
 
 
 def _served(address: str, model: str) -> int | None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError
-from resources.triton.client import TextClient
 from resources.triton.files import clear_disk_errors, discard, repository_lock, staging_folder, staging_root, sync
+from resources.triton.fleet import Fleet
 from resources.triton.layout import (
     CONFIG,
-    called_internals,
     current_number,
     is_published_here,
     list_releases,
@@ -38,8 +37,8 @@ def roll_back(
 ) -> RolledBack:
     """Point the public model to an older release, or to any by its number.
 
-    to: its number; None: the newest before the one that is pointed to. A server is asked first, and, where one is
-    configured, told to load it, and asked again; an answer that fails puts the pointer back. Publishing the same again
+    to: its number; None: the newest before the one that is pointed to. A server is asked first; where some are
+    configured, they have to take it up and answer with it, or the pointer is put back. Publishing the same again
     does not undo it. Raises ReleaseError or ServerError; then what served before serves on.
     """
     if not is_published_here(repository, model):
@@ -54,14 +53,14 @@ def roll_back(
         require_unchanged(repository, release)
         # Not finishing what a killed publisher began: that would go forward.
         removed = sweep(repository, finish=False)
-        if settings.server is None:
+        if settings.driven:
+            with Fleet(settings) as fleet:
+                _switch(repository, release, fleet, removed)
+        else:
             if release.number == before:
                 raise ReleaseError(f"{model}: release {before} is what is pointed to already.")
             ask_embedded(repository, release, settings, log)
             _point(repository, release)
-        else:
-            with TextClient(settings.server) as client:
-                _switch(repository, release, client, removed)
         return RolledBack(release, before)
 
 
@@ -95,52 +94,45 @@ def _replace(repository: Path, model: str, new: Path) -> None:
     sync(repository / model)
 
 
-def _switch(repository: Path, release: Release, client: TextClient, removed: Sequence[str]) -> None:
-    """On a running server in explicit model control: asked under another name first, then pointed to and loaded."""
-    if not client.is_live():
-        raise ServerError(
-            f"No Triton answers gRPC at {client.address} (REFINERY_TRITON_GRPC). Start it, or unset the variable."
-        )
+def _switch(repository: Path, release: Release, fleet: Fleet, removed: Sequence[str]) -> None:
+    """On running servers: asked under another name first, then pointed to and taken up."""
+    fleet.require_alike()
     model, pointer = release.model, repository / release.model / CONFIG
     old = pointer.read_text(encoding="utf-8")
-    served = _served(client, model)
-    if served == release.number == pinned_number(old):
-        raise ReleaseError(f"{model}: release {served} is what is pointed to and served already.")
-    client.unload_all(removed)
-    config = (repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8")
-    internals = named_internals(config)
+    if {release.number} == {pinned_number(old), *fleet.served(model)}:
+        raise ReleaseError(f"{model}: release {release.number} is what is pointed to and served already.")
+    fleet.retire(removed)
+    internals = named_internals((repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8"))
     try:
-        _ask_aside(repository, release, client)
+        _ask_aside(repository, release, fleet)
         with _prepared(repository, old.encode()) as back:
             _point(repository, release)
             try:
-                client.load(model, called_internals(config))
-                ask(client, repository, release)
-            except BaseException:
+                fleet.take_up(repository, release)
+            except BaseException as error:
                 _replace(repository, model, back)
-                client.load(model, called_internals(old))
+                failed = fleet.go_back(repository, model)
+                if isinstance(error, ServerError):
+                    raise ServerError(
+                        f"{model}: release {release.number} was not taken up: {error} "
+                        f"{' '.join(failed) or 'What served before serves again.'}"
+                    ) from error
                 raise
     except BaseException:
         # Not what serves: going back may have failed too.
-        if _served(client, model) not in (release.number, None):
-            client.unload_all(internals)
+        if release.number not in fleet.served(model):
+            fleet.retire(internals)
         raise
 
 
-def _ask_aside(repository: Path, release: Release, client: TextClient) -> None:
+def _ask_aside(repository: Path, release: Release, fleet: Fleet) -> None:
     with staging_folder(repository) as scratch:
         name = write_alias(repository, release, scratch)
         (scratch / name).rename(repository / name)
     try:
-        client.load(name, called_internals((repository / name / CONFIG).read_text(encoding="utf-8")))
-        ask(client, repository, release, name)
+        fleet.hold(repository, name, release.number)
+        for client in fleet.clients:
+            ask(client, repository, release, name)
     finally:
-        client.unload_all([name])
+        fleet.retire([name])
         discard(repository / name, staging_root(repository))
-
-
-def _served(client: TextClient, model: str) -> int | None:
-    try:
-        return client.release_of(model)
-    except ServerError:
-        return None

@@ -16,13 +16,19 @@ Control = Literal["explicit", "poll", "none"]
 
 @dataclass(frozen=True)
 class TritonSettings:
-    """`server`: gRPC address of a running Triton in explicit model control that serves `repositories/<target>`;
-    None: each release is proven on an embedded server of its own. `server_http`: the same server's HTTP address.
-    `environment`: the virtual environment that `refinery setup` builds for the embedded server.
+    """`servers`: gRPC addresses of running Tritons that serve `repositories/<target>`; none: each release is proven on
+    an embedded server of its own. `servers_http`: their HTTP addresses, in the same order. `control`: their
+    `--model-control-mode`. `environment`: the virtual environment that `refinery setup` builds for the embedded server.
     """
 
     flavour: Flavour = "python"
-    server: str | None = None
-    server_http: str | None = None
+    servers: tuple[str, ...] = ()
+    servers_http: tuple[str, ...] = ()
+    control: Control = "explicit"
     repositories: Path | None = None
     environment: Path = Path(sys.prefix) / "triton"
+
+    @property
+    def driven(self) -> tuple[str, ...]:
+        """The servers that take up a release while they run."""
+        return () if self.control == "none" else self.servers

@@ -81,10 +81,11 @@ def verify_release(
             raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
         release = find_release(repository, model, number)
         require_unchanged(repository, release)
-        if release.flavour == "native" and settings.server is not None:
-            with TextClient(settings.server) as client:
-                ask(client, repository, release)
-            return release, f"the server at {settings.server}"
+        if release.flavour == "native" and settings.servers:
+            for address in settings.servers:
+                with TextClient(address) as client:
+                    ask(client, repository, release)
+            return release, f"Triton at {' and '.join(settings.servers)}"
         ask_embedded(repository, release, settings, log)
         return release, "an embedded server"
 

@@ -1,0 +1,136 @@
+"""The running servers behind one repository, told of releases in the way that their control mode wants.
+
+explicit: they are told to load. poll: they see it by themselves, and are waited for. Servers without model control
+(`none`) hold what they loaded when they started, so there is nothing that they could be told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from resources.errors import ServerError
+from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient
+from resources.triton.layout import CONFIG, called_internals, named_internals, pinned_number
+from resources.triton.release import Release
+from resources.triton.settings import TritonSettings
+from resources.triton.verify import ask
+
+_LOOK_SECONDS = 0.1
+#: A server that has no model of the name answers so at once; one that is gone does not answer at all.
+_GONE = "unloaded"
+
+
+class Fleet:
+    """The servers that can be told. A context manager: it holds one connection to each. False: there are none.
+
+    Nothing here waits longer than a load may take (client.LOAD_TIMEOUT_SECONDS) for one server.
+    """
+
+    def __init__(self, settings: TritonSettings) -> None:
+        self._polling = settings.control == "poll"
+        self._addresses = settings.driven
+        self._stack = ExitStack()
+        self.clients: list[TextClient] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._addresses)
+
+    def __enter__(self) -> Fleet:
+        self.clients = [self._stack.enter_context(TextClient(address)) for address in self._addresses]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def require_alike(self) -> None:
+        """Raise ServerError unless every server answers, all of one version: proven on one means nothing elsewhere."""
+        dead = [client.address for client in self.clients if not client.is_live()]
+        if dead:
+            raise ServerError(
+                f"No Triton answers gRPC at {' and '.join(dead)} (REFINERY_TRITON_GRPC), and nothing was changed. "
+                "Start it, or leave it out of the variable."
+            )
+        versions = {client.address: client.version() for client in self.clients}
+        if len(set(versions.values())) > 1:
+            found = ", ".join(f"{address}: {version}" for address, version in versions.items())
+            raise ServerError(
+                f"The servers of REFINERY_TRITON_GRPC are not of one version ({found}): what is proven on one may not "
+                "load on another, so nothing was changed. Bring them to one version, or give each its own repository."
+            )
+
+    def hold(self, repository: Path, name: str, number: int) -> None:
+        """Have every server hold a model that lies in the repository and is pinned to that release.
+
+        Raises ServerError with the server's reason.
+        """
+        config = (repository / name / CONFIG).read_text(encoding="utf-8")
+        for client in self.clients:
+            if self._polling:
+                self._await(client, name, number, named_internals(config))
+            else:
+                client.load(name, called_internals(config))
+
+    def take_up(self, repository: Path, release: Release) -> None:
+        """Have every server serve the release that the public model names, and answer with it. Raises ServerError."""
+        self.hold(repository, release.model, release.number)
+        for client in self.clients:
+            ask(client, repository, release)
+
+    def go_back(self, repository: Path, model: str) -> list[str]:
+        """Have every server serve what the public model names again, or nothing; what failed, a sentence each."""
+        failed = []
+        for client in self.clients:
+            try:
+                self._go_back(client, repository, model)
+            except ServerError as error:
+                failed.append(str(error))
+        return failed
+
+    def _go_back(self, client: TextClient, repository: Path, model: str) -> None:
+        pointer = repository / model / CONFIG
+        if not pointer.exists():
+            if not self._polling:
+                client.unload_all([model])
+            return
+        config = pointer.read_text(encoding="utf-8")
+        number = pinned_number(config)
+        if self._polling and number is not None:
+            self._await(client, model, number, named_internals(config))
+        elif not self._polling:
+            client.load(model, called_internals(config))
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Have every server drop models that nothing names any more. Servers that poll do so by themselves."""
+        if not self._polling:
+            names = list(names)
+            for client in self.clients:
+                client.unload_all(names)
+
+    def served(self, model: str) -> list[int | None]:
+        """The release that each server answers with; None: none of ours."""
+        found: list[int | None] = []
+        for client in self.clients:
+            number = None
+            with suppress(ServerError):
+                number = client.release_of(model)
+            found.append(number)
+        return found
+
+    def _await(self, client: TextClient, name: str, number: int, internals: Sequence[str]) -> None:
+        deadline = time.monotonic() + LOAD_TIMEOUT_SECONDS
+        while time.monotonic() < deadline:
+            with suppress(ServerError):  # it has no model of the name yet
+                if client.release_of(name) == number:
+                    return
+            for model, reason in client.failures().items():
+                if model in (name, *internals) and reason != _GONE:
+                    raise ServerError(f"The server at {client.address} cannot load {model}: {reason}.")
+            time.sleep(_LOOK_SECONDS)
+        raise ServerError(
+            f"The server at {client.address} did not take {name} up within {LOAD_TIMEOUT_SECONDS:g} s. Its log says "
+            f"why; it has to serve {internals[0].split('__r')[0] if internals else name}'s repository with "
+            "--model-control-mode=poll (REFINERY_TRITON_CONTROL)."
+        )

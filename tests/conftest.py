@@ -17,6 +17,7 @@ import pytest
 from resources import locks
 from resources.catalog import ModelEntry
 from resources.isolation import Limits
+from resources.triton import retain
 from resources.triton.environment import is_installed
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
@@ -37,6 +38,14 @@ def own_machine_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """No test asks how fast anything is, so those in other processes need not wait for this one's benchmarks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locks, "MACHINE_LOCK", tmp_path_factory.mktemp("machine") / "machine.lock")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_polls() -> Iterator[None]:
+    """No server that the product does not know of polls a repository, but where a test starts one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retain, "FOLLOW_SECONDS", 0.0)
         yield
 
 

@@ -103,9 +103,9 @@ def answers_of(plan: ReleasePlan, texts: Sequence[str]) -> np.ndarray:
     return np.concatenate([session.run([plan.output], encoder.encode([text]))[0] for text in texts])
 
 
-def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None) -> Exam:
-    """The sample texts with the plan's own answers, or another's, as what is right."""
-    texts = sample_texts()[:120]
+def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None, *, count: int = 120) -> Exam:
+    """So many sample texts with the plan's own answers, or another's, as what is right."""
+    texts = sample_texts()[:count]
     reference = list(answers_of(reference_of or plan, texts))
     return make_exam(plan, TASKS[plan.checkpoint.task].gates(), [{"TEXT": text} for text in texts], reference)
 

@@ -11,17 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from resources.errors import ReleaseError
+from resources.triton import retain as retaining
 from resources.triton import rollback as rolling_back
 from resources.triton.client import TextClient
 from resources.triton.files import staging_root
-from resources.triton.layout import current_number, internal_names, is_whole, list_releases
+from resources.triton.layout import current_number, internal_names, list_releases
 from resources.triton.lint import lint
 from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
@@ -29,7 +29,7 @@ from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.triton.verify import differences, find_release
-from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
+from tests.releases import answers_of, ask_together, make_plan, unasked
 
 ROOT = Path(__file__).resolve().parents[1]
 UNASKED = Steps(prove=unasked)
@@ -77,6 +77,7 @@ def act(folder: str, change: int, *, asking: bool) -> None:
     repository, journal = Path(folder) / "models" / "cpu", (Path(folder) / "journal").open("a", buffering=1)
     plans = [make_plan(Path(folder) / "plans", seed=BASE + number, permuted=True) for number in range(40)]
     settings = TritonSettings()
+    retaining.FOLLOW_SECONDS = 0.0
     if not asking:
         rolling_back.ask_embedded = lambda *arguments: None
 
@@ -236,9 +237,7 @@ def kill_and_check(repository, plans, triton_settings, tmp_path, *, changes, tim
 
 
 def test_killed_at_some_moments(repository, plans, triton_settings, tmp_path):
-    served = kill_and_check(
-        repository, plans, triton_settings, tmp_path, changes=10, times=2, served_every=4, seed=11
-    )
+    served = kill_and_check(repository, plans, triton_settings, tmp_path, changes=10, times=2, served_every=4, seed=11)
     assert served == 3
 
 

@@ -31,6 +31,14 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
+class Switch:
+    """A pointer that was moved: when, on `time.monotonic`'s clock, and to which release, as an index into the known."""
+
+    at: float
+    release: int
+
+
+@dataclass(frozen=True)
 class Requests:
     """One entry a request, in the order in which they were due.
 
@@ -52,6 +60,27 @@ class Requests:
         """Which were due then, as a mask."""
         return (self.due >= start) & (self.due < end)
 
+    def first_answer(self, switch: Switch) -> float:
+        """When its release answered first after the pointer was moved; infinity where it never did."""
+        done = self.done[(self.release == switch.release) & (self.done >= switch.at)]
+        return float(done.min()) if len(done) else float("inf")
+
+    def out_of_turn(self, switches: Sequence[Switch]) -> int:
+        """How many were answered by a release that was not pointed to yet, or that another had already followed.
+
+        switches: in order, beginning with what served before all requests.
+        """
+        ends = [self.first_answer(switch) for switch in switches[1:]] + [float("inf")]
+        allowed = np.zeros(len(self.due), dtype=bool)
+        for switch, end in zip(switches, ends, strict=True):
+            allowed |= (self.release == switch.release) & (self.done >= switch.at) & (self.due <= end)
+        return int((~allowed & (self.release >= 0)).sum())
+
+
+def moved(pointer: Path, release: int) -> Switch:
+    """Of a pointer that has just been moved: renaming a file to its place sets the time of its last change."""
+    return Switch(pointer.stat().st_ctime - time.time() + time.monotonic(), release)
+
 
 class Load:
     """`CLIENTS` clients, each with a connection of its own, while the context lasts; then `requests` is there.
@@ -70,13 +99,15 @@ class Load:
         spec = Path(self._folder.name) / "asked.npz"
         np.savez(spec, known=self._known, **self._asked)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.load", str(spec)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "tests.clients", str(spec)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"begun\n", "the clients did not start"
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         try:

@@ -4,6 +4,7 @@ test_triton_publish kills a publisher before each of its changes of the file sys
 three are killed at moments of a random choice, and what is left is linted, served and published to.
 """
 
+import itertools
 import json
 import os
 import random
@@ -205,9 +206,9 @@ def choose_moments(folder: Path, base: Path, changes: int, times: int, seed: int
     assert not run_killed(folder, Moment())
     said = [json.loads(line) for line in (folder / "journal").read_text().splitlines()]
     ends = [line["changes"] for line in said if "changes" in line]
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311
     moments = []
-    for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
         assert end - start > 5, said
         count = changes // 3 + (number < changes % 3)
         whole, rest = divmod(count, end - start)

@@ -13,10 +13,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -178,8 +177,8 @@ def measure(
     publisher: Publisher, control: Control, texts: Sequence[str], given: argparse.Namespace
 ) -> tuple[Requests, float, float]:
     """All cycles in one mode; what was asked, how many requests a second, and how many the server could answer."""
-    from tests.releases import unasked
     from resources.triton.publish import Steps
+    from tests.releases import unasked
 
     publish(publisher.plans[0], publisher.repository, Steps(prove=unasked))
     publisher.kinds[1] = 0

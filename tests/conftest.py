@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -106,6 +107,29 @@ def unused_port() -> int:
         return int(probe.getsockname()[1])
 
 
+#: Room for a dozen tiny releases, in bytes and in files.
+BIG_DISK, MANY_FILES = 200 * 2**20, 10_000
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
+    """A file system of its own, and a function that sets how many bytes and files it takes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(size_bytes: int = BIG_DISK, files: int = MANY_FILES, options: str = ",remount") -> None:
+        limits = f"size={size_bytes},nr_inodes={files}{options}"
+        command = ["/usr/bin/env", "mount", "-t", "tmpfs", "-o", limits, "tmpfs", str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    try:
+        mount(options="")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root; test_a_limit_on_file_sizes needs none")
+    yield folder, mount
+    subprocess.run(["/usr/bin/env", "umount", str(folder)], check=True)
+
+
 @pytest.fixture(scope="session")
 def triton_settings() -> TritonSettings:
     """The embedded Triton; a machine without one fails, it does not skip."""
@@ -115,7 +139,7 @@ def triton_settings() -> TritonSettings:
 
 
 def entry_for(folder: Path | str, **fields: Any) -> ModelEntry:
-    """A catalog entry for a checkpoint folder, quick to build and to measure: two engines, no choice of threads."""
+    """A catalog entry for a checkpoint folder, quick to build and to measure: two engines, nothing chosen by trying."""
     settings = {
         "name": "tiny",
         "source": str(folder),
@@ -124,5 +148,6 @@ def entry_for(folder: Path | str, **fields: Any) -> ModelEntry:
         "max_batch_size": 8,
         "benchmark": {"seconds": 1.0, "threads": 1},
         "engines": ["onnxruntime_fp32", "onnxruntime_int8"],
+        "serving": {"search_seconds": 0.0, "benchmark_seconds": 0.0},
     }
     return ModelEntry.model_validate({**settings, **fields})

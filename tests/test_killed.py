@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from resources.errors import ReleaseError
 from resources.triton import retain as retaining
 from resources.triton import rollback as rolling_back
 from resources.triton.client import TextClient
@@ -29,8 +31,8 @@ from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
-from resources.triton.verify import differences, find_release
-from tests.releases import answers_of, ask_together, make_plan, unasked
+from resources.triton.verify import differences, find_release, verify_release
+from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
 
 ROOT = Path(__file__).resolve().parents[1]
 UNASKED = Steps(prove=unasked)
@@ -248,3 +250,168 @@ def test_killed_at_a_hundred_moments(repository, plans, triton_settings, tmp_pat
         repository, plans, triton_settings, tmp_path, changes=75, times=25, served_every=1, seed=20261
     )
     assert served == 100
+
+
+def test_a_full_disk(small_disk, plans, triton_settings):
+    """Neither bytes nor files are left: nothing is published or gone back to, and cleaning up makes room."""
+    folder, resize = small_disk
+    repository = folder / "models" / "cpu"
+    for plan in plans[:BASE]:
+        publish(plan, repository, UNASKED)
+    before, found = tree_digest(repository), os.statvfs(folder)
+    used = (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
+    for limits in ({"size_bytes": used[0]}, {"files": used[1]}, {"size_bytes": used[0], "files": used[1]}):
+        resize(**limits)
+        with pytest.raises(ReleaseError, match="No space left"):
+            publish(plans[BASE], repository, UNASKED)
+        with pytest.raises(ReleaseError, match="No space left"):
+            roll_back(repository, "tiny", triton_settings, log=folder.parent / "log")
+        assert tree_digest(repository) == before
+    assert retain(repository, "tiny", keep=1).removed == (1, 2)
+    check_goes_on(repository, plans[BASE], {BASE})
+
+
+#: Files that a fault may cut short, below the repository, and how that is seen: by the release that holds them, if any.
+TRUNCATED = {
+    "an engine that serves": ("tiny__r3__engine/1/model.onnx", 3),
+    "an older engine": ("tiny__r2__engine/1/model.onnx", 2),
+    "an older tokenizer": ("tiny__r2__tokenizer/1/tokenizer.json", 2),
+    "a manifest": ("tiny/3/release.json", None),
+    "a release's pointer": ("tiny/2/config.pbtxt", 2),
+    "the pointer": ("tiny/config.pbtxt", None),
+}
+
+
+@pytest.mark.parametrize("what", TRUNCATED)
+def test_a_truncated_file(repository, plans, triton_settings, tmp_path, what):
+    name, number = TRUNCATED[what]
+    os.truncate(repository / name, (repository / name).stat().st_size // 2)
+    if number is not None:
+        with pytest.raises(ReleaseError, match=f"{name} was changed"):
+            verify_release(repository, "tiny", triton_settings, number, log=tmp_path / "log")
+    if number == 2:
+        with pytest.raises(ReleaseError, match=f"{name} was changed"):
+            roll_back(repository, "tiny", triton_settings, to=2, log=tmp_path / "log")
+    assert publish(plans[BASE], repository, UNASKED).release.number == BASE + 1
+    assert current_number(repository, "tiny") == BASE + 1
+    # What is damaged goes, and is not counted.
+    left = [1, *([2] if number != 2 else []), *([3] if what == "the pointer" or number == 2 else []), BASE + 1]
+    assert list(retain(repository, "tiny", keep=10).kept) == left
+    check_goes_on(repository, plans[BASE + 1], set(left))
+    if what == "the pointer":
+        check_serves(repository, triton_settings, plans[BASE + 1], "poll", tmp_path / "served.log")
+
+
+def test_a_file_that_is_truncated_while_it_is_proven_is_not_published(repository, plans):
+    def truncate(folder, release):
+        os.truncate(folder / f"tiny__r{release.number}__engine" / "1" / "model.onnx", 100)
+        return unasked(folder, release)
+
+    before = tree_digest(repository)
+    with pytest.raises(ReleaseError, match=r"was not published: tiny__r4__engine/1/model\.onnx is not what was"):
+        publish(plans[BASE], repository, Steps(prove=truncate))
+    assert tree_digest(repository) == before
+    check_goes_on(repository, plans[BASE], {1, 2, 3})
+
+
+def run_apart(function: str, *arguments: object) -> subprocess.Popen[str]:
+    """A function of this module in a process of its own, once a line comes in; it prints JSON."""
+    code = f"import sys; from tests.test_killed import {function} as run; sys.stdin.readline(); run(*{arguments!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list:
+    """Let all of them go at once; what each has printed."""
+    try:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        found = [json.loads(process.communicate(timeout=LONGEST_SECONDS)[0]) for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes)
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def publish_seeds(folder: str, model: str, seeds: list[int]) -> None:
+    """Publish one after the other; prints the releases' numbers with the seeds."""
+    found = {}
+    for seed in seeds:
+        plan = make_plan(Path(folder) / f"plans-{model}", model=model, seed=seed, permuted=True)
+        done = publish(plan, Path(folder) / "models" / "cpu", UNASKED)
+        assert done.changed
+        found[done.release.number] = seed
+    print(json.dumps(found))
+
+
+def test_publishers_at_once(tmp_path):
+    """Two processes publish the same model, and one another model, to one repository that is not there yet."""
+    parts = [("tiny", list(range(0, 5))), ("tiny", list(range(10, 15))), ("other", list(range(20, 25)))]
+    found = finish([run_apart("publish_seeds", str(tmp_path), *part) for part in parts])
+    repository = tmp_path / "models" / "cpu"
+    for model, told in (("tiny", [*found[0].items(), *found[1].items()]), ("other", list(found[2].items()))):
+        releases = list_releases(repository, model)
+        assert [release.number for release in releases] == list(range(1, len(told) + 1))
+        assert {release.number: int(release.engine_digest) for release in releases} == {
+            int(number): seed for number, seed in told
+        }
+        assert current_number(repository, model) == len(told)
+        assert [differences(repository, release) for release in releases] == [[]] * len(told)
+    assert lint(repository) == []
+
+
+def act_as_nobody(folder: str) -> None:
+    """Publish, roll back and clean up without the right to write; prints what was said."""
+    from resources.triton.settings import TritonSettings
+
+    home, plan = Path(folder), make_plan(Path(folder) / "plans", seed=1000, permuted=True)
+    publish(plan, home / "practice" / "cpu", UNASKED)  # what is imported late, is now
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    repository, said = home / "models" / "cpu", []
+    retaining.FOLLOW_SECONDS = 0.0
+    rolling_back.ask_embedded = lambda *arguments: None
+    for action in (
+        lambda: publish(plan, repository, UNASKED),
+        lambda: roll_back(repository, "tiny", TritonSettings(), log=home / "log"),
+        lambda: retain(repository, "tiny", keep=1),
+    ):
+        try:
+            action()
+        except ReleaseError as error:
+            said.append(str(error))
+    print(json.dumps(said))
+
+
+@pytest.mark.parametrize("parent", ["writable", "read-only"])
+def test_a_read_only_repository(plans, parent):
+    """Of somebody else. pytest's own folders are closed to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        repository = folder / "models" / "cpu"
+        for plan in plans[:BASE]:
+            publish(plan, repository, UNASKED)
+        before = tree_digest(repository)
+        folder.chmod(0o755)
+        repository.parent.chmod(0o777 if parent == "writable" else 0o555)
+        closed = [repository, *(path for path in repository.rglob("*") if path.is_dir())]
+        for path in closed:
+            path.chmod(0o555)
+        try:
+            (said,) = finish([run_apart("act_as_nobody", name)])
+        finally:
+            for path in (repository.parent, *closed):
+                path.chmod(0o755)
+        assert len(said) == 3
+        for message in said:
+            assert "tiny: the release could not be written to" in message
+            assert "Permission denied. Mend it (" in message
+            assert str(repository.parent) in message
+        assert tree_digest(repository) == before
+        check_goes_on(repository, plans[BASE], {1, 2, 3})

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from resources.artifacts.records import ServingSetting
 from resources.errors import ReleaseError, ServerError
 from resources.triton.files import staging_root
 from resources.triton.layout import current_number, current_release, is_whole, list_releases, parse_internal
@@ -25,7 +26,6 @@ from tests.releases import make_plan, release_digest, tree_digest, unasked
 
 UNASKED = Steps(prove=unasked)
 ROOT = Path(__file__).resolve().parents[1]
-BIG_DISK = 200 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +216,9 @@ def test_a_release_that_nobody_can_prove_waits_outside(repository, plans):
     again = publish(native, repository, Steps())
     assert (again.changed, again.release) == (False, first.release)
     # Another takes its place, with a number of its own; once it is proven it is published and waits no more.
-    second = publish(replace(native, threads=2), repository, Steps())
+    second = publish(replace(native, serving=ServingSetting(threads=2)), repository, Steps())
     assert (second.changed, second.release.number) == (True, 2)
-    third = publish(replace(native, threads=2), repository, UNASKED)
+    third = publish(replace(native, serving=ServingSetting(threads=2)), repository, UNASKED)
     assert (third.changed, third.release.number, third.release.status) == (True, 3, "published")
     assert not waiting.exists()
     assert current_release(repository, "tiny") == third.release
@@ -236,24 +236,6 @@ def test_two_publishers_at_once_make_two_releases(repository, plans):
     assert_clean(repository)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own and a function that sets its size."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-
-    def mount(size_bytes, options=""):
-        command = ["/usr/bin/env", "mount", "-t", "tmpfs", "-o", f"size={size_bytes}{options}", "tmpfs", str(folder)]
-        subprocess.run(command, check=True, capture_output=True)
-
-    try:
-        mount(BIG_DISK)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system needs root; test_a_limit_on_file_sizes needs none")
-    yield folder, lambda size_bytes: mount(size_bytes, ",remount")
-    subprocess.run(["/usr/bin/env", "umount", str(folder)], check=True)
-
-
 def test_a_full_disk_leaves_nothing_half_made(small_disk, plans):
     """Full at several places of the way."""
     folder, resize = small_disk
@@ -268,7 +250,7 @@ def test_a_full_disk_leaves_nothing_half_made(small_disk, plans):
         assert "It needs about 21 MB there: make room" in str(caught.value)
         assert tree_digest(repository) == before
         assert_clean(repository)
-    resize(BIG_DISK)
+    resize()
     assert publish(plans[1], repository, UNASKED).release.number == 2
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resources.artifacts.records import Engine
+from resources.artifacts.records import Engine, ServingSetting
 from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
 from resources.engines import engine_spec
@@ -152,7 +152,7 @@ def build(workspace: Workspace, folder: Path, threads: int) -> tuple[list[Releas
             engine=engine.with_files(place) if sign < 0 else engine,
             engine_folder=place,
             max_batch_size=entry.max_batch_size,
-            threads=threads,
+            serving=ServingSetting(threads=threads),
         )
         plans.append(plan)
         exams.append(make_exam(plan, entry.accuracy_gates(), known.items, [sign * one for one in known.reference]))

@@ -59,6 +59,7 @@ def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
     from tritonclient.grpc import model_config_pb2 as pb
 
     config = _step(plan, internal_name(plan.model, number, "pipeline" if plan.structured else "tokenizer"), "python")
+    config.instance_group[0].count = plan.serving.front_instances
     _texts(config, plan)
     if plan.structured:
         # No warm-up: it would call the engine, which nobody has loaded yet. The model warms its tokenizer itself.
@@ -103,7 +104,9 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
         config.ClearField("dynamic_batching")
     for array in _engine_inputs(plan):
         dims = [*rows, 1] if array in extra else [*rows, -1]
-        config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=dims))
+        # Our own model groups what it is given by length (batched_model.py).
+        ragged = plan.serving.ragged and plan.flavour == "python"
+        config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=dims, allow_ragged_batch=ragged))
     output = pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=[*rows, *_output_dims(plan)])
     if plan.has_label_file:
         output.label_filename = LABELS_FILE
@@ -115,6 +118,8 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
             "device": device_of(plan.target),
         }
         built = {name: plan.engine.parameters[name] for name in _BUILT if name in plan.engine.parameters}
+        if device_of(plan.target) == "cuda":
+            values["lengths"] = ",".join(map(str, plan.buckets))
         _parameters(config, {**values, "spinning": str(plan.serving.spinning).lower(), **built})
     elif backend == "openvino":
         # What it reads: ParseParameters in openvino.cc. It knows bfloat16 only as something to be asked for.

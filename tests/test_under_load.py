@@ -5,6 +5,9 @@ together answer as neither would. The clients have a process of their own; how f
 elsewhere (tests/performance/releases.py).
 """
 
+import os
+import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -20,6 +23,7 @@ from resources.triton.layout import CONFIG, list_releases
 from resources.triton.make import fleet_steps
 from resources.triton.proof import prove
 from resources.triton.publish import Steps, publish
+from resources.triton.python_models import aside
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
@@ -166,3 +170,14 @@ def test_all_switches_under_load(triton_settings, tmp_path, monkeypatch, control
     cycle = Cycle(tmp_path, triton_settings, control, told=told)
     rounds = (50 if control == "explicit" else 100) // SWITCHES
     under_load(cycle, triton_settings, tmp_path, rounds, control, proven=rounds // 5)
+
+
+def test_imports_of_a_model_that_loads_have_a_low_priority(tmp_path, monkeypatch):
+    """And what it computes then has not: the priority is a thread's own."""
+    code = "import os, threading\nseen = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())\n"
+    (tmp_path / "heavy_module.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    aside.import_aside("heavy_module", "a_module_that_is_not_there")
+    assert sys.modules.pop("heavy_module").seen == max(before, aside.NICE)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,15 +259,23 @@ def test_a_full_disk(small_disk, plans, triton_settings):
     repository = folder / "models" / "cpu"
     for plan in plans[:BASE]:
         publish(plan, repository, UNASKED)
-    before, found = tree_digest(repository), os.statvfs(folder)
-    used = (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
-    for limits in ({"size_bytes": used[0]}, {"files": used[1]}, {"size_bytes": used[0], "files": used[1]}):
-        resize(**limits)
+    before = tree_digest(repository)
+    for full in (["size_bytes"], ["files"], ["size_bytes", "files"]):
+        resize()
+        with suppress(FileNotFoundError):  # it would be removed, and leave room for one folder
+            staging_root(repository).rmdir()
+        found = os.statvfs(folder)
+        used = {
+            "size_bytes": (found.f_blocks - found.f_bfree) * found.f_frsize,
+            "files": found.f_files - found.f_ffree,
+        }
+        resize(**{limit: used[limit] for limit in full})
         with pytest.raises(ReleaseError, match="No space left"):
             publish(plans[BASE], repository, UNASKED)
         with pytest.raises(ReleaseError, match="No space left"):
             roll_back(repository, "tiny", triton_settings, log=folder.parent / "log")
         assert tree_digest(repository) == before
+    assert not staging_root(repository).exists()
     assert retain(repository, "tiny", keep=1).removed == (1, 2)
     check_goes_on(repository, plans[BASE], {BASE})
 

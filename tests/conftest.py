@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 from resources import locks
 from resources.catalog import ModelEntry
 from resources.isolation import Limits
+from resources.triton import retain
 from resources.triton.environment import is_installed
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
@@ -37,6 +39,14 @@ def own_machine_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """No test asks how fast anything is, so those in other processes need not wait for this one's benchmarks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locks, "MACHINE_LOCK", tmp_path_factory.mktemp("machine") / "machine.lock")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_polls() -> Iterator[None]:
+    """No server that the product does not know of polls a repository, but where a test starts one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retain, "FOLLOW_SECONDS", 0.0)
         yield
 
 
@@ -95,6 +105,29 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+#: Room for a dozen tiny releases, in bytes and in files.
+BIG_DISK, MANY_FILES = 200 * 2**20, 10_000
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
+    """A file system of its own, and a function that sets how many bytes and files it takes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(size_bytes: int = BIG_DISK, files: int = MANY_FILES, options: str = ",remount") -> None:
+        limits = f"size={size_bytes},nr_inodes={files}{options}"
+        command = ["/usr/bin/env", "mount", "-t", "tmpfs", "-o", limits, "tmpfs", str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    try:
+        mount(options="")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root; test_a_limit_on_file_sizes needs none")
+    yield folder, mount
+    subprocess.run(["/usr/bin/env", "umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

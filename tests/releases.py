@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ WIDTH = 24
 MAX_TOKENS = 64
 LABELS = ("calm", "glad", "very angry")
 INPUTS = ("input_ids", "attention_mask")
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def make_plan(
@@ -35,12 +37,17 @@ def make_plan(
     external_data: bool = False,
     flavour: Flavour = "python",
     max_batch_size: int = 8,
+    permuted: bool = False,
     serving: ServingSetting = ServingSetting(),  # noqa: B008 - frozen
 ) -> ReleasePlan:
-    """A plan whose checkpoint and engine lie below `folder`. Another seed is another engine."""
+    """A plan whose checkpoint and engine lie below `folder`. Another seed is another engine.
+
+    permuted: another seed is another tokenizer too, with other ids for the same tokens. So the tokenizer of one release
+    with the engine of another gives an answer that belongs to neither.
+    """
     task = "classification" if labels else "embedding"
-    tokenizer, engine = folder / "checkpoint", folder / f"engine-{seed}"
-    vocabulary = _write_tokenizer(tokenizer)
+    tokenizer, engine = folder / (f"checkpoint-{seed}" if permuted else "checkpoint"), folder / f"engine-{seed}"
+    vocabulary = _write_tokenizer(tokenizer, permutation=seed if permuted else None)
     width = len(labels) or WIDTH
     output = "probabilities" if labels else "sentence_embedding"
     _write_engine(engine, vocabulary, width, output, seed=seed, external_data=external_data)
@@ -97,9 +104,9 @@ def answers_of(plan: ReleasePlan, texts: Sequence[str]) -> np.ndarray:
     return np.concatenate([session.run([plan.output], encoder.encode([text]))[0] for text in texts])
 
 
-def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None) -> Exam:
-    """The sample texts with the plan's own answers, or another's, as what is right."""
-    texts = sample_texts()[:120]
+def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None, *, count: int = 120) -> Exam:
+    """So many sample texts with the plan's own answers, or another's, as what is right."""
+    texts = sample_texts()[:count]
     reference = list(answers_of(reference_of or plan, texts))
     return make_exam(plan, TASKS[plan.checkpoint.task].gates(), [{"TEXT": text} for text in texts], reference)
 
@@ -143,22 +150,36 @@ def release_digest(repository: Path, model: str, number: int) -> str:
     return tree_digest(*parts, repository / model / str(number))
 
 
-def _write_tokenizer(folder: Path) -> int:
-    """A WordPiece tokenizer of the sample texts, once a folder; its number of tokens."""
+@cache
+def _tokenizer() -> str:
+    """A WordPiece tokenizer of the sample texts, as JSON."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=800, special_tokens=list(_SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(sample_texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return str(tokenizer.to_str(pretty=True))
+
+
+def _write_tokenizer(folder: Path, permutation: int | None = None) -> int:
+    """The tokenizer, once a folder; its number of tokens. permutation: a seed for who gets which id."""
+    from tokenizers import Tokenizer
 
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        trainer = trainers.WordPieceTrainer(vocab_size=800, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(sample_texts(), trainer)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-        tokenizer.save(str(folder / "tokenizer.json"))
+        content = _tokenizer()
+        if permutation is not None:
+            parsed = json.loads(content)
+            words = [word for word in parsed["model"]["vocab"] if word not in _SPECIAL]
+            shuffled = np.random.default_rng(permutation).permutation(words).tolist()
+            parsed["model"]["vocab"] = {word: number for number, word in enumerate([*_SPECIAL, *shuffled])}
+            content = json.dumps(parsed, ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
         settings = {"max_tokens": MAX_TOKENS, "inputs": list(INPUTS), "pad_id": 0}
         (folder / "encoder.json").write_text(json.dumps(settings))
         (folder / "pipeline.json").write_text(json.dumps({"task": "embedding", "settings": {}}))

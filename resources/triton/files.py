@@ -40,8 +40,8 @@ def discard(path: Path, bin_folder: Path) -> None:
     """
     if not path.exists():
         return
-    bin_folder.mkdir(parents=True, exist_ok=True)
-    gone = bin_folder / uuid.uuid4().hex
+    # On a full disk no folder can be made, and this is how room is made: the first to go becomes the bin.
+    gone = bin_folder / uuid.uuid4().hex if bin_folder.exists() else bin_folder
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 

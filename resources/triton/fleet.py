@@ -70,8 +70,8 @@ class Fleet:
         for client in self.clients:
             if self._polling:
                 self._await(client, name, number, named_internals(config))
-            else:
-                client.load(name, called_internals(config))
+            else:  # one after the other, or two at once take the cores from those that are answered
+                client.load(name, named_internals(config))
 
     def take_up(self, repository: Path, release: Release) -> None:
         """Have every server serve the release that the public model names, and answer with it. Raises ServerError."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import sys
 import sysconfig
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ LOOPBACK = "127.0.0.1"
 EXIT_SECONDS = 10
 #: How often a polling server looks.
 POLL_SECONDS = 1
+#: Below those that Linux gives to outgoing connections (net.ipv4.ip_local_port_range, 32768 to 60999).
+_OWN_PORTS = range(20_000, 32_768)
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
 
 
@@ -54,7 +57,12 @@ class Ports:
 
 
 def _free_port(held: ExitStack) -> int:
+    """One that nobody has now, and that no outgoing connection is given before the server has started."""
     probe = held.enter_context(socket.socket())
+    for port in random.sample(_OWN_PORTS, 100):
+        with suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
     probe.bind((LOOPBACK, 0))
     return int(probe.getsockname()[1])
 

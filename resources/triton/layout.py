@@ -82,8 +82,15 @@ def read_release(repository: Path, model: str, number: int) -> Release | None:
 def is_whole(repository: Path, release: Release) -> bool:
     """Whether every file of the release is there in its size. Bytes are not read: releases hold gigabytes."""
     pointer = repository / release.model / str(release.number) / CONFIG
-    paths = ((repository / name, file.size_bytes) for name, file in release.files.items())
-    return pointer.is_file() and all(path.is_file() and path.stat().st_size == size for path, size in paths)
+    if not pointer.is_file() or damaged_files(repository, release):
+        return False
+    return release.pointer is None or pointer.stat().st_size == release.pointer.size_bytes
+
+
+def damaged_files(repository: Path, release: Release) -> list[str]:
+    """Files of the release's internals that are not there in their size."""
+    paths = ((name, repository / name, file.size_bytes) for name, file in release.files.items())
+    return [name for name, path, size in paths if not path.is_file() or path.stat().st_size != size]
 
 
 def release_numbers(repository: Path, model: str) -> list[int]:

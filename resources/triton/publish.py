@@ -28,6 +28,7 @@ from resources.triton.layout import (
     MANIFEST,
     current_number,
     current_release,
+    damaged_files,
     highest_number,
     internal_names,
     is_published_here,
@@ -154,6 +155,12 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Pat
         if steps.prove_inside is not None:
             prove = steps.prove_inside
             release = _accept(release, lambda: prove(repository, release, plan))
+        damaged = damaged_files(repository, release)
+        if damaged:
+            raise ReleaseError(
+                f"{release.model}: release {release.number} was not published: {damaged[0]} is not what was written "
+                "there. Look after the disk and run again."
+            )
         _write_manifest(release, staged)
         sync(repository)
         if public.exists():

@@ -30,7 +30,8 @@ RESULT = "RESULT"
 #: never changes, and compiled modules would carry paths of the machine that first served it.
 _NO_CACHE = "__pycache__"
 _TOKENIZER_FILES = ("tokenizer.json", "encoder.json", PIPELINE_FILE)
-#: What every engine's `model.py` needs beside it.
+#: What every `model.py`, and every engine's, needs beside it.
+_ASIDE = _PYTHON_MODELS / "aside.py"
 _COMMON = (_PYTHON_MODELS / "batched_model.py",)
 #: What opens an engine, copied beside the `model.py` that does, by the runtimes that can be released.
 _SESSIONS = {
@@ -258,6 +259,7 @@ def served_files(plan: ReleasePlan) -> list[str]:
 def _write_model(folder: Path, name: str) -> None:
     folder.mkdir(parents=True)
     shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
+    shutil.copyfile(_ASIDE, folder / _ASIDE.name)
     (folder / _NO_CACHE).touch()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from resources.triton.layout import (
 )
 from resources.triton.publish import sweep
 from resources.triton.settings import TritonSettings
+
+#: After the pointer was moved, a server that polls and that nobody named may answer with the release before it for so
+#: long: Triton looks every 15 seconds, unless told otherwise, and has to load.
+FOLLOW_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,10 @@ def retain(
     """Remove all releases of a model but the newest `keep`, what is pointed to, what is `wanted`, and what is served.
 
     wanted: reasons by number. The settings' servers have to answer, and unload what goes. asked: addresses of others
-    that may hold a release; those that do not answer hold none. Damaged releases go, and do not count. Killed at any
-    moment, what is left of a release is no release any more and is swept up by whoever changes the repository next.
-    Raises ReleaseError, ServerError.
+    that may hold a release; those that do not answer hold none. Where the settings name no server, nothing goes sooner
+    than `FOLLOW_SECONDS` after the pointer was moved; that is waited for. Damaged releases go, and do not count. Killed
+    at any moment, what is left of a release is no release any more and is swept up by whoever changes the repository
+    next. Raises ReleaseError, ServerError.
     """
     if keep < 1:
         raise ReleaseError(f"{model}: keep at least 1 release, not {keep}.")
@@ -72,10 +78,17 @@ def retain(
         kept[current] = "what is pointed to"
         gone = sweep(repository, finish=False)
         removed = tuple(number for number in release_numbers(repository, model) if number not in kept)
+        if removed and not settings.servers:
+            _let_follow(repository / model / CONFIG)
         for number in removed:
             _remove(repository, model, number, fleet)
         fleet.retire(gone)
         return Retained(dict(sorted(kept.items())), removed)
+
+
+def _let_follow(pointer: Path) -> None:
+    """Sleep until servers that poll have had the time to follow. A rename sets the time of a file's last change."""
+    time.sleep(min(max(0.0, pointer.stat().st_ctime + FOLLOW_SECONDS - time.time()), FOLLOW_SECONDS))
 
 
 def _remove(repository: Path, model: str, number: int, fleet: Fleet) -> None:

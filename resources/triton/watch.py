@@ -9,7 +9,7 @@ from pathlib import Path
 
 from resources.errors import ServerError
 from resources.triton.client import TextClient
-from resources.triton.layout import CONFIG, called_internals, named_internals, pinned_number, public_models
+from resources.triton.layout import CONFIG, named_internals, pinned_number, public_models
 
 #: Requests that were under way in the release before may finish in it.
 GRACE_SECONDS = 5.0
@@ -39,7 +39,8 @@ class Watcher:
 
     def _load(self, model: str, config: str) -> None:
         try:
-            self._client.load(model, called_internals(config))
+            # One after the other, or two at once take the cores from those that are answered.
+            self._client.load(model, named_internals(config))
         except ServerError as error:
             self._refused[model] = config
             self._leave(config)  # parts of it may have been loaded

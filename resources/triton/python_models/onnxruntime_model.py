@@ -12,6 +12,10 @@ _HERE = str(Path(__file__).resolve().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
 
+from aside import import_aside  # noqa: E402
+
+import_aside("onnxruntime")
+
 from batched_model import BatchedModel  # noqa: E402
 from cuda import CudaSession  # noqa: E402
 from sessions import open_session  # noqa: E402

@@ -13,6 +13,10 @@ _HERE = str(Path(__file__).resolve().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
 
+from aside import import_aside  # noqa: E402
+
+import_aside("pipelines", "tokenizers")
+
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from pipelines import open_pipeline  # noqa: E402

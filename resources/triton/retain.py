@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from resources.errors import ReleaseError, ServerError
@@ -22,6 +21,7 @@ from resources.triton.layout import (
 )
 from resources.triton.publish import sweep
 from resources.triton.settings import TritonSettings
+from resources.triton.storage import Location, contents
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Retained:
 
 
 def retain(
-    repository: Path,
+    repository: Location,
     model: str,
     *,
     keep: int,
@@ -78,9 +78,9 @@ def retain(
         return Retained(dict(sorted(kept.items())), removed)
 
 
-def _remove(repository: Path, model: str, number: int, fleet: Fleet) -> None:
+def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None:
     root = staging_root(repository)
-    parsed = {path.name: parse_internal(path.name) for path in sorted(repository.iterdir())}
+    parsed = {path.name: parse_internal(path.name) for path in contents(repository)}
     internals = [name for name, found in parsed.items() if found is not None and found[:2] == (model, number)]
     # The manifest first: without it the rest is no release, wherever this ends.
     discard(repository / model / str(number), root)

@@ -177,11 +177,13 @@ def serve_foreground(
     log: Path,
     say: Callable[[str], None] = print,
     stop: Callable[[], bool] = lambda: False,
+    refresh: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve every public model until Ctrl-C, SIGTERM or `stop()`; take up new releases and models while running.
 
-    A release that cannot be loaded is said so, and the one before goes on serving. Raises ServerError where the server
-    ends by itself, or cannot load a single model at the start.
+    refresh: called before each look at the repository, which may be a copy. A release that cannot be loaded is said so,
+    and the one before goes on serving. Raises ServerError where the server ends by itself, or cannot load any model at
+    the start.
     """
     server = EmbeddedServer(
         repository, settings, models=(), log=log, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
@@ -199,6 +201,7 @@ def serve_foreground(
                     time.sleep(WATCH_SECONDS)
                     if server.ended():
                         raise ServerError(f"The embedded Triton ended by itself:\n{server.last_words()}")
+                    refresh()
                     watcher.look()
         except KeyboardInterrupt:
             say("stopped")

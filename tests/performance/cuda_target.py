@@ -74,6 +74,7 @@ def run(workspace: Workspace, entry: ModelEntry, target: str) -> bool:
     say("champion", engine=champion.engine, reason=champion.reason)
     make_release(workspace, entry, checkpoint, engines[champion.engine], evaluation, champion, dagster_run="none")
     repository = workspace.repository(target)
+    assert isinstance(repository, Path)
     release = current_release(repository, entry.name)
     assert release is not None and release.proof is not None, "published releases are proven"
     say("release", number=release.number, requests=release.proof.requests, metrics=release.proof.metrics)

@@ -6,11 +6,9 @@ import dagster as dg
 
 from assets.materialization import OWNERS
 from assets.partitions import models
-from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet
-from resources.errors import ReleaseError
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
-from resources.triton.make import make_release
+from resources.triton.promote import publish_champion
 from resources.triton.publish import unverified_root
 from resources.workspace import Workspace
 
@@ -20,7 +18,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
 
     @dg.asset(
         key=["triton_repository", target],
-        deps=[dg.AssetKey(["champion", target])],
+        deps=[dg.AssetKey(["champion", target]), dg.AssetKey(["serving_configuration", target])],
         partitions_def=models,
         group_name="serving",
         kinds={"triton"},
@@ -33,22 +31,9 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
         workspace: dg.ResourceParam[Workspace],
         tracker: dg.ResourceParam[Tracker],
     ) -> dg.MaterializeResult:
-        entry, store = workspace.entry(context.partition_key), workspace.store
-        champion = store.current(Champion, f"champion/{target}/{entry.name}")
-        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
-        engine = store.current(Engine, f"engines/{target}/{champion.engine}/{entry.name}")
-        evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
-        if engine.digest != champion.engine_digest or evaluation.digest != champion.evaluation_digest:
-            raise ReleaseError(
-                f"{entry.name}: {champion.engine} was chosen on {target} for another revision or build than is there "
-                f"now. Materialize champion/{target}, with the benchmarks before it, first."
-            )
-        published = make_release(
-            workspace, entry, checkpoint, engine, evaluation, champion, dagster_run=context.run.run_id
-        )
+        entry = workspace.entry(context.partition_key)
+        published = publish_champion(workspace, tracker, entry, target, dagster_run=context.run.run_id)
         release = published.release
-        if published.current and release.status == "published":
-            tracker.release(checkpoint, champion, release.number)
         return dg.MaterializeResult(
             metadata={
                 "release": f"release {release.number} ({release.engine})",
@@ -56,6 +41,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
                 "status": release.status,
                 "advice": published.advice or "–",
                 "flavour": release.flavour,
+                "serving": str(release.serving) if release.serving is not None else "–",
                 "revision": release.revision,
                 "content_digest": release.content_digest,
                 "proof": dg.MetadataValue.json(release.proof.model_dump() if release.proof else {}),

@@ -99,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
     command.set_defaults(command=_serve)
 
+    command = commands.add_parser("load", help="put load on a served model, and measure what it does")
+    command.add_argument("model", metavar="MODEL", help="the name it is served under")
+    command.add_argument("--url", help="gRPC address of a Triton server (default: one started for this)")
+    command.add_argument(
+        "--clients", type=_counts, default=(1, 4, 16), metavar="N[,N]", help="how many at once (default: 1,4,16)"
+    )
+    command.add_argument("--seconds", type=_positive, default=15.0, metavar="N", help="in all (default: %(default)g)")
+    command.add_argument("--tokens", type=_release, metavar="N", help="only texts of up to so many tokens")
+    command.add_argument("--target", default="cpu", help="whose repository")
+    command.set_defaults(command=_load)
+
     command = commands.add_parser("models", help="list the catalog")
     command.set_defaults(command=_models)
 
@@ -112,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", type=_release, metavar="N", help="any release (default: the one before)")
     command.add_argument("--target", default="cpu")
     command.set_defaults(command=_rollback)
+
+    command = commands.add_parser("promote", help="serve the newest release: one that waits, or was rolled back")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--target", default="cpu")
+    command.set_defaults(command=_promote)
 
     command = commands.add_parser("retain", help="remove old releases")
     command.add_argument("model", metavar="MODEL")
@@ -158,6 +174,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part.strip()) for part in text.split(","))
+
+
 def _positive(text: str) -> float:
     try:
         number = float(text)
@@ -192,6 +212,12 @@ def _serve(options: argparse.Namespace) -> int:
     return serve(options)
 
 
+def _load(options: argparse.Namespace) -> int:
+    from orchestration.load import load
+
+    return load(options)
+
+
 def _models(options: argparse.Namespace) -> int:
     from orchestration.listing import models
 
@@ -208,6 +234,12 @@ def _rollback(options: argparse.Namespace) -> int:
     from orchestration.releases import rollback
 
     return rollback(options)
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from orchestration.releases import promote
+
+    return promote(options)
 
 
 def _retain(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from assets.checkpoint import checkpoint, required_files
 from assets.engines import engine_asset
 from assets.evaluation_set import evaluation_set
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
+from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.jobs import EXECUTOR, optimize
@@ -30,7 +31,8 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
         checks.append(accuracy_gate)
     for target in workspace.targets:
         repository, served_answers_equal = triton_repository_assets(target)
-        assets += [champion_asset(ENGINES, target), repository]
+        assets += [champion_asset(ENGINES, target), serving_configuration_asset(target), repository]
+        assets.append(serving_benchmark_asset(target))
         checks.append(served_answers_equal)
     return dg.Definitions(
         assets=assets,

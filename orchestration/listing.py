@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from orchestration.settings import read_workspace
+from orchestration.settings import read_workspace, tracker_of
 from resources.catalog import ModelEntry
-from resources.errors import ReleaseError
-from resources.triton.layout import current_release, list_releases
+from resources.errors import ReleaseError, TrackingError
+from resources.reporting import size_text
+from resources.triton.layout import current_number, current_release, list_releases, release_numbers
+from resources.triton.publish import unverified_root
+from resources.triton.release import Release
+from resources.workspace import Workspace
 
 
 def _console() -> Console:
@@ -42,27 +48,42 @@ def models(options: Namespace) -> int:
 
 
 def releases(options: Namespace) -> int:
-    """Every release of one model that is in the repository, the served one marked."""
+    """Every release of one model that is in the repository, or waits beside it."""
     workspace = read_workspace(os.environ)
-    repository = workspace.repository(options.target)
-    found = list_releases(repository, options.model)
-    if not found:
-        workspace.entry(options.model)  # an unknown model is said to be unknown
-        raise ReleaseError(
-            f"{options.model}: no release in {repository}. Publish one: refinery optimize {options.model}."
-        )
-    current = current_release(repository, options.model)
-    table = Table("release", "serves", "engine", "revision", "made", "status", "digest")
-    for release in found:
-        serves = "yes" if current is not None and current.number == release.number else ""
-        table.add_row(
-            str(release.number),
-            serves,
-            release.engine,
-            release.revision,
-            release.created,
-            release.status,
-            release.content_digest[:12],
-        )
+    repository, model = workspace.repository(options.target), options.model
+    whole = {release.number: release for release in list_releases(repository, model)}
+    waiting = list_releases(unverified_root(repository, model), model)
+    damaged = [number for number in release_numbers(repository, model) if number not in whole]
+    if not whole and not waiting and not damaged:
+        workspace.entry(model)  # an unknown model is said to be unknown
+        raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
+    current, runs = current_number(repository, model), _runs(workspace, model, options.target)
+    table = Table("release", "state", "engine", "revision", "made", "size", "MLflow run", "digest")
+    for number, release in whole.items():
+        state = "what is pointed to" if number == current else "kept"
+        table.add_row(*_row(release, state, runs.get(number, "–")))
+    for number in damaged:
+        state = "damaged, and pointed to" if number == current else "damaged"
+        table.add_row(str(number), f"{state}: refinery verify {model} --release {number}", *["–"] * 6)
+    for release in waiting:
+        table.add_row(*_row(release, f"waits for its proof: refinery promote {model}", "–"))
     _console().print(table)
     return 0
+
+
+def _row(release: Release, state: str, run: str) -> list[str]:
+    size = size_text(sum(file.size_bytes for file in release.files.values()))
+    made, digest = release.created, release.content_digest[:12]
+    return [str(release.number), state, release.engine, release.revision, made, size, run, digest]
+
+
+def _runs(workspace: Workspace, model: str, target: str) -> dict[int, str]:
+    """The address of each release's run; none where MLflow has no store yet, or does not answer, which is said."""
+    store = workspace.mlflow_uri().removeprefix("sqlite:///")
+    if store.startswith("/") and not Path(store).exists():
+        return {}
+    try:
+        return {number: link.url for number, link in tracker_of(workspace).release_runs(model, target).items()}
+    except TrackingError as error:
+        print(f"refinery: the releases' runs are not known: {error}", file=sys.stderr)
+        return {}

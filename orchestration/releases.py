@@ -1,4 +1,4 @@
-"""`refinery rollback`, `refinery retain` and `refinery verify`."""
+"""`refinery rollback`, `refinery promote`, `refinery retain` and `refinery verify`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import suppress
 from orchestration.serving import DEFAULT_ADDRESS
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
+from resources.triton import promote as promoting
 from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
 from resources.triton.layout import current_number
@@ -31,6 +32,22 @@ def rollback(options: Namespace) -> int:
     print(
         f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision}), not to "
         f"{done.before} any more. Optimizing the same again does not undo it."
+    )
+    if not workspace.triton.servers and serves(DEFAULT_ADDRESS, options.model):
+        _await(options.model, release.number)
+    return 0
+
+
+def promote(options: Namespace) -> int:
+    """Point to the newest release, and say what serves now."""
+    workspace = read_workspace(os.environ)
+    log = workspace.log(options.model, f"triton-{options.target}")
+    done = promoting.promote(
+        workspace, tracker_of(workspace), options.model, options.target, dagster_run="refinery promote", log=log
+    )
+    release, instead = done.release, "" if done.before is None else f", not to {done.before} any more"
+    print(
+        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision}){instead}."
     )
     if not workspace.triton.servers and serves(DEFAULT_ADDRESS, options.model):
         _await(options.model, release.number)

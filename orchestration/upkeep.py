@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 
 from resources.tracking import Tracker
+from resources.triton import promote as promoting
 from resources.triton import retain as cleaning
 from resources.triton.rollback import roll_back
 from resources.triton.verify import verify_release
@@ -43,6 +44,18 @@ def roll_back_release(context: dg.OpExecutionContext, config: Rollback, workspac
     log = workspace.log(config.model, f"triton-{config.target}")
     done = roll_back(repository, config.model, workspace.triton, to=config.to or None, log=log)
     _seen(context, config, {"rolled_back_to": done.release.number, "before": done.before})
+
+
+@dg.op(description="Serve the newest release: one that waits for its proof, or one that a rollback left behind.")
+def promote_release(
+    context: dg.OpExecutionContext,
+    config: Which,
+    workspace: dg.ResourceParam[Workspace],
+    tracker: dg.ResourceParam[Tracker],
+) -> None:
+    log = workspace.log(config.model, f"triton-{config.target}")
+    done = promoting.promote(workspace, tracker, config.model, config.target, dagster_run=context.run_id, log=log)
+    _seen(context, config, {"promoted": done.release.number, "before": done.before or 0})
 
 
 @dg.op(description="Remove old releases, but what is pointed to, served, or the champion in MLflow.")
@@ -84,6 +97,11 @@ def rollback() -> None:
     roll_back_release()
 
 
+@dg.job(description="Serve a model's newest release; see `refinery promote`.", executor_def=dg.in_process_executor)
+def promote() -> None:
+    promote_release()
+
+
 @dg.job(description="Remove a model's old releases; see `refinery retain`.", executor_def=dg.in_process_executor)
 def retain() -> None:
     retain_releases()
@@ -94,4 +112,4 @@ def verify() -> None:
     verify_one_release()
 
 
-JOBS = [rollback, retain, verify]
+JOBS = [rollback, promote, retain, verify]

@@ -84,6 +84,28 @@ class TensorRtSettings(_Strict):
     profiles: int = Field(default=4, ge=1, le=16, description="At most; each is tuned for lengths of its own.")
 
 
+class RateLimiter(_Strict):
+    """What an engine's instance takes of Triton's rate limiter, which works across the models of a server."""
+
+    resources: dict[str, int] = Field(default_factory=dict, description="Copies that one execution holds, by name.")
+    priority: int = Field(default=1, ge=1, le=1000, description="Its share of turns is 1 / priority.")
+
+
+class ServingSettings(_Strict):
+    """How the release is served, and what may be spent on finding that out on a real server."""
+
+    p99_ms: float | None = Field(default=None, gt=0, description="Limit of latency under that load.")
+    clients: int = Field(default=16, ge=1, le=1024, description="Of the load; each asks when it has its answer.")
+    search_seconds: float = Field(default=30.0, ge=0, le=36000, description="Bound for finding what follows; 0: none.")
+    instances: int | None = Field(default=None, ge=1, le=64, description="Of the engine; default: by measuring.")
+    queue_delay_us: int | None = Field(default=None, ge=0, le=10**7, description="The same.")
+    benchmark_seconds: float = Field(default=15.0, ge=0, le=36000, description="For measuring the release; 0: not.")
+    response_cache: bool = Field(
+        default=False, description="Answers that were given once come from the server's cache."
+    )
+    rate_limiter: RateLimiter | None = None
+
+
 class ModelEntry(_Strict):
     """One model of the models file."""
 
@@ -102,6 +124,7 @@ class ModelEntry(_Strict):
     benchmark: BenchmarkSettings = BenchmarkSettings()
     ladder: LadderSettings = LadderSettings()
     tensorrt: TensorRtSettings = TensorRtSettings()
+    serving: ServingSettings = ServingSettings()
     engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
         default=None, min_length=1, description="Only these engines compete; default: all."
     )
@@ -157,6 +180,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "benchmark": BenchmarkSettings,
     "ladder": LadderSettings,
     "tensorrt": TensorRtSettings,
+    "serving": ServingSettings,
 }
 
 

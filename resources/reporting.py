@@ -6,7 +6,15 @@ import base64
 import io
 from collections.abc import Collection, Sequence
 
-from resources.artifacts.records import BenchmarkReport, CandidateVerdict, Latency, LengthProfile
+from resources.artifacts.records import (
+    BenchmarkReport,
+    CandidateVerdict,
+    Latency,
+    LengthProfile,
+    LoadLevel,
+    ServingConfiguration,
+    ServingReport,
+)
 from resources.engines import BASELINE
 
 _COLOURS = {
@@ -76,6 +84,79 @@ def accuracy_text(report: BenchmarkReport) -> str:
 def size_text(size_bytes: int) -> str:
     """Megabytes, as disks count them."""
     return f"{size_bytes / 1e6:.1f} MB"
+
+
+def trial_table(configuration: ServingConfiguration) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what each setting did under load, stage by stage; the last stage's figures decide."""
+    header = ["setting", "stage", "requests/s", "p50 ms", "p99 ms", "rows a run", ""]
+    rows = []
+    for trial in configuration.trials:
+        figures = [f"{trial.throughput_per_s:.0f}", f"{trial.p50_ms:.1f}", f"{trial.p99_ms:.1f}"]
+        figures = ["–"] * 4 if trial.reason else [*figures, f"{trial.mean_batch:.1f}"]
+        taken = trial.setting == configuration.setting and trial.stage == configuration.trials[-1].stage
+        rows.append([str(trial.setting), str(trial.stage), *figures, trial.reason or ("taken" if taken else "")])
+    return header, rows
+
+
+def load_table(levels: Sequence[LoadLevel]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: throughput and latency by the number of clients."""
+    header = [
+        "clients",
+        "by",
+        "requests",
+        "requests/s",
+        "p50 ms",
+        "p99 ms",
+        "rows an execution",
+        "executions a request",
+    ]
+    rows = [
+        [
+            str(level.clients),
+            level.tool,
+            str(level.requests),
+            f"{level.throughput_per_s:.1f}",
+            milliseconds(level.p50_ms),
+            milliseconds(level.p99_ms),
+            f"{level.mean_batch:.2f}" if level.mean_batch else "–",
+            f"{level.executions_per_request:.2f}" if level.executions_per_request else "–",
+        ]
+        for level in levels
+    ]
+    return header, rows
+
+
+def load_plot(report: ServingReport, title: str) -> bytes:
+    """A PNG: latency by throughput, a point for each number of clients, the median and the 99th percentile."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for tool, marker in (("tritonclient", "o"), ("perf_analyzer", "s")):
+        levels = [level for level in report.levels if level.tool == tool]
+        if not levels:
+            continue
+        rates = [level.throughput_per_s for level in levels]
+        for name, values, colour in (
+            ("p99", [level.p99_ms for level in levels], "#d93025"),
+            ("p50", [level.p50_ms for level in levels], "#1a73e8"),
+        ):
+            axes.plot(rates, values, marker=marker, color=colour, label=f"{name}, {tool}")
+        for level in levels:
+            many = f"{level.clients} client{'' if level.clients == 1 else 's'}"
+            axes.annotate(many, (level.throughput_per_s, level.p99_ms), ha="center", va="bottom", fontsize=7)
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.15)
+    axes.set_xlabel("requests a second")
+    axes.set_ylabel("latency, ms")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

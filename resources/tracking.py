@@ -10,13 +10,22 @@ import contextlib
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.fingerprint import library_versions
-from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine
+from resources.artifacts.records import (
+    BenchmarkReport,
+    Champion,
+    Checkpoint,
+    Engine,
+    ServingConfiguration,
+    ServingReport,
+    ServingSetting,
+    ServingTrial,
+)
 from resources.errors import TrackingError
 from resources.locks import file_lock
 from resources.reporting import length_plot
@@ -107,6 +116,99 @@ class Tracker:
         self._remember(name, parent)
         self._remember(current, parent, champion.digest)
         return parent
+
+    def serving(self, dagster_run: str, champion: Champion, configuration: ServingConfiguration) -> None:
+        """A child run for each setting that was tried on a server, beside the candidates of the run that chose it."""
+        if not configuration.trials:
+            return
+        self._once(
+            f"serving-{configuration.digest}",
+            lambda: self._log_serving(self._parent_of(dagster_run, champion), configuration),
+        )
+
+    def load(self, dagster_run: str, champion: Champion, report: ServingReport) -> None:
+        """A child run with what the published release did under load, by clients."""
+        if report.status != "measured":
+            return
+        self._once(f"load-{report.digest}", lambda: self._log_load(self._parent_of(dagster_run, champion), report))
+
+    def _once(self, name: str, write: Callable[[], RunLink | None]) -> None:
+        if self._recall(name) is not None:
+            return
+        with _clear_errors(self._uri):
+            link = write()
+        if link is not None:
+            self._remember(name, link)
+
+    def _parent_of(self, dagster_run: str, champion: Champion) -> RunLink | None:
+        """This Dagster run's parent, or the run that chose the champion."""
+        own = self._recall(f"parent-{dagster_run}") or self._recall(f"champion-{champion.digest}")
+        return own or self._find(champion.model, self._parent_filter(dagster_run))
+
+    def _log_serving(self, parent: RunLink | None, configuration: ServingConfiguration) -> RunLink | None:
+        if parent is None:
+            return None
+        for trial in last_of_each(configuration.trials):
+            setting = trial.setting
+            tags = {
+                f"{_TAG}taken": _yes(setting == configuration.setting),
+                "mlflow.note.content": trial.reason or configuration.reason,
+            }
+            parameters = {**setting.model_dump(), "clients": configuration.clients, "stages": trial.stage}
+            figures = trial.model_dump(include={"throughput_per_s", "p50_ms", "p99_ms", "mean_batch", "requests"})
+            name = f"serving {setting.instances}x{setting.threads}, {setting.queue_delay_us} us"
+            metrics = {} if trial.reason else {f"serving_{key}": float(value) for key, value in figures.items()}
+            self._log_child(parent, configuration, name, "serving_trial", tags, parameters, metrics, bool(trial.reason))
+        return parent
+
+    def _log_load(self, parent: RunLink | None, report: ServingReport) -> RunLink | None:
+        if parent is None:
+            return None
+        metrics = {}
+        for level in report.levels:
+            for key in ("throughput_per_s", "p50_ms", "p99_ms", "executions_per_request", "mean_batch"):
+                metrics[f"{level.tool}_{level.clients}_clients_{key}"] = float(getattr(level, key))
+        tags = {f"{_TAG}release": str(report.release), "mlflow.note.content": f"On {report.server}."}
+        parameters = {"release": report.release, "engine": report.engine, "server": report.server}
+        name = f"release {report.release} under load"
+        return self._log_child(parent, report, name, "serving_benchmark", tags, parameters, metrics, failed=False)
+
+    def _log_child(
+        self,
+        parent: RunLink,
+        record: ServingConfiguration | ServingReport,
+        name: str,
+        kind: str,
+        tags: dict[str, str],
+        parameters: dict[str, Any],
+        metrics: dict[str, float],
+        failed: bool,
+    ) -> RunLink:
+        client, experiment = self._client(), self._experiment(record.model)
+        common = {
+            "mlflow.parentRunId": parent.run_id,
+            f"{_TAG}kind": kind,
+            f"{_TAG}model": record.model,
+            f"{_TAG}target": record.target,
+            f"{_TAG}device": record.device,
+            f"{_TAG}report": record.digest,
+        }
+        run_id = client.create_run(experiment, run_name=name, tags={**common, **tags}).info.run_id
+        self._log(run_id, parameters, metrics)
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        return RunLink(run_id, self._url(experiment, run_id))
+
+    def release_runs(self, model: str, target: str) -> dict[int, RunLink]:
+        """The run that measured the engine of each release, by the release's number, as far as MLflow knows them."""
+        with _clear_errors(self._uri):
+            client, found = self._client(), {}
+            for version in client.search_model_versions(f"name = '{model}'"):
+                number = version.tags.get(f"{_TAG}release", "")
+                if version.tags.get(f"{_TAG}target") != target or not number.isdigit() or not version.run_id:
+                    continue
+                experiment = client.get_run(version.run_id).info.experiment_id
+                found[int(number)] = RunLink(version.run_id, self._url(experiment, version.run_id))
+        return found
 
     def release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> None:
         """Tag the champion's registered version, and the run that measured it, with its Triton release's number."""
@@ -392,6 +494,15 @@ def _length_metrics(checkpoint: Checkpoint) -> dict[str, float]:
         "tokens_p95": float(lengths.percentile(0.95)),
         "padding_share": lengths.padding,
     }
+
+
+def last_of_each(trials: Sequence[ServingTrial]) -> list[ServingTrial]:
+    """The longest trial of each setting, which is its last."""
+    found: dict[ServingSetting, ServingTrial] = {}
+    for trial in trials:
+        if trial.setting not in found or trial.stage > found[trial.setting].stage:
+            found[trial.setting] = trial
+    return list(found.values())
 
 
 def _candidate_name(report: BenchmarkReport) -> str:

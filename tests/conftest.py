@@ -106,7 +106,7 @@ def triton_settings() -> TritonSettings:
 
 
 def entry_for(folder: Path | str, **fields: Any) -> ModelEntry:
-    """A catalog entry for a checkpoint folder, quick to build and to measure: two engines, no choice of threads."""
+    """A catalog entry for a checkpoint folder, quick to build and to measure: two engines, nothing chosen by trying."""
     settings = {
         "name": "tiny",
         "source": str(folder),
@@ -115,5 +115,6 @@ def entry_for(folder: Path | str, **fields: Any) -> ModelEntry:
         "max_batch_size": 8,
         "benchmark": {"seconds": 1.0, "threads": 1},
         "engines": ["onnxruntime_fp32", "onnxruntime_int8"],
+        "serving": {"search_seconds": 0.0, "benchmark_seconds": 0.0},
     }
     return ModelEntry.model_validate({**settings, **fields})

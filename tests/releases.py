@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from resources.artifacts.records import Checkpoint, Engine
+from resources.artifacts.records import Checkpoint, Engine, ServingSetting
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
@@ -35,6 +35,7 @@ def make_plan(
     external_data: bool = False,
     flavour: Flavour = "python",
     max_batch_size: int = 8,
+    serving: ServingSetting = ServingSetting(),  # noqa: B008 - frozen
 ) -> ReleasePlan:
     """A plan whose checkpoint and engine lie below `folder`. Another seed is another engine."""
     task = "classification" if labels else "embedding"
@@ -80,7 +81,7 @@ def make_plan(
         ).with_files(engine),
         engine_folder=engine,
         max_batch_size=max_batch_size,
-        threads=1,
+        serving=serving,
         lineage={"refinery_dagster_run": "a run"},
     )
 

@@ -7,6 +7,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from resources.artifacts.records import ServingSetting
 from resources.errors import ReleaseError
 from resources.triton.config import engine_config, front_config, public_config
 from resources.triton.layout import (
@@ -181,7 +182,7 @@ def test_the_content_digest_is_of_what_a_server_does(plan):
     )
     assert content_digest(same) == content_digest(plan)
     others = [
-        replace(plan, threads=2),
+        replace(plan, serving=ServingSetting(threads=2)),
         replace(plan, max_batch_size=16),
         replace(plan, flavour="native"),
         replace(plan, checkpoint=plan.checkpoint.model_copy(update={"labels": LABELS})),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from resources.artifacts.records import ServingSetting
 from resources.errors import ReleaseError, ServerError
 from resources.triton.files import staging_root
 from resources.triton.layout import current_number, current_release, is_whole, list_releases, parse_internal
@@ -216,9 +217,9 @@ def test_a_release_that_nobody_can_prove_waits_outside(repository, plans):
     again = publish(native, repository, Steps())
     assert (again.changed, again.release) == (False, first.release)
     # Another takes its place, with a number of its own; once it is proven it is published and waits no more.
-    second = publish(replace(native, threads=2), repository, Steps())
+    second = publish(replace(native, serving=ServingSetting(threads=2)), repository, Steps())
     assert (second.changed, second.release.number) == (True, 2)
-    third = publish(replace(native, threads=2), repository, UNASKED)
+    third = publish(replace(native, serving=ServingSetting(threads=2)), repository, UNASKED)
     assert (third.changed, third.release.number, third.release.status) == (True, 3, "published")
     assert not waiting.exists()
     assert current_release(repository, "tiny") == third.release

@@ -338,3 +338,75 @@ class Champion(Record):
     score: float
     reason: str
     verdicts: tuple[CandidateVerdict, ...]
+
+
+class ServingSetting(BaseModel):
+    """How Triton runs an engine: `instances` of it, each with so many threads, and batches that wait for company."""
+
+    model_config = _CONFIG
+    instances: int = 1
+    threads: int = 1
+    spinning: bool = True
+    queue_delay_us: int = Field(default=0, description="How long a request may wait for others to run with.")
+
+    def __str__(self) -> str:
+        many = f"{self.instances} instance{'' if self.instances == 1 else 's'}"
+        wait = f", up to {self.queue_delay_us} microseconds of waiting" if self.queue_delay_us else ""
+        return f"{many} of {ThreadSetting(threads=self.threads, spinning=self.spinning)}{wait}"
+
+
+class ServingTrial(BaseModel):
+    """One setting under load on a real server. Failed: `reason` says why, and there are no figures."""
+
+    model_config = _CONFIG
+    setting: ServingSetting
+    stage: int = Field(description="Of the search; 1 is the first. Later ones are longer, and have fewer settings.")
+    reason: str = ""
+    requests: int = 0
+    throughput_per_s: float = 0.0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    mean_batch: float = Field(default=0.0, description="Rows an execution of the engine.")
+
+
+class ServingConfiguration(Record):
+    """How the champion is to be served, and the trials that say so; none: why there were none is in `reason`."""
+
+    kind: ClassVar[str] = "serving_configuration"
+    target: str
+    engine: str
+    engine_digest: str
+    setting: ServingSetting
+    reason: str
+    clients: int
+    p99_limit_ms: float | None
+    device: str
+    trials: tuple[ServingTrial, ...] = ()
+
+
+class LoadLevel(BaseModel):
+    """A release under the load of so many clients, each of which asks again as soon as it has its answer."""
+
+    model_config = _CONFIG
+    clients: int
+    tool: str = Field(description="Who asked: tritonclient or perf_analyzer.")
+    requests: int
+    throughput_per_s: float
+    p50_ms: float
+    p99_ms: float
+    mean_batch: float = Field(description="Rows an execution of the engine; 0: not known.")
+    executions_per_request: float = Field(description="Of the engine; 0: not known.")
+
+
+class ServingReport(Record):
+    """Throughput and latency of a published release on a real server, by the number of clients."""
+
+    kind: ClassVar[str] = "serving_report"
+    target: str
+    release: int
+    engine: str
+    status: Literal["measured", "skipped"]
+    reason: str = ""
+    server: str = ""
+    device: str = ""
+    levels: tuple[LoadLevel, ...] = ()

@@ -82,7 +82,7 @@ class TextClient:
         import numpy as np
 
         binary = {} if self.protocol == "grpc" else {"binary_data": not as_json}
-        tensors = self._tensors(contract, items, **binary)
+        tensors = text_tensors(self._api, contract, items, **binary)
         wanted = [self._api.InferRequestedOutput(contract.output, **binary)]
         limit = {"client_timeout": TIMEOUT_SECONDS} if self.protocol == "grpc" else {}
         try:
@@ -113,7 +113,7 @@ class TextClient:
         Empty for a model without labels. Raises ServerError.
         """
         wanted = [self._api.InferRequestedOutput(contract.output, class_count=count)]
-        tensors = self._tensors(contract, [item])
+        tensors = text_tensors(self._api, contract, [item])
         try:
             answer = self._client.infer(model, tensors, outputs=wanted, client_timeout=TIMEOUT_SECONDS)
         except Exception as error:
@@ -191,18 +191,6 @@ class TextClient:
             raise self._trouble("does not list its models", error) from error
         return {item.name: item.reason for item in index.models if item.state == "UNAVAILABLE" and item.reason}
 
-    def _tensors(self, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
-        import numpy as np
-
-        tensors = []
-        for name in contract.inputs:
-            texts = [item[name] for item in items]
-            rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
-            tensor = self._api.InferInput(name, [len(items), 1], "BYTES")
-            tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
-            tensors.append(tensor)
-        return tensors
-
     def _limit(self, seconds: float) -> dict[str, float]:
         return {"client_timeout": seconds} if self.protocol == "grpc" else {}
 
@@ -230,6 +218,20 @@ class TextClient:
                 "the right address."
             )
         return ServerError(f"The server at {self.address} ({self.protocol}) {what}: {first}.")
+
+
+def text_tensors(api: Any, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
+    """The inputs of one request, strings `[items, 1]` each. api: `tritonclient.grpc` or `tritonclient.http`."""
+    import numpy as np
+
+    tensors = []
+    for name in contract.inputs:
+        texts = [item[name] for item in items]
+        rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
+        tensor = api.InferInput(name, [len(items), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
+        tensors.append(tensor)
+    return tensors
 
 
 def serves(address: str, model: str) -> bool:

@@ -14,8 +14,6 @@ from resources.triton.release import LABELS_FILE, RESULT, ReleasePlan
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-#: A server with one model has nothing to gain from waiting; batches form by themselves while the engine is busy.
-MAX_QUEUE_DELAY_MICROSECONDS = 0
 _WARM_UP_TOKENS = 16
 #: Of an engine's parameters, what its `model.py` has to know: where a plan runs, and what computes.
 _BUILT = ("flavour", "tensorrt", "compute_capability", "provider")
@@ -30,6 +28,8 @@ def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> Mo
 
     config = pb.ModelConfig(name=name or plan.model, platform="ensemble", max_batch_size=plan.max_batch_size)
     config.version_policy.specific.versions.append(number)
+    if plan.response_cache:  # of requests to this version: what another release answered is never given
+        config.response_cache.enable = True
     _texts(config, plan)
     lineage = {"refinery_release": str(number), "refinery_revision": plan.checkpoint.revision, **plan.lineage}
     engine_name = internal_name(plan.model, number, "engine")
@@ -87,6 +87,13 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
 
     backend = "python" if plan.flavour == "python" else plan.engine.runtime
     config = _step(plan, internal_name(plan.model, number, "engine"), backend, on_gpu=device_of(plan.target) == "cuda")
+    config.dynamic_batching.max_queue_delay_microseconds = plan.serving.queue_delay_us
+    group = config.instance_group[0]
+    group.count = plan.serving.instances
+    if plan.rate_limiter is not None:
+        group.rate_limiter.priority = plan.rate_limiter.priority
+        for name, count in plan.rate_limiter.resources.items():
+            group.rate_limiter.resources.add(name=name, count=count)
     extra = _task(plan).extra_inputs
     rows = []
     if backend == "openvino":
@@ -102,23 +109,25 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
         output.label_filename = LABELS_FILE
     config.output.append(output)
     if plan.flavour == "python":
-        values = {"entry_file": plan.engine.entry_file, "threads": str(plan.threads), "device": device_of(plan.target)}
+        values = {
+            "entry_file": plan.engine.entry_file,
+            "threads": str(plan.serving.threads),
+            "device": device_of(plan.target),
+        }
         built = {name: plan.engine.parameters[name] for name in _BUILT if name in plan.engine.parameters}
-        _parameters(config, {**values, "spinning": str(plan.spinning).lower(), **built})
+        _parameters(config, {**values, "spinning": str(plan.serving.spinning).lower(), **built})
     elif backend == "openvino":
         # What it reads: ParseParameters in openvino.cc. It knows bfloat16 only as something to be asked for.
-        values = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(plan.threads)}
+        values = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(plan.serving.threads)}
         _parameters(config, values)
     elif backend == "tensorrt":
         # One group with all profiles. Triton gives a request to any instance that is free, whatever its shape, and an
         # instance chooses among its own profiles: with a group for each, every other request would be refused.
-        config.instance_group[0].profile.extend(
-            str(number) for number in range(int(plan.engine.parameters["profiles"]))
-        )
+        group.profile.extend(str(number) for number in range(int(plan.engine.parameters["profiles"])))
         _parameters(config, {f"refinery_{name}": plan.engine.parameters[name] for name in _BUILT[:3]})
     else:
         # The backend hands on no setting for spinning (its source of June 2026 was read).
-        _parameters(config, {"intra_op_thread_count": str(plan.threads), "inter_op_thread_count": "1"})
+        _parameters(config, {"intra_op_thread_count": str(plan.serving.threads), "inter_op_thread_count": "1"})
         if device_of(plan.target) == "cuda":
             _accelerator(config, plan)
     # Zero ids and a mask of ones: random ids lie outside the vocabulary, and the load would fail.
@@ -195,7 +204,8 @@ def _step(plan: ReleasePlan, name: str, backend: str, *, on_gpu: bool = False) -
 
     config = pb.ModelConfig(name=name, backend=backend, max_batch_size=plan.max_batch_size)
     config.version_policy.specific.versions.append(1)
-    config.dynamic_batching.max_queue_delay_microseconds = MAX_QUEUE_DELAY_MICROSECONDS
+    # No waiting for company: batches form by themselves while an instance is busy.
+    config.dynamic_batching.max_queue_delay_microseconds = 0
     # Left out, Triton would start two on a CPU, each with all the threads that one was measured with.
     kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     config.instance_group.add(kind=kind, count=1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ThreadSetting
+from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
 from resources.catalog import ModelEntry
 from resources.evaluation.reference import read_evaluation_set
 from resources.tasks import TASKS, Gates, Metrics
@@ -36,12 +36,12 @@ def make_release(
     engine: Engine,
     evaluation: EvaluationSet,
     champion: Champion,
+    configuration: ServingConfiguration,
     *,
     dagster_run: str,
 ) -> Published:
     """Publish the champion's engine, proven. Raises ReleaseError, ServerError; what served before serves on."""
     store, settings = workspace.store, workspace.triton
-    threads = champion.setting or ThreadSetting(threads=workspace.threads(entry))
     plan = ReleasePlan(
         model=entry.name,
         target=champion.target,
@@ -51,8 +51,9 @@ def make_release(
         engine=engine,
         engine_folder=store.folder(engine),
         max_batch_size=entry.max_batch_size,
-        threads=threads.threads,
-        spinning=threads.spinning,
+        serving=configuration.setting,
+        response_cache=entry.serving.response_cache,
+        rate_limiter=entry.serving.rate_limiter,
         lineage={"refinery_dagster_run": dagster_run, "refinery_champion": champion.digest},
     )
 

@@ -13,7 +13,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
-from resources.artifacts.records import Checkpoint, Engine, StoredFile, sha256_file
+from resources.artifacts.records import Checkpoint, Engine, ServingSetting, StoredFile, sha256_file
+from resources.catalog import RateLimiter
 from resources.errors import ReleaseError
 from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.triton.proof import Proof
@@ -65,11 +66,12 @@ class Release(BaseModel):
     lineage: dict[str, str] = Field(default_factory=dict)
     files: dict[str, StoredFile] = Field(default_factory=dict, description="Of the internals, by path.")
     pointer: StoredFile | None = Field(default=None, description="The public config.pbtxt. None: an older manifest.")
+    serving: ServingSetting | None = Field(default=None, description="How its engine runs. None: an older manifest.")
 
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """What is to be released. `threads`, `spinning`: of the engine, as it was measured; see ThreadSetting."""
+    """What is to be released. `serving`: how the engine runs. `response_cache`: Triton may answer from its cache."""
 
     model: str
     target: str
@@ -79,8 +81,9 @@ class ReleasePlan:
     engine: Engine
     engine_folder: Path
     max_batch_size: int
-    threads: int
-    spinning: bool = True
+    serving: ServingSetting
+    response_cache: bool = False
+    rate_limiter: RateLimiter | None = None
     lineage: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -157,8 +160,9 @@ def content_digest(plan: ReleasePlan) -> str:
         pipeline=plan.checkpoint.pipeline_digest,
         labels=plan.checkpoint.labels,
         max_batch_size=plan.max_batch_size,
-        threads=plan.threads,
-        spinning=plan.spinning,
+        serving=plan.serving.model_dump(),
+        response_cache=plan.response_cache,
+        rate_limiter=plan.rate_limiter.model_dump() if plan.rate_limiter is not None else None,
         code=code_version(
             "resources.triton.python_models",
             "resources.triton.config",
@@ -193,6 +197,7 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         status="unverified",
         lineage=plan.lineage,
+        serving=plan.serving,
     )
 
 

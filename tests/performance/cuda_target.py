@@ -31,6 +31,7 @@ from resources.targets import check_target, device_of
 from resources.triton.client import TextClient
 from resources.triton.layout import current_release
 from resources.triton.make import make_release
+from resources.triton.search import make_serving_configuration
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
@@ -72,7 +73,15 @@ def run(workspace: Workspace, entry: ModelEntry, target: str) -> bool:
             say("benchmark", engine=made.name, status=report.status, reason=report.reason)
     champion = make_champion(workspace, entry, target, reports, evaluation).record
     say("champion", engine=champion.engine, reason=champion.reason)
-    make_release(workspace, entry, checkpoint, engines[champion.engine], evaluation, champion, dagster_run="none")
+    best = engines[champion.engine]
+    serving = make_serving_configuration(workspace, entry, checkpoint, best, evaluation, champion).record
+    say(
+        "serving",
+        setting=str(serving.setting),
+        reason=serving.reason,
+        trials=[one.model_dump() for one in serving.trials],
+    )
+    make_release(workspace, entry, checkpoint, best, evaluation, champion, serving, dagster_run="none")
     repository = workspace.repository(target)
     assert isinstance(repository, Path)
     release = current_release(repository, entry.name)

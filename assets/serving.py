@@ -1,0 +1,94 @@
+"""How the champion is served best, and what the published release does under load."""
+
+import dagster as dg
+
+from assets.materialization import OWNERS, materialized, remember
+from assets.partitions import models
+from resources.artifacts.records import (
+    Champion,
+    Checkpoint,
+    Engine,
+    EvaluationSet,
+    ServingConfiguration,
+    ServingReport,
+)
+from resources.reporting import load_plot, load_table, markdown, markdown_image, trial_table
+from resources.tracking import Tracker
+from resources.triton.search import make_serving_configuration
+from resources.triton.serving_report import make_serving_report
+from resources.workspace import Workspace
+
+
+def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
+    """The asset `serving_configuration/<target>`. It fails where the champion cannot be served in any way."""
+
+    @dg.asset(
+        key=["serving_configuration", target],
+        deps=[dg.AssetKey(["champion", target])],
+        partitions_def=models,
+        group_name="serving",
+        kinds={"triton"},
+        owners=OWNERS,
+        description="Instances and queue delay for the champion, found under load on a real Triton server.",
+        tags={"target": target},
+    )
+    def serving_configuration(
+        context: dg.AssetExecutionContext,
+        workspace: dg.ResourceParam[Workspace],
+        tracker: dg.ResourceParam[Tracker],
+    ) -> dg.MaterializeResult:
+        entry, store = workspace.entry(context.partition_key), workspace.store
+        champion = store.current(Champion, f"champion/{target}/{entry.name}")
+        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
+        engine = store.current(Engine, f"engines/{target}/{champion.engine}/{entry.name}")
+        evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
+        made = make_serving_configuration(workspace, entry, checkpoint, engine, evaluation, champion)
+        folder = remember(store, f"serving_configuration/{target}/{entry.name}", made)
+        record: ServingConfiguration = made.record
+        tracker.serving(context.run.run_id, champion, record)
+        metadata: dict[str, object] = {"setting": str(record.setting), "reason": record.reason}
+        if record.trials:
+            metadata["trials"] = dg.MetadataValue.md(markdown(*trial_table(record)))
+        return materialized(made, folder, metadata)
+
+    return serving_configuration
+
+
+def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
+    """The asset `serving_benchmark/<target>`."""
+
+    @dg.asset(
+        key=["serving_benchmark", target],
+        deps=[dg.AssetKey(["triton_repository", target])],
+        partitions_def=models,
+        group_name="serving",
+        kinds={"triton", "mlflow"},
+        owners=OWNERS,
+        description="Throughput and latency of the release that serves, by the number of clients, on a real Triton.",
+        tags={"target": target},
+    )
+    def serving_benchmark(
+        context: dg.AssetExecutionContext,
+        workspace: dg.ResourceParam[Workspace],
+        tracker: dg.ResourceParam[Tracker],
+    ) -> dg.MaterializeResult:
+        entry, store = workspace.entry(context.partition_key), workspace.store
+        champion = store.current(Champion, f"champion/{target}/{entry.name}")
+        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
+        evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
+        made = make_serving_report(workspace, entry, target, checkpoint, evaluation)
+        folder = remember(store, f"serving_benchmark/{target}/{entry.name}", made)
+        record: ServingReport = made.record
+        tracker.load(context.run.run_id, champion, record)
+        metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–"}
+        if record.levels:
+            title = f"{entry.name} on {target}, release {record.release}: {record.device}"
+            metadata |= {
+                "load": dg.MetadataValue.md(markdown(*load_table(record.levels))),
+                "plot": dg.MetadataValue.md(markdown_image(load_plot(record, title), "latency by throughput")),
+                "throughput_per_s": round(max(level.throughput_per_s for level in record.levels), 1),
+                "p50_ms_of_one_client": round(record.levels[0].p50_ms, 3),
+            }
+        return materialized(made, folder, metadata)
+
+    return serving_benchmark

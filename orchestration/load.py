@@ -1,0 +1,53 @@
+"""`refinery load`: what a served model does under load."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+
+from orchestration.settings import read_workspace
+from orchestration.terminal import print_table, table_console
+from resources.artifacts.records import Checkpoint, EvaluationSet
+from resources.errors import ReleaseError
+from resources.evaluation.reference import read_evaluation_set
+from resources.locks import benchmarking
+from resources.pipelines import open_pipeline
+from resources.reporting import load_table
+from resources.triton.client import TextClient
+from resources.triton.mix import request_mix
+from resources.triton.server import EmbeddedServer
+from resources.triton.serving_report import measure_load, measure_with_perf_analyzer
+
+
+def load(options: Namespace) -> int:
+    """Closed loops of so many clients, on the server that was named or on one of its own; prints a table."""
+    workspace = read_workspace(os.environ)
+    store, repository = workspace.store, workspace.repository(options.target)
+    checkpoint = store.current(Checkpoint, f"checkpoint/{options.model}")
+    evaluation = store.current(EvaluationSet, f"evaluation_set/{options.model}")
+    folder = store.folder(checkpoint)
+    items = request_mix(read_evaluation_set(store.folder(evaluation)).items, checkpoint, folder)
+    if options.tokens is not None:
+        rows = open_pipeline(str(folder)).rows(items)
+        longest = [max(row.tokens for row in found) for found in rows]
+        items = [item for item, tokens in zip(items, longest, strict=True) if tokens <= options.tokens]
+        if not items:
+            raise ReleaseError(f"--tokens {options.tokens}: the shortest request has {min(longest)} tokens.")
+    with ExitStack() as stack:
+        address = options.url
+        if address is None:
+            stack.enter_context(
+                benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
+            )
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
+            server = EmbeddedServer(repository, workspace.triton, models=[options.model], log=log)
+            address = stack.enter_context(server).grpc_address
+        with TextClient(address) as client:
+            title = f"{options.model}, release {client.release_of(options.model)}, on {client.version()} at {address}"
+        found = measure_load(address, options.model, items, options.clients, options.seconds)
+        found += measure_with_perf_analyzer(address, options.model, items, options.clients, options.seconds)
+    print_table(table_console(), title, *load_table(found))
+    return 0

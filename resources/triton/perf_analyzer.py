@@ -1,0 +1,83 @@
+"""NVIDIA's perf_analyzer, where it is installed (`pip install perf-analyzer`; it needs glibc 2.38): run, and read.
+
+https://github.com/triton-inference-server/perf_analyzer, docs/cli.md and docs/input_data.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from resources.artifacts.records import LoadLevel
+from resources.errors import ServerError
+
+#: A level is measured until so many windows agree, or so many were tried.
+_WINDOWS, _MOST_WINDOWS = 3, 5
+#: Beyond its windows: for starting, for the last requests, and for writing.
+_SLACK_SECONDS = 30.0
+
+
+def find_perf_analyzer() -> Path | None:
+    """The program, on the path or beside this Python; None where it is not installed."""
+    beside = Path(sys.executable).with_name("perf_analyzer")
+    found = shutil.which("perf_analyzer") or (str(beside) if beside.is_file() else None)
+    return Path(found) if found else None
+
+
+def run_perf_analyzer(
+    program: Path, address: str, model: str, items: Sequence[Mapping[str, str]], levels: Sequence[int], seconds: float
+) -> list[LoadLevel]:
+    """Throughput and latency over gRPC with so many requests under way, `seconds` a level. Raises ServerError."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        data, report = Path(folder) / "requests.json", Path(folder) / "report.csv"
+        rows = [{name: {"content": [text], "shape": [1]} for name, text in item.items()} for item in items]
+        data.write_text(json.dumps({"data": rows}), encoding="utf-8")
+        for clients in levels:
+            command = [str(program), "-m", model, "-u", address, "-i", "grpc", "--async"]
+            command += ["--input-data", str(data), "--concurrency-range", f"{clients}:{clients}", "-f", str(report)]
+            command += ["--measurement-interval", str(max(200, round(seconds * 1000 / _WINDOWS)))]
+            command += ["--max-trials", str(_MOST_WINDOWS)]
+            bound = seconds * _MOST_WINDOWS / _WINDOWS + _SLACK_SECONDS
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=bound)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise ServerError(f"perf_analyzer could not measure {model} at {address}: {error}") from error
+            if done.returncode or not report.is_file():
+                words = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+                raise ServerError(f"perf_analyzer could not measure {model} at {address}: {words[-1]}")
+            found += read_report(report.read_text(encoding="utf-8"), seconds)
+    return found
+
+
+def read_report(text: str, seconds: float) -> list[LoadLevel]:
+    """The levels of a report as perf_analyzer writes it with `-f`, latencies there in microseconds.
+
+    Raises ServerError where it is another format than is known.
+    """
+    try:
+        return [
+            LoadLevel(
+                clients=int(row["Concurrency"]),
+                tool="perf_analyzer",
+                requests=round(float(row["Inferences/Second"]) * seconds),
+                throughput_per_s=float(row["Inferences/Second"]),
+                p50_ms=float(row["p50 latency"]) / 1000,
+                p99_ms=float(row["p99 latency"]) / 1000,
+                mean_batch=0.0,
+                executions_per_request=0.0,
+            )
+            for row in csv.DictReader(io.StringIO(text))
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        first = (text.splitlines() or [""])[0]
+        raise ServerError(
+            f"perf_analyzer's report is not as its version 2.60 writes it ({error}): {first!r}"
+        ) from error

@@ -1,0 +1,74 @@
+"""What the store holds as champion becomes the release; a release that waits, or was left by a rollback, serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
+from resources.catalog import ModelEntry
+from resources.errors import ReleaseError
+from resources.tracking import Tracker
+from resources.triton.layout import current_number, list_releases
+from resources.triton.make import make_release
+from resources.triton.publish import Published, unverified_root
+from resources.triton.release import Release
+from resources.triton.rollback import roll_back
+from resources.workspace import Workspace
+
+
+def publish_champion(
+    workspace: Workspace, tracker: Tracker, entry: ModelEntry, target: str, *, dagster_run: str
+) -> Published:
+    """Publish the champion as the steps of the pipeline left it. Raises ReleaseError, ServerError, ArtifactError."""
+    store = workspace.store
+    champion = store.current(Champion, f"champion/{target}/{entry.name}")
+    checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
+    engine = store.current(Engine, f"engines/{target}/{champion.engine}/{entry.name}")
+    evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
+    configuration = store.current(ServingConfiguration, f"serving_configuration/{target}/{entry.name}")
+    if engine.digest != champion.engine_digest or evaluation.digest != champion.evaluation_digest:
+        raise ReleaseError(
+            f"{entry.name}: {champion.engine} was chosen on {target} for another revision or build than is there now. "
+            f"Materialize champion/{target}, with the benchmarks before it, first."
+        )
+    if configuration.engine_digest != engine.digest:
+        raise ReleaseError(
+            f"{entry.name}: how to serve it on {target} was found for another engine than {champion.engine}. "
+            f"Materialize serving_configuration/{target} first."
+        )
+    published = make_release(
+        workspace, entry, checkpoint, engine, evaluation, champion, configuration, dagster_run=dagster_run
+    )
+    if published.current and published.release.status == "published":
+        tracker.release(checkpoint, champion, published.release.number)
+    return published
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """The release that is pointed to now, and the number of the one that was; None: it is the model's first."""
+
+    release: Release
+    before: int | None
+
+
+def promote(
+    workspace: Workspace, tracker: Tracker, model: str, target: str, *, dagster_run: str, log: Path
+) -> Promoted:
+    """Have the newest release serve: one that waits for its proof is proven and published, else, after a rollback, the
+    newest that there is. Raises ReleaseError, ServerError; then what served before serves on.
+    """
+    repository = workspace.repository(target)
+    before = current_number(repository, model)
+    if list_releases(unverified_root(repository, model), model):
+        published = publish_champion(workspace, tracker, workspace.entry(model), target, dagster_run=dagster_run)
+        if published.release.status != "published":
+            raise ReleaseError(f"{model}: {published.advice}")
+        return Promoted(published.release, before)
+    found = list_releases(repository, model)
+    if not found:
+        raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
+    if found[-1].number == before and not workspace.triton.driven:
+        raise ReleaseError(f"{model}: release {before} is the newest, and what is pointed to already.")
+    return Promoted(roll_back(repository, model, workspace.triton, to=found[-1].number, log=log).release, before)

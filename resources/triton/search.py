@@ -1,0 +1,306 @@
+"""How the champion is served best: instances and queue delay, found under load on a real server within a bound.
+
+Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
+2016): all settings are measured shortly and in turns, the better half again for twice as long, until two are left.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.records import (
+    Champion,
+    Checkpoint,
+    Engine,
+    EvaluationSet,
+    ServingConfiguration,
+    ServingSetting,
+    ServingTrial,
+    ThreadSetting,
+)
+from resources.artifacts.store import Made
+from resources.catalog import ModelEntry, ServingSettings
+from resources.device import describe_device
+from resources.errors import ReleaseError, ServerError
+from resources.evaluation.reference import read_evaluation_set
+from resources.locks import benchmarking
+from resources.targets import device_of
+from resources.triton.client import TextClient
+from resources.triton.config import engine_config, write_config
+from resources.triton.layout import CONFIG, internal_name
+from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
+from resources.triton.mix import request_mix
+from resources.triton.release import ReleasePlan
+from resources.triton.server import EmbeddedServer
+from resources.triton.settings import TritonSettings
+from resources.triton.stage import stage
+from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    from resources.pipelines.base import Item
+
+#: Waiting longer than this for company costs more than any batch wins back at the speeds that engines have here.
+QUEUE_DELAYS_US = (0, 500, 2000)
+#: More instances than this share the machine's memory bandwidth and the GPU's multiprocessors without winning.
+MOST_INSTANCES = 4
+#: Within this share of the best two settings are equal, and the simpler one is taken.
+NOISE = 0.03
+#: Shorter than this a trial says nothing.
+_SHORTEST_SECONDS = 0.5
+#: The number that a staged release needs and that nobody sees.
+_NUMBER = 1
+
+#: The figures of a setting under load for so many seconds, at that stage of the search.
+Measure = Callable[[ServingSetting, float, int], ServingTrial]
+
+
+def settings_to_try(measured: ThreadSetting, serving: ServingSettings, *, device: str) -> tuple[ServingSetting, ...]:
+    """What is worth a try, the simplest first: as many instances as share the threads evenly, and each queue delay.
+
+    measured: what the engine was fastest with, alone. On a GPU threads are not shared out: they only launch its work.
+    What the catalog fixes is not varied.
+    """
+    counts = [2**power for power in range(MOST_INSTANCES.bit_length()) if 2**power <= MOST_INSTANCES]
+    if device == "cpu":
+        counts = [count for count in counts if count <= measured.threads]
+    delays: Sequence[int] = QUEUE_DELAYS_US if serving.queue_delay_us is None else (serving.queue_delay_us,)
+    if serving.instances is not None:
+        counts = [serving.instances]
+    return tuple(
+        ServingSetting(
+            instances=count,
+            threads=max(1, measured.threads // count) if device == "cpu" else measured.threads,
+            spinning=measured.spinning,
+            queue_delay_us=delay,
+        )
+        for delay in delays
+        for count in counts
+    )
+
+
+def rank(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> list[ServingTrial]:
+    """Best first: what keeps the limit by throughput, then what does not by latency, then what failed."""
+
+    def key(trial: ServingTrial) -> tuple[int, float]:
+        if trial.reason:
+            return 2, 0.0
+        if p99_limit_ms is not None and trial.p99_ms > p99_limit_ms:
+            return 1, trial.p99_ms
+        return 0, -trial.throughput_per_s
+
+    return sorted(trials, key=key)
+
+
+def choose(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> tuple[ServingSetting, str]:
+    """The setting to serve with, and why. trials: of one stage, the simplest first. Raises ReleaseError for none."""
+    ranked = rank(trials, p99_limit_ms)
+    if not ranked or ranked[0].reason:
+        raise ReleaseError(f"no setting could be served: {ranked[0].reason if ranked else 'none was tried'}")
+    best = ranked[0]
+    if p99_limit_ms is not None and best.p99_ms > p99_limit_ms:
+        return best.setting, (
+            f"no setting keeps {p99_limit_ms:g} ms; the lowest 99th percentile is that of {best.setting}: "
+            f"{best.p99_ms:.1f} ms at {best.throughput_per_s:.0f} requests a second"
+        )
+    equal = [
+        trial
+        for trial in trials
+        if not trial.reason
+        and trial.throughput_per_s >= (1 - NOISE) * best.throughput_per_s
+        and (p99_limit_ms is None or trial.p99_ms <= p99_limit_ms)
+    ]
+    taken = min(equal, key=lambda trial: (trial.setting.instances, trial.setting.queue_delay_us))
+    return taken.setting, (
+        f"{taken.setting}: {taken.throughput_per_s:.0f} requests a second, 99th percentile {taken.p99_ms:.1f} ms"
+    )
+
+
+def halve(
+    settings: Sequence[ServingSetting], measure: Measure, seconds: float, p99_limit_ms: float | None
+) -> list[ServingTrial]:
+    """Trials of all stages, within `seconds` as far as those hold one stage. The last stage's decide.
+
+    There the settings are measured twice, the second time in the opposite order: machines have moods.
+    """
+    left, trials = list(settings), list[ServingTrial]()
+    stages = max(1, math.ceil(math.log2(len(left)))) if len(left) > 1 else 1
+    deadline = time.monotonic() + seconds
+    for number in range(1, stages + 1):
+        share = (deadline - time.monotonic()) / (stages - number + 1) / len(left)
+        if number > 1 and share < _SHORTEST_SECONDS:
+            break
+        if number < stages:
+            found = [measure(setting, max(share, _SHORTEST_SECONDS), number) for setting in left]
+        else:
+            half = max(share / 2, _SHORTEST_SECONDS)
+            there = [measure(setting, half, number) for setting in left]
+            back = [measure(setting, half, number) for setting in reversed(left)]
+            found = [_pooled(*pair) for pair in zip(there, reversed(back), strict=True)]
+        trials += found
+        kept = rank(found, p99_limit_ms)[: max(2, len(left) // 2)]
+        # In their own order again, so that the simplest comes first.
+        left = [setting for setting in left if any(trial.setting == setting for trial in kept if not trial.reason)]
+        if not left:
+            break
+    return trials
+
+
+def _pooled(first: ServingTrial, second: ServingTrial) -> ServingTrial:
+    """Two trials of one setting as one. A limit of latency has to be kept both times."""
+    if first.reason or second.reason:
+        return first if first.reason else second
+    return first.model_copy(
+        update={
+            "requests": first.requests + second.requests,
+            "throughput_per_s": (first.throughput_per_s + second.throughput_per_s) / 2,
+            "p50_ms": (first.p50_ms + second.p50_ms) / 2,
+            "p99_ms": max(first.p99_ms, second.p99_ms),
+            "mean_batch": (first.mean_batch + second.mean_batch) / 2,
+        }
+    )
+
+
+def last_stage(trials: Sequence[ServingTrial]) -> list[ServingTrial]:
+    """The trials that decide: those of the last stage, which had the most time."""
+    last = max(trial.stage for trial in trials)
+    return [trial for trial in trials if trial.stage == last]
+
+
+def make_serving_configuration(
+    workspace: Workspace,
+    entry: ModelEntry,
+    checkpoint: Checkpoint,
+    engine: Engine,
+    evaluation: EvaluationSet,
+    champion: Champion,
+) -> Made[ServingConfiguration]:
+    """How the champion is to be served. Raises ReleaseError where no setting can be, ServerError without a server."""
+    serving, device = entry.serving, describe_device(champion.target)
+    measured = champion.setting or ThreadSetting(threads=workspace.threads(entry))
+    tried = settings_to_try(measured, serving, device=device_of(champion.target))
+    searched = len(tried) > 1 and serving.search_seconds > 0 and workspace.triton.flavour == "python"
+    digest = fingerprint(
+        "serving_configuration",
+        model=entry.name,
+        target=champion.target,
+        engine=[engine.digest, engine.content_digest],
+        checkpoint=[checkpoint.tokenizer_digest, checkpoint.pipeline_digest],
+        settings=[setting.model_dump() for setting in tried],
+        batch=entry.max_batch_size,
+        serving=serving.model_dump(include={"p99_ms", "clients", "search_seconds"}) if searched else None,
+        load=[evaluation.digest, checkpoint.lengths and checkpoint.lengths.model_dump()] if searched else None,
+        device=device,
+        flavour=workspace.triton.flavour,
+        code=code_version("resources.triton.search", "resources.triton.load", "resources.triton.mix"),
+    )
+    record = ServingConfiguration(
+        digest=digest,
+        model=entry.name,
+        target=champion.target,
+        engine=engine.name,
+        engine_digest=engine.digest,
+        setting=tried[0],
+        reason="",
+        clients=serving.clients,
+        p99_limit_ms=serving.p99_ms,
+        device=device,
+    )
+
+    def make(folder: Path) -> ServingConfiguration:
+        del folder
+        if not searched:
+            why = (
+                "Triton's own backends are not embedded, so nothing was measured"
+                if workspace.triton.flavour != "python"
+                else "there is nothing to choose"
+                if len(tried) == 1
+                else "search_seconds is 0"
+            )
+            return record.model_copy(update={"reason": f"{tried[0]}: {why}"})
+        plan = ReleasePlan(
+            model=entry.name,
+            target=champion.target,
+            flavour="python",
+            checkpoint=checkpoint,
+            checkpoint_folder=workspace.store.folder(checkpoint),
+            engine=engine,
+            engine_folder=workspace.store.folder(engine),
+            max_batch_size=entry.max_batch_size,
+            serving=tried[0],
+        )
+        items = request_mix(
+            read_evaluation_set(workspace.store.folder(evaluation)).items, checkpoint, plan.checkpoint_folder
+        )
+        log = workspace.log(entry.name, f"serving-{champion.target}")
+        with benchmarking(), trial_server(plan, workspace.triton, items, serving.clients, log) as measure:
+            trials = halve(tried, measure, serving.search_seconds, serving.p99_ms)
+        setting, reason = choose(last_stage(trials), serving.p99_ms)
+        return record.model_copy(update={"setting": setting, "reason": reason, "trials": tuple(trials)})
+
+    return workspace.store.get_or_make(ServingConfiguration, digest, make)
+
+
+@contextmanager
+def trial_server(
+    plan: ReleasePlan, settings: TritonSettings, items: Sequence[Item], clients: int, log: Path
+) -> Iterator[Measure]:
+    """A real server of the plan's release alone, whose engine is loaded anew with each setting that is measured."""
+    with tempfile.TemporaryDirectory(prefix="refinery-serving-") as scratch:
+        root, engine = Path(scratch) / "models", internal_name(plan.model, _NUMBER, "engine")
+        root.mkdir()
+        stage(plan, _NUMBER, root)
+        with (
+            EmbeddedServer(root, settings, models=[plan.model], log=log) as server,
+            TextClient(server.grpc_address) as client,
+        ):
+            contract = client.contract(plan.model)
+            loaded = plan.serving
+
+            def measure(setting: ServingSetting, seconds: float, number: int) -> ServingTrial:
+                nonlocal loaded
+                trial = ServingTrial(setting=setting, stage=number)
+                started = time.monotonic()
+                try:
+                    if setting != loaded:
+                        config = engine_config(replace(plan, serving=setting), _NUMBER)
+                        write_config(config, root / engine / CONFIG)
+                        client.load(engine)
+                        loaded = setting
+                    before = server_statistics(server.grpc_address, [engine])
+                    # What loading took is taken from the trial's own time: the bound is for all of it.
+                    left = seconds - (time.monotonic() - started) - WARM_UP_SECONDS / 2
+                    result = closed_loop(
+                        server.grpc_address,
+                        plan.model,
+                        contract,
+                        items,
+                        concurrency=clients,
+                        seconds=max(left, _SHORTEST_SECONDS),
+                        warm_up_seconds=WARM_UP_SECONDS / 2,
+                        seed=number,
+                    )
+                    after = server_statistics(server.grpc_address, [engine])
+                except ServerError as error:
+                    return trial.model_copy(update={"reason": str(error)})
+                if result.failures:
+                    return trial.model_copy(
+                        update={"reason": f"{result.failures} requests failed: {result.first_error}"}
+                    )
+                figures = {
+                    "requests": result.requests,
+                    "throughput_per_s": result.throughput,
+                    "p50_ms": result.p50_ms,
+                    "p99_ms": result.p99_ms,
+                    "mean_batch": statistics_since(before, after)[engine].mean_batch,
+                }
+                return trial.model_copy(update=figures)
+
+            yield measure

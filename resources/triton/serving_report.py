@@ -1,0 +1,147 @@
+"""What a published release does under load on a real server, by the number of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.records import Checkpoint, EvaluationSet, LoadLevel, ServingReport
+from resources.artifacts.store import Made
+from resources.catalog import ModelEntry
+from resources.device import describe_device
+from resources.errors import ReleaseError, ServerError
+from resources.evaluation.reference import read_evaluation_set
+from resources.locks import benchmarking
+from resources.triton.client import TextClient
+from resources.triton.layout import current_release, internal_name
+from resources.triton.load import closed_loop, server_statistics, statistics_since
+from resources.triton.mix import request_mix
+from resources.triton.perf_analyzer import find_perf_analyzer, run_perf_analyzer
+from resources.triton.server import EmbeddedServer
+from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    from resources.pipelines.base import Item
+
+#: Of a level's time, what warms it up.
+_WARM_UP_SHARE = 0.15
+
+
+def levels_of(clients: int) -> tuple[int, ...]:
+    """Numbers of clients to measure with: one, the square root, and the whole load."""
+    return tuple(sorted({1, round(clients**0.5), clients}))
+
+
+def measure_load(
+    address: str, model: str, items: Sequence[Item], levels: Sequence[int], seconds: float
+) -> list[LoadLevel]:
+    """The model under closed loops of tritonclient's asyncio client over gRPC, one a level, `seconds` in all.
+
+    Raises ServerError; ReleaseError where requests fail.
+    """
+    with TextClient(address) as client:
+        contract, number = client.contract(model), client.release_of(model)
+    engines = [] if number is None else [internal_name(model, number, "engine")]
+    share, found = seconds / len(levels), []
+    for clients in levels:
+        warm_up = share * _WARM_UP_SHARE
+        # A model that counts is asked before and after; what the warm-up did is in it too, and changes no ratio.
+        before = server_statistics(address, [model, *engines])
+        result = closed_loop(
+            address, model, contract, items, concurrency=clients, seconds=share - warm_up, warm_up_seconds=warm_up
+        )
+        done = statistics_since(before, server_statistics(address, [model, *engines]))
+        engine = done[engines[0]] if engines else None
+        asked = done[model].requests
+        found.append(
+            LoadLevel(
+                clients=clients,
+                tool="tritonclient",
+                requests=result.requests,
+                throughput_per_s=result.throughput,
+                p50_ms=result.p50_ms,
+                p99_ms=result.p99_ms,
+                mean_batch=engine.mean_batch if engine else 0.0,
+                executions_per_request=engine.executions / asked if engine and asked else 0.0,
+            )
+        )
+        if result.failures:
+            raise ReleaseError(
+                f"{model}: {result.failures} of {result.failures + result.requests} requests failed under {clients} "
+                f"clients: {result.first_error}"
+            )
+    return found
+
+
+def measure_with_perf_analyzer(
+    address: str, model: str, items: Sequence[Item], levels: Sequence[int], seconds: float
+) -> list[LoadLevel]:
+    """The same by NVIDIA's perf_analyzer; nothing where it is not installed. Raises ServerError."""
+    program = find_perf_analyzer()
+    if program is None:
+        return []
+    return run_perf_analyzer(program, address, model, items, levels, seconds / len(levels))
+
+
+def make_serving_report(
+    workspace: Workspace, entry: ModelEntry, target: str, checkpoint: Checkpoint, evaluation: EvaluationSet
+) -> Made[ServingReport]:
+    """The report on the release that is pointed to. Raises ReleaseError, ServerError.
+
+    An embedded server is asked, and never the configured ones: they have users. What is not embedded is skipped.
+    """
+    repository = workspace.repository(target)
+    release, serving = current_release(repository, entry.name), entry.serving
+    levels = levels_of(serving.clients)
+    digest = fingerprint(
+        "serving_report",
+        model=entry.name,
+        release=[release.number, release.content_digest] if release is not None else None,
+        load=[evaluation.digest, checkpoint.lengths and checkpoint.lengths.model_dump()],
+        levels=levels,
+        seconds=serving.benchmark_seconds,
+        device=describe_device(target),
+        perf_analyzer=str(find_perf_analyzer() or ""),
+        code=code_version("resources.triton.serving_report", "resources.triton.load", "resources.triton.mix"),
+    )
+    record = ServingReport(
+        digest=digest,
+        model=entry.name,
+        target=target,
+        release=release.number if release is not None else 0,
+        engine=release.engine if release is not None else "",
+        status="skipped",
+        device=describe_device(target),
+    )
+
+    def make(folder: Path) -> ServingReport:
+        del folder
+        if release is None:
+            return record.model_copy(update={"reason": "no release is published yet"})
+        if serving.benchmark_seconds == 0:
+            return record.model_copy(update={"reason": "benchmark_seconds is 0"})
+        if release.flavour != "python":
+            why = "Triton's own backends are not embedded; measure a server of yours with `refinery load`"
+            return record.model_copy(update={"reason": why})
+        known = read_evaluation_set(workspace.store.folder(evaluation))
+        items = request_mix(known.items, checkpoint, workspace.store.folder(checkpoint))
+        log = workspace.log(entry.name, f"load-{target}")
+        with (
+            benchmarking(),
+            EmbeddedServer(repository, workspace.triton, models=[entry.name], log=log) as server,
+            TextClient(server.grpc_address) as client,
+        ):
+            seconds, version = serving.benchmark_seconds, client.version()
+            found = measure_load(server.grpc_address, entry.name, items, levels, seconds)
+            reason = ""
+            try:
+                found += measure_with_perf_analyzer(server.grpc_address, entry.name, items, levels, seconds)
+            except ServerError as error:  # it is an extra
+                reason = str(error)
+        return record.model_copy(
+            update={"status": "measured", "reason": reason, "server": version, "levels": tuple(found)}
+        )
+
+    return workspace.store.get_or_make(ServingReport, digest, make)

@@ -16,9 +16,8 @@ from typing import Any
 from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
-from resources.triton.files import clear_disk_errors
 from resources.triton.layout import current_release, public_models
-from resources.triton.mirror import Mirror
+from resources.triton.mirror import Mirror, served_folder
 from resources.triton.server import EmbeddedServer, serve_foreground
 from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
@@ -42,7 +41,7 @@ def query(options: Namespace) -> int:
                 raise _nothing_served(options.model, repository)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
-            folder = _open(workspace, repository)
+            folder = served_folder(repository, workspace.copies)
             server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)
             address = stack.enter_context(server).grpc_address
         with TextClient(address) as client:
@@ -119,7 +118,7 @@ def serve(options: Namespace) -> int:
         print(line, flush=True)
 
     serve_foreground(
-        _open(workspace, repository, prune=True),
+        served_folder(repository, workspace.copies, prune=True),
         workspace.triton,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
@@ -131,27 +130,11 @@ def serve(options: Namespace) -> int:
     return 0
 
 
-def _mirror(workspace: Workspace, repository: RemotePath) -> Mirror:
-    return Mirror(repository, workspace.home / "served")
-
-
-def _open(workspace: Workspace, repository: Location, *, prune: bool = False) -> Path:
-    """The folder that the embedded server can read: the repository's own, or a copy of what it serves."""
-    if not isinstance(repository, RemotePath):
-        return repository
-    mirror = _mirror(workspace, repository)
-    with clear_disk_errors(str(repository), mirror.folder, 0):
-        mirror.refresh()
-        if prune:
-            mirror.prune()
-    return mirror.folder
-
-
 def _follow(workspace: Workspace, repository: Location, say: Callable[[str], None]) -> Callable[[], None]:
-    """To be called often: now and then it brings that copy up to date. What fails is said once."""
+    """To be called often: now and then it brings the copy of object storage up to date. What fails is said once."""
     if not isinstance(repository, RemotePath):
         return lambda: None
-    mirror, said, last = _mirror(workspace, repository), "", time.monotonic()
+    mirror, said, last = Mirror(repository, workspace.copies), "", time.monotonic()
 
     def refresh() -> None:
         nonlocal said, last

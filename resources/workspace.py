@@ -53,6 +53,11 @@ class Workspace:
         """Where releases are made that go to object storage, and looked at when they come from there."""
         return self.home / "staging"
 
+    @property
+    def copies(self) -> Path:
+        """Where lies what the embedded server serves of repositories in object storage."""
+        return self.home / "served"
+
     def repository(self, target: str) -> Location:
         """The Triton model repository of a target."""
         return (self.triton.repositories or self.home / "triton_models") / target

@@ -22,7 +22,27 @@ from resources.triton.layout import (
     public_models,
     read_release,
 )
-from resources.triton.storage import RemotePath
+from resources.triton.storage import Location, RemotePath
+
+
+def served_folder(repository: Location, root: Path, *, prune: bool = False) -> Path:
+    """A folder that the embedded server can read: the repository's own, or the copy below `root`, brought up to date.
+
+    Raises ReleaseError.
+    """
+    if not isinstance(repository, RemotePath):
+        return repository
+    mirror = Mirror(repository, root)
+    try:
+        mirror.refresh()
+        if prune:
+            mirror.prune()
+    except OSError as error:
+        raise ReleaseError(
+            f"{repository} could not be copied to {mirror.folder}: {error.strerror or error}. Mend it, or set "
+            "REFINERY_HOME elsewhere."
+        ) from error
+    return mirror.folder
 
 
 class Mirror:

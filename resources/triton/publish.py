@@ -33,10 +33,12 @@ from resources.triton.layout import (
     current_number,
     current_release,
     highest_number,
+    internal_name,
     internal_names,
     is_published_here,
     is_whole,
     list_releases,
+    named_internals,
     parse_internal,
     pinned_number,
     read_release,
@@ -44,7 +46,7 @@ from resources.triton.layout import (
 from resources.triton.proof import Proof
 from resources.triton.release import Release, ReleasePlan, check_plan, content_digest
 from resources.triton.stage import stage
-from resources.triton.storage import Location, contents
+from resources.triton.storage import Location, RemotePath, contents
 
 #: In a staging folder whose release is being brought in: the pointer that it is about to replace.
 _REPLACES = "replaces.pbtxt"
@@ -103,7 +105,6 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
     with clear_disk_errors(plan.model, repository, engine_bytes):
         repository.mkdir(parents=True, exist_ok=True)
         with repository_lock(repository):
-            _require_ours(repository, plan.model)
             if steps.ready is not None:
                 steps.ready()
             waiting = _waiting(repository, plan.model)
@@ -111,6 +112,7 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
             removed = sweep(repository)
             if steps.retire is not None and removed:
                 steps.retire(removed)
+            _require_ours(repository, plan.model)
             unchanged = _unchanged(plan, repository, steps, waiting)
             if unchanged is None:
                 return _publish_next(plan, repository, steps, highest + 1)
@@ -281,6 +283,7 @@ def sweep(repository: Location, *, finish: bool = True) -> list[str]:
     for path in contents(repository):
         parsed = parse_internal(path.name)
         if parsed is None:
+            _sweep_public(path, repository)
             continue
         model, number, part = parsed
         # A pinned release serves, whatever happened to its manifest.
@@ -290,6 +293,21 @@ def sweep(repository: Location, *, finish: bool = True) -> list[str]:
             removed.append(path.name)
     clear_staging(repository)
     return removed
+
+
+def _sweep_public(public: Location, repository: Location) -> None:
+    """In object storage, where folders come file by file: a release's pointer may have come and its manifest not."""
+    if not isinstance(public, RemotePath):
+        return
+    names = public.sizes()
+    for name in names:
+        number, _, file = name.partition("/")
+        if file != CONFIG or not number.isdigit() or f"{number}/{MANIFEST}" in names:
+            continue
+        config = (public / name).read_bytes().decode("utf-8", errors="replace")
+        ours = internal_name(public.name, int(number), "engine") in named_internals(config)
+        if ours and current_number(repository, public.name) != int(number):
+            discard(public / number, staging_root(repository))
 
 
 def _finish(staged: Location, repository: Location) -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
@@ -204,10 +204,16 @@ class RemotePath:
             files.get_file(self.key, str(target))
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove the named files below it, in no order."""
-        if names:
-            with self._changing() as (files, bound):
-                files.rm([f"{self.key}/{name}" for name in names], **bound)
+        """Remove the named files below it, in no order. Those that are gone already are no error."""
+        keys = [f"{self.key}/{name}" for name in names]
+        try:
+            if keys:
+                with self._changing() as (files, bound):
+                    files.rm(keys, **bound)
+        except FileNotFoundError:  # S3 does not say so; and then the others may still be there
+            for key in keys:
+                with suppress(FileNotFoundError), self._changing() as (files, bound):
+                    files.rm_file(key, **bound)
 
     def _kind(self) -> str:
         try:

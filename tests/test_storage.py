@@ -22,6 +22,7 @@ import pytest
 from orchestration import releases, serving
 from orchestration.cli import main
 from orchestration.settings import read_workspace
+from resources.artifacts.records import ServingSetting
 from resources.errors import CatalogError, ReleaseError, ServerError
 from resources.triton import lease as leases
 from resources.triton import release as writing
@@ -93,13 +94,20 @@ def repository(request, tmp_path):
     return tmp_path / "models" / "cpu" if request.param == "folder" else request.getfixturevalue("bucket")
 
 
+class NoFolders(list):
+    """What object storage keeps of folders that nothing is in."""
+
+    def append(self, folder):
+        pass
+
+
 @pytest.fixture
-def memory(tmp_path):
+def memory(tmp_path, monkeypatch):
     """An empty repository in fsspec's store in memory."""
     from fsspec.implementations.memory import MemoryFileSystem
 
     MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", NoFolders([""]))
     return RemotePath(Store("memory", "memory://", tmp_path / "scratch"), "bucket/cpu")
 
 
@@ -203,8 +211,8 @@ def test_what_nobody_can_prove_waits_beside(repository, plans, small):
     assert current_release(waiting, "tiny") == first.release
     assert is_whole(waiting, first.release)
     assert not publish(native, repository, Steps()).changed
-    assert publish(replace(native, threads=2), repository, Steps()).release.number == 2
-    assert publish(replace(native, threads=2), repository, UNASKED).release.number == 3
+    assert publish(replace(native, serving=ServingSetting(threads=2)), repository, Steps()).release.number == 2
+    assert publish(replace(native, serving=ServingSetting(threads=2)), repository, UNASKED).release.number == 3
     assert not waiting.exists()
     assert_nothing_beside(repository)
 
@@ -318,7 +326,6 @@ def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, 
     finished = 0
     for step in range(1, 200):
         MemoryFileSystem.store.clear()
-        MemoryFileSystem.pseudo_dirs[:] = [""]
         for name, data in base.items():
             MemoryFileSystem().pipe_file(name, data)
         if interrupted(memory.store, step, lambda: publish(plan, memory, steps)) == "through":

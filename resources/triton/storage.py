@@ -80,6 +80,7 @@ class Store:
             raise ReleaseError(f"{self.shown}... cannot be used: {first_line(error)}. {remedy}") from error
         if self.protocol == "s3":
             files.retries = _TRIES  # its own, around botocore's
+        files.invalidate_cache()  # adlfs keeps listings whatever it is told
         return files
 
     @property

@@ -97,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--target", default="cpu")
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
+    command.add_argument(
+        "--control",
+        choices=("explicit", "poll", "none"),
+        default="explicit",
+        help="how new releases are taken up: at once (default), when Triton looks by itself, or not",
+    )
+    command.add_argument("--cache-mb", type=_megabytes, default=0, metavar="N", help="for models with response_cache")
+    command.add_argument("--rate-limit", action="store_true", help="heed the models' rate_limiter")
     command.set_defaults(command=_serve)
 
     command = commands.add_parser("load", help="put load on a served model, and measure what it does")
@@ -171,6 +179,12 @@ def _release(text: str) -> int:
 def _count(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 512:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 512")
+    return int(text)
+
+
+def _megabytes(text: str) -> int:
+    if not text.isdigit() or int(text) > 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of megabytes")
     return int(text)
 
 

@@ -96,7 +96,7 @@ class ServingSettings(_Strict):
 
     p99_ms: float | None = Field(default=None, gt=0, description="Limit of latency under that load.")
     clients: int = Field(default=16, ge=1, le=1024, description="Of the load; each asks when it has its answer.")
-    search_seconds: float = Field(default=30.0, ge=0, le=36000, description="Bound for finding what follows; 0: none.")
+    search_seconds: float = Field(default=40.0, ge=0, le=36000, description="Bound for finding what follows; 0: none.")
     instances: int | None = Field(default=None, ge=1, le=64, description="Of the engine; default: by measuring.")
     queue_delay_us: int | None = Field(default=None, ge=0, le=10**7, description="The same.")
     benchmark_seconds: float = Field(default=15.0, ge=0, le=36000, description="For measuring the release; 0: not.")

@@ -28,11 +28,12 @@ from resources.triton import lease as leases
 from resources.triton import release as writing
 from resources.triton import storage
 from resources.triton.files import repository_lock, staging_root
+from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, MANIFEST, current_number, current_release, is_whole, list_releases
-from resources.triton.mirror import Mirror
+from resources.triton.mirror import served_folder
 from resources.triton.publish import Steps, publish, unverified_root
 from resources.triton.retain import retain
-from resources.triton.server import EmbeddedServer
+from resources.triton.server import serve_foreground
 from resources.triton.storage import RemotePath, Store, parse_location
 from tests.objects import BUCKET, CHANGES, files_of, s3_server, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
@@ -288,10 +289,10 @@ def interrupted(store, step, action):
 
     changing = RemotePath._changing
 
-    def counted(self):
+    def counted(self, what):
         nonlocal count
         count += 1
-        return changing(self)
+        return changing(self, what)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RemotePath, "_changing", counted)
@@ -356,6 +357,28 @@ def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, 
     assert finished >= 1 or case != "next release"
 
 
+def test_a_clean_up_killed_at_any_step_is_ended_by_the_next(memory, plans, small):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    for plan in plans[:3]:
+        publish(plan, memory, UNASKED)
+    point_to(memory, 2)
+    base = {name: file.getvalue() for name, file in MemoryFileSystem.store.items()}
+    for step in range(1, 100):
+        MemoryFileSystem.store.clear()
+        for name, data in base.items():
+            MemoryFileSystem().pipe_file(name, data)
+        if interrupted(memory.store, step, lambda: retain(memory, "tiny", keep=1)) == "through":
+            break
+        assert is_whole(memory, current_release(memory, "tiny"))
+        forget_claims(memory)
+        retain(memory, "tiny", keep=1)
+        assert numbers(memory) == [2, 3]
+        assert not [name for name in files_of(memory) if name.startswith(("tiny__r1__", "tiny/1/"))]
+        assert_nothing_beside(memory)
+    assert 8 < step < 99
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_the_note_of_a_killed_publisher_moves_no_pointer_that_somebody_else_moved(s3, bucket, plans, small, by_hand):
     """Over the wire: everything is refused from the put of the pointer on, as to one who is dead."""
@@ -401,7 +424,7 @@ def test_a_store_that_refuses_a_put_changes_nothing(s3, bucket, plans, small, re
         return counts and (key == wanted[refused] if refused < 0 else count == refused)
 
     s3.refuses = refuse
-    with pytest.raises(ReleaseError, match=r"refuses to change it: Access Denied\. Set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID"):
         publish(plans[1], bucket, UNASKED)
     assert files_of(bucket) == before
     assert_nothing_beside(bucket)
@@ -519,7 +542,7 @@ def test_what_is_wrong_with_a_store_is_said(s3, bucket, plans, small, tmp_path):
         with pytest.raises(ReleaseError, match=r"/absent is not there\. Make the bucket"):
             ask()
     s3.refuses = lambda method, key: method in CHANGES
-    with pytest.raises(ReleaseError, match=r"refuses to change it: Access Denied\. Set AWS_ACCESS_KEY_ID.* write"):
+    with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID.* write"):
         publish(plans[0], bucket, UNASKED)
     s3.refuses = lambda method, key: True
     with pytest.raises(ReleaseError, match="refuses to list it"):
@@ -527,6 +550,30 @@ def test_what_is_wrong_with_a_store_is_said(s3, bucket, plans, small, tmp_path):
     s3.refuses = lambda method, key: False
     assert bucket.parent.sizes() == {}
     assert not list((tmp_path / "scratch").rglob("*.onnx"))
+
+
+def test_a_read_only_folder_is_said_and_left_as_it_is(plans, small, tmp_path):
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    publish(plans[0], folder / "cpu", UNASKED)
+    before = files_of(folder / "cpu")
+    bind = ["/usr/bin/env", "mount", "--bind", str(folder), str(folder)]
+    read_only = ["/usr/bin/env", "mount", "-o", "remount,bind,ro", str(folder)]
+    try:
+        subprocess.run(bind, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting needs root")
+    try:
+        subprocess.run(read_only, check=True, capture_output=True)
+        for act in (
+            lambda: publish(plans[1], folder / "cpu", UNASKED),
+            lambda: retain(folder / "cpu", "tiny", keep=1),
+        ):
+            with pytest.raises(ReleaseError, match=r"could not be written to .*Read-only file system\. Mend it"):
+                act()
+        assert files_of(folder / "cpu") == before
+    finally:
+        subprocess.run(["/usr/bin/env", "umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "nobody answers"])
@@ -597,6 +644,13 @@ def test_paths_that_nothing_reads_are_refused(tmp_path, text):
         read_workspace({"REFINERY_TRITON_REPOSITORIES": text, "REFINERY_HOME": str(tmp_path)})
 
 
+def await_said(said, words):
+    deadline = time.monotonic() + 60
+    while not any(words in line for line in said):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+
+
 # --- served -----------------------------------------------------------------------------------------------------------
 
 
@@ -610,19 +664,41 @@ def test_what_was_put_is_served_checked_and_gone_back_to(
     monkeypatch.setenv("REFINERY_TRITON_ENVIRONMENT", os.fspath(triton_settings.environment))
     for module in (releases, serving):
         monkeypatch.setattr(module, "DEFAULT_ADDRESS", "127.0.0.1:9")
-    mirror = Mirror(bucket, tmp_path / "copy")
-    mirror.refresh()
-    with EmbeddedServer(mirror.folder, triton_settings, models=["tiny"], log=tmp_path / "log") as server:
-        np.testing.assert_allclose(
-            query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[1], TEXTS), atol=1e-5
-        )
-    assert main(["rollback", "tiny"]) == 0
-    assert "points to release 1 (table" in capsys.readouterr().out
-    assert current_number(bucket, "tiny") == 1
-    mirror.refresh()
-    assert current_number(mirror.folder, "tiny") == 1
-    mirror.prune()
-    assert not (mirror.folder / "tiny__r2__engine").exists()
+    workspace = read_workspace(os.environ)
+    folder, done, said = served_folder(bucket, workspace.copies), threading.Event(), []
+    monkeypatch.setattr(serving, "_FOLLOW_SECONDS", 0.2)
+    ports = Ports.choose(None, None, None)
+    address = f"127.0.0.1:{ports.grpc}"
+    thread = threading.Thread(
+        target=serve_foreground,
+        args=(folder, triton_settings),
+        kwargs={
+            "http_port": ports.http,
+            "grpc_port": ports.grpc,
+            "metrics_port": ports.metrics,
+            "log": tmp_path / "log",
+            "say": said.append,
+            "stop": done.is_set,
+            "refresh": serving._follow(workspace, bucket, said.append),
+        },
+    )
+    thread.start()
+    try:
+        await_said(said, "release 2 serves")
+        np.testing.assert_allclose(query_texts(address, "tiny", TEXTS), answers_of(plans[1], TEXTS), atol=1e-5)
+        assert main(["rollback", "tiny"]) == 0
+        assert "points to release 1 (table" in capsys.readouterr().out
+        assert current_number(bucket, "tiny") == 1
+        s3.refuses = lambda method, key: True
+        await_said(said, "Until then, what is here is served")
+        s3.refuses = lambda method, key: False
+        await_said(said, "release 1 serves")
+        np.testing.assert_allclose(query_texts(address, "tiny", TEXTS), answers_of(plans[0], TEXTS), atol=1e-5)
+    finally:
+        done.set()
+        thread.join(60)
+    assert served_folder(bucket, workspace.copies, prune=True) == folder
+    assert not (folder / "tiny__r2__engine").exists()
 
     assert main(["verify", "tiny"]) == 0
     assert "of release 1" in capsys.readouterr().out

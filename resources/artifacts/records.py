@@ -348,11 +348,13 @@ class ServingSetting(BaseModel):
     threads: int = 1
     spinning: bool = True
     queue_delay_us: int = Field(default=0, description="How long a request may wait for others to run with.")
+    ragged: bool = Field(default=False, description="Requests of several lengths come together, and run by length.")
 
     def __str__(self) -> str:
         many = f"{self.instances} instance{'' if self.instances == 1 else 's'}"
         wait = f", up to {self.queue_delay_us} microseconds of waiting" if self.queue_delay_us else ""
-        return f"{many} of {ThreadSetting(threads=self.threads, spinning=self.spinning)}{wait}"
+        mixed = ", lengths mixed" if self.ragged else ""
+        return f"{many} of {ThreadSetting(threads=self.threads, spinning=self.spinning)}{wait}{mixed}"
 
 
 class ServingTrial(BaseModel):

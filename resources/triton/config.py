@@ -103,7 +103,9 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
         config.ClearField("dynamic_batching")
     for array in _engine_inputs(plan):
         dims = [*rows, 1] if array in extra else [*rows, -1]
-        config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=dims))
+        # Our own model groups what it is given by length (batched_model.py).
+        ragged = plan.serving.ragged and plan.flavour == "python"
+        config.input.append(pb.ModelInput(name=array, data_type=pb.TYPE_INT64, dims=dims, allow_ragged_batch=ragged))
     output = pb.ModelOutput(name=plan.output, data_type=pb.TYPE_FP32, dims=[*rows, *_output_dims(plan)])
     if plan.has_label_file:
         output.label_filename = LABELS_FILE

@@ -103,6 +103,16 @@ def command(
     ]
 
 
+def caching(environment: Path, megabytes: int) -> list[str]:
+    """Options of a server that keeps answers, so many megabytes of them, of models that ask for it."""
+    folder = _package(environment) / "tritonserver" / "caches"
+    return [f"--cache-directory={folder}", f"--cache-config=local,size={megabytes * 2**20}"]
+
+
+#: Option of a server that heeds the rate limiters of its models.
+RATE_LIMIT = "--rate-limit=execution_count"
+
+
 def variables(environment: Path) -> dict[str, str]:
     """Environment variables that the server needs set; `PATH` is to be put before what is there."""
     libraries = [

@@ -84,13 +84,16 @@ class Mirror:
         if is_whole(self.folder, release) and pointer.is_file() and pointer.read_bytes() == config:
             return
         with staging_folder(self.folder) as scratch:
-            for name in (*internal_names(release), f"{model}/{release.number}"):
+            names = [*internal_names(release), f"{model}/{release.number}"]
+            for name in names:
                 copy_tree(self._repository / name, scratch / name)
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-                (self.folder / name).parent.mkdir(exist_ok=True)
-                if (scratch / name).is_dir():
-                    (scratch / name).rename(self.folder / name)
-            if not is_whole(self.folder, release):
+            if not is_whole(scratch, release):
                 raise ReleaseError(f"{self._repository}: release {release.number} of {model} is not there whole.")
-            (scratch / CONFIG).write_bytes(config)
-            replace_file(scratch / CONFIG, pointer)
+            (scratch / model / CONFIG).write_bytes(config)
+            if not (self.folder / model).exists():
+                names[-1] = model
+            for name in names:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                (scratch / name).rename(self.folder / name)
+            if names[-1] != model:
+                replace_file(scratch / model / CONFIG, pointer)

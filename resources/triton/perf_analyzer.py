@@ -78,6 +78,4 @@ def read_report(text: str, seconds: float) -> list[LoadLevel]:
         ]
     except (KeyError, TypeError, ValueError) as error:
         first = (text.splitlines() or [""])[0]
-        raise ServerError(
-            f"perf_analyzer's report is not as its version 2.60 writes it ({error}): {first!r}"
-        ) from error
+        raise ServerError(f"perf_analyzer's report is not what its version 2.60 writes ({error}): {first!r}") from error

@@ -20,7 +20,7 @@ from resources.errors import ServerError
 from resources.triton.client import TextClient
 from resources.triton.environment import require_installed
 from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, supervised, variables
-from resources.triton.layout import CONFIG, called_internals
+from resources.triton.layout import CONFIG, called_internals, public_models
 from resources.triton.settings import Control, TritonSettings
 from resources.triton.watch import Watcher
 
@@ -175,34 +175,47 @@ def serve_foreground(
     grpc_port: int,
     metrics_port: int,
     log: Path,
+    control: Control = "explicit",
+    options: Sequence[str] = (),
     say: Callable[[str], None] = print,
     stop: Callable[[], bool] = lambda: False,
     refresh: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve every public model until Ctrl-C, SIGTERM or `stop()`; take up new releases and models while running.
+    """Serve every public model until Ctrl-C, SIGTERM or `stop()`.
 
-    refresh: called before each look at the repository, which may be a copy. A release that cannot be loaded is said so,
-    and the one before goes on serving. Raises ServerError where the server ends by itself, or cannot load any model at
-    the start.
+    control: `explicit`: new releases and models are taken up while it runs; a release that cannot be loaded is said
+    so, and the one before goes on serving. `poll`: Triton itself looks, and says so in its log alone. `none`: what is
+    there at the start. refresh: called before each look at the repository, which may be a copy. Raises ServerError
+    where the server ends by itself, or cannot load a single model at the start.
     """
     server = EmbeddedServer(
-        repository, settings, models=(), log=log, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
+        repository,
+        settings,
+        models=() if control == "explicit" else public_models(repository),
+        log=log,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        control=control,
+        options=options,
     )
     with _sigterm_as_interrupt():
         try:
             with server, TextClient(server.grpc_address) as client:
-                watcher = Watcher(repository, client, say)
-                watcher.look()
-                if not watcher.serving:
-                    raise ServerError(f"No model of {repository} could be loaded; the log is {log}.")
-                names = ", ".join(sorted(watcher.serving))
+                watcher = Watcher(repository, client, say) if control == "explicit" else None
+                if watcher is not None:
+                    watcher.look()
+                    if not watcher.serving:
+                        raise ServerError(f"No model of {repository} could be loaded; the log is {log}.")
+                names = ", ".join(sorted(watcher.serving if watcher is not None else public_models(repository)))
                 say(f"serving {names}: http {server.http_address}, grpc {server.grpc_address}; log {log}")
                 while not stop():
                     time.sleep(WATCH_SECONDS)
                     if server.ended():
                         raise ServerError(f"The embedded Triton ended by itself:\n{server.last_words()}")
                     refresh()
-                    watcher.look()
+                    if watcher is not None:
+                        watcher.look()
         except KeyboardInterrupt:
             say("stopped")
 

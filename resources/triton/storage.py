@@ -185,7 +185,7 @@ class RemotePath:
 
     def write_bytes(self, data: bytes) -> None:
         """Readers see all of it or what was there before."""
-        with self._changing() as (files, bound):
+        with self._changing("write") as (files, bound):
             files.pipe_file(self.key, data, **bound)
 
     def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
@@ -195,7 +195,7 @@ class RemotePath:
 
     def upload(self, source: Path) -> None:
         """Put a local file there, whole or not at all."""
-        with self._changing() as (files, _):
+        with self._changing("write") as (files, _):
             files.put_file(str(source), self.key)
 
     def download(self, target: Path) -> None:
@@ -209,11 +209,11 @@ class RemotePath:
         keys = [f"{self.key}/{name}" for name in names]
         try:
             if keys:
-                with self._changing() as (files, bound):
+                with self._changing("remove") as (files, bound):
                     files.rm(keys, **bound)
         except FileNotFoundError:  # S3 does not say so; and then the others may still be there
             for key in keys:
-                with suppress(FileNotFoundError), self._changing() as (files, bound):
+                with suppress(FileNotFoundError), self._changing("remove") as (files, bound):
                     files.rm_file(key, **bound)
 
     def _kind(self) -> str:
@@ -224,10 +224,10 @@ class RemotePath:
             return ""
 
     @contextmanager
-    def _changing(self) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
+    def _changing(self, what: str) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
         if self.store.lease is not None:
             self.store.lease.require()
-        with self._asking("change") as asked:
+        with self._asking(what) as asked:
             yield asked
 
     @contextmanager
@@ -244,12 +244,13 @@ class RemotePath:
 
     def _explain(self, error: Exception, what: str) -> None:
         said = " ".join(_chain(error))
-        if _NO_BUCKET.search(said):
+        gone = isinstance(error, FileNotFoundError)
+        if _NO_BUCKET.search(said) or (gone and what == "write"):
             raise ReleaseError(
                 f"{self.store.shown}{self.key.split('/')[0]} is not there. Make the bucket, or correct "
                 "REFINERY_TRITON_REPOSITORIES."
             ) from error
-        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in _DISK:
+        if gone or getattr(error, "errno", None) in _DISK:
             return
         if isinstance(error, PermissionError) or _REFUSED.search(said):
             raise ReleaseError(

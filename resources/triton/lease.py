@@ -85,7 +85,7 @@ class Lease:
         """Say that the holder lives. Raises ReleaseError, also where that came too late."""
         self.require()
         begun = _now()
-        who = f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}, since {self._since}"
+        who = f"{_user()}@{socket.gethostname()}, process {os.getpid()}, since {self._since}"
         self._own.write_bytes(json.dumps({"holder": who, "renewed": self._count}).encode())
         self.require()
         # From its beginning on: whoever looked before it arrived has seen the one before.
@@ -128,6 +128,13 @@ class Lease:
             if _now() - since <= LEASE_SECONDS:
                 living = living or _holder(text)
         return living
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return str(os.getuid())
 
 
 def _holder(claim: bytes) -> str:

@@ -233,8 +233,8 @@ class RemotePath:
     @contextmanager
     def _asking(self, what: str) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
         """fsspec's file system, and what bounds one of its answers; its errors as ours, but FileNotFoundError."""
-        files = self.store.filesystem()
         try:
+            files = self.store.filesystem()
             yield files, {"timeout": ANSWER_SECONDS} if files.async_impl else {}
         except ReleaseError:
             raise

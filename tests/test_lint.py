@@ -158,11 +158,32 @@ def without_weights(root):
     (root / "double" / "1" / "model.onnx" / "weights.bin").unlink()
 
 
+def move_echo(root):
+    edit("twice", '"echo"', '"an echo"')(root)
+    edit("echo", '"echo"', '"an echo"')(root)
+    (root / "echo").rename(root / "an echo")
+
+
 RANDOM = """
 model_warmup { name: "w" batch_size: 1 inputs { key: "x" value { data_type: TYPE_INT64 dims: [3] random_data: true } } }
 """
 #: What is done to the repository, and the one rule that it breaks, with what is said of it.
 BROKEN = {
+    "a space in a name": (
+        lambda root: (edit("twice", '"echo"', '"an echo"')(root), move_echo(root)),
+        "shell-path",
+        "an echo/1/model.py: error: has a character",
+    ),
+    "a resource without copies": (
+        edit("echo", "kind: KIND_CPU", 'kind: KIND_CPU, rate_limiter { resources [{ name: "r", count: 0 }] }'),
+        "rate-limiter",
+        "0 of 'r'",
+    ),
+    "a cache of many answers": (
+        edit("echo", "backend", "response_cache { enable: true } model_transaction_policy { decoupled: true } backend"),
+        "response-cache",
+        "is decoupled",
+    ),
     "a field that is not there": (edit("echo", "backend", "bakend"), "config-syntax", "echo/config.pbtxt:3"),
     "TYPE_BYTES": (edit("echo", "TYPE_STRING", "TYPE_BYTES"), "config-syntax", "echo/config.pbtxt:5"),
     "two schedulers": (
@@ -396,6 +417,7 @@ def test_our_own_releases_are_clean(tmp_path, labels):
 #: What the embedded server refuses to load, by the model that is asked for.
 REFUSED = {
     "a field that is not there": "echo",
+    "a cache of many answers": "echo",
     "a policy of what is not there": "echo",
     "no labels": "echo",
     "a dimension of nothing": "echo",

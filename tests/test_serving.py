@@ -199,7 +199,7 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
     """Counted by the engine itself and by the server; without buckets hardly two of these requests are of one shape."""
     texts = [{"TEXT": "word " * count} for count in range(1, 60)]
     ran = {}
-    for name, buckets in (("buckets", ()), ("own lengths", tuple(range(1, 65)))):
+    for name, buckets in (("buckets", ()), ("own_lengths", tuple(range(1, 65)))):
         folder = tmp_path / name
         repository = folder / "cpu"
         made = make_plan(folder / "plan")
@@ -226,7 +226,7 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
         ran[name] = len(runs) / asked
         if not buckets:
             assert {int(shape.split("x")[1]) for shape in runs} <= {16, 32, 64}
-    assert ran["buckets"] < 0.7 < ran["own lengths"] <= 1
+    assert ran["buckets"] < 0.7 < ran["own_lengths"] <= 1
 
 
 def test_a_release_under_load(plan, triton_settings, tmp_path):

@@ -340,6 +340,15 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
     assert not (repository / "tiny__r7__engine").exists()
 
 
+def test_a_repository_whose_path_a_shell_would_not_take(plans, triton_settings, tmp_path):
+    repository = tmp_path / "my models; $(touch here) 'new'" / "cpu"
+    publish(plans[0], repository, UNASKED)
+    with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
+        np.testing.assert_allclose(
+            query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[0], TEXTS), rtol=0, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("option", ["http_port", "grpc_port", "metrics_port"])
 def test_a_port_in_use_is_named_with_its_option(published, triton_settings, tmp_path, option):
     with socket.socket() as other:

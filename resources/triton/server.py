@@ -6,6 +6,7 @@ It has the Python and ensemble backends only, and its Python models need numpy b
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -121,7 +122,7 @@ class EmbeddedServer:
     def _command(self, backends: Path) -> list[str]:
         return command(
             self._settings.environment,
-            self._repository,
+            _plainly_named(self._repository, backends),
             backends,
             self._ports,
             self._loaded(),
@@ -165,6 +166,18 @@ class EmbeddedServer:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _plainly_named(repository: Path, folder: Path) -> Path:
+    """The repository, by a name that a shell takes as it is: a link in `folder` where its own is none.
+
+    Triton starts Python models through a shell and does not quote; with a space in a path it waits for them for ever.
+    """
+    if shlex.quote(str(repository)) == str(repository):
+        return repository
+    link = folder / "repository"
+    link.symlink_to(repository.resolve(), target_is_directory=True)
+    return link
 
 
 def serve_foreground(

@@ -48,6 +48,9 @@ RULES: dict[str, Rule] = {
     "ensemble-map": Rule("error", "maps name the step's tensors, and every tensor has one source"),
     "ensemble-unused": Rule("error", "what a step makes has to be read by a step or be an output"),
     "ensemble-cycle": Rule("error", "a step may not wait for what it makes itself"),
+    "rate-limiter": Rule("warning", "a resource has a name, and at least one copy of it is held"),
+    "response-cache": Rule("error", "models that answer as often as they like cannot be cached"),
+    "shell-path": Rule("error", "Python models are started through a shell, which a path has to get through as it is"),
     "python-syntax": Rule("error", "model.py has to be Python with a class TritonPythonModel"),
     "python-import": Rule("warning", "what model.py imports has to be beside it or installed"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -190,6 +191,10 @@ def _model_findings(model: Model) -> Iterator[Finding]:
             yield model.at("empty-file", "has no bytes. Copy it again.", path=path)
         elif model.backend == "python":
             yield from source_findings(model, path)
+            # By refinery serve the repository gets another name; the model's own stays.
+            if shlex.quote(str(path.absolute())) != str(path.absolute()):
+                hang = "has a character in its path that a shell does not take as it is; the server hangs."
+                yield model.at("shell-path", hang, path=path)
         elif model.backend.startswith("onnxruntime"):
             yield from graph_findings(model, path)
 
@@ -228,6 +233,11 @@ def _scheduling(model: Model) -> Iterator[Finding]:
             yield model.at("instance-group", f"a count of {group.count}.", near="instance_group")
         if group.kind in (group.KIND_CPU, group.KIND_MODEL) and group.gpus:
             yield model.at("instance-group", f"{group.Kind.Name(group.kind)} has no gpus.", near="gpus")
+        for resource in group.rate_limiter.resources:
+            if not resource.name or resource.count == 0:
+                yield model.at("rate-limiter", f"{resource.count} of {resource.name!r}.", near="rate_limiter")
+    if config.response_cache.enable and config.model_transaction_policy.decoupled:
+        yield model.at("response-cache", "is decoupled, and its answers are to be cached.", near="response_cache")
 
 
 def _warm_up(model: Model) -> Iterator[Finding]:

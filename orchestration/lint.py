@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def _find(path: str) -> list[Finding]:
     """Of a folder, or of a copy of what is in object storage."""
     with tempfile.TemporaryDirectory(prefix="refinery-lint-") as scratch:
         try:
-            place = parse_location(path, Path(scratch))
+            place = parse_location(path, Path(scratch), os.environ)
         except ValueError as error:
             raise ReleaseError(f"{error}.") from None
         if not isinstance(place, RemotePath):

@@ -75,7 +75,7 @@ def _workspace(options: Namespace) -> Workspace:
         workspace = replace(workspace, targets=(options.target,))
     if options.output is not None:
         try:
-            repositories = parse_location(options.output, workspace.scratch)
+            repositories = parse_location(options.output, workspace.scratch, os.environ)
         except ValueError as error:
             raise CatalogError(f"--output: {error}.") from None
         workspace = replace(workspace, triton=replace(workspace.triton, repositories=repositories))

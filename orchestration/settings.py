@@ -93,7 +93,7 @@ def _path(environment: Mapping[str, str], name: str) -> Path | None:
 def _location(environment: Mapping[str, str], name: str, home: Path) -> Location | None:
     value = environment.get(name)
     try:
-        return parse_location(value, Workspace(home, DEFAULT_CATALOG).scratch) if value else None
+        return parse_location(value, Workspace(home, DEFAULT_CATALOG).scratch, environment) if value else None
     except ValueError as error:
         raise CatalogError(f"{name}: {error}.") from None
 

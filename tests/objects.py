@@ -26,7 +26,7 @@ class S3Server:
 
     def place(self, name: str, scratch: Path, bucket: str = BUCKET) -> RemotePath:
         """A place in it, as a user writes it."""
-        place = parse_location(f"s3://http://{self.address}/{bucket}/{name}", scratch)
+        place = parse_location(f"s3://http://{self.address}/{bucket}/{name}", scratch, {})
         assert isinstance(place, RemotePath)
         return place
 

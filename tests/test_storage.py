@@ -452,7 +452,7 @@ from resources.triton import files
 from resources.triton.publish import Steps, publish
 from tests.releases import make_plan, unasked
 from tests.test_storage import parse_location
-place = parse_location(sys.argv[1], Path(sys.argv[2])) / "cpu"
+place = parse_location(sys.argv[1], Path(sys.argv[2]), {}) / "cpu"
 plan = make_plan(Path(sys.argv[3]), seed=1)
 def prove(folder, release, plan):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -584,7 +584,7 @@ def test_a_dead_endpoint_is_said_soon(plans, small, tmp_path, monkeypatch, liste
         held.bind(("127.0.0.1", 0))
         if listens:
             held.listen()
-        place = parse_location(f"s3://127.0.0.1:{held.getsockname()[1]}/bucket/models", tmp_path)
+        place = parse_location(f"s3://127.0.0.1:{held.getsockname()[1]}/bucket/models", tmp_path, {})
         begun = time.monotonic()
         with pytest.raises(ReleaseError, match="could not be asked to list it.*What served before goes on serving"):
             publish(plans[0], place / "cpu", UNASKED)
@@ -600,7 +600,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, scheme
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(ReleaseError, match=rf"pip install 'transformer-refinery\[{extra}\]'"):
-        parse_location(f"{scheme}://one/two/three", tmp_path).exists()
+        parse_location(f"{scheme}://one/two/three", tmp_path, {}).exists()
 
 
 @pytest.mark.parametrize(
@@ -627,11 +627,16 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, scheme
             {"endpoint_url": "http://localhost:9000"},
         ),
         ("gs://bucket/a", "gs://bucket/a", "bucket/a", {}),
-        ("as://account/container/a", "as://account/container/a", "container/a", {"account_name": "account"}),
+        (
+            "as://account/container/a",
+            "as://account/container/a",
+            "container/a",
+            {"account_name": "account", "account_key": "key"},
+        ),
     ],
 )
 def test_paths_are_those_that_triton_reads(tmp_path, text, shown, key, options):
-    place = parse_location(text, tmp_path)
+    place = parse_location(text, tmp_path, {"AZURE_STORAGE_KEY": "key"})
     assert (str(place), place.key) == (shown, key)
     assert options.items() <= place.store.options.items()
     assert str(place / "cpu") == f"{shown}/cpu"

@@ -8,7 +8,6 @@ the strength of that answer. Nothing is remembered between two questions: what o
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -74,7 +73,7 @@ class Store:
         try:
             import fsspec
 
-            files = fsspec.filesystem(self.protocol, **self.options, **_credentials(self.protocol))
+            files = fsspec.filesystem(self.protocol, **self.options)
         except ImportError as error:
             remedy = f"Run: pip install 'transformer-refinery[{extra}]'."
             raise ReleaseError(f"{self.shown}... cannot be used: {first_line(error)}. {remedy}") from error
@@ -87,12 +86,6 @@ class Store:
     def variables(self) -> str:
         """Where credentials are looked for."""
         return _EXTRAS.get(self.protocol, ("", "the store's variables"))[1]
-
-
-def _credentials(protocol: str) -> dict[str, str]:
-    """Those that the store's package does not look for where Triton does."""
-    key = os.environ.get("AZURE_STORAGE_KEY")
-    return {"account_key": key} if protocol == "abfs" and key else {}
 
 
 class RemotePath:
@@ -279,13 +272,17 @@ def _chain(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
-def parse_location(text: str, scratch: Path) -> Location:
-    """The folder or the place in object storage that the text names. scratch: see Store. Raises ValueError."""
+def parse_location(text: str, scratch: Path, environment: Mapping[str, str]) -> Location:
+    """The folder or the place in object storage that the text names. scratch: see Store. Raises ValueError.
+
+    environment: for the credentials that the store's package does not look for where Triton does.
+    """
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text).expanduser().resolve()
     parts = rest.strip("/")
-    shown, options = f"{scheme}://", {"use_listings_cache": False}
+    shown = f"{scheme}://"
+    options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         match = _S3_SERVER.fullmatch(parts)
         server = f"{match[1] or 'http://'}{match[2]}" if match else None
@@ -298,7 +295,8 @@ def parse_location(text: str, scratch: Path) -> Location:
         return RemotePath(Store("gs", shown, scratch, options), _key(text, parts))
     if scheme == "as":
         account, _, parts = parts.partition("/")
-        store = Store("abfs", f"as://{account}/", scratch, {**options, "account_name": account})
+        options |= {"account_name": account, "account_key": environment.get("AZURE_STORAGE_KEY")}
+        store = Store("abfs", f"as://{account}/", scratch, options)
         return RemotePath(store, _key(text, parts))
     raise ValueError(f"{text!r} is neither a folder nor a path that Triton reads (s3://, gs://, as://)")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from resources.artifacts.records import ServingReport, ServingSetting, ServingTrial, ThreadSetting
 from resources.catalog import RateLimiter, ServingSettings
+from resources.engines.cuda import fill, rows_of_a_graph
 from resources.errors import ReleaseError, ServerError
 from resources.reporting import load_plot, load_table
 from resources.tasks.samples import sample_texts
@@ -41,19 +43,20 @@ def trial(throughput, p99, *, stage=1, reason="", **fields):
 
 
 def test_instances_share_the_threads_and_what_is_fixed_is_not_varied():
-    found = settings_to_try(ThreadSetting(threads=4, spinning=False), ServingSettings(), device="cpu")
+    found = settings_to_try(ThreadSetting(threads=4, spinning=False), ServingSettings(), device="cpu", cores=8)
     assert found[0] == ServingSetting(instances=1, threads=4, spinning=False, queue_delay_us=0)
     assert {(one.instances, one.threads) for one in found} == {(1, 4), (2, 2), (4, 1)}
     assert {one.queue_delay_us for one in found} == {0, 500, 2000}
     assert len(found) == 9
-    alone = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=70), device="cpu")
+    alone = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=70), device="cpu", cores=8)
     assert alone == (ServingSetting(instances=1, threads=1, queue_delay_us=70),)
-    (fixed,) = settings_to_try(ThreadSetting(threads=3), ServingSettings(instances=8, queue_delay_us=0), device="cpu")
+    (fixed,) = settings_to_try(
+        ThreadSetting(threads=3), ServingSettings(instances=8, queue_delay_us=0), device="cpu", cores=8
+    )
     assert (fixed.instances, fixed.threads) == (8, 1)
-    on_gpu = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=0), device="cuda")
-    assert [(one.instances, one.threads, one.ragged) for one in on_gpu] == [
-        *((count, 1, False) for count in (1, 2, 4)),
-        *((count, 1, True) for count in (1, 2, 4)),
+    on_gpu = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=0), device="cuda", cores=8)
+    assert [(one.instances, one.threads, one.ragged, one.front_instances) for one in on_gpu] == [
+        (count, 1, ragged, front) for ragged in (False, True) for front in (1, 2) for count in (1, 2, 4)
     ]
 
 
@@ -82,7 +85,7 @@ def test_of_equals_the_simplest_is_taken():
 
 
 def test_the_better_half_is_measured_again_in_both_orders():
-    tried = settings_to_try(ThreadSetting(threads=4), ServingSettings(), device="cpu")
+    tried = settings_to_try(ThreadSetting(threads=4), ServingSettings(), device="cpu", cores=8)
     asked = []
 
     def measure(one, seconds, stage):
@@ -104,6 +107,11 @@ def test_the_better_half_is_measured_again_in_both_orders():
     assert [(one.throughput_per_s, one.p99_ms, one.requests) for one in trials[-2:]] == [(190.0, 3.0, 20)] * 2
     assert choose(last_stage(trials), None)[0] == setting(instances=2, threads=2)
     assert [one.stage for one in last_of_each(trials)] == [2, 4, 1, 2, 4, 1, 1, 1, 1] or len(last_of_each(trials)) == 9
+    assert sum(one.stage == 1 for one in trials) == 9
+    # What does not come within half of the time is not tried.
+    slow = halve(tried, lambda one, seconds, stage: time.sleep(0.2) or measure(one, seconds, stage), 1.0, None)
+    assert {one.setting for one in slow} < set(tried)
+    assert slow[0].setting == tried[0]
     # Where nothing can be served, the search ends.
     assert len(halve(tried, lambda one, seconds, stage: trial(0, 0, reason="no"), 60.0, None)) == 9
 
@@ -129,7 +137,7 @@ def test_settings_are_measured_on_a_real_server(plan, triton_settings, tmp_path)
         one = measure(ServingSetting(), 1.0, 1)
         two = measure(ServingSetting(instances=2, queue_delay_us=500), 1.5, 1)
         patient = measure(ServingSetting(queue_delay_us=30_000), 1.5, 2)
-        measured_ragged = measure(ServingSetting(ragged=True), 1.0, 2)
+        measured_ragged = measure(ServingSetting(ragged=True, front_instances=2), 1.0, 2)
     assert not one.reason and not two.reason and not patient.reason
     assert min(one.requests, two.requests, patient.requests) > 20
     assert one.p50_ms <= one.p99_ms
@@ -243,6 +251,13 @@ def test_a_release_under_load(plan, triton_settings, tmp_path):
     )
     assert load_plot(report, "tiny").startswith(b"\x89PNG")
     assert [row[:2] for row in load_table(levels)[1]] == [["1", "tritonclient"], ["8", "tritonclient"]]
+
+
+def test_rows_of_cuda_graphs():
+    assert [rows_of_a_graph(rows) for rows in (1, 3, 9, 33, 128, 129)] == [1, 4, 12, 48, 128, 129]
+    filled = fill({"ids": np.array([[1, 2], [3, 4], [5, 6]])}, 4)
+    assert filled["ids"].tolist() == [[1, 2], [3, 4], [5, 6], [1, 2]]
+    assert fill(filled, 4)["ids"] is filled["ids"]
 
 
 def test_levels():

@@ -349,12 +349,14 @@ class ServingSetting(BaseModel):
     spinning: bool = True
     queue_delay_us: int = Field(default=0, description="How long a request may wait for others to run with.")
     ragged: bool = Field(default=False, description="Requests of several lengths come together, and run by length.")
+    front_instances: int = Field(default=1, description="Of the tokenizer, or of the pipeline that calls the engine.")
 
     def __str__(self) -> str:
         many = f"{self.instances} instance{'' if self.instances == 1 else 's'}"
         wait = f", up to {self.queue_delay_us} microseconds of waiting" if self.queue_delay_us else ""
         mixed = ", lengths mixed" if self.ragged else ""
-        return f"{many} of {ThreadSetting(threads=self.threads, spinning=self.spinning)}{wait}{mixed}"
+        front = f", {self.front_instances} tokenizers" if self.front_instances > 1 else ""
+        return f"{many} of {ThreadSetting(threads=self.threads, spinning=self.spinning)}{wait}{mixed}{front}"
 
 
 class ServingTrial(BaseModel):

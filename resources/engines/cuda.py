@@ -7,7 +7,8 @@ needs nothing else of this project.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +21,9 @@ MOST_TOKENS_OF_A_GRAPH = 16384
 MOST_GRAPHS = 128
 #: Accuracy first: fp32 is fp32, and the sums of a normalization are fp32 too, which costs under one percent.
 SETTINGS = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
+#: Graphs are captured for these numbers of rows alone, and fewer rows are filled up: a server that batches has all
+#: numbers sooner or later, and capturing one takes as long as a hundred runs.
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 #: Tells ONNX Runtime to run without capturing.
 _NO_GRAPH = "-1"
 
@@ -61,19 +65,36 @@ class CudaSession:
     def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """The output for one batch, on the host."""
         given = {name: np.ascontiguousarray(batch[name]) for name in self.inputs}
+        rows = len(given[self.inputs[0]])
+        filled = fill(given, rows_of_a_graph(rows))
         with self._lock:
-            slot = self.slot({name: array.shape for name, array in given.items()})
+            slot = self.slot({name: array.shape for name, array in filled.items()})
             if slot is None:
                 options = onnxruntime.RunOptions()
                 if self.graphs:
                     options.add_run_config_entry("gpu_graph_id", _NO_GRAPH)
                 answer: np.ndarray = self._session.run([self.output], given, options)[0]
                 return answer
-            for name, array in given.items():
+            for name, array in filled.items():
                 slot.inputs[name].update_inplace(array)
             slot.run()
-            found: np.ndarray = slot.answer.numpy()
+            found: np.ndarray = slot.answer.numpy()[:rows]
             return found
+
+    def warm(self, widths: Mapping[str, int], lengths: Iterable[int], most_rows: int, seconds: float) -> int:
+        """Capture the graphs of every number of rows at every length, in this order, until the time is over; how many.
+
+        widths: of each input beside the rows, 0 for those that are as long as the length.
+        """
+        end, made = time.monotonic() + seconds, 0
+        for length in lengths:
+            for rows in (size for size in ROWS if size <= rows_of_a_graph(most_rows)):
+                if time.monotonic() > end:
+                    return made
+                with self._lock:
+                    slot = self.slot({name: (rows, width or length) for name, width in widths.items()})
+                made += slot is not None
+        return made
 
     def slot(self, shapes: Mapping[str, tuple[int, ...]]) -> _Slot | None:
         """The bound buffers and captured graph of those shapes by input name; None where they run without."""
@@ -85,6 +106,19 @@ class CudaSession:
             return None
         self._slots[key] = _Slot(self._session, self.output, shapes, self.device, len(self._slots) + 1)
         return self._slots[key]
+
+
+def rows_of_a_graph(rows: int) -> int:
+    """With how many rows so many run: the next number that has a graph, or, beyond them, so many."""
+    return next((size for size in ROWS if size >= rows), rows)
+
+
+def fill(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """The arrays with so many rows, the first one repeated at the end."""
+    return {
+        name: np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)]) if len(array) < rows else array
+        for name, array in batch.items()
+    }
 
 
 class _Slot:

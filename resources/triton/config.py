@@ -59,6 +59,7 @@ def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
     from tritonclient.grpc import model_config_pb2 as pb
 
     config = _step(plan, internal_name(plan.model, number, "pipeline" if plan.structured else "tokenizer"), "python")
+    config.instance_group[0].count = plan.serving.front_instances
     _texts(config, plan)
     if plan.structured:
         # No warm-up: it would call the engine, which nobody has loaded yet. The model warms its tokenizer itself.
@@ -117,6 +118,8 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
             "device": device_of(plan.target),
         }
         built = {name: plan.engine.parameters[name] for name in _BUILT if name in plan.engine.parameters}
+        if device_of(plan.target) == "cuda":
+            values["lengths"] = ",".join(map(str, plan.buckets))
         _parameters(config, {**values, "spinning": str(plan.serving.spinning).lower(), **built})
     elif backend == "openvino":
         # What it reads: ParseParameters in openvino.cc. It knows bfloat16 only as something to be asked for.

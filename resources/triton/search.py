@@ -7,6 +7,7 @@ Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identificat
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.targets import device_of
 from resources.triton.client import TextClient
-from resources.triton.config import engine_config, write_config
+from resources.triton.config import engine_config, front_config, write_config
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
 from resources.triton.mix import request_mix
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 #: Waiting longer than this for company costs more than any batch wins back at the speeds that engines have here.
 QUEUE_DELAYS_US = (0, 500, 2000)
+#: Tokenizers, or pipelines, that are tried where there are cores for them.
+FRONTS = (1, 2, 4)
 #: More instances than this share the machine's memory bandwidth and the GPU's multiprocessors without winning.
 MOST_INSTANCES = 4
 #: Within this share of the best two settings are equal, and the simpler one is taken.
@@ -62,19 +65,27 @@ _NUMBER = 1
 Measure = Callable[[ServingSetting, float, int], ServingTrial]
 
 
-def settings_to_try(measured: ThreadSetting, serving: ServingSettings, *, device: str) -> tuple[ServingSetting, ...]:
-    """What is worth a try, the simplest first: as many instances as share the threads evenly, and each queue
-    delay; on a GPU also batches of several lengths.
+def settings_to_try(
+    measured: ThreadSetting, serving: ServingSettings, *, device: str, cores: int
+) -> tuple[ServingSetting, ...]:
+    """What is worth a try, the most promising first. measured: what the engine was fastest with, alone.
 
-    measured: what the engine was fastest with, alone. On a GPU threads are not shared out: they only launch its work.
-    What the catalog fixes is not varied.
+    On a CPU: as many instances as share the threads evenly, with each queue delay. One row keeps all cores busy there:
+    with lengths mixed in a batch it answered 15 to 25 percent less. On a GPU threads only launch its work, and one
+    tokenizer cannot keep it busy: several of both, batches of several lengths, each queue delay. A request of another
+    length ends a batch that waits for company, so waiting and mixing are for two worlds. What the catalog fixes is not
+    varied.
     """
-    counts = [2**power for power in range(MOST_INSTANCES.bit_length()) if 2**power <= MOST_INSTANCES]
+    counts = [2**power for power in range(MOST_INSTANCES.bit_length())]
     if device == "cpu":
         counts = [count for count in counts if count <= measured.threads]
-    delays: Sequence[int] = QUEUE_DELAYS_US if serving.queue_delay_us is None else (serving.queue_delay_us,)
-    if serving.instances is not None:
-        counts = [serving.instances]
+    counts = counts if serving.instances is None else [serving.instances]
+    delays = list(QUEUE_DELAYS_US) if serving.queue_delay_us is None else [serving.queue_delay_us]
+    # On a CPU the engine's threads leave no core for a second tokenizer, which takes a tenth of the time anyway.
+    fronts = [count for count in FRONTS if count == 1 or (device != "cpu" and 4 * count <= cores)]
+    waits = [(delay, False) for delay in delays[:1]]
+    waits += [(delays[0], True)] if device != "cpu" else []
+    waits += [(delay, False) for delay in delays[1:]]
     return tuple(
         ServingSetting(
             instances=count,
@@ -82,10 +93,10 @@ def settings_to_try(measured: ThreadSetting, serving: ServingSettings, *, device
             spinning=measured.spinning,
             queue_delay_us=delay,
             ragged=ragged,
+            front_instances=front,
         )
-        # A request of another length ends a batch that waits for company, so waiting and mixing are for two worlds.
-        # On a CPU one row keeps all cores busy: with lengths mixed it answered 15 to 25 percent less.
-        for delay, ragged in [(delay, False) for delay in delays] + ([(0, True)] if device != "cpu" else [])
+        for delay, ragged in waits
+        for front in fronts
         for count in counts
     )
 
@@ -121,18 +132,24 @@ def choose(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> tuple[
         and trial.throughput_per_s >= (1 - NOISE) * best.throughput_per_s
         and (p99_limit_ms is None or trial.p99_ms <= p99_limit_ms)
     ]
-    taken = min(equal, key=lambda trial: (trial.setting.instances, trial.setting.queue_delay_us))
+    taken = min(equal, key=lambda trial: _weight(trial.setting))
     return taken.setting, (
         f"{taken.setting}: {taken.throughput_per_s:.0f} requests a second, 99th percentile {taken.p99_ms:.1f} ms"
     )
 
 
+def _weight(setting: ServingSetting) -> tuple[int, int, bool]:
+    """How far a setting is from the simplest."""
+    return setting.instances + setting.front_instances, setting.queue_delay_us, setting.ragged
+
+
 def halve(
     settings: Sequence[ServingSetting], measure: Measure, seconds: float, p99_limit_ms: float | None
 ) -> list[ServingTrial]:
-    """Trials of all stages, within `seconds` as far as those hold one stage. The last stage's decide.
+    """Trials of all stages, within about `seconds`. The last stage's decide.
 
-    There the settings are measured twice, the second time in the opposite order: machines have moods.
+    There the settings are measured twice, the second time in the opposite order: machines have moods. What the first
+    stage has not come to when half of the time is over is not tried.
     """
     left, trials = list(settings), list[ServingTrial]()
     stages = max(1, math.ceil(math.log2(len(left)))) if len(left) > 1 else 1
@@ -142,7 +159,11 @@ def halve(
         if number > 1 and share < _SHORTEST_SECONDS:
             break
         if number < stages:
-            found = [measure(setting, max(share, _SHORTEST_SECONDS), number) for setting in left]
+            found = list[ServingTrial]()
+            for setting in left:
+                if number == 1 and len(found) > 1 and time.monotonic() > deadline - seconds / 2:
+                    break
+                found.append(measure(setting, max(share, _SHORTEST_SECONDS), number))
         else:
             half = max(share / 2, _SHORTEST_SECONDS)
             there = [measure(setting, half, number) for setting in left]
@@ -151,7 +172,8 @@ def halve(
         trials += found
         kept = rank(found, p99_limit_ms)[: max(2, len(left) // 2)]
         # In their own order again, so that the simplest comes first.
-        left = [setting for setting in left if any(trial.setting == setting for trial in kept if not trial.reason)]
+        kept_settings = [trial.setting for trial in kept if not trial.reason]
+        left = [setting for setting in left if setting in kept_settings]
         if not left:
             break
     return trials
@@ -189,7 +211,7 @@ def make_serving_configuration(
     """How the champion is to be served. Raises ReleaseError where no setting can be, ServerError without a server."""
     serving, device = entry.serving, describe_device(champion.target)
     measured = champion.setting or ThreadSetting(threads=workspace.threads(entry))
-    tried = settings_to_try(measured, serving, device=device_of(champion.target))
+    tried = settings_to_try(measured, serving, device=device_of(champion.target), cores=len(os.sched_getaffinity(0)))
     searched = len(tried) > 1 and serving.search_seconds > 0 and workspace.triton.flavour == "python"
     digest = fingerprint(
         "serving_configuration",
@@ -259,6 +281,7 @@ def trial_server(
     """A real server of the plan's release alone, whose engine is loaded anew with each setting that is measured."""
     with tempfile.TemporaryDirectory(prefix="refinery-serving-") as scratch:
         root, engine = Path(scratch) / "models", internal_name(plan.model, _NUMBER, "engine")
+        front = internal_name(plan.model, _NUMBER, "pipeline" if plan.structured else "tokenizer")
         root.mkdir()
         stage(plan, _NUMBER, root)
         with (
@@ -274,9 +297,12 @@ def trial_server(
                 started = time.monotonic()
                 try:
                     if setting != loaded:
-                        config = engine_config(replace(plan, serving=setting), _NUMBER)
-                        write_config(config, root / engine / CONFIG)
+                        changed = replace(plan, serving=setting)
+                        write_config(engine_config(changed, _NUMBER), root / engine / CONFIG)
                         client.load(engine)
+                        if setting.front_instances != loaded.front_instances:
+                            write_config(front_config(changed, _NUMBER), root / front / CONFIG)
+                            client.load(front)
                         loaded = setting
                     before = server_statistics(server.grpc_address, [engine])
                     # What loading took is taken from the trial's own time: the bound is for all of it.

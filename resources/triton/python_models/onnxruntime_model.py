@@ -17,6 +17,9 @@ from cuda import CudaSession  # noqa: E402
 from sessions import open_session  # noqa: E402
 from tensorrt_provider import ProviderSession  # noqa: E402
 
+#: For capturing CUDA graphs while the model is loaded; what is left then is captured when it is asked for.
+_WARM_SECONDS = 20.0
+
 
 class TritonPythonModel(BatchedModel):
     """A session on the CPU, on CUDA, or on CUDA through TensorRT."""
@@ -31,6 +34,11 @@ class TritonPythonModel(BatchedModel):
             kind = ProviderSession if parameters.get("provider") == "tensorrt" else CudaSession
             session = kind(path, self._output, device=int(args["model_instance_device_id"]), threads=threads)
             self._inputs, self._answer = session.inputs, session.run
+            if kind is CudaSession:
+                # Here, and not while somebody waits for an answer.
+                widths = {item["name"]: max(0, item["dims"][-1]) for item in config["input"]}
+                lengths = [int(length) for length in parameters["lengths"].split(",")]
+                session.warm(widths, lengths, max(1, config["max_batch_size"]), _WARM_SECONDS)
         else:
             session = open_session(path, threads, spinning=parameters["spinning"] == "true")
             self._inputs = [item.name for item in session.get_inputs()]

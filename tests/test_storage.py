@@ -27,7 +27,7 @@ from resources.errors import CatalogError, ReleaseError, ServerError
 from resources.triton import lease as leases
 from resources.triton import release as writing
 from resources.triton import storage
-from resources.triton.files import repository_lock, staging_root
+from resources.triton.files import copy_tree, discard, repository_lock, staging_root
 from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, MANIFEST, current_number, current_release, is_whole, list_releases
 from resources.triton.mirror import served_folder
@@ -262,11 +262,27 @@ def test_a_server_that_looks_in_between_sees_nothing_half_done(s3, bucket, plans
         assert own[0] == f"tiny__r2__{part}/1/model.py"
         assert own[-1] == f"tiny__r2__{part}/{CONFIG}"
         assert len(own) > 5
-    s3.requests.clear()
-    retain(bucket, "tiny", keep=1)
-    # In batches: S3 takes the names in a body. What is asked about first is gone first.
-    assert current_number(bucket, "tiny") == 2
-    assert numbers(bucket) == [2]
+
+
+def test_what_is_removed_goes_the_other_way_round(memory, plans, small, monkeypatch):
+    publish(plans[0], memory, UNASKED)
+    removed = []
+    monkeypatch.setattr(RemotePath, "remove", lambda path, names: removed.append(names))
+    discard(memory / "tiny__r1__engine", memory)
+    assert (removed[0], removed[-1]) == ([CONFIG], ["1/model.py"])
+    removed.clear()
+    discard(memory / "tiny" / "1", memory)
+    assert removed == [[MANIFEST], [CONFIG]]
+    removed.clear()
+    discard(memory / "tiny", memory)
+    assert removed == [[CONFIG], [f"1/{MANIFEST}"], [f"1/{CONFIG}"]]
+
+
+def test_names_that_lead_out_of_a_folder_are_not_copied(memory, tmp_path):
+    (memory / "tiny" / ".." / ".." / "outside").write_bytes(b"")
+    with pytest.raises(ReleaseError, match="is no path of a repository"):
+        copy_tree(memory, tmp_path / "copy" / "deep")
+    assert not (tmp_path / "outside").exists()
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------

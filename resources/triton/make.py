@@ -50,6 +50,7 @@ def make_release(
         max_batch_size=entry.max_batch_size,
         threads=threads.threads,
         spinning=threads.spinning,
+        cores=workspace.threads(entry),
         lineage={"refinery_dagster_run": dagster_run, "refinery_champion": champion.digest},
     )
 

@@ -29,7 +29,7 @@ RESULT = "RESULT"
 _NO_CACHE = "__pycache__"
 _TOKENIZER_FILES = ("tokenizer.json", "encoder.json", PIPELINE_FILE)
 #: What every engine's `model.py` needs beside it.
-_COMMON = (_PYTHON_MODELS / "batched_model.py",)
+_COMMON = (_PYTHON_MODELS / "batched_model.py", _PYTHON_MODELS / "neighbours.py")
 #: What opens an engine, copied beside the `model.py` that does, by the runtimes that can be released.
 _SESSIONS = {
     "onnxruntime": ("sessions.py", "cuda.py", "tensorrt_provider.py"),
@@ -69,7 +69,10 @@ class Release(BaseModel):
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """What is to be released. `threads`, `spinning`: of the engine, as it was measured; see ThreadSetting."""
+    """What is to be released. `threads`, `spinning`: of the engine, as it was measured; see ThreadSetting.
+
+    cores: how many it may use under load, when several requests compute at once.
+    """
 
     model: str
     target: str
@@ -81,6 +84,7 @@ class ReleasePlan:
     max_batch_size: int
     threads: int
     spinning: bool = True
+    cores: int = 1
     lineage: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -159,6 +163,7 @@ def content_digest(plan: ReleasePlan) -> str:
         max_batch_size=plan.max_batch_size,
         threads=plan.threads,
         spinning=plan.spinning,
+        cores=plan.cores,
         code=code_version(
             "resources.triton.python_models",
             "resources.triton.config",

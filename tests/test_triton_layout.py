@@ -1,5 +1,6 @@
 """Names, layout and configuration of a Triton repository: what is read from names and files alone."""
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from resources.artifacts.records import ServingSetting
+from resources.artifacts.records import StoredFile
 from resources.errors import ReleaseError
 from resources.triton.config import engine_config, front_config, public_config
 from resources.triton.layout import (
@@ -23,6 +25,7 @@ from resources.triton.layout import (
 )
 from resources.triton.proof import choose_items, make_batches
 from resources.triton.publish import Steps, publish
+from resources.triton.python_models.neighbours import Neighbours
 from resources.triton.release import check_plan, content_digest
 from resources.triton.stage import stage
 from tests.releases import INPUTS, LABELS, WIDTH, make_plan, unasked
@@ -128,6 +131,49 @@ def test_the_configurations_say_what_a_server_must_know(tmp_path, plan):
         assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 1)]
         assert len(config.model_warmup) == 1
     assert (tmp_path / "tiny" / "3" / "config.pbtxt").read_text() == (tmp_path / "tiny" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "size_bytes", "instances", "beside"),
+    [
+        (1, 1, 10**6, 1, 1),
+        (2, 2, 10**6, 2, 1),
+        (1, 2, 10**6, 2, 1),  # one thread was fastest for one request: still two of them at once
+        (6, 8, 10**6, 2, 4),
+        (8, 8, 10**9, 1, 8),  # four times so much is too much
+    ],
+)
+def test_on_a_cpu_two_requests_compute_at_once(plan, threads, cores, size_bytes, instances, beside):
+    content = {"model.onnx": StoredFile(sha256="0" * 64, size_bytes=size_bytes)}
+    engine = plan.engine.model_copy(update={"files": content})
+    config = engine_config(replace(plan, engine=engine, threads=threads, cores=cores), 1)
+    assert config.instance_group[0].count == instances
+    found = [config.parameters[name].string_value for name in ("threads", "threads_beside")]
+    assert found == [str(threads), str(beside)]
+
+
+def test_rows_are_padded_less_where_batches_save_little(plan):
+    assert front_config(plan, 1).parameters["length_step"].string_value == "8"
+    assert "length_step" not in front_config(replace(plan, target="cuda_sm90"), 1).parameters
+
+
+def test_instances_know_of_each_other():
+    first, second = (
+        Neighbours({"model_name": "tiny__r1__engine" * 20, "model_instance_name": f"tiny__r1__engine_0_{number}"}, 2)
+        for number in range(2)
+    )
+    assert not first.at_work()
+    with second:
+        with first:
+            assert first.at_work()
+            assert second.at_work()
+        assert first.at_work()
+    assert first.at_work(), "a moment ago it was"
+    time.sleep(0.1)
+    assert not first.at_work()
+    assert not second.at_work()
+    with Neighbours({"model_name": "alone", "model_instance_name": "alone_0_0"}, 1) as alone:
+        assert not alone.at_work()
 
 
 def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):

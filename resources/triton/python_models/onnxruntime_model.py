@@ -1,6 +1,7 @@
 """Runs inside Triton: an ONNX Runtime engine, where there is no backend of that name (the embedded server).
 
-Its version folder also holds the engine's files, batched_model.py, sessions.py, cuda.py and tensorrt_provider.py.
+Its version folder also holds the engine's files, batched_model.py, neighbours.py, sessions.py, cuda.py and
+tensorrt_provider.py.
 """
 
 import json
@@ -18,6 +19,7 @@ import_aside("onnxruntime")
 
 from batched_model import BatchedModel  # noqa: E402
 from cuda import CudaSession  # noqa: E402
+from neighbours import Neighbours  # noqa: E402
 from sessions import open_session  # noqa: E402
 from tensorrt_provider import ProviderSession  # noqa: E402
 
@@ -44,6 +46,15 @@ class TritonPythonModel(BatchedModel):
                 lengths = [int(length) for length in parameters["lengths"].split(",")]
                 session.warm(widths, lengths, max(1, config["max_batch_size"]), _WARM_SECONDS)
         else:
-            session = open_session(path, threads, spinning=parameters["spinning"] == "true")
-            self._inputs = [item.name for item in session.get_inputs()]
-            self._answer = lambda feed: session.run([self._output], feed)[0]
+            spinning, beside = parameters["spinning"] == "true", int(parameters["threads_beside"])
+            self._alone = open_session(path, threads, spinning=spinning)
+            self._beside = open_session(path, beside, spinning=spinning) if beside < threads else self._alone
+            self._neighbours = Neighbours(args, config["instance_group"][0]["count"])
+            self._inputs = [item.name for item in self._alone.get_inputs()]
+            self._answer = self._run_session
+
+    def _run_session(self, feed):
+        """With all threads, as it was measured, or, while the other instance computes, with half of them."""
+        with self._neighbours:
+            session = self._beside if self._neighbours.at_work() else self._alone
+            return session.run([self._output], feed)[0]

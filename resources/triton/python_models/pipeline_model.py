@@ -33,6 +33,8 @@ class TritonPythonModel:
         self._inputs, self._largest = parameters["engine_inputs"].split(","), config["max_batch_size"]
         self._per_token = parameters["per_token"] == "true"  # noqa: S105
         self._pipeline = open_pipeline(_HERE)
+        if "length_step" in parameters:
+            self._pipeline.encoder.set_length_step(int(parameters["length_step"]))
         self._pipeline.encoder.tokens(["warm"])
 
     def execute(self, requests):

@@ -4,12 +4,12 @@ import asyncio
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from resources.artifacts.records import ServingSetting
 from resources.errors import ServerError
 from resources.tasks.samples import sample_texts
 from resources.triton.load import (
@@ -35,7 +35,7 @@ ITEMS = [{"TEXT": text} for text in sample_texts()[:40]]
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     """One that two instances of the engine serve."""
-    return replace(make_plan(tmp_path_factory.mktemp("plan")), threads=2, cores=2)
+    return make_plan(tmp_path_factory.mktemp("plan"), serving=ServingSetting(instances=2, threads=2, threads_beside=1))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_what_a_model_did_between_two_readings():
 
 
 def test_a_real_server_under_load(served):
-    names = ["tiny", "tiny__r1__tokenizer", "tiny__r1__engine"]
+    names = ["tiny", "tiny__r1__pipeline"]
     before = server_statistics(served, names)
     together = closed_loop(served, "tiny", CONTRACT, ITEMS, concurrency=8, seconds=1.0, warm_up_seconds=0.2)
     assert together.failures == 0, together.first_error
@@ -176,7 +176,7 @@ def test_a_real_server_under_load(served):
     for found in done.values():
         assert found.requests >= together.requests
         assert found.failures == 0
-    engine = done["tiny__r1__engine"]
+    engine = done["tiny__r1__pipeline"]
     assert engine.rows == sum(size * count for size, count in engine.batches.items())
     assert 0 < engine.executions <= engine.rows
     assert min(engine.queue_ns, engine.compute_ns) > 0

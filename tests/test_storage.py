@@ -160,7 +160,7 @@ def test_what_is_not_proven_leaves_nothing(repository, plans, small):
         return unasked(folder, release).model_copy(update={"passed": False, "failures": ("cosine 0.1",)})
 
     def fail(folder, release, plan):
-        assert (folder / f"tiny__r{release.number}__engine" / CONFIG).is_file()
+        assert (folder / f"tiny__r{release.number}__pipeline" / CONFIG).is_file()
         raise ServerError("no server")
 
     for before in ({}, None):
@@ -199,7 +199,7 @@ def test_a_place_that_is_not_ours_is_left_alone(repository, plans, small):
 
 def test_a_damaged_release_is_published_anew(repository, plans, small):
     publish(plans[0], repository, UNASKED)
-    write_file(repository / "tiny__r1__engine" / "1" / "model.onnx", b"")
+    write_file(repository / "tiny__r1__pipeline" / "1" / "model.onnx", b"")
     assert publish(plans[0], repository, UNASKED).release.number == 2
 
 
@@ -268,7 +268,7 @@ def test_what_is_removed_goes_the_other_way_round(memory, plans, small, monkeypa
     publish(plans[0], memory, UNASKED)
     removed = []
     monkeypatch.setattr(RemotePath, "remove", lambda path, names: removed.append(names))
-    discard(memory / "tiny__r1__engine", memory)
+    discard(memory / "tiny__r1__pipeline", memory)
     assert (removed[0], removed[-1]) == ([CONFIG], ["1/model.py"])
     removed.clear()
     discard(memory / "tiny" / "1", memory)
@@ -481,7 +481,7 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
     command = [sys.executable, "-c", PUBLISH, str(bucket.parent), str(tmp_path / "other"), str(tmp_path / "plans")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
-    assert (bucket / "tiny__r2__engine" / CONFIG).is_file()
+    assert (bucket / "tiny__r2__pipeline" / CONFIG).is_file()
     assert len((bucket.parent / ".cpu.lock").sizes()) == 1
     monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.3)
@@ -490,7 +490,7 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
     assert publish(plans[1], bucket, UNASKED).release.number == 3
     assert time.monotonic() - begun > 1.5
     assert f"@{socket.gethostname()}, process" in caplog.text
-    assert not (bucket / "tiny__r2__engine").exists()
+    assert not (bucket / "tiny__r2__pipeline").exists()
     assert_nothing_beside(bucket)
 
 
@@ -719,7 +719,7 @@ def test_what_was_put_is_served_checked_and_gone_back_to(
         done.set()
         thread.join(60)
     assert served_folder(bucket, workspace.copies, prune=True) == folder
-    assert not (folder / "tiny__r2__engine").exists()
+    assert not (folder / "tiny__r2__pipeline").exists()
 
     assert main(["verify", "tiny"]) == 0
     assert "of release 1" in capsys.readouterr().out
@@ -730,10 +730,10 @@ def test_what_was_put_is_served_checked_and_gone_back_to(
     assert main(["query", "tiny", "--json", TEXTS[0]]) == 0
     np.testing.assert_allclose(json.loads(capsys.readouterr().out), answers_of(plans[0], TEXTS[:1])[0], atol=1e-5)
 
-    engine = bucket / "tiny__r2__engine" / "1" / "model.onnx"
+    engine = bucket / "tiny__r2__pipeline" / "1" / "model.onnx"
     engine.write_bytes(engine.read_bytes()[:-1] + b"x")
     assert main(["verify", "tiny", "--release", "2"]) == 1
-    assert "tiny__r2__engine/1/model.onnx was changed" in capsys.readouterr().err
+    assert "tiny__r2__pipeline/1/model.onnx was changed" in capsys.readouterr().err
     assert main(["rollback", "tiny", "--to", "2"]) == 1
     assert current_number(bucket, "tiny") == 1
     assert_nothing_beside(bucket)

@@ -3,8 +3,12 @@
 minilm/config.pbtxt                  the pointer: the public ensemble, pinned to one release
 minilm/<N>/release.json              what release N is; Triton needs the folder, and git would drop it if empty
 minilm/<N>/config.pbtxt              the pointer as release N wrote it: rolling back is copying it one folder up
-minilm__r<N>__tokenizer/1/...        immutable; tasks with structured answers have a `pipeline` in its place
-minilm__r<N>__engine/1/...           immutable
+minilm__r<N>__pipeline/1/...         immutable: tokenizer, engine and all, in one Python model
+
+On Triton's own backends (flavour native) it is two, in place of the pipeline:
+
+minilm__r<N>__tokenizer/1/...        tasks with structured answers have a `pipeline`, which calls the engine
+minilm__r<N>__engine/1/...
 
 Models that somebody else put into the repository are never touched: ours are known by these names alone.
 """

@@ -15,7 +15,7 @@ from resources.errors import ReleaseError, ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.triton.client import TextClient
-from resources.triton.layout import current_release, internal_name
+from resources.triton.layout import current_release
 from resources.triton.load import closed_loop, server_statistics, statistics_since
 from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix
@@ -43,8 +43,8 @@ def measure_load(
     Raises ServerError; ReleaseError where requests fail.
     """
     with TextClient(address) as client:
-        contract, number = client.contract(model), client.release_of(model)
-    engines = [] if number is None else [internal_name(model, number, "engine")]
+        contract, steps = client.contract(model), client.steps(model)
+    engines = steps[-1:]
     share, found = seconds / len(levels), []
     for clients in levels:
         warm_up = share * _WARM_UP_SHARE

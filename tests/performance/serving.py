@@ -276,6 +276,7 @@ def main() -> int:
     workspace = make_home(given.home, given.triton)
     checkpoint = locate(SOURCE).folder
     repository, settings = workspace.repository(TARGET), workspace.triton
+    assert isinstance(repository, Path)
     release = current_release(repository, MODEL)
     assert release is not None, "it was just made"
     print(f"ours: release {release.number}, {release.engine}; load of the machine {os.getloadavg()[0]:.1f}", flush=True)

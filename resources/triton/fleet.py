@@ -38,7 +38,7 @@ class Fleet:
     def __bool__(self) -> bool:
         return bool(self._addresses)
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         self.clients = [self._stack.enter_context(TextClient(address)) for address in self._addresses]
         return self
 

@@ -205,7 +205,8 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
     for name, buckets in (("buckets", ()), ("own_lengths", tuple(range(1, 65)))):
         folder = tmp_path / name
         repository = folder / "cpu"
-        made = make_plan(folder / "plan")
+        # Batches as large as there are clients, however fast the machine is.
+        made = make_plan(folder / "plan", max_batch_size=32, serving=ServingSetting(queue_delay_us=20_000))
         if buckets:
             encoder = made.checkpoint_folder / "encoder.json"
             encoder.write_text(json.dumps({**json.loads(encoder.read_text()), "buckets": buckets}))
@@ -217,7 +218,7 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
             log.write_text("")
             before = server_statistics(server.grpc_address, ["tiny", "tiny__r1__pipeline"])
             result = closed_loop(
-                server.grpc_address, "tiny", CONTRACT, texts, concurrency=16, seconds=1.5, warm_up_seconds=0
+                server.grpc_address, "tiny", CONTRACT, texts, concurrency=32, seconds=1.5, warm_up_seconds=0
             )
             done = statistics_since(before, server_statistics(server.grpc_address, ["tiny", "tiny__r1__pipeline"]))
         runs = log.read_text().splitlines()
@@ -230,7 +231,7 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
         ran[name] = len(runs) / asked
         if not buckets:
             assert {int(shape.split("x")[1]) for shape in runs} <= set(range(8, 65, 8))
-    assert ran["buckets"] < 0.8 * ran["own_lengths"]
+    assert ran["buckets"] < 0.6 * ran["own_lengths"]
 
 
 def test_a_release_under_load(plan, triton_settings, tmp_path):

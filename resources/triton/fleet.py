@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from typing import Self
 
 from resources.errors import ServerError
 from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient

@@ -34,7 +34,6 @@ from resources.triton.layout import (
     current_release,
     damaged_files,
     highest_number,
-    internal_name,
     internal_names,
     is_published_here,
     is_whole,
@@ -312,7 +311,8 @@ def _sweep_public(public: Location, repository: Location) -> None:
         if file != CONFIG or not number.isdigit() or f"{number}/{MANIFEST}" in names:
             continue
         config = (public / name).read_bytes().decode("utf-8", errors="replace")
-        ours = internal_name(public.name, int(number), "engine") in named_internals(config)
+        internals = [parse_internal(internal) for internal in named_internals(config)]
+        ours = any(found is not None and found[:2] == (public.name, int(number)) for found in internals)
         if ours and current_number(repository, public.name) != int(number):
             discard(public / number, staging_root(repository))
 

@@ -10,6 +10,7 @@ import pytest
 from orchestration import releases
 from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
+from resources.triton import fleet
 from resources.triton import rollback as module
 from resources.triton.client import TextClient
 from resources.triton.files import staging_root
@@ -185,6 +186,7 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "ask", failing)
+    monkeypatch.setattr(fleet, "ask", failing)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
         TextClient(server.grpc_address) as client,

@@ -45,7 +45,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
                 "revision": release.revision,
                 "content_digest": release.content_digest,
                 "proof": dg.MetadataValue.json(release.proof.model_dump() if release.proof else {}),
-                "repository": dg.MetadataValue.path(workspace.repository(target)),
+                "repository": dg.MetadataValue.path(str(workspace.repository(target))),
                 "query": dg.MetadataValue.md(f"`{query_command(workspace, entry.name, target)}`"),
             },
             data_version=dg.DataVersion(release.content_digest),

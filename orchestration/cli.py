@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--engines", metavar="E[,E]", help="only these engines compete")
     new.add_argument("--seconds", type=_positive, metavar="N", help="bound for one engine's benchmark")
     command.add_argument("--target", help="only this target (default: all of REFINERY_TARGETS)")
-    command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>")
+    command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
     command.set_defaults(command=_optimize)
 
     command = commands.add_parser("bench", help="compare a model's engines with each other, outside the pipeline")
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_verify)
 
     command = commands.add_parser("lint", help="find what is wrong with a Triton model repository, without a server")
-    command.add_argument("path", metavar="PATH", help="the folder that holds the models' folders, ours or anybody's")
+    command.add_argument("path", metavar="PATH", help="what holds the models' folders, ours or anybody's; s3://... too")
     command.add_argument("--format", choices=("text", "json", "sarif"), default="text", help="default: %(default)s")
     command.set_defaults(command=_lint)
 

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from resources.errors import ReleaseError
+from resources.triton.files import copy_tree
 from resources.triton.lint import RULES, Finding
 from resources.triton.lint import lint as find
+from resources.triton.storage import RemotePath, parse_location
 
 
 def lint(options: Namespace) -> int:
     """Print what is wrong with the repository; 1 where there is an error."""
-    findings = find(Path(options.path))
+    findings = _find(options.path)
     print(FORMATS[options.format](findings))
     return int(any(finding.severity == "error" for finding in findings))
+
+
+def _find(path: str) -> list[Finding]:
+    """Of a folder, or of a copy of what is in object storage."""
+    with tempfile.TemporaryDirectory(prefix="refinery-lint-") as scratch:
+        try:
+            place = parse_location(path, Path(scratch), os.environ)
+        except ValueError as error:
+            raise ReleaseError(f"{error}.") from None
+        if not isinstance(place, RemotePath):
+            return find(Path(path))
+        copy = Path(scratch) / place.name
+        copy_tree(place, copy)
+        if not copy.is_dir():
+            raise ReleaseError(f"{place} holds nothing. Give the place that holds the models' folders.")
+        return find(copy)
 
 
 def as_text(findings: Sequence[Finding]) -> str:

@@ -17,6 +17,7 @@ from resources.locks import benchmarking
 from resources.pipelines import open_pipeline
 from resources.reporting import load_table
 from resources.triton.client import TextClient
+from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import measure_load, measure_with_perf_analyzer
@@ -43,7 +44,9 @@ def load(options: Namespace) -> int:
                 benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
             )
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
-            server = EmbeddedServer(repository, workspace.triton, models=[options.model], log=log)
+            server = EmbeddedServer(
+                served_folder(repository, workspace.copies), workspace.triton, models=[options.model], log=log
+            )
             address = stack.enter_context(server).grpc_address
         with TextClient(address) as client:
             title = f"{options.model}, release {client.release_of(options.model)}, on {client.version()} at {address}"

@@ -7,7 +7,6 @@ import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -21,6 +20,7 @@ from resources.artifacts.records import Champion
 from resources.engines import ENGINES
 from resources.errors import CatalogError
 from resources.targets import check_target
+from resources.triton.storage import parse_location
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -74,8 +74,11 @@ def _workspace(options: Namespace) -> Workspace:
             raise CatalogError(f"--target: {error}.") from None
         workspace = replace(workspace, targets=(options.target,))
     if options.output is not None:
-        triton = replace(workspace.triton, repositories=Path(options.output).resolve())
-        workspace = replace(workspace, triton=triton)
+        try:
+            repositories = parse_location(options.output, workspace.scratch, os.environ)
+        except ValueError as error:
+            raise CatalogError(f"--output: {error}.") from None
+        workspace = replace(workspace, triton=replace(workspace.triton, repositories=repositories))
     return workspace
 
 

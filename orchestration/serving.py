@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
 from resources.triton.launch import RATE_LIMIT, caching
 from resources.triton.layout import current_release, public_models
+from resources.triton.mirror import Mirror, served_folder
 from resources.triton.server import EmbeddedServer, serve_foreground
+from resources.triton.storage import Location, RemotePath
+from resources.workspace import Workspace
 
 _SHOWN = 8
 DEFAULT_ADDRESS = "127.0.0.1:8001"
+#: How often object storage is asked for new releases; each time costs a few requests.
+_FOLLOW_SECONDS = 5.0
 
 
 def query(options: Namespace) -> int:
@@ -36,7 +42,8 @@ def query(options: Namespace) -> int:
                 raise _nothing_served(options.model, repository)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
-            server = EmbeddedServer(repository, workspace.triton, models=[options.model], log=log)
+            folder = served_folder(repository, workspace.copies)
+            server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)
             address = stack.enter_context(server).grpc_address
         with TextClient(address) as client:
             contract = client.contract(options.model)
@@ -109,8 +116,12 @@ def serve(options: Namespace) -> int:
     flags += [RATE_LIMIT] if options.rate_limit else []
     log = workspace.home / "logs" / f"triton-{options.target}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     serve_foreground(
-        repository,
+        served_folder(repository, workspace.copies, prune=True),
         workspace.triton,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
@@ -118,12 +129,35 @@ def serve(options: Namespace) -> int:
         log=log,
         control=options.control,
         options=flags,
-        say=lambda line: print(line, flush=True),
+        say=say,
+        refresh=_follow(workspace, repository, say),
     )
     return 0
 
 
-def _nothing_served(model: str, repository: Path) -> ReleaseError:
+def _follow(workspace: Workspace, repository: Location, say: Callable[[str], None]) -> Callable[[], None]:
+    """To be called often: now and then it brings the copy of object storage up to date. What fails is said once."""
+    if not isinstance(repository, RemotePath):
+        return lambda: None
+    mirror, said, last = Mirror(repository, workspace.copies), "", time.monotonic()
+
+    def refresh() -> None:
+        nonlocal said, last
+        if time.monotonic() - last < _FOLLOW_SECONDS:
+            return
+        try:
+            mirror.refresh()
+            said = ""
+        except (ReleaseError, OSError) as error:
+            if str(error) != said:
+                said = str(error)
+                say(f"{error} Until then, what is here is served.")
+        last = time.monotonic()
+
+    return refresh
+
+
+def _nothing_served(model: str, repository: Location) -> ReleaseError:
     return ReleaseError(
         f"{model}: no release of it is in {repository} (there: {', '.join(public_models(repository)) or 'none'}). "
         f"Publish one: refinery optimize {model}."

@@ -13,6 +13,7 @@ from resources.isolation import Limits
 from resources.targets import check_target
 from resources.tracking import Tracker
 from resources.triton.settings import Control, Flavour, TritonSettings
+from resources.triton.storage import Location, parse_location
 from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, Workspace
 
 DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")
@@ -44,7 +45,7 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         servers=grpc,
         servers_http=http,
         control=cast(Control, given),
-        repositories=_path(environment, "REFINERY_TRITON_REPOSITORIES"),
+        repositories=_location(environment, "REFINERY_TRITON_REPOSITORIES", home),
         environment=_path(environment, "REFINERY_TRITON_ENVIRONMENT") or TritonSettings().environment,
     )
     limits = Limits(
@@ -87,6 +88,14 @@ def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
 def _path(environment: Mapping[str, str], name: str) -> Path | None:
     value = environment.get(name)
     return Path(value).expanduser().resolve() if value else None
+
+
+def _location(environment: Mapping[str, str], name: str, home: Path) -> Location | None:
+    value = environment.get(name)
+    try:
+        return parse_location(value, Workspace(home, DEFAULT_CATALOG).scratch, environment) if value else None
+    except ValueError as error:
+        raise CatalogError(f"{name}: {error}.") from None
 
 
 def _number(environment: Mapping[str, str], name: str, default: float) -> float:

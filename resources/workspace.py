@@ -11,6 +11,7 @@ from resources.catalog import Catalog, ModelEntry, load_catalog
 from resources.device import physical_cores
 from resources.isolation import Limits
 from resources.triton.settings import TritonSettings
+from resources.triton.storage import Location
 
 #: Protobuf cannot serialize a message of 2 GiB or more, so larger graphs keep their weights in a file beside them.
 #: A little below, because the graph itself takes room too.
@@ -47,7 +48,17 @@ class Workspace:
     def entry(self, model: str) -> ModelEntry:
         return self.catalog().get(model)
 
-    def repository(self, target: str) -> Path:
+    @property
+    def scratch(self) -> Path:
+        """Where releases are made that go to object storage, and looked at when they come from there."""
+        return self.home / "staging"
+
+    @property
+    def copies(self) -> Path:
+        """Where lies what the embedded server serves of repositories in object storage."""
+        return self.home / "served"
+
+    def repository(self, target: str) -> Location:
         """The Triton model repository of a target."""
         return (self.triton.repositories or self.home / "triton_models") / target
 

@@ -25,7 +25,15 @@ from resources.workspace import Workspace
 from tests.checkpoints import make_checkpoint
 
 #: Files that run whole jobs, longest first: begun last, one of them would be all that is left to wait for.
-LONGEST = ("test_pipeline", "test_cli", "test_served_tasks", "test_export", "test_fusion", "test_triton_publish")
+LONGEST = (
+    "test_pipeline",
+    "test_cli",
+    "test_served_tasks",
+    "test_export",
+    "test_fusion",
+    "test_triton_publish",
+    "test_storage",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -89,7 +89,7 @@ def test_every_field_can_be_given(tmp_path):
         ("models:\n" + MODEL.replace("name: m", "name: a/b"), ["name: 'a/b'", "Triton"]),
         ("models:\n" + MODEL.replace("name: m", "name: a|b"), ["name: 'a|b'"]),
         ("models:\n" + MODEL.replace("name: m", "name: a...b"), ["name: 'a...b'"]),
-        ("models:\n" + MODEL.replace("name: m", "name: m__r3__engine"), ["__r<number>__"]),
+        ("models:\n" + MODEL.replace("name: m", "name: m__r3__pipeline"), ["__r<number>__"]),
         ("models:\n" + MODEL.replace("name: m", "name: 7"), ["model number 1", "name"]),
         ("models:\n" + MODEL + "    task: classification\n", ["task", "twice"]),
         ("models: 3\n", ["'models'", "list"]),

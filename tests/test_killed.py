@@ -282,9 +282,9 @@ def test_a_full_disk(small_disk, plans, triton_settings):
 
 #: Files that a fault may cut short, below the repository, and how that is seen: by the release that holds them, if any.
 TRUNCATED = {
-    "an engine that serves": ("tiny__r3__engine/1/model.onnx", 3),
-    "an older engine": ("tiny__r2__engine/1/model.onnx", 2),
-    "an older tokenizer": ("tiny__r2__tokenizer/1/tokenizer.json", 2),
+    "an engine that serves": ("tiny__r3__pipeline/1/model.onnx", 3),
+    "an older engine": ("tiny__r2__pipeline/1/model.onnx", 2),
+    "an older tokenizer": ("tiny__r2__pipeline/1/tokenizer.json", 2),
     "a manifest": ("tiny/3/release.json", None),
     "a release's pointer": ("tiny/2/config.pbtxt", 2),
     "the pointer": ("tiny/config.pbtxt", None),
@@ -313,11 +313,11 @@ def test_a_truncated_file(repository, plans, triton_settings, tmp_path, what):
 
 def test_a_file_that_is_truncated_while_it_is_proven_is_not_published(repository, plans):
     def truncate(folder, release):
-        os.truncate(folder / f"tiny__r{release.number}__engine" / "1" / "model.onnx", 100)
+        os.truncate(folder / f"tiny__r{release.number}__pipeline" / "1" / "model.onnx", 100)
         return unasked(folder, release)
 
     before = tree_digest(repository)
-    with pytest.raises(ReleaseError, match=r"was not published: tiny__r4__engine/1/model\.onnx is not what was"):
+    with pytest.raises(ReleaseError, match=r"was not published: tiny__r4__pipeline/1/model\.onnx is not what was"):
         publish(plans[BASE], repository, Steps(prove=truncate))
     assert tree_digest(repository) == before
     check_goes_on(repository, plans[BASE], {1, 2, 3})

@@ -3,10 +3,13 @@
 import asyncio
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from resources.artifacts.records import ServingSetting
 from resources.errors import ServerError
 from resources.tasks.samples import sample_texts
 from resources.triton.load import (
@@ -24,15 +27,21 @@ from resources.triton.load import (
 )
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer
-from tests.releases import CONTRACT, make_plan, unasked
+from tests.releases import CONTRACT, answers_of, make_plan, query_texts, unasked
 
 ITEMS = [{"TEXT": text} for text in sample_texts()[:40]]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, triton_settings):
+def plan(tmp_path_factory):
+    """One that two instances of the engine serve."""
+    return make_plan(tmp_path_factory.mktemp("plan"), serving=ServingSetting(instances=2, threads=2, threads_beside=1))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, plan, triton_settings):
     folder = tmp_path_factory.mktemp("load")
-    publish(make_plan(folder / "plan"), folder / "cpu", Steps(prove=unasked))
+    publish(plan, folder / "cpu", Steps(prove=unasked))
     with EmbeddedServer(folder / "cpu", triton_settings, models=["tiny"], log=folder / "triton.log") as server:
         yield server.grpc_address
 
@@ -157,7 +166,7 @@ def test_what_a_model_did_between_two_readings():
 
 
 def test_a_real_server_under_load(served):
-    names = ["tiny", "tiny__r1__tokenizer", "tiny__r1__engine"]
+    names = ["tiny", "tiny__r1__pipeline"]
     before = server_statistics(served, names)
     together = closed_loop(served, "tiny", CONTRACT, ITEMS, concurrency=8, seconds=1.0, warm_up_seconds=0.2)
     assert together.failures == 0, together.first_error
@@ -167,13 +176,21 @@ def test_a_real_server_under_load(served):
     for found in done.values():
         assert found.requests >= together.requests
         assert found.failures == 0
-    engine = done["tiny__r1__engine"]
+    engine = done["tiny__r1__pipeline"]
     assert engine.rows == sum(size * count for size, count in engine.batches.items())
     assert 0 < engine.executions <= engine.rows
     assert min(engine.queue_ns, engine.compute_ns) > 0
     apart = open_loop(served, "tiny", CONTRACT, ITEMS, rate=20, seconds=1.0, warm_up_seconds=0.1)
     assert (apart.rate, apart.failures) == (20, 0)
     assert apart.requests == len(due_times(20, 1.0, "poisson", 0))
+
+
+def test_two_instances_answer_as_one(served, plan):
+    texts = sample_texts()[:40]
+    expected = answers_of(plan, texts)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: query_texts(served, "tiny", [text])[0], texts))
+    assert np.allclose(found, expected, atol=1e-6)
 
 
 def test_a_server_that_answers_nothing_is_said(served):

@@ -162,8 +162,8 @@ def test_a_release_of_it_is_proven_and_answers(tmp_path, triton_settings):
     assert release.status == "published"
     assert release.proof.passed
     assert all(metrics["cosine_worst"] > 0.999999 for metrics in release.proof.metrics.values())
-    folder = repository / internal_name("tiny", 1, "engine") / "1"
-    assert {"model.py", "batched_model.py", "openvino_session.py", "model.xml", "model.bin"} <= {
+    folder = repository / internal_name("tiny", 1, "pipeline") / "1"
+    assert {"model.py", "engine.py", "openvino_session.py", "model.xml", "model.bin"} <= {
         path.name for path in folder.iterdir()
     }
     texts = ["How long should I boil the eggs?", "", "naïve 🙂"]

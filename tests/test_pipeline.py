@@ -136,7 +136,7 @@ def test_classification_from_folder_to_answer(made_checkpoint, ready, tmp_path, 
     assert outcome.success, outcome.messages
     release = current_release(ready.repository("cpu"), "tiny")
     assert release.labels == ("bad", "fair", "good")
-    labels = ready.repository("cpu") / "tiny__r1__engine" / "labels.txt"
+    labels = ready.repository("cpu") / "tiny__r1__pipeline" / "labels.txt"
     assert labels.read_text().split() == ["bad", "fair", "good"]
 
     from transformers import pipeline

@@ -69,15 +69,15 @@ def test_what_a_server_serves_stays_and_answers(repository, plans, triton_settin
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log") as server,
         TextClient(server.grpc_address) as client,
     ):
-        client.load("tiny__r1__engine")
+        client.load("tiny__r1__pipeline")
         point_to(repository, 5)  # and nobody has told the server
         done = retain(
             repository, "tiny", keep=1, settings=TritonSettings(servers=(server.grpc_address,)), asked=["127.0.0.1:9"]
         )
         assert done.removed == (1, 2, 4)
         assert done.kept[3] == f"served at {server.grpc_address}"
-        assert not client.is_ready("tiny__r1__engine")
-        assert client.is_ready("tiny__r3__engine")
+        assert not client.is_ready("tiny__r1__pipeline")
+        assert client.is_ready("tiny__r3__pipeline")
         np.testing.assert_allclose(ask_together(client, TEXTS), answers_of(plans[2], TEXTS), atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_mistakes_remove_nothing(repository):
     assert numbers(repository) == [1, 2, 3, 4, 5]
     # With the one that serves damaged, the others may be all there is.
     point_to(repository, 5)
-    (repository / "tiny__r5__engine" / "1" / "model.onnx").write_bytes(b"")
+    (repository / "tiny__r5__pipeline" / "1" / "model.onnx").write_bytes(b"")
     with pytest.raises(ReleaseError, match="points to release 5, which is not there whole"):
         retain(repository, "tiny", keep=1)
 

@@ -84,18 +84,18 @@ def test_numbers_that_make_no_sense_are_refused(repository, tmp_path, to, messag
 
 
 def change(repository):
-    path = repository / "tiny__r2__engine" / "1" / "model.onnx"
+    path = repository / "tiny__r2__pipeline" / "1" / "model.onnx"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
 
 
 def take_away(repository):
-    (repository / "tiny__r2__tokenizer" / "1" / "tokenizer.json").unlink()
+    (repository / "tiny__r2__pipeline" / "1" / "tokenizer.json").unlink()
 
 
 def add(repository):
-    (repository / "tiny__r2__engine" / "1" / "notes.txt").write_text("mine")
+    (repository / "tiny__r2__pipeline" / "1" / "notes.txt").write_text("mine")
 
 
 def resize(repository):
@@ -110,9 +110,9 @@ def repoint(repository):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (change, "tiny__r2__engine/1/model.onnx was changed."),
-        (take_away, "tiny__r2__tokenizer/1/tokenizer.json is missing."),
-        (add, "tiny__r2__engine/1/notes.txt was added."),
+        (change, "tiny__r2__pipeline/1/model.onnx was changed."),
+        (take_away, "tiny__r2__pipeline/1/tokenizer.json is missing."),
+        (add, "tiny__r2__pipeline/1/notes.txt was added."),
         (resize, "tiny/2/config.pbtxt was changed."),
         (repoint, "tiny/2/config.pbtxt was changed: it names another release."),
     ],
@@ -165,7 +165,7 @@ def test_a_running_server_is_told_and_asked(repository, broken, plans, triton_se
                 roll_back(repository, "tiny", settings, to=broken, log=tmp_path / "log")
             assert current_number(repository, "tiny") == 1
             np.testing.assert_array_equal(served(client)[1], answers)
-            assert not client.is_ready(f"tiny__r{broken}__tokenizer")
+            assert not client.is_ready(f"tiny__r{broken}__pipeline")
             assert not list(repository.glob("*__proof"))
             with pytest.raises(ServerError, match="serves release 1 as tiny, not release 2"):
                 ask(client, repository, find_release(repository, "tiny", 2))
@@ -199,7 +199,7 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
         number, answers = served(client)
         assert number == 3
         np.testing.assert_allclose(answers, answers_of(plans[2], TEXTS), atol=1e-5)
-        assert not client.is_ready("tiny__r2__engine")
+        assert not client.is_ready("tiny__r2__pipeline")
         monkeypatch.undo()
         # A pointer that was moved, by whomever, and that the server was never told of.
         (repository / "tiny" / CONFIG).write_bytes((repository / "tiny" / "1" / CONFIG).read_bytes())

@@ -14,7 +14,7 @@ from resources.errors import ServerError
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
 from resources.triton.client import TextClient
-from resources.triton.layout import CONFIG
+from resources.triton.layout import CONFIG, called_internals, named_internals
 from resources.triton.server import EmbeddedServer
 from tests.answers import CHECKPOINTS, assert_same, transformers_answers
 from tests.conftest import entry_for
@@ -148,35 +148,16 @@ def test_labels_beyond_the_batch_are_split(served):
         assert scores == pytest.approx(dict(zip(right["labels"], right["scores"], strict=True)), abs=1e-4)
 
 
-def test_a_server_that_was_told_of_the_public_model_alone_loads_its_engine(served, triton_settings, tmp_path):
-    """As after a restart with --load-model: Triton does not know what a Python model calls."""
-    _, _, repository, _ = served
-
-    class Forgetful(EmbeddedServer):
-        def _loaded(self):
-            return list(self._models)
-
-    task = "fill-mask"
-    with (
-        Forgetful(repository, triton_settings, models=[task], log=tmp_path / "log") as server,
-        TextClient(server.grpc_address) as client,
-    ):
-        assert not client.is_ready(f"{task}__r1__engine")
-        (answer,) = client.ask(task, client.contract(task), [{"TEXT": "a [MASK]"}])
-        assert len(answer) == 3
-        assert client.is_ready(f"{task}__r1__engine")
-
-
 def test_an_engine_that_answers_nan_is_refused_not_made_an_answer(served, triton_settings, tmp_path):
     _, _, repository, _ = served
     task = "token-classification"
     copy = tmp_path / "cpu"
-    for name in (task, f"{task}__r1__pipeline", f"{task}__r1__engine"):
+    for name in (task, f"{task}__r1__pipeline"):
         shutil.copytree(repository / name, copy / name)
-    model = copy / f"{task}__r1__engine" / "1" / "batched_model.py"
-    line = "        ends = "
+    model = copy / f"{task}__r1__pipeline" / "1" / "model.py"
+    line = "return self._engine.run("
     assert line in model.read_text()
-    model.write_text(model.read_text().replace(line, "        answers[:] = np.nan\n" + line))
+    model.write_text(model.read_text().replace(line, "return np.nan * self._engine.run("))
     with (
         EmbeddedServer(copy, triton_settings, models=[task], log=tmp_path / "log") as server,
         TextClient(server.grpc_address) as client,
@@ -188,5 +169,5 @@ def test_an_engine_that_answers_nan_is_refused_not_made_an_answer(served, triton
 def test_the_public_configuration_names_what_it_calls(served):
     _, _, repository, _ = served
     config = (repository / "question-answering" / CONFIG).read_text()
-    assert "question-answering__r1__pipeline" in config
-    assert "question-answering__r1__engine" in config
+    assert named_internals(config) == ["question-answering__r1__pipeline"]
+    assert called_internals(config) == []

@@ -32,6 +32,9 @@ ITEMS = [{"TEXT": text} for text in sample_texts()[:40]]
 MIXED = [{"TEXT": "word " * count} for count in (3, 20, 50)]
 
 
+CPU = {"device": "cpu", "cores": 8, "engine_bytes": 1}
+
+
 def setting(instances=1, threads=2, delay=0):
     return ServingSetting(instances=instances, threads=threads, queue_delay_us=delay)
 
@@ -43,21 +46,19 @@ def trial(throughput, p99, *, stage=1, reason="", **fields):
 
 
 def test_instances_share_the_threads_and_what_is_fixed_is_not_varied():
-    found = settings_to_try(ThreadSetting(threads=4, spinning=False), ServingSettings(), device="cpu", cores=8)
+    found = settings_to_try(ThreadSetting(threads=4, spinning=False), ServingSettings(), **CPU)
     assert found[0] == ServingSetting(instances=1, threads=4, spinning=False, queue_delay_us=0)
-    assert {(one.instances, one.threads) for one in found} == {(1, 4), (2, 2), (4, 1)}
+    assert {(one.instances, one.threads, one.threads_beside) for one in found} == {(1, 4, 0), (2, 4, 4), (4, 4, 2)}
     assert {one.queue_delay_us for one in found} == {0, 500, 2000}
     assert len(found) == 9
-    alone = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=70), device="cpu", cores=8)
-    assert alone == (ServingSetting(instances=1, threads=1, queue_delay_us=70),)
+    alone = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=70), **CPU)
+    assert {(one.instances, one.queue_delay_us) for one in alone} == {(1, 70), (2, 70), (4, 70)}
     (fixed,) = settings_to_try(
         ThreadSetting(threads=3), ServingSettings(instances=8, queue_delay_us=0), device="cpu", cores=8
     )
-    assert (fixed.instances, fixed.threads) == (8, 1)
-    on_gpu = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=0), device="cuda", cores=8)
-    assert [(one.instances, one.threads, one.ragged, one.front_instances) for one in on_gpu] == [
-        (count, 1, ragged, front) for ragged in (False, True) for front in (1, 2) for count in (1, 2, 4)
-    ]
+    assert (fixed.instances, fixed.threads, fixed.threads_beside) == (8, 3, 1)
+    on_gpu = settings_to_try(ThreadSetting(threads=1), ServingSettings(queue_delay_us=0), **{**CPU, "device": "cuda"})
+    assert [(one.instances, one.threads, one.threads_beside) for one in on_gpu] == [(1, 1, 0), (2, 1, 0), (4, 1, 0)]
 
 
 def test_throughput_decides_among_those_that_keep_the_limit():
@@ -85,7 +86,7 @@ def test_of_equals_the_simplest_is_taken():
 
 
 def test_the_better_half_is_measured_again_in_both_orders():
-    tried = settings_to_try(ThreadSetting(threads=4), ServingSettings(), device="cpu", cores=8)
+    tried = settings_to_try(ThreadSetting(threads=4), ServingSettings(), **CPU)
     asked = []
 
     def measure(one, seconds, stage):
@@ -105,7 +106,7 @@ def test_the_better_half_is_measured_again_in_both_orders():
     assert max(seconds for _, _, seconds in asked) > 3 * min(seconds for _, _, seconds in asked)
     assert last_stage(trials) == trials[-2:]
     assert [(one.throughput_per_s, one.p99_ms, one.requests) for one in trials[-2:]] == [(190.0, 3.0, 20)] * 2
-    assert choose(last_stage(trials), None)[0] == setting(instances=2, threads=2)
+    assert choose(last_stage(trials), None)[0].instances == 2
     assert [one.stage for one in last_of_each(trials)] == [2, 4, 1, 2, 4, 1, 1, 1, 1] or len(last_of_each(trials)) == 9
     assert sum(one.stage == 1 for one in trials) == 9
     # What does not come within half of the time is not tried.
@@ -131,13 +132,10 @@ def plan(tmp_path_factory):
 
 
 def test_settings_are_measured_on_a_real_server(plan, triton_settings, tmp_path):
-    # Of one length: a request of another ends a batch that waits for company.
-    same = [{"TEXT": f"{word} words"} for word in ("some", "more", "other")]
-    with trial_server(plan, triton_settings, same, 4, tmp_path / "log") as measure:
+    with trial_server(plan, triton_settings, ITEMS, 4, tmp_path / "log") as measure:
         one = measure(ServingSetting(), 1.0, 1)
         two = measure(ServingSetting(instances=2, queue_delay_us=500), 1.5, 1)
         patient = measure(ServingSetting(queue_delay_us=30_000), 1.5, 2)
-        measured_ragged = measure(ServingSetting(ragged=True, front_instances=2), 1.0, 2)
     assert not one.reason and not two.reason and not patient.reason
     assert min(one.requests, two.requests, patient.requests) > 20
     assert one.p50_ms <= one.p99_ms
@@ -145,7 +143,6 @@ def test_settings_are_measured_on_a_real_server(plan, triton_settings, tmp_path)
     # It is that setting which ran: who waits 30 ms for company has it, and answers late.
     assert patient.p50_ms > 30 > one.p50_ms
     assert patient.mean_batch > one.mean_batch
-    assert measured_ragged.requests > 20
 
 
 def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_path):
@@ -162,13 +159,13 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     release = publish(chosen, repository, Steps(prove=unasked)).release
     assert release.serving == chosen.serving
     config = ModelConfig()
-    text_format.Parse((repository / "tiny__r1__engine" / "config.pbtxt").read_text(), config)
+    text_format.Parse((repository / "tiny__r1__pipeline" / "config.pbtxt").read_text(), config)
     assert config.dynamic_batching.max_queue_delay_microseconds == 700
     (group,) = config.instance_group
     assert (group.count, group.rate_limiter.priority) == (2, 2)
     assert [(one.name, one.count) for one in group.rate_limiter.resources] == [("cores", 1)]
     options = [*caching(triton_settings.environment, 8), RATE_LIMIT]
-    names = ["tiny", "tiny__r1__engine"]
+    names = ["tiny", "tiny__r1__pipeline"]
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log", options=options) as server,
         TextClient(server.grpc_address) as client,
@@ -177,7 +174,7 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
         answers = [ask_together(client, ["the same text"]) for _ in range(5)]
         done = statistics_since(before, server_statistics(server.grpc_address, names))
     # The engine ran once; what the cache gave is the same.
-    assert (done["tiny"].requests, done["tiny__r1__engine"].executions) == (5, 1)
+    assert (done["tiny"].requests, done["tiny__r1__pipeline"].executions) == (5, 1)
     assert all(np.array_equal(answers[0], other) for other in answers)
     np.testing.assert_allclose(answers[0], answers_of(plan, ["the same text"]), rtol=0, atol=1e-6)
 
@@ -189,14 +186,14 @@ _initialize = TritonPythonModel.initialize
 
 def _initialize_and_count(self, args):
     _initialize(self, args)
-    answer = self._answer
+    run = self._engine.run
 
     def counted(feed):
         with open({path!r}, "a") as log:
             log.write("x".join(map(str, feed["input_ids"].shape)) + "\\n")
-        return answer(feed)
+        return run(feed)
 
-    self._answer = counted
+    self._engine.run = counted
 
 
 TritonPythonModel.initialize = _initialize_and_count
@@ -216,18 +213,18 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
             encoder.write_text(json.dumps({**json.loads(encoder.read_text()), "buckets": buckets}))
             made = replace(made, checkpoint=made.checkpoint.with_files(made.checkpoint_folder))
         publish(made, repository, Steps(prove=unasked))
-        code, log = repository / "tiny__r1__engine" / "1" / "model.py", folder / "runs"
+        code, log = repository / "tiny__r1__pipeline" / "1" / "model.py", folder / "runs"
         code.write_text(code.read_text() + COUNTING.format(path=str(log)))
         with EmbeddedServer(repository, triton_settings, models=["tiny"], log=folder / "log") as server:
             log.write_text("")
-            before = server_statistics(server.grpc_address, ["tiny", "tiny__r1__engine"])
+            before = server_statistics(server.grpc_address, ["tiny", "tiny__r1__pipeline"])
             result = closed_loop(
                 server.grpc_address, "tiny", CONTRACT, texts, concurrency=16, seconds=1.5, warm_up_seconds=0
             )
-            done = statistics_since(before, server_statistics(server.grpc_address, ["tiny", "tiny__r1__engine"]))
+            done = statistics_since(before, server_statistics(server.grpc_address, ["tiny", "tiny__r1__pipeline"]))
         runs = log.read_text().splitlines()
         assert result.failures == 0
-        engine, asked = done["tiny__r1__engine"], done["tiny"].requests
+        engine, asked = done["tiny__r1__pipeline"], done["tiny"].requests
         # What the server says of its batches is what the engine saw.
         assert len(runs) == engine.executions
         assert sum(int(shape.split("x")[0]) for shape in runs) == engine.rows == asked

@@ -34,7 +34,7 @@ from resources.evaluation.reference import make_evaluation_set
 from resources.export.make import make_graph
 from resources.isolation import Limits
 from resources.tasks import TASKS
-from resources.triton.config import engine_config
+from resources.triton.config import engine_config, front_config
 from resources.triton.release import check_plan
 from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage
@@ -343,9 +343,9 @@ def read_config(path):
 def test_a_release_in_the_python_flavour_carries_what_opens_the_plan(release, tmp_path):
     check_plan(release)
     stage(release, 1, tmp_path / "root")
-    folder = tmp_path / "root" / "tiny__r1__engine"
+    folder = tmp_path / "root" / "tiny__r1__pipeline"
     names = {path.name for path in (folder / "1").iterdir()}
-    assert {"model.py", "batched_model.py", "tensorrt_session.py", "model.plan"} <= names
+    assert {"model.py", "engine.py", "tensorrt_session.py", "model.plan"} <= names
     assert not names & {"cuda.py", "sessions.py"}
     config = read_config(folder / "config.pbtxt")
     assert config.backend == "python"
@@ -360,12 +360,12 @@ def test_a_server_with_another_tensorrt_says_so(release, triton_settings, tmp_pa
     stage(replace(release, target="cpu"), 1, tmp_path / "root")
     log = tmp_path / "triton.log"
     with (
-        pytest.raises(ServerError, match="(?s)The embedded Triton ended while starting:.*tiny__r1__engine"),
+        pytest.raises(ServerError, match="(?s)The embedded Triton ended while starting:.*tiny__r1__pipeline"),
         EmbeddedServer(tmp_path / "root", triton_settings, models=["tiny"], log=log),
     ):
         pass
     said = log.read_text()
-    assert "tiny__r1__engine cannot be served here: the plan was built by tensorrt 10.16.1.11, which is not" in said
+    assert "tiny__r1__pipeline cannot be served here: the plan was built by tensorrt 10.16.1.11, which is not" in said
     assert "pip install tensorrt==10.16.1.11" in said
 
 
@@ -407,7 +407,7 @@ def test_onnxruntime_on_cuda_carries_its_providers_settings(tmp_path, tuning):
     assert found.parameters["trt_profile_max_shapes"] == settings["trt_profile_max_shapes"]
     # Names that its backend does not know would fail the load.
     assert not {"trt_fp16_enable", "trt_max_workspace_size", "trt_engine_cache_path"} & set(found.parameters)
-    python = engine_config(replace(over, flavour="python"), 1)
+    python = front_config(replace(over, flavour="python"), 1)
     assert python.parameters["provider"].string_value == "tensorrt"
 
 

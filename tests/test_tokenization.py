@@ -109,6 +109,15 @@ def test_pad_id_fills_and_is_masked(minilm):
     assert encoder.encode(["one"])["input_ids"][0, 3:].tolist() == [7] * 13
 
 
+def test_buckets_in_steps_unless_they_were_chosen(minilm):
+    usual = TextEncoder(str(minilm / "tokenizer.json"), **{**SETTINGS, "max_tokens": 30})
+    usual.set_length_step(8)
+    assert usual.buckets == (8, 16, 24, 30)
+    chosen = TextEncoder(str(minilm / "tokenizer.json"), **SETTINGS, buckets=[24, 256])
+    chosen.set_length_step(8)
+    assert chosen.buckets == (24, 256)
+
+
 @pytest.mark.parametrize("limit", [5, 16, 17, 256, 512, 8192])
 def test_buckets_end_at_the_limit(limit):
     buckets = buckets_up_to(limit)

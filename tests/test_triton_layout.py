@@ -1,5 +1,6 @@
 """Names, layout and configuration of a Triton repository: what is read from names and files alone."""
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,7 +8,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from resources.artifacts.records import ServingSetting
+from resources.artifacts.records import ServingSetting, ThreadSetting
+from resources.catalog import ServingSettings
 from resources.errors import ReleaseError
 from resources.triton.config import engine_config, front_config, public_config
 from resources.triton.layout import (
@@ -23,7 +25,9 @@ from resources.triton.layout import (
 )
 from resources.triton.proof import choose_items, make_batches
 from resources.triton.publish import Steps, publish
+from resources.triton.python_models.neighbours import Neighbours
 from resources.triton.release import check_plan, content_digest
+from resources.triton.search import settings_to_try
 from resources.triton.stage import stage
 from tests.releases import INPUTS, LABELS, WIDTH, make_plan, unasked
 
@@ -101,7 +105,7 @@ def test_a_repository_is_read_from_its_files(tmp_path, plan):
 def test_a_release_that_lacks_a_file_is_not_listed(tmp_path, plan):
     release = publish(plan, tmp_path, Steps(prove=unasked)).release
     assert is_whole(tmp_path, release)
-    (tmp_path / "tiny__r1__engine" / "1" / "model.onnx").write_bytes(b"short")
+    (tmp_path / "tiny__r1__pipeline" / "1" / "model.onnx").write_bytes(b"short")
     assert list_releases(tmp_path, "tiny") == []
     (tmp_path / "tiny" / "1" / "release.json").write_text("{}")
     assert current_release(tmp_path, "tiny") is None
@@ -113,25 +117,65 @@ def test_the_configurations_say_what_a_server_must_know(tmp_path, plan):
     assert (public.name, public.platform, public.max_batch_size) == ("tiny", "ensemble", 8)
     assert list(public.version_policy.specific.versions) == [3]
     assert [(step.model_name, step.model_version) for step in public.ensemble_scheduling.step] == [
-        ("tiny__r3__tokenizer", 1),
-        ("tiny__r3__engine", 1),
+        ("tiny__r3__pipeline", 1),
     ]
     assert public.input[0].data_type == pb.TYPE_STRING
     assert list(public.output[0].dims) == [WIDTH]
     assert public.parameters["refinery_revision"].string_value == plan.checkpoint.revision
-    for name in ("tiny__r3__tokenizer", "tiny__r3__engine"):
-        config = read_config(tmp_path / name / "config.pbtxt")
-        assert config.name == name
-        assert config.backend == "python"
-        assert config.max_batch_size == 8
-        assert config.HasField("dynamic_batching")
-        assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 1)]
-        assert len(config.model_warmup) == 1
+    config = read_config(tmp_path / "tiny__r3__pipeline" / "config.pbtxt")
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny__r3__pipeline", "python", 8)
+    assert config.HasField("dynamic_batching")
+    assert [(group.kind, group.count) for group in config.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 1)]
     assert (tmp_path / "tiny" / "3" / "config.pbtxt").read_text() == (tmp_path / "tiny" / "config.pbtxt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("threads", "cores", "size_bytes", "found"),
+    [
+        (1, 1, 10**6, {(1, 1, 0)}),
+        (2, 2, 10**6, {(1, 2, 0), (2, 2, 1)}),
+        (1, 2, 10**6, {(1, 1, 0), (2, 1, 1)}),  # one thread was fastest for one request: still two of them at once
+        (6, 8, 10**6, {(1, 6, 0), (2, 6, 4), (4, 6, 2)}),
+        (8, 8, 10**9, {(1, 8, 0)}),  # its weights four times are too much
+    ],
+)
+def test_on_a_cpu_instances_share_the_cores_while_several_compute(plan, threads, cores, size_bytes, found):
+    tried = settings_to_try(
+        ThreadSetting(threads=threads), ServingSettings(), device="cpu", cores=cores, engine_bytes=size_bytes
+    )
+    assert {(one.instances, one.threads, one.threads_beside) for one in tried} == found
+    last = front_config(replace(plan, serving=tried[-1]), 1)
+    assert last.instance_group[0].count == tried[-1].instances
+    values = [last.parameters[name].string_value for name in ("threads", "threads_beside")]
+    assert values == [str(threads), str(tried[-1].threads_beside or threads)]
+
+
+def test_rows_are_padded_less_where_batches_save_little(plan):
+    assert front_config(plan, 1).parameters["length_step"].string_value == "8"
+    assert "length_step" not in front_config(replace(plan, target="cuda_sm90"), 1).parameters
+
+
+def test_instances_know_of_each_other():
+    first, second = (
+        Neighbours({"model_name": "tiny__r1__engine" * 20, "model_instance_name": f"tiny__r1__engine_0_{number}"}, 2)
+        for number in range(2)
+    )
+    assert not first.at_work()
+    with second:
+        with first:
+            assert first.at_work()
+            assert second.at_work()
+        assert first.at_work()
+    assert first.at_work(), "a moment ago it was"
+    time.sleep(0.1)
+    assert not first.at_work()
+    assert not second.at_work()
+    with Neighbours({"model_name": "alone", "model_instance_name": "alone_0_0"}, 1) as alone:
+        assert not alone.at_work()
+
+
 def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):
-    short = replace(plan, engine=plan.engine.model_copy(update={"inputs": INPUTS[:1]}))
+    short = replace(plan, flavour="native", engine=plan.engine.model_copy(update={"inputs": INPUTS[:1]}))
     assert [item.name for item in front_config(short, 1).output] == list(INPUTS)
     assert [item.name for item in engine_config(short, 1).input] == list(INPUTS[:1])
     assert dict(public_config(short, 1).ensemble_scheduling.step[1].input_map) == {INPUTS[0]: INPUTS[0]}
@@ -140,8 +184,10 @@ def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):
 def test_labels_lie_beside_the_engine_one_a_line(tmp_path, classifier):
     odd = classifier.checkpoint.model_copy(update={"labels": ("calm", "very\r\nglad", "größer")})
     stage(replace(classifier, checkpoint=odd), 1, tmp_path)
-    assert read_config(tmp_path / "tiny__r1__engine" / "config.pbtxt").output[0].label_filename == "labels.txt"
-    assert (tmp_path / "tiny__r1__engine" / "labels.txt").read_text() == "calm\nvery glad\ngrößer\n"
+    stage(replace(classifier, checkpoint=odd, flavour="native"), 2, tmp_path)
+    for name in ("tiny__r1__pipeline", "tiny__r2__engine"):
+        assert read_config(tmp_path / name / "config.pbtxt").output[0].label_filename == "labels.txt"
+        assert (tmp_path / name / "labels.txt").read_text() == "calm\nvery glad\ngrößer\n"
 
 
 def test_the_native_flavour_is_what_tritons_own_backend_reads(tmp_path):

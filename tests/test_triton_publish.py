@@ -131,14 +131,14 @@ def test_a_release_that_the_servers_do_not_take_up_is_taken_back(repository, pla
         publish(plans[1], repository, steps)
     number = 1 if first else 2
     assert told == [number, None if first else 1]
-    assert gone == [f"tiny__r{number}__engine", f"tiny__r{number}__tokenizer"]
+    assert gone == [f"tiny__r{number}__pipeline"]
     assert tree_digest(repository) == before
     assert_clean(repository)
     # What a server still answers with stays until the next publish, and is no release.
     stuck = Steps(prove=unasked, announce=refuse, go_back=lambda model: ["Nor does it load what was there."])
     with pytest.raises(ServerError, match=r"It does not answer\. Nor does it load what was there\."):
         publish(plans[1], repository, stuck)
-    assert (repository / f"tiny__r{number}__engine").is_dir()
+    assert (repository / f"tiny__r{number}__pipeline").is_dir()
     assert current_number(repository, "tiny") == (None if first else 1)
     assert publish(plans[1], repository, UNASKED).release.number == number + 1
     assert_clean(repository)
@@ -190,7 +190,7 @@ def test_an_engine_that_was_not_built_is_not_released(repository, plans):
 
 def test_a_damaged_release_is_published_anew(repository, plans):
     publish(plans[0], repository, UNASKED)
-    (repository / "tiny__r1__engine" / "1" / "model.onnx").unlink()
+    (repository / "tiny__r1__pipeline" / "1" / "model.onnx").unlink()
     again = publish(plans[0], repository, UNASKED)
     assert (again.changed, again.release.number) == (True, 2)
 
@@ -201,7 +201,7 @@ def test_what_is_pinned_survives_the_loss_of_its_manifest(repository, plans):
     (repository / "tiny" / "2" / "release.json").unlink()
     assert publish(plans[2], repository, Steps()).release.status == "unverified"  # sweeps, and moves no pointer
     assert current_number(repository, "tiny") == 2
-    assert (repository / "tiny__r2__engine" / "1" / "model.onnx").is_file()
+    assert (repository / "tiny__r2__pipeline" / "1" / "model.onnx").is_file()
 
 
 def test_a_release_that_nobody_can_prove_waits_outside(repository, plans):

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from resources.errors import ReleaseError, ServerError
+from resources.pipelines.tokenization import TextEncoder
 from resources.triton import server as server_module
 from resources.triton import watch
 from resources.triton.client import TextClient
@@ -170,27 +171,35 @@ def test_a_request_that_is_wrong_fails_alone(served, plans):
             assert ("a text is not valid UTF-8" if number % 3 == 1 else "batch-size must be <= 8") in answer
 
 
-def test_an_engine_asked_directly_keeps_bad_ids_to_themselves(served):
-    """Token ids beyond the vocabulary stop ONNX Runtime; whoever is in the same batch must not notice."""
-    import tritonclient.grpc as triton
+def test_what_the_engine_cannot_compute_fails_alone(repository, plans, triton_settings, tmp_path):
+    """Rows of one length run together; whoever is in the same batch must not notice."""
+    texts = ["one two three", "four five six", "a b", "seven eight nine"]
+    encoder = TextEncoder.from_folder(str(plans[0].checkpoint_folder))
+    (bad,) = encoder.tokens([texts[1]])
+    model = repository / "tiny__r1__pipeline" / "1" / "model.py"
+    line = "    def _infer(self, arrays):\n"
+    assert line in model.read_text()
+    refuse = f"        if (arrays['input_ids'] == {bad.ids[1]}).any():\n            raise ValueError('no such id')\n"
+    model.write_text(model.read_text().replace(line, line + refuse))
+    right = answers_of(plans[0], texts)
+    with (
+        EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log") as server,
+        TextClient(server.grpc_address) as client,
+    ):
 
-    def ask(token):
-        client = triton.InferenceServerClient(served.grpc_address)
-        tensors = []
-        for name, value in (("input_ids", token), ("attention_mask", 1)):
-            tensors.append(triton.InferInput(name, [1, 16], "INT64"))
-            tensors[-1].set_data_from_numpy(np.full((1, 16), value, dtype=np.int64))
-        try:
-            return client.infer("tiny__r1__engine", tensors, client_timeout=30).as_numpy(OUTPUT)
-        except triton.InferenceServerException as error:
-            return error.message()
-        finally:
-            client.close()
+        def ask(number):
+            try:
+                return ask_together(client, [texts[number % 4]])[0]
+            except ServerError as error:
+                return str(error)
 
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(ask, [5, 10**9] * 40))
-    assert all(answer.shape == (1, WIDTH) for answer in answers[::2])
-    assert all("out of data bounds" in answer for answer in answers[1::2])
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(ask, range(80)))
+    for number, answer in enumerate(answers):
+        if number % 4 == 1:
+            assert "no such id" in answer
+        else:
+            np.testing.assert_allclose(answer, right[number % 4], rtol=0, atol=1e-6)
 
 
 def test_what_a_person_reads_when_nothing_answers(served, unused_port):
@@ -232,34 +241,32 @@ def test_an_engine_that_answers_otherwise_is_not_published(repository, plans, tr
     assert tree_digest(repository) == before
 
 
-#: Faults of a server, each by the file it is put into, the line it replaces, and what the proof says of it (a pattern).
+#: Faults of a server, each by the code that it replaces, and what the proof says of it (a pattern).
 SABOTAGE = {
     "requests that share an execution get each other's answers": (
-        ("engine", "        return responses\n", "        return responses[::-1]\n"),
+        ("        return responses\n", "        return responses[::-1]\n"),
         r"(6 threads|beside invalid bytes): cosine_|answered \d+ rows with float32",
     ),
-    "rows of a batch are mixed up": (
-        ("engine", "np.ascontiguousarray(rows)", "np.ascontiguousarray(rows[::-1])"),
-        "in batches: cosine_",
-    ),
+    "rows of a batch are mixed up": (("np.stack(answers)", "np.stack(answers[::-1])"), "in batches: cosine_"),
     "an answer that is not finite": (
-        ("engine", "        ends = ", "        answers[feed['attention_mask'].sum(1) < 3] = np.nan\n        ends = "),
+        (
+            "        cut = [",
+            "        numbers[np.array([row.tokens < 3 for row in rows])] = np.nan\n"
+            "        return list(numbers)\n        cut = [",
+        ),
         "'' was answered with NaN or infinity",
     ),
-    "an answer of another width": (
-        ("engine", "(feed)\n        except", "(feed)[:, :5]\n        except"),
-        r"an answer of shape \(5,\)",
-    ),
+    "an answer of another width": (("np.stack(answers)", "np.stack(answers)[:, :5]"), r"an answer of shape \(5,\)"),
     "an answer of another type": (
-        ("engine", "np.ascontiguousarray(rows)", "rows.astype(np.float64)"),
+        ("np.stack(answers)", "np.stack(answers).astype(np.float64)"),
         r"with float64 \[1, 24\] as 'sentence_embedding'",
     ),
     "text that is no text is answered": (
-        ("tokenizer", 'decode("utf-8")', 'decode("utf-8", "replace")'),
+        ('decode("utf-8")', 'decode("utf-8", "replace")'),
         "bytes that are not UTF-8 were not refused as such",
     ),
     "text that is no text takes others with it": (
-        ("tokenizer", "except UnicodeDecodeError", "except ZeroDivisionError"),
+        ("except UnicodeDecodeError", "except ZeroDivisionError"),
         "codec can't decode",
     ),
 }
@@ -271,9 +278,8 @@ def test_a_proof_finds_what_is_wrong_with_a_server(plans, triton_settings, tmp_p
     for name, fault in zip(names, [None, *SABOTAGE.values()], strict=True):
         publish(replace(plans[0], model=name), repository, UNASKED)
         if fault is not None:
-            part, line, changed = fault[0]
-            file = {"engine": "batched_model.py", "tokenizer": "model.py"}[part]
-            model = repository / f"{name}__r1__{part}" / "1" / file
+            line, changed = fault[0]
+            model = repository / f"{name}__r1__pipeline" / "1" / "answering.py"
             assert line in model.read_text()
             model.write_text(model.read_text().replace(line, changed))
     exam = exam_of(plans[0])
@@ -293,7 +299,7 @@ def test_an_engine_that_cannot_be_loaded_is_not_published(repository, plans, tri
     engine = plans[1].engine.with_files(broken)
     before = tree_digest(repository)
     steps = prove_embedded(triton_settings, exam_of(plans[1]), tmp_path / "proof.log")
-    with pytest.raises(ServerError, match=r"(?s)The embedded Triton ended while starting:.*tiny__r2__engine"):
+    with pytest.raises(ServerError, match=r"(?s)The embedded Triton ended while starting:.*tiny__r2__pipeline"):
         publish(replace(plans[1], engine=engine, engine_folder=broken), repository, steps)
     assert tree_digest(repository) == before
 
@@ -313,7 +319,7 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
             publish(plans[1], repository, wrong)
         assert tree_digest(repository) == before
         with TextClient(server.grpc_address) as client:
-            assert client.is_ready("tiny__r1__engine")
+            assert client.is_ready("tiny__r1__pipeline")
             assert not any(client.is_ready(f"tiny__r2__{part}") for part in ("tokenizer", "engine", "proof"))
         np.testing.assert_allclose(
             query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[0], TEXTS), rtol=0, atol=1e-6
@@ -325,19 +331,19 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
         )
         with TextClient(server.grpc_address) as client:
             assert not client.is_ready("tiny__r2__proof")
-            assert client.is_ready("tiny__r2__engine")
+            assert client.is_ready("tiny__r2__pipeline")
         assert not list(repository.glob("*__proof"))
         assert release_digest(repository, "tiny", 1) == first
         # What a killed publisher had loaded is unloaded by the next.
-        shutil.copytree(repository / "tiny__r1__engine", repository / "tiny__r7__engine")
-        config = repository / "tiny__r7__engine" / CONFIG
+        shutil.copytree(repository / "tiny__r1__pipeline", repository / "tiny__r7__pipeline")
+        config = repository / "tiny__r7__pipeline" / CONFIG
         config.write_text(config.read_text().replace("__r1__", "__r7__"))
         with TextClient(server.grpc_address) as client:
-            client.load("tiny__r7__engine")
-            assert client.is_ready("tiny__r7__engine")
+            client.load("tiny__r7__pipeline")
+            assert client.is_ready("tiny__r7__pipeline")
             assert publish(plans[1], repository, steps).changed is False
-            assert not client.is_ready("tiny__r7__engine")
-    assert not (repository / "tiny__r7__engine").exists()
+            assert not client.is_ready("tiny__r7__pipeline")
+    assert not (repository / "tiny__r7__pipeline").exists()
 
 
 def test_a_repository_whose_path_a_shell_would_not_take(plans, triton_settings, tmp_path):
@@ -396,8 +402,8 @@ def test_the_server_listens_on_loopback_alone(served):
 @pytest.mark.parametrize("hanging", [False, True], ids=["idle", "in the middle of a request that hangs"])
 def test_the_server_goes_with_its_caller_however_that_ends(repository, triton_settings, tmp_path, hanging):
     if hanging:
-        model = repository / "tiny__r1__engine" / "1" / "batched_model.py"
-        begin = "        batches = [\n"
+        model = repository / "tiny__r1__pipeline" / "1" / "answering.py"
+        begin = "        asked = [self._read(request) for request in requests]\n"
         assert begin in model.read_text()
         # Not at once: the warm-up must get through.
         hang = f"        import os, time; os.path.exists({str(tmp_path / 'hang')!r}) and time.sleep(600)\n"
@@ -426,7 +432,7 @@ with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Pa
         assert caller.stdout is not None
         session, address = caller.stdout.readline().split()
         # The supervisor, the server, and a process for each Python model.
-        assert len(members(int(session))) == 4
+        assert len(members(int(session))) == 3
         assert list(tmp_path.glob("refinery-triton-*"))
         if hanging:
             (tmp_path / "hang").touch()
@@ -532,11 +538,11 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
             wait_until(lambda: said.count("tiny: release 1 serves") == 2)
             wait_until(lambda: seen[-1] == 1)
             with TextClient(address) as client:
-                wait_until(lambda: not client.is_ready("tiny__r2__engine"))
-                assert client.is_ready("tiny__r1__engine")
+                wait_until(lambda: not client.is_ready("tiny__r2__pipeline"))
+                assert client.is_ready("tiny__r1__pipeline")
                 shutil.copyfile(repository / "tiny" / "2" / CONFIG, draft)
                 draft.replace(pointer)
-                wait_until(lambda: not client.is_ready("tiny__r1__engine"))
+                wait_until(lambda: not client.is_ready("tiny__r1__pipeline"))
                 assert seen[-1] == 2
             # What cannot be loaded is said once, and release 2 goes on.
             draft.write_text("no configuration")
@@ -577,7 +583,7 @@ serve_foreground(
         assert process.stdout.readline() == "tiny: release 1 serves\n"
         assert process.stdout.readline().startswith("serving tiny: http 127.0.0.1:")
         children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) == 4
+        assert len(children) == 3
         process.send_signal(number)
         assert process.stdout.read() == "stopped\n"
         assert process.wait(30) == 0
@@ -601,7 +607,7 @@ def test_serving_ends_with_its_server(repository, triton_settings, tmp_path, mon
 
 
 def test_nothing_that_could_be_served(repository, triton_settings, tmp_path):
-    shutil.rmtree(repository / "tiny__r1__engine")
+    shutil.rmtree(repository / "tiny__r1__pipeline")
     with (
         pytest.raises(ServerError, match=r"No model of .* could be loaded; the log is .*triton\.log"),
         serving(repository, triton_settings, tmp_path / "triton.log") as (_, said),

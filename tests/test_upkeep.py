@@ -42,8 +42,8 @@ def test_going_back_cleaning_up_and_checking(workspace):
         assert observed(instance)["removed"] == [1, 3]
         assert run(workspace, instance, "verify", "verify_one_release").success
         assert observed(instance)["verified"] == 2
-        (repository / "tiny__r2__engine" / CONFIG).write_text("mine")
+        (repository / "tiny__r2__pipeline" / CONFIG).write_text("mine")
         failed = run(workspace, instance, "verify", "verify_one_release")
         assert not failed.success
         message = failed.failure_data_for_node("verify_one_release").error.cause.message
-        assert "tiny__r2__engine/config.pbtxt was changed." in message
+        assert "tiny__r2__pipeline/config.pbtxt was changed." in message

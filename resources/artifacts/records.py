@@ -341,22 +341,24 @@ class Champion(Record):
 
 
 class ServingSetting(BaseModel):
-    """How Triton runs an engine: `instances` of it, each with so many threads, and batches that wait for company."""
+    """How Triton runs a release: so many instances of it, and batches that wait for company.
+
+    threads: of an engine on the CPU while no other instance computes; threads_beside: while one does, 0 for as many.
+    """
 
     model_config = _CONFIG
     instances: int = 1
     threads: int = 1
+    threads_beside: int = 0
     spinning: bool = True
     queue_delay_us: int = Field(default=0, description="How long a request may wait for others to run with.")
-    ragged: bool = Field(default=False, description="Requests of several lengths come together, and run by length.")
-    front_instances: int = Field(default=1, description="Of the tokenizer, or of the pipeline that calls the engine.")
 
     def __str__(self) -> str:
         many = f"{self.instances} instance{'' if self.instances == 1 else 's'}"
+        threads = str(ThreadSetting(threads=self.threads, spinning=self.spinning))
+        shared = f" ({self.threads_beside} while others compute)" if self.threads_beside else ""
         wait = f", up to {self.queue_delay_us} microseconds of waiting" if self.queue_delay_us else ""
-        mixed = ", lengths mixed" if self.ragged else ""
-        front = f", {self.front_instances} tokenizers" if self.front_instances > 1 else ""
-        return f"{many} of {ThreadSetting(threads=self.threads, spinning=self.spinning)}{wait}{mixed}{front}"
+        return f"{many} of {threads}{shared}{wait}"
 
 
 class ServingTrial(BaseModel):
@@ -370,7 +372,7 @@ class ServingTrial(BaseModel):
     throughput_per_s: float = 0.0
     p50_ms: float = 0.0
     p99_ms: float = 0.0
-    mean_batch: float = Field(default=0.0, description="Rows an execution of the engine.")
+    mean_batch: float = Field(default=0.0, description="Rows that Triton gave to one execution.")
 
 
 class ServingConfiguration(Record):
@@ -398,8 +400,8 @@ class LoadLevel(BaseModel):
     throughput_per_s: float
     p50_ms: float
     p99_ms: float
-    mean_batch: float = Field(description="Rows an execution of the engine; 0: not known.")
-    executions_per_request: float = Field(description="Of the engine; 0: not known.")
+    mean_batch: float = Field(description="Rows that Triton gave to one execution; 0: not known.")
+    executions_per_request: float = Field(description="Of the model that runs the engine; 0: not known.")
 
 
 class ServingReport(Record):

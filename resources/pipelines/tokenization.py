@@ -46,6 +46,7 @@ class TextEncoder:
         self._tokenizer.enable_truncation(max_length=max_tokens, strategy=strategy, stride=stride)
         self.max_tokens = max_tokens
         self.buckets = tuple(buckets) or buckets_up_to(max_tokens)
+        self._chosen = bool(buckets)
         self.inputs = tuple(inputs)
         self.pad_id = pad_id
         self.strategy = strategy
@@ -110,6 +111,11 @@ class TextEncoder:
     def bucket(self, tokens: int) -> int:
         """The smallest bucket that holds so many tokens."""
         return next(size for size in self.buckets if size >= tokens)
+
+    def set_length_step(self, step: int) -> None:
+        """Pad to the next multiple of `step` from now on, unless the buckets were chosen for the user's own lengths."""
+        if not self._chosen:
+            self.buckets = (*range(step, self.max_tokens, step), self.max_tokens)
 
     def pad(self, encodings: Sequence[Any], length: int) -> dict[str, np.ndarray]:
         """The arrays of already tokenized rows, padded on the right to `length`."""

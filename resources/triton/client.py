@@ -146,6 +146,14 @@ class TextClient:
         number = config.parameters["refinery_release"].string_value if "refinery_release" in config.parameters else ""
         return int(number) if number.isdigit() else None
 
+    def steps(self, model: str) -> list[str]:
+        """The models that an ensemble is made of, in order; none for any other; gRPC alone. Raises ServerError."""
+        try:
+            config = self._client.get_model_config(model, client_timeout=TIMEOUT_SECONDS).config
+        except Exception as error:
+            raise self._trouble(f"does not serve {model}", error) from error
+        return [step.model_name for step in config.ensemble_scheduling.step]
+
     def version(self) -> str:
         """The server's name and version. Raises ServerError."""
         try:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path, PurePosixPath
 
 from resources.errors import ReleaseError
 from resources.locks import file_lock
+from resources.triton.layout import CONFIG, MANIFEST, internal_names
+from resources.triton.lease import leased
+from resources.triton.release import Release
+from resources.triton.storage import Location, RemotePath
 
 #: Beside the engine: the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
+#: In a staging folder on this machine: it left a note in the store.
+_NOTED = ".noted"
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable."""
+def sync(path: Location) -> None:
+    """Make a file's bytes, or a folder's names, durable. Object storage has done so when it answers."""
+    if isinstance(path, RemotePath):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,49 +42,165 @@ def sync_tree(root: Path) -> None:
     sync(root)
 
 
-def discard(path: Path, bin_folder: Path) -> None:
-    """Remove a folder of a repository at once: renamed out first.
+def bring_in(folder: Path, place: Location) -> None:
+    """Move a staged folder to its place in the repository: at once by renaming, or file by file where nothing can be
+    renamed, in the order that a server may look in between.
+    """
+    if not isinstance(place, RemotePath):
+        folder.rename(place)
+        return
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    for name in sorted(names, key=lambda name: (_rank(name), name)):
+        (place / name).upload(folder / name)
+
+
+def replace_file(new: Location, place: Location) -> None:
+    """Put a file in another's place: readers see the one or the other, whole. The new one may be gone then."""
+    if isinstance(place, RemotePath):
+        place.write_bytes(new.read_bytes())
+    else:
+        assert isinstance(new, Path)
+        new.replace(place)
+
+
+def discard(path: Location, bin_folder: Location) -> None:
+    """Remove a folder of a repository at once, by renaming it out; in object storage file by file, the last first.
 
     A server that polls must not see a Python model without its `model.py`: it would wait for it for ever.
     """
+    if isinstance(path, RemotePath):
+        names = list(path.sizes())
+        for rank in sorted({_rank(name) for name in names}, reverse=True):
+            path.remove([name for name in names if _rank(name) == rank])
+        return
     if not path.exists():
         return
+    assert isinstance(bin_folder, Path)
     # On a full disk no folder can be made, and this is how room is made: the first to go becomes the bin.
     gone = bin_folder / uuid.uuid4().hex if bin_folder.exists() else bin_folder
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def repository_lock(repository: Path) -> AbstractContextManager[None]:
+def _rank(name: str) -> int:
+    """When a file of a folder is put into object storage, and, backwards, when it is removed.
+
+    `model.py` before all else: its version folder is there from its first file on. A manifest once its release is
+    whole. The folder's own configuration last, since only that makes it a model.
+    """
+    top, last = "/" not in name, PurePosixPath(name).name
+    if last == "model.py":
+        return 0
+    if last == CONFIG:
+        return 4 if top else 2
+    if last == MANIFEST:
+        return 5 if top else 3
+    return 1
+
+
+def copy_tree(source: RemotePath, target: Path) -> None:
+    """Download a whole folder; nothing where nothing is there. Raises ReleaseError for names that lead out of it."""
+    for name in source.sizes():
+        if ".." in PurePosixPath(name).parts:  # a store takes any name, and lint reads anybody's
+            raise ReleaseError(f"{source}: {name!r} is no path of a repository. Remove it.")
+        (source / name).download(target / name)
+
+
+@contextmanager
+def on_this_machine(repository: Location, release: Release) -> Iterator[Path]:
+    """A repository whose files of that release can be opened: the folder itself, or a copy that goes at the end.
+
+    For who holds the repository's lock.
+    """
+    if not isinstance(repository, RemotePath):
+        yield repository
+        return
+    root = _local_staging(repository).with_suffix(".copy")
+    shutil.rmtree(root, ignore_errors=True)  # somebody was killed
+    try:
+        copy = root / repository.name
+        for name in (release.model, *internal_names(release)):
+            copy_tree(repository / name, copy / name)
+        yield copy
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def repository_lock(repository: Location) -> AbstractContextManager[None]:
     """Held by whoever changes the repository."""
-    return file_lock(repository.parent / f".{repository.name}.lock")
+    place = repository.parent / f".{repository.name}.lock"
+    return leased(place) if isinstance(place, RemotePath) else file_lock(place)
 
 
-def staging_root(repository: Path) -> Path:
+def staging_root(repository: Location) -> Location:
     """Beside the repository, on its file system: a dot folder inside would be polled as a model."""
     return repository.parent / f".{repository.name}.staging"
 
 
 @contextmanager
-def staging_folder(repository: Path) -> Iterator[Path]:
-    """An empty folder there, removed at the end whatever is left in it."""
-    folder = staging_root(repository) / uuid.uuid4().hex
+def staging_folder(repository: Location) -> Iterator[Path]:
+    """An empty folder there, removed at the end whatever is left in it. Of object storage: a folder on this machine,
+    with what `leave_note` left in the store.
+    """
+    root = _local_staging(repository)
+    folder = root / uuid.uuid4().hex
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
+        take_note_back(folder, repository)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def clear_staging(repository: Location) -> None:
+    """Remove what killed publishers left there."""
+    root = staging_root(repository)
+    if isinstance(root, RemotePath):
+        discard(root, root)
+    shutil.rmtree(_local_staging(repository), ignore_errors=True)
+
+
+def leave_note(staged: Path, repository: Location, names: Sequence[str]) -> None:
+    """Before a pointer is moved: leave the named staged files, in their order, where the next publisher finds them in
+    `staging_root` if this one is killed. In a folder they are there anyhow.
+    """
+    root = staging_root(repository)
+    if isinstance(root, RemotePath):
+        (staged / _NOTED).touch()
+        for name in names:
+            (root / staged.name / name).upload(staged / name)
+
+
+def take_note_back(staged: Path, repository: Location) -> None:
+    """Once the pointer is moved, or will not be. It stays where the store does not answer, until the next publisher."""
+    root = staging_root(repository)
+    if isinstance(root, RemotePath) and (staged / _NOTED).exists():
+        with suppress(ReleaseError):
+            discard(root / staged.name, root)
+            (staged / _NOTED).unlink()
+
+
+def _local_staging(repository: Location) -> Path:
+    root = staging_root(repository)
+    if isinstance(root, RemotePath):
+        # One for each place: `clear_staging` removes them all, under that place's lock alone.
+        return root.store.scratch / hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    return root
+
+
 @contextmanager
-def clear_disk_errors(model: str, repository: Path, engine_bytes: int) -> Iterator[None]:
+def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> Iterator[None]:
     """Turn any OSError into a ReleaseError that says what, where and what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             needed = (engine_bytes + _BESIDE_ENGINE_BYTES) / 1e6
-            remedy = f"It needs about {needed:.0f} MB there: make room, or set REFINERY_TRITON_REPOSITORIES elsewhere."
+            if isinstance(repository, RemotePath):
+                place, elsewhere = f"in {repository.store.scratch}, where it is made", "REFINERY_HOME"
+            else:
+                place, elsewhere = "there", "REFINERY_TRITON_REPOSITORIES"
+            remedy = f"It needs about {needed:.0f} MB {place}: make room, or set {elsewhere} elsewhere."
         elif error.errno == errno.EXDEV:
             remedy = (
                 f"It is a file system of its own; mount it at {repository.parent}, so that folders can be moved in."

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 from resources.errors import ServerError
 from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient
 from resources.triton.layout import CONFIG, called_internals, named_internals, pinned_number
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
+from resources.triton.storage import Location
 from resources.triton.verify import ask
 
 _LOOK_SECONDS = 0.1
@@ -61,7 +61,7 @@ class Fleet:
                 "load on another, so nothing was changed. Bring them to one version, or give each its own repository."
             )
 
-    def hold(self, repository: Path, name: str, number: int) -> None:
+    def hold(self, repository: Location, name: str, number: int) -> None:
         """Have every server hold a model that lies in the repository and is pinned to that release.
 
         Raises ServerError with the server's reason.
@@ -73,13 +73,13 @@ class Fleet:
             else:  # one after the other, or two at once take the cores from those that are answered
                 client.load(name, named_internals(config))
 
-    def take_up(self, repository: Path, release: Release) -> None:
+    def take_up(self, repository: Location, release: Release) -> None:
         """Have every server serve the release that the public model names, and answer with it. Raises ServerError."""
         self.hold(repository, release.model, release.number)
         for client in self.clients:
             ask(client, repository, release)
 
-    def go_back(self, repository: Path, model: str) -> list[str]:
+    def go_back(self, repository: Location, model: str) -> list[str]:
         """Have every server serve what the public model names again, or nothing; what failed, a sentence each."""
         failed = []
         for client in self.clients:
@@ -89,7 +89,7 @@ class Fleet:
                 failed.append(str(error))
         return failed
 
-    def _go_back(self, client: TextClient, repository: Path, model: str) -> None:
+    def _go_back(self, client: TextClient, repository: Location, model: str) -> None:
         pointer = repository / model / CONFIG
         if not pointer.exists():
             if not self._polling:

@@ -3,8 +3,12 @@
 minilm/config.pbtxt                  the pointer: the public ensemble, pinned to one release
 minilm/<N>/release.json              what release N is; Triton needs the folder, and git would drop it if empty
 minilm/<N>/config.pbtxt              the pointer as release N wrote it: rolling back is copying it one folder up
-minilm__r<N>__tokenizer/1/...        immutable; tasks with structured answers have a `pipeline` in its place
-minilm__r<N>__engine/1/...           immutable
+minilm__r<N>__pipeline/1/...         immutable: tokenizer, engine and all, in one Python model
+
+On Triton's own backends (flavour native) it is two, in place of the pipeline:
+
+minilm__r<N>__tokenizer/1/...        tasks with structured answers have a `pipeline`, which calls the engine
+minilm__r<N>__engine/1/...
 
 Models that somebody else put into the repository are never touched: ours are known by these names alone.
 """
@@ -12,12 +16,12 @@ Models that somebody else put into the repository are never touched: ours are kn
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
 from resources.triton.release import Release
+from resources.triton.storage import Location, RemotePath
 
 CONFIG = "config.pbtxt"
 MANIFEST = "release.json"
@@ -62,7 +66,7 @@ def parse_internal(name: str) -> tuple[str, int, str] | None:
     return (match["model"], int(match["number"]), match["part"]) if match else None
 
 
-def public_models(repository: Path) -> list[str]:
+def public_models(repository: Location) -> list[str]:
     """Names that a server of this repository answers to."""
     if not repository.is_dir():
         return []
@@ -71,7 +75,7 @@ def public_models(repository: Path) -> list[str]:
     )
 
 
-def read_release(repository: Path, model: str, number: int) -> Release | None:
+def read_release(repository: Location, model: str, number: int) -> Release | None:
     """The manifest of a release; None where it is not there or not readable."""
     try:
         return Release.model_validate_json((repository / model / str(number) / MANIFEST).read_text(encoding="utf-8"))
@@ -79,28 +83,36 @@ def read_release(repository: Path, model: str, number: int) -> Release | None:
         return None
 
 
-def is_whole(repository: Path, release: Release) -> bool:
+def is_whole(repository: Location, release: Release) -> bool:
     """Whether every file of the release is there in its size. Bytes are not read: releases hold gigabytes."""
     pointer = repository / release.model / str(release.number) / CONFIG
     if not pointer.is_file() or damaged_files(repository, release):
         return False
-    return release.pointer is None or pointer.stat().st_size == release.pointer.size_bytes
+    # Objects are there whole or not at all.
+    if release.pointer is None or isinstance(pointer, RemotePath):
+        return True
+    return pointer.stat().st_size == release.pointer.size_bytes
 
 
-def damaged_files(repository: Path, release: Release) -> list[str]:
+def damaged_files(repository: Location, release: Release) -> list[str]:
     """Files of the release's internals that are not there in their size."""
+    if isinstance(repository, RemotePath):
+        # One question a folder: a release has fifty files.
+        names = internal_names(release)
+        there = {f"{name}/{path}": size for name in names for path, size in (repository / name).sizes().items()}
+        return [name for name, file in release.files.items() if there.get(name) != file.size_bytes]
     paths = ((name, repository / name, file.size_bytes) for name, file in release.files.items())
     return [name for name, path, size in paths if not path.is_file() or path.stat().st_size != size]
 
 
-def release_numbers(repository: Path, model: str) -> list[int]:
+def release_numbers(repository: Location, model: str) -> list[int]:
     """The numbers of a model's releases, whole or not, oldest first."""
     return [
         number for number in _versions(repository / model) if (repository / model / str(number) / MANIFEST).is_file()
     ]
 
 
-def list_releases(repository: Path, model: str) -> list[Release]:
+def list_releases(repository: Location, model: str) -> list[Release]:
     """All releases of a model that the repository holds whole, oldest first."""
     found = (read_release(repository, model, number) for number in _versions(repository / model))
     return [release for release in found if release is not None and is_whole(repository, release)]
@@ -112,7 +124,7 @@ def pinned_number(config: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def current_number(repository: Path, model: str) -> int | None:
+def current_number(repository: Location, model: str) -> int | None:
     """The number of the release that the public model names; None where the model was never published."""
     try:
         return pinned_number((repository / model / CONFIG).read_text(encoding="utf-8"))
@@ -120,18 +132,18 @@ def current_number(repository: Path, model: str) -> int | None:
         return None
 
 
-def current_release(repository: Path, model: str) -> Release | None:
+def current_release(repository: Location, model: str) -> Release | None:
     """The release that serves; None where the model was never published."""
     number = current_number(repository, model)
     return read_release(repository, model, number) if number is not None else None
 
 
-def is_published_here(repository: Path, model: str) -> bool:
+def is_published_here(repository: Location, model: str) -> bool:
     """Whether the folder of the public name is one of ours."""
     return any((repository / model / str(number) / MANIFEST).is_file() for number in _versions(repository / model))
 
 
-def highest_number(repository: Path, model: str) -> int:
+def highest_number(repository: Location, model: str) -> int:
     """The largest release number that is to be seen for a model, whole or not; 0 for none. Numbers are not reused."""
     numbers = [0, *_versions(repository / model)]
     if repository.is_dir():
@@ -140,7 +152,7 @@ def highest_number(repository: Path, model: str) -> int:
     return max(numbers)
 
 
-def _versions(folder: Path) -> list[int]:
+def _versions(folder: Location) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch("[0-9]+", path.name))

@@ -13,7 +13,7 @@ from resources.evaluation.reference import read_evaluation_set
 from resources.tasks import TASKS, Gates, Metrics
 from resources.tasks.base import broken_answers
 from resources.triton.client import Contract
-from resources.triton.files import discard, staging_folder, staging_root
+from resources.triton.files import bring_in, discard, staging_folder, staging_root
 from resources.triton.fleet import Fleet
 from resources.triton.layout import internal_name
 from resources.triton.proof import ODD_TEXTS, Exam, Proof, prove
@@ -21,6 +21,7 @@ from resources.triton.publish import Published, Steps, publish
 from resources.triton.release import RESULT, Release, ReleasePlan
 from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage_alias
+from resources.triton.storage import Location
 from resources.triton.verify import ask
 from resources.workspace import Workspace
 
@@ -114,18 +115,18 @@ def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference:
     )
 
 
-def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Path, *, http: Sequence[str] = ()) -> Steps:
+def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http: Sequence[str] = ()) -> Steps:
     """Proving on running servers that serve the repository `home`, and having them take the release up.
 
     The first is asked everything, over gRPC and, where `http` has its address, HTTP; the others a question each.
     """
 
-    def prove_inside(repository: Path, release: Release, plan: ReleasePlan) -> Proof:
+    def prove_inside(repository: Location, release: Release, plan: ReleasePlan) -> Proof:
         """Through a second ensemble, which is there for the proof alone."""
         name = internal_name(release.model, release.number, "proof")
         try:
             with staging_folder(repository) as scratch:
-                stage_alias(plan, release.number, name, scratch).rename(repository / name)
+                bring_in(stage_alias(plan, release.number, name, scratch), repository / name)
             fleet.hold(repository, name, release.number)
             for client in fleet.clients[1:]:
                 ask(client, repository, release, name)

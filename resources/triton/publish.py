@@ -7,7 +7,6 @@ them up, and moves the pointer where that was all that was missing.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,13 +14,18 @@ from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError
 from resources.triton.files import (
+    bring_in,
     clear_disk_errors,
+    clear_staging,
     discard,
+    leave_note,
+    replace_file,
     repository_lock,
     staging_folder,
     staging_root,
     sync,
     sync_tree,
+    take_note_back,
 )
 from resources.triton.layout import (
     CONFIG,
@@ -30,10 +34,12 @@ from resources.triton.layout import (
     current_release,
     damaged_files,
     highest_number,
+    internal_name,
     internal_names,
     is_published_here,
     is_whole,
     list_releases,
+    named_internals,
     parse_internal,
     pinned_number,
     read_release,
@@ -41,6 +47,7 @@ from resources.triton.layout import (
 from resources.triton.proof import Proof
 from resources.triton.release import Release, ReleasePlan, check_plan, content_digest
 from resources.triton.stage import stage
+from resources.triton.storage import Location, RemotePath, contents
 
 #: In a staging folder whose release is being brought in: the pointer that it is about to replace.
 _REPLACES = "replaces.pbtxt"
@@ -75,19 +82,19 @@ class Steps:
     """
 
     prove: Callable[[Path, Release], Proof] | None = None
-    prove_inside: Callable[[Path, Release, ReleasePlan], Proof] | None = None
+    prove_inside: Callable[[Location, Release, ReleasePlan], Proof] | None = None
     announce: Callable[[Release], None] | None = None
     go_back: Callable[[str], list[str]] | None = None
     ready: Callable[[], None] | None = None
     retire: Callable[[list[str]], None] | None = None
 
 
-def unverified_root(repository: Path, model: str) -> Path:
+def unverified_root(repository: Location, model: str) -> Location:
     """Where a release waits that nobody could prove: a repository of its own, which a person's server can try."""
     return repository.parent / "unverified" / repository.name / model
 
 
-def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
+def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
     """Publish the plan as the next release of its model, unless the repository holds just that already.
 
     An unchanged plan publishes nothing and moves no pointer, so it never undoes a rollback; servers are told again.
@@ -99,7 +106,6 @@ def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
     with clear_disk_errors(plan.model, repository, engine_bytes):
         repository.mkdir(parents=True, exist_ok=True)
         with repository_lock(repository):
-            _require_ours(repository, plan.model)
             if steps.ready is not None:
                 steps.ready()
             waiting = _waiting(repository, plan.model)
@@ -107,6 +113,7 @@ def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
             removed = sweep(repository)
             if steps.retire is not None and removed:
                 steps.retire(removed)
+            _require_ours(repository, plan.model)
             unchanged = _unchanged(plan, repository, steps, waiting)
             if unchanged is None:
                 return _publish_next(plan, repository, steps, highest + 1)
@@ -115,7 +122,7 @@ def publish(plan: ReleasePlan, repository: Path, steps: Steps) -> Published:
             return unchanged
 
 
-def _unchanged(plan: ReleasePlan, repository: Path, steps: Steps, waiting: Release | None) -> Published | None:
+def _unchanged(plan: ReleasePlan, repository: Location, steps: Steps, waiting: Release | None) -> Published | None:
     digest = content_digest(plan)
     same = [release.number for release in list_releases(repository, plan.model) if release.content_digest == digest]
     if same:
@@ -130,7 +137,7 @@ def _unchanged(plan: ReleasePlan, repository: Path, steps: Steps, waiting: Relea
     return None
 
 
-def _publish_next(plan: ReleasePlan, repository: Path, steps: Steps, number: int) -> Published:
+def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number: int) -> Published:
     with staging_folder(repository) as staged:
         release = stage(plan, number, staged)
         if steps.prove is not None:
@@ -141,17 +148,17 @@ def _publish_next(plan: ReleasePlan, repository: Path, steps: Steps, number: int
             _set_aside(release, staged, unverified_root(repository, plan.model))
             return Published(release, changed=True, advice=_advice(repository, plan.model))
         release = _bring_in(plan, release, staged, repository, steps)
-        with suppress(OSError):  # it is published; what waited before is only in the way
+        with suppress(OSError, ReleaseError):  # it is published; what waited before is only in the way
             discard(unverified_root(repository, plan.model), staged.parent)
     return Published(release, changed=True)
 
 
-def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Path, steps: Steps) -> Release:
+def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Location, steps: Steps) -> Release:
     public, number = repository / plan.model, str(release.number)
     internals = internal_names(release)
     try:
         for name in internals:
-            (staged / name).rename(repository / name)
+            bring_in(staged / name, repository / name)
         if steps.prove_inside is not None:
             prove = steps.prove_inside
             release = _accept(release, lambda: prove(repository, release, plan))
@@ -163,15 +170,19 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Pat
             )
         _write_manifest(release, staged)
         sync(repository)
+        replaced = [_REPLACES] if (public / CONFIG).exists() else []
+        if replaced:
+            (staged / _REPLACES).write_bytes((public / CONFIG).read_bytes())
+        leave_note(staged, repository, [*replaced, f"{plan.model}/{CONFIG}"])
         if public.exists():
-            if (public / CONFIG).exists():
-                shutil.copyfile(public / CONFIG, staged / _REPLACES)
-            (staged / plan.model / number).rename(public / number)
+            bring_in(staged / plan.model / number, public / number)
             sync(public)
-            (staged / plan.model / CONFIG).replace(public / CONFIG)
+            replace_file(staged / plan.model / CONFIG, public / CONFIG)
         else:
             # The first release: the whole folder at once, or a server could see a model without a configuration.
-            (staged / plan.model).rename(public)
+            bring_in(staged / plan.model, public)
+        # What follows may put the pointer back, and nobody is to move it again.
+        take_note_back(staged, repository)
     except BaseException:
         if current_number(repository, plan.model) != release.number:
             for folder in (public / number, *(repository / name for name in internals)):
@@ -195,11 +206,11 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Pat
     return release
 
 
-def _take_back(release: Release, staged: Path, repository: Path, steps: Steps) -> list[str]:
+def _take_back(release: Release, staged: Path, repository: Location, steps: Steps) -> list[str]:
     """Undo a release that the servers did not take up; what could not be undone there, a sentence each."""
     public, internals = repository / release.model, internal_names(release)
     if (staged / _REPLACES).exists():
-        (staged / _REPLACES).replace(public / CONFIG)
+        replace_file(staged / _REPLACES, public / CONFIG)
         sync(public)
         failed = steps.go_back(release.model) if steps.go_back is not None else []
         discard(public / str(release.number), staging_root(repository))
@@ -228,12 +239,12 @@ def _accept(release: Release, prove: Callable[[], Proof]) -> Release:
     return release.model_copy(update={"proof": proof, "status": "published"})
 
 
-def _set_aside(release: Release, staged: Path, place: Path) -> None:
+def _set_aside(release: Release, staged: Path, place: Location) -> None:
     """Keep the staged repository for a person's own server; the one that waited before goes."""
     _write_manifest(release, staged)
     place.parent.mkdir(parents=True, exist_ok=True)
     discard(place, staged.parent)
-    staged.rename(place)
+    bring_in(staged, place)
     sync(place.parent)
 
 
@@ -244,13 +255,13 @@ def _write_manifest(release: Release, root: Path) -> None:
     sync(folder)
 
 
-def _waiting(repository: Path, model: str) -> Release | None:
+def _waiting(repository: Location, model: str) -> Release | None:
     """The unverified release of a model, if there is one."""
     found = list_releases(unverified_root(repository, model), model)
     return found[-1] if found else None
 
 
-def _advice(repository: Path, model: str) -> str:
+def _advice(repository: Location, model: str) -> str:
     return (
         f"Nobody has seen it answer, so it is not published. It waits in {unverified_root(repository, model)}, a model "
         f"repository of its own. To publish it, start a Triton that has its backend on {repository} with "
@@ -258,7 +269,7 @@ def _advice(repository: Path, model: str) -> str:
     )
 
 
-def _require_ours(repository: Path, model: str) -> None:
+def _require_ours(repository: Location, model: str) -> None:
     if (repository / model).exists() and not is_published_here(repository, model):
         raise ReleaseError(
             f"{model}: {repository / model} is there already and was not published by transformer-refinery. "
@@ -266,19 +277,20 @@ def _require_ours(repository: Path, model: str) -> None:
         )
 
 
-def sweep(repository: Path, *, finish: bool = True) -> list[str]:
+def sweep(repository: Location, *, finish: bool = True) -> list[str]:
     """Undo what a killed publisher left, or, with `finish`, finish it where only the pointer was missing.
 
     Returns the names of the folders that are gone from the repository.
     """
     root = staging_root(repository)
     if finish and root.is_dir():
-        for staged in sorted(root.iterdir()):
+        for staged in contents(root):
             _finish(staged, repository)
     removed = []
-    for path in sorted(repository.iterdir()):
+    for path in contents(repository):
         parsed = parse_internal(path.name)
         if parsed is None:
+            _sweep_public(path, repository)
             continue
         model, number, part = parsed
         # A pinned release serves, whatever happened to its manifest.
@@ -286,11 +298,26 @@ def sweep(repository: Path, *, finish: bool = True) -> list[str]:
         if part == "proof" or not kept:
             discard(path, root)
             removed.append(path.name)
-    shutil.rmtree(root, ignore_errors=True)
+    clear_staging(repository)
     return removed
 
 
-def _finish(staged: Path, repository: Path) -> None:
+def _sweep_public(public: Location, repository: Location) -> None:
+    """In object storage, where folders come file by file: a release's pointer may have come and its manifest not."""
+    if not isinstance(public, RemotePath):
+        return
+    names = public.sizes()
+    for name in names:
+        number, _, file = name.partition("/")
+        if file != CONFIG or not number.isdigit() or f"{number}/{MANIFEST}" in names:
+            continue
+        config = (public / name).read_bytes().decode("utf-8", errors="replace")
+        ours = internal_name(public.name, int(number), "engine") in named_internals(config)
+        if ours and current_number(repository, public.name) != int(number):
+            discard(public / number, staging_root(repository))
+
+
+def _finish(staged: Location, repository: Location) -> None:
     """Move the pointer to a proven release that is whole in the repository, unless somebody has moved it meanwhile."""
     for config in staged.glob(f"*/{CONFIG}"):
         public, number = repository / config.parent.name, pinned_number(config.read_text(encoding="utf-8"))
@@ -299,5 +326,5 @@ def _finish(staged: Path, repository: Path) -> None:
             continue
         replaces, now = staged / _REPLACES, public / CONFIG
         if now.exists() == replaces.exists() and (not now.exists() or now.read_bytes() == replaces.read_bytes()):
-            config.replace(now)
+            replace_file(config, now)
             sync(public)

@@ -30,10 +30,11 @@ RESULT = "RESULT"
 #: never changes, and compiled modules would carry paths of the machine that first served it.
 _NO_CACHE = "__pycache__"
 _TOKENIZER_FILES = ("tokenizer.json", "encoder.json", PIPELINE_FILE)
-#: What every `model.py`, and every engine's, needs beside it.
-_ASIDE = _PYTHON_MODELS / "aside.py"
-_COMMON = (_PYTHON_MODELS / "batched_model.py",)
-#: What opens an engine, copied beside the `model.py` that does, by the runtimes that can be released.
+#: What every `model.py` needs beside it, and those that answer.
+_ASIDE, _ANSWERING = _PYTHON_MODELS / "aside.py", _PYTHON_MODELS / "answering.py"
+#: What every engine of the python flavour needs beside it.
+_COMMON = (_PYTHON_MODELS / "neighbours.py",)
+#: What opens an engine, copied beside the `engine.py` that does, by the runtimes that can be released.
 _SESSIONS = {
     "onnxruntime": ("sessions.py", "cuda.py", "tensorrt_provider.py"),
     "openvino": ("openvino_session.py",),
@@ -104,6 +105,11 @@ class ReleasePlan:
     def output(self) -> str:
         """What the engine's output is called."""
         return self.checkpoint.output
+
+    @property
+    def whole(self) -> bool:
+        """Whether one Python model holds tokenizer and engine."""
+        return self.flavour == "python"
 
     @property
     def structured(self) -> bool:
@@ -210,8 +216,13 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
 
 
 def write_pipeline(plan: ReleasePlan, folder: Path) -> None:
-    """Everything in the version folder of the tokenizer model, or of the pipeline that calls the engine itself."""
-    _write_model(folder, "pipeline" if plan.structured else "tokenizer")
+    """Everything in the version folder of the model that reads text, but for the engine that it may hold."""
+    folder.mkdir(parents=True)
+    name = "served" if plan.whole else "pipeline" if plan.structured else "tokenizer"
+    shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
+    for module in (_ASIDE,) if name == "tokenizer" else (_ASIDE, _ANSWERING):
+        shutil.copyfile(module, folder / module.name)
+    (folder / _NO_CACHE).touch()
     for module in sorted((_RESOURCES / "pipelines").glob("*.py")):
         place = folder / "pipelines" / module.name
         place.parent.mkdir(exist_ok=True)
@@ -233,9 +244,9 @@ def write_pipeline(plan: ReleasePlan, folder: Path) -> None:
 
 
 def write_engine(plan: ReleasePlan, folder: Path) -> None:
-    """Everything in the engine model's version folder."""
-    if plan.flavour == "python":
-        _write_model(folder, plan.engine.runtime)
+    """The engine's files, and, beside the `model.py` of the python flavour, what opens them."""
+    if plan.whole:
+        shutil.copyfile(_PYTHON_MODELS / f"{plan.engine.runtime}_engine.py", folder / "engine.py")
         modules = [_RESOURCES / "engines" / module for module in _SESSIONS[plan.engine.runtime]]
         for module in (*_COMMON, *modules):
             shutil.copyfile(module, folder / module.name)
@@ -254,13 +265,6 @@ def served_files(plan: ReleasePlan) -> list[str]:
     """The engine's files that a release holds: natively without what only our own `model.py` reads."""
     stem = Path(plan.engine.entry_file).stem
     return [name for name in plan.engine.content if plan.flavour == "python" or Path(name).name.startswith(f"{stem}.")]
-
-
-def _write_model(folder: Path, name: str) -> None:
-    folder.mkdir(parents=True)
-    shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
-    shutil.copyfile(_ASIDE, folder / _ASIDE.name)
-    (folder / _NO_CACHE).touch()
 
 
 def stored(path: Path) -> StoredFile:

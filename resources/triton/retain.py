@@ -23,6 +23,7 @@ from resources.triton.layout import (
 )
 from resources.triton.publish import sweep
 from resources.triton.settings import TritonSettings
+from resources.triton.storage import Location, contents
 
 #: After the pointer was moved, a server that polls and that nobody named may answer with the release before it for so
 #: long: Triton looks every 15 seconds, unless told otherwise, and has to load.
@@ -38,7 +39,7 @@ class Retained:
 
 
 def retain(
-    repository: Path,
+    repository: Location,
     model: str,
     *,
     keep: int,
@@ -86,14 +87,15 @@ def retain(
         return Retained(dict(sorted(kept.items())), removed)
 
 
-def _let_follow(pointer: Path) -> None:
+def _let_follow(pointer: Location) -> None:
     """Sleep until servers that poll have had the time to follow. A rename sets the time of a file's last change."""
-    time.sleep(min(max(0.0, pointer.stat().st_ctime + FOLLOW_SECONDS - time.time()), FOLLOW_SECONDS))
+    if isinstance(pointer, Path):
+        time.sleep(min(max(0.0, pointer.stat().st_ctime + FOLLOW_SECONDS - time.time()), FOLLOW_SECONDS))
 
 
-def _remove(repository: Path, model: str, number: int, fleet: Fleet) -> None:
+def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None:
     root = staging_root(repository)
-    parsed = {path.name: parse_internal(path.name) for path in sorted(repository.iterdir())}
+    parsed = {path.name: parse_internal(path.name) for path in contents(repository)}
     internals = [name for name, found in parsed.items() if found is not None and found[:2] == (model, number)]
     # The manifest first: without it the rest is no release, wherever this ends.
     discard(repository / model / str(number), root)

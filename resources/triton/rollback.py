@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError
-from resources.triton.files import clear_disk_errors, discard, repository_lock, staging_folder, staging_root, sync
+from resources.triton.files import (
+    bring_in,
+    clear_disk_errors,
+    discard,
+    on_this_machine,
+    replace_file,
+    repository_lock,
+    staging_folder,
+    staging_root,
+    sync,
+)
 from resources.triton.fleet import Fleet
 from resources.triton.layout import (
     CONFIG,
@@ -21,6 +31,7 @@ from resources.triton.layout import (
 from resources.triton.publish import sweep
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
+from resources.triton.storage import Location
 from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged, write_alias
 
 
@@ -33,7 +44,7 @@ class RolledBack:
 
 
 def roll_back(
-    repository: Path, model: str, settings: TritonSettings, *, to: int | None = None, log: Path
+    repository: Location, model: str, settings: TritonSettings, *, to: int | None = None, log: Path
 ) -> RolledBack:
     """Point the public model to an older release, or to any by its number.
 
@@ -50,21 +61,22 @@ def roll_back(
                 f"{model}: {repository / model / CONFIG} names no release. Publish one: refinery optimize {model}."
             )
         release = _target(repository, model, before, to)
-        require_unchanged(repository, release)
-        # Not finishing what a killed publisher began: that would go forward.
-        removed = sweep(repository, finish=False)
-        if settings.driven:
-            with Fleet(settings) as fleet:
-                _switch(repository, release, fleet, removed)
-        else:
-            if release.number == before:
-                raise ReleaseError(f"{model}: release {before} is what is pointed to already.")
-            ask_embedded(repository, release, settings, log)
-            _point(repository, release)
+        with on_this_machine(repository, release) as copy:
+            require_unchanged(copy, release)
+            # Not finishing what a killed publisher began: that would go forward.
+            removed = sweep(repository, finish=False)
+            if settings.driven:
+                with Fleet(settings) as fleet:
+                    _switch(repository, release, fleet, removed)
+            else:
+                if release.number == before:
+                    raise ReleaseError(f"{model}: release {before} is what is pointed to already.")
+                ask_embedded(copy, release, settings, log)
+                _point(repository, release)
         return RolledBack(release, before)
 
 
-def _target(repository: Path, model: str, current: int, to: int | None) -> Release:
+def _target(repository: Location, model: str, current: int, to: int | None) -> Release:
     if to is not None:
         return find_release(repository, model, to)
     older = [release for release in list_releases(repository, model) if release.number < current]
@@ -74,14 +86,14 @@ def _target(repository: Path, model: str, current: int, to: int | None) -> Relea
     return older[-1]
 
 
-def _point(repository: Path, release: Release) -> None:
+def _point(repository: Location, release: Release) -> None:
     """Replace the pointer by the release's own, whole."""
     with _prepared(repository, (repository / release.model / str(release.number) / CONFIG).read_bytes()) as new:
         _replace(repository, release.model, new)
 
 
 @contextmanager
-def _prepared(repository: Path, config: bytes) -> Iterator[Path]:
+def _prepared(repository: Location, config: bytes) -> Iterator[Path]:
     """A pointer that is on the disk and only has to be moved to its place."""
     with staging_folder(repository) as scratch:
         (scratch / CONFIG).write_bytes(config)
@@ -89,12 +101,12 @@ def _prepared(repository: Path, config: bytes) -> Iterator[Path]:
         yield scratch / CONFIG
 
 
-def _replace(repository: Path, model: str, new: Path) -> None:
-    new.replace(repository / model / CONFIG)
+def _replace(repository: Location, model: str, new: Path) -> None:
+    replace_file(new, repository / model / CONFIG)
     sync(repository / model)
 
 
-def _switch(repository: Path, release: Release, fleet: Fleet, removed: Sequence[str]) -> None:
+def _switch(repository: Location, release: Release, fleet: Fleet, removed: Sequence[str]) -> None:
     """On running servers: asked under another name first, then pointed to and taken up."""
     fleet.require_alike()
     model, pointer = release.model, repository / release.model / CONFIG
@@ -125,10 +137,10 @@ def _switch(repository: Path, release: Release, fleet: Fleet, removed: Sequence[
         raise
 
 
-def _ask_aside(repository: Path, release: Release, fleet: Fleet) -> None:
+def _ask_aside(repository: Location, release: Release, fleet: Fleet) -> None:
     with staging_folder(repository) as scratch:
         name = write_alias(repository, release, scratch)
-        (scratch / name).rename(repository / name)
+        bring_in(scratch / name, repository / name)
     try:
         fleet.hold(repository, name, release.number)
         for client in fleet.clients:

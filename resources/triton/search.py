@@ -7,7 +7,6 @@ Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identificat
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.targets import device_of
 from resources.triton.client import TextClient
-from resources.triton.config import engine_config, front_config, write_config
+from resources.triton.config import front_config, write_config
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
 from resources.triton.mix import request_mix
@@ -50,10 +49,10 @@ if TYPE_CHECKING:
 
 #: Waiting longer than this for company costs more than any batch wins back at the speeds that engines have here.
 QUEUE_DELAYS_US = (0, 500, 2000)
-#: Tokenizers, or pipelines, that are tried where there are cores for them.
-FRONTS = (1, 2, 4)
 #: More instances than this share the machine's memory bandwidth and the GPU's multiprocessors without winning.
 MOST_INSTANCES = 4
+#: Two instances on a CPU hold an engine's weights four times, a gigabyte of these.
+LARGEST_SHARED_BYTES = 2**28
 #: Within this share of the best two settings are equal, and the simpler one is taken.
 NOISE = 0.03
 #: Shorter than this a trial says nothing.
@@ -66,37 +65,27 @@ Measure = Callable[[ServingSetting, float, int], ServingTrial]
 
 
 def settings_to_try(
-    measured: ThreadSetting, serving: ServingSettings, *, device: str, cores: int
+    measured: ThreadSetting, serving: ServingSettings, *, device: str, cores: int, engine_bytes: int
 ) -> tuple[ServingSetting, ...]:
-    """What is worth a try, the most promising first. measured: what the engine was fastest with, alone.
+    """What is worth a try, the most promising first: numbers of instances, with each queue delay.
 
-    On a CPU: as many instances as share the threads evenly, with each queue delay. One row keeps all cores busy there:
-    with lengths mixed in a batch it answered 15 to 25 percent less. On a GPU threads only launch its work, and one
-    tokenizer cannot keep it busy: several of both, batches of several lengths, each queue delay. A request of another
-    length ends a batch that waits for company, so waiting and mixing are for two worlds. What the catalog fixes is not
-    varied.
+    measured: what the engine was fastest with, alone. cores: that it may use; on a CPU instances share them, and each
+    holds its weights once for one request alone and once for several at a time. What the catalog fixes is not varied.
     """
     counts = [2**power for power in range(MOST_INSTANCES.bit_length())]
     if device == "cpu":
-        counts = [count for count in counts if count <= measured.threads]
+        counts = [count for count in counts if count <= cores and (count == 1 or engine_bytes <= LARGEST_SHARED_BYTES)]
     counts = counts if serving.instances is None else [serving.instances]
-    delays = list(QUEUE_DELAYS_US) if serving.queue_delay_us is None else [serving.queue_delay_us]
-    # On a CPU the engine's threads leave no core for a second tokenizer, which takes a tenth of the time anyway.
-    fronts = [count for count in FRONTS if count == 1 or (device != "cpu" and 4 * count <= cores)]
-    waits = [(delay, False) for delay in delays[:1]]
-    waits += [(delays[0], True)] if device != "cpu" else []
-    waits += [(delay, False) for delay in delays[1:]]
+    delays = QUEUE_DELAYS_US if serving.queue_delay_us is None else (serving.queue_delay_us,)
     return tuple(
         ServingSetting(
             instances=count,
-            threads=max(1, measured.threads // count) if device == "cpu" else measured.threads,
+            threads=measured.threads,
+            threads_beside=min(measured.threads, max(1, cores // count)) if device == "cpu" and count > 1 else 0,
             spinning=measured.spinning,
             queue_delay_us=delay,
-            ragged=ragged,
-            front_instances=front,
         )
-        for delay, ragged in waits
-        for front in fronts
+        for delay in delays
         for count in counts
     )
 
@@ -138,9 +127,9 @@ def choose(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> tuple[
     )
 
 
-def _weight(setting: ServingSetting) -> tuple[int, int, bool]:
+def _weight(setting: ServingSetting) -> tuple[int, int]:
     """How far a setting is from the simplest."""
-    return setting.instances + setting.front_instances, setting.queue_delay_us, setting.ragged
+    return setting.instances, setting.queue_delay_us
 
 
 def halve(
@@ -211,7 +200,13 @@ def make_serving_configuration(
     """How the champion is to be served. Raises ReleaseError where no setting can be, ServerError without a server."""
     serving, device = entry.serving, describe_device(champion.target)
     measured = champion.setting or ThreadSetting(threads=workspace.threads(entry))
-    tried = settings_to_try(measured, serving, device=device_of(champion.target), cores=len(os.sched_getaffinity(0)))
+    tried = settings_to_try(
+        measured,
+        serving,
+        device=device_of(champion.target),
+        cores=workspace.threads(entry),
+        engine_bytes=engine.size_bytes,
+    )
     searched = len(tried) > 1 and serving.search_seconds > 0 and workspace.triton.flavour == "python"
     digest = fingerprint(
         "serving_configuration",
@@ -278,10 +273,9 @@ def make_serving_configuration(
 def trial_server(
     plan: ReleasePlan, settings: TritonSettings, items: Sequence[Item], clients: int, log: Path
 ) -> Iterator[Measure]:
-    """A real server of the plan's release alone, whose engine is loaded anew with each setting that is measured."""
+    """A real server of the plan's release alone, which is loaded anew with each setting that is measured."""
     with tempfile.TemporaryDirectory(prefix="refinery-serving-") as scratch:
-        root, engine = Path(scratch) / "models", internal_name(plan.model, _NUMBER, "engine")
-        front = internal_name(plan.model, _NUMBER, "pipeline" if plan.structured else "tokenizer")
+        root, pipeline = Path(scratch) / "models", internal_name(plan.model, _NUMBER, "pipeline")
         root.mkdir()
         stage(plan, _NUMBER, root)
         with (
@@ -297,14 +291,11 @@ def trial_server(
                 started = time.monotonic()
                 try:
                     if setting != loaded:
-                        changed = replace(plan, serving=setting)
-                        write_config(engine_config(changed, _NUMBER), root / engine / CONFIG)
-                        client.load(engine)
-                        if setting.front_instances != loaded.front_instances:
-                            write_config(front_config(changed, _NUMBER), root / front / CONFIG)
-                            client.load(front)
+                        config = front_config(replace(plan, serving=setting), _NUMBER)
+                        write_config(config, root / pipeline / CONFIG)
+                        client.load(pipeline)
                         loaded = setting
-                    before = server_statistics(server.grpc_address, [engine])
+                    before = server_statistics(server.grpc_address, [pipeline])
                     # What loading took is taken from the trial's own time: the bound is for all of it.
                     left = seconds - (time.monotonic() - started) - WARM_UP_SECONDS / 2
                     result = closed_loop(
@@ -317,7 +308,7 @@ def trial_server(
                         warm_up_seconds=WARM_UP_SECONDS / 2,
                         seed=number,
                     )
-                    after = server_statistics(server.grpc_address, [engine])
+                    after = server_statistics(server.grpc_address, [pipeline])
                 except ServerError as error:
                     return trial.model_copy(update={"reason": str(error)})
                 if result.failures:
@@ -329,7 +320,7 @@ def trial_server(
                     "throughput_per_s": result.throughput,
                     "p50_ms": result.p50_ms,
                     "p99_ms": result.p99_ms,
-                    "mean_batch": statistics_since(before, after)[engine].mean_batch,
+                    "mean_batch": statistics_since(before, after)[pipeline].mean_batch,
                 }
                 return trial.model_copy(update=figures)
 

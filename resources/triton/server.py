@@ -192,12 +192,14 @@ def serve_foreground(
     options: Sequence[str] = (),
     say: Callable[[str], None] = print,
     stop: Callable[[], bool] = lambda: False,
+    refresh: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve every public model until Ctrl-C, SIGTERM or `stop()`.
 
     control: `explicit`: new releases and models are taken up while it runs; a release that cannot be loaded is said
     so, and the one before goes on serving. `poll`: Triton itself looks, and says so in its log alone. `none`: what is
-    there at the start. Raises ServerError where the server ends by itself, or cannot load a single model at the start.
+    there at the start. refresh: called before each look at the repository, which may be a copy. Raises ServerError
+    where the server ends by itself, or cannot load a single model at the start.
     """
     server = EmbeddedServer(
         repository,
@@ -224,6 +226,7 @@ def serve_foreground(
                     time.sleep(WATCH_SECONDS)
                     if server.ended():
                         raise ServerError(f"The embedded Triton ended by itself:\n{server.last_words()}")
+                    refresh()
                     if watcher is not None:
                         watcher.look()
         except KeyboardInterrupt:

@@ -15,8 +15,9 @@ from resources.errors import ReleaseError, ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.triton.client import TextClient
-from resources.triton.layout import current_release, internal_name
+from resources.triton.layout import current_release
 from resources.triton.load import closed_loop, server_statistics, statistics_since
+from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix
 from resources.triton.perf_analyzer import find_perf_analyzer, run_perf_analyzer
 from resources.triton.server import EmbeddedServer
@@ -42,8 +43,8 @@ def measure_load(
     Raises ServerError; ReleaseError where requests fail.
     """
     with TextClient(address) as client:
-        contract, number = client.contract(model), client.release_of(model)
-    engines = [] if number is None else [internal_name(model, number, "engine")]
+        contract, steps = client.contract(model), client.steps(model)
+    engines = steps[-1:]
     share, found = seconds / len(levels), []
     for clients in levels:
         warm_up = share * _WARM_UP_SHARE
@@ -128,9 +129,10 @@ def make_serving_report(
         known = read_evaluation_set(workspace.store.folder(evaluation))
         items = request_mix(known.items, checkpoint, workspace.store.folder(checkpoint))
         log = workspace.log(entry.name, f"load-{target}")
+        folder = served_folder(repository, workspace.copies)
         with (
             benchmarking(),
-            EmbeddedServer(repository, workspace.triton, models=[entry.name], log=log) as server,
+            EmbeddedServer(folder, workspace.triton, models=[entry.name], log=log) as server,
             TextClient(server.grpc_address) as client,
         ):
             seconds, version = serving.benchmark_seconds, client.version()

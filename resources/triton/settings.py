@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from resources.triton.storage import Location
 
 #: `python`: the engine runs inside a `model.py`, what the embedded server can load. `native`: Triton's own backend.
 Flavour = Literal["python", "native"]
@@ -25,7 +28,7 @@ class TritonSettings:
     servers: tuple[str, ...] = ()
     servers_http: tuple[str, ...] = ()
     control: Control = "explicit"
-    repositories: Path | None = None
+    repositories: Location | None = None
     environment: Path = Path(sys.prefix) / "triton"
 
     @property

@@ -22,22 +22,23 @@ from resources.triton.release import (
 
 def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
     """Write the release, all but its manifest, and return that. Raises ReleaseError for damaged sources, OSError."""
-    front = internal_name(plan.model, number, "pipeline" if plan.structured else "tokenizer")
-    engine = internal_name(plan.model, number, "engine")
+    front = internal_name(plan.model, number, "pipeline" if plan.whole or plan.structured else "tokenizer")
+    engine = front if plan.whole else internal_name(plan.model, number, "engine")
     write_pipeline(plan, root / front / "1")
-    write_config(front_config(plan, number), root / front / CONFIG)
     write_engine(plan, root / engine / "1")
-    write_warm_up(root / engine)
     if plan.has_label_file:
         # Triton reads one label a line.
         lines = (" ".join(label.splitlines()) for label in plan.checkpoint.labels)
         (root / engine / LABELS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_config(engine_config(plan, number), root / engine / CONFIG)
+    write_config(front_config(plan, number), root / front / CONFIG)
+    if not plan.whole:
+        write_warm_up(root / engine)
+        write_config(engine_config(plan, number), root / engine / CONFIG)
     folder = root / plan.model / str(number)
     folder.mkdir(parents=True)
     write_config(public_config(plan, number), folder / CONFIG)
     shutil.copyfile(folder / CONFIG, root / plan.model / CONFIG)
-    files = list_files(root, [front, engine])
+    files = list_files(root, sorted({front, engine}))
     check_copies(plan, files)
     return new_release(plan, number).model_copy(update={"files": files, "pointer": stored(folder / CONFIG)})
 

@@ -14,7 +14,7 @@ from resources.tasks import TASKS
 from resources.tasks.base import broken_answers
 from resources.triton.client import TextClient
 from resources.triton.config import write_config
-from resources.triton.files import clear_disk_errors, repository_lock, staging_folder
+from resources.triton.files import clear_disk_errors, on_this_machine, repository_lock, staging_folder
 from resources.triton.layout import (
     CONFIG,
     current_number,
@@ -28,11 +28,12 @@ from resources.triton.layout import (
 from resources.triton.release import Release, stored
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
+from resources.triton.storage import Location
 
 _TEXT = "Is this release what was published?"
 
 
-def find_release(repository: Path, model: str, number: int) -> Release:
+def find_release(repository: Location, model: str, number: int) -> Release:
     """The manifest of a release. Raises ReleaseError with the releases that there are."""
     release = read_release(repository, model, number)
     if release is None:
@@ -71,7 +72,7 @@ def differences(repository: Path, release: Release) -> list[str]:
 
 
 def verify_release(
-    repository: Path, model: str, settings: TritonSettings, number: int | None = None, *, log: Path
+    repository: Location, model: str, settings: TritonSettings, number: int | None = None, *, log: Path
 ) -> tuple[Release, str]:
     """The release of that number, or the one that is pointed to, once it is what was published and a server answered
     with it; and the server. Raises ReleaseError, ServerError."""
@@ -80,14 +81,15 @@ def verify_release(
         if number is None:
             raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
         release = find_release(repository, model, number)
-        require_unchanged(repository, release)
-        if release.flavour == "native" and settings.servers:
-            for address in settings.servers:
-                with TextClient(address) as client:
-                    ask(client, repository, release)
-            return release, f"Triton at {' and '.join(settings.servers)}"
-        ask_embedded(repository, release, settings, log)
-        return release, "an embedded server"
+        with on_this_machine(repository, release) as copy:
+            require_unchanged(copy, release)
+            if release.flavour == "native" and settings.servers:
+                for address in settings.servers:
+                    with TextClient(address) as client:
+                        ask(client, repository, release)
+                return release, f"Triton at {' and '.join(settings.servers)}"
+            ask_embedded(copy, release, settings, log)
+            return release, "an embedded server"
 
 
 def require_unchanged(repository: Path, release: Release) -> None:
@@ -121,7 +123,7 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
             ask(client, repository, release, alias)
 
 
-def write_alias(repository: Path, release: Release, root: Path) -> str:
+def write_alias(repository: Location, release: Release, root: Path) -> str:
     """Write a second public model of the release below `root`, under a name that is there for asking alone; the name.
 
     Nobody asks for it, so nothing that serves is touched.
@@ -139,7 +141,7 @@ def write_alias(repository: Path, release: Release, root: Path) -> str:
     return name
 
 
-def ask(client: TextClient, repository: Path, release: Release, name: str | None = None) -> None:
+def ask(client: TextClient, repository: Location, release: Release, name: str | None = None) -> None:
     """Raise ServerError where the server's model, public or of that name, is not the release or does not answer."""
     name = name or release.model
     number = client.release_of(name)

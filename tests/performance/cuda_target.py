@@ -83,6 +83,7 @@ def run(workspace: Workspace, entry: ModelEntry, target: str) -> bool:
     )
     make_release(workspace, entry, checkpoint, best, evaluation, champion, serving, dagster_run="none")
     repository = workspace.repository(target)
+    assert isinstance(repository, Path)
     release = current_release(repository, entry.name)
     assert release is not None and release.proof is not None, "published releases are proven"
     say("release", number=release.number, requests=release.proof.requests, metrics=release.proof.metrics)

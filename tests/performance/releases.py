@@ -39,6 +39,7 @@ from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import Control, TritonSettings
+from resources.triton.storage import Location
 from resources.workspace import Workspace
 from tests.clients import FAILED, NOBODY, Load, Requests, Switch, moved
 from tests.performance.cpu import make_entry
@@ -118,7 +119,7 @@ class _Watched(Fleet):
         super().__init__(settings)
         self.held: list[tuple[float, float]] = []
 
-    def hold(self, repository: Path, name: str, number: int) -> None:
+    def hold(self, repository: Location, name: str, number: int) -> None:
         began = time.monotonic()
         super().hold(repository, name, number)
         self.held.append((began, time.monotonic()))

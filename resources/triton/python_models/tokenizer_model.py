@@ -4,6 +4,7 @@ Its version folder also holds the package `pipelines`, what that reads (pipeline
 a copy of the `tokenizers` package, so that any Triton with a Python backend and numpy serves it.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,8 +27,10 @@ class TritonPythonModel:
 
     def initialize(self, args):
         """Load the pipeline beside this file."""
-        del args
+        parameters = json.loads(args["model_config"]).get("parameters", {})
         self._pipeline = open_pipeline(_HERE)
+        if "length_step" in parameters:
+            self._pipeline.encoder.set_length_step(int(parameters["length_step"]["string_value"]))
 
     def execute(self, requests):
         """One call of the tokenizer for all requests; one with text that is not UTF-8 fails alone."""

@@ -1,0 +1,99 @@
+"""A copy on this machine of what a repository in object storage serves, for the embedded server, which reads no other.
+
+The copy is a model repository like any other: whole releases first, then the pointer, replaced at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from resources.errors import ReleaseError
+from resources.locks import file_lock
+from resources.triton.files import copy_tree, replace_file, staging_folder
+from resources.triton.layout import (
+    CONFIG,
+    internal_names,
+    is_whole,
+    named_internals,
+    parse_internal,
+    pinned_number,
+    public_models,
+    read_release,
+)
+from resources.triton.storage import Location, RemotePath
+
+
+def served_folder(repository: Location, root: Path, *, prune: bool = False) -> Path:
+    """A folder that the embedded server can read: the repository's own, or the copy below `root`, brought up to date.
+
+    Raises ReleaseError.
+    """
+    if not isinstance(repository, RemotePath):
+        return repository
+    mirror = Mirror(repository, root)
+    try:
+        mirror.refresh()
+        if prune:
+            mirror.prune()
+    except OSError as error:
+        raise ReleaseError(
+            f"{repository} could not be copied to {mirror.folder}: {error.strerror or error}. Mend it, or set "
+            "REFINERY_HOME elsewhere."
+        ) from error
+    return mirror.folder
+
+
+class Mirror:
+    """folder: the copy, below `root`. Made and followed by whoever serves or asks; they may be several at once."""
+
+    def __init__(self, repository: RemotePath, root: Path) -> None:
+        digest = hashlib.sha256(str(repository).encode()).hexdigest()[:16]
+        self._repository, self.folder = repository, root / digest / repository.name
+
+    def refresh(self) -> None:
+        """Download the releases that are pointed to and not here yet. Raises ReleaseError, OSError.
+
+        Models that somebody else put into the repository are not copied.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(self.folder.parent / "lock"):
+            models = public_models(self._repository)
+            for model in models:
+                self._copy(model)
+            for model in public_models(self.folder):
+                if model not in models:
+                    shutil.rmtree(self.folder / model)
+
+    def prune(self) -> None:
+        """Remove the copies of releases that nothing points to any more."""
+        with file_lock(self.folder.parent / "lock"):
+            configs = [(self.folder / model / CONFIG).read_text("utf-8") for model in public_models(self.folder)]
+            named = {name for config in configs for name in named_internals(config)}
+            for path in self.folder.iterdir():
+                if parse_internal(path.name) is not None and path.name not in named:
+                    shutil.rmtree(path)
+
+    def _copy(self, model: str) -> None:
+        config, pointer = (self._repository / model / CONFIG).read_bytes(), self.folder / model / CONFIG
+        number = pinned_number(config.decode("utf-8", errors="replace"))
+        release = read_release(self._repository, model, number) if number is not None else None
+        if release is None:
+            return
+        if is_whole(self.folder, release) and pointer.is_file() and pointer.read_bytes() == config:
+            return
+        with staging_folder(self.folder) as scratch:
+            names = [*internal_names(release), f"{model}/{release.number}"]
+            for name in names:
+                copy_tree(self._repository / name, scratch / name)
+            if not is_whole(scratch, release):
+                raise ReleaseError(f"{self._repository}: release {release.number} of {model} is not there whole.")
+            (scratch / model / CONFIG).write_bytes(config)
+            if not (self.folder / model).exists():
+                names[-1] = model
+            for name in names:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                (scratch / name).rename(self.folder / name)
+            if names[-1] != model:
+                replace_file(scratch / model / CONFIG, pointer)

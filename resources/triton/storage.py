@@ -1,0 +1,317 @@
+"""Where a repository lies: in a folder, or in object storage that Triton reads itself (`s3://`, `gs://`, `as://`).
+
+`RemotePath` has what the readers of a repository use of a `Path`, over fsspec. It is not universal_pathlib's UPath,
+because fsspec's `isfile` and `exists` answer False where the store could not be asked, and here folders are removed on
+the strength of that answer. Nothing is remembered between two questions: what others changed is seen.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from resources.errors import ReleaseError, first_line
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+#: For one question or small file; a store that does not answer is said to be dead after about as long.
+ANSWER_SECONDS = 15.0
+_CONNECT_SECONDS = 3.0
+#: Of whole uploads of gigabytes, how long one part may be waited for.
+_READ_SECONDS = 60.0
+_TRIES = 2
+
+#: `s3://http://host:port/bucket/prefix` and `s3://host:port/bucket/prefix`, as Triton reads them (docs/user_guide/
+#: model_repository.md of triton-inference-server): without a protocol it speaks HTTP.
+_S3_SERVER = re.compile(r"(https?://)?([0-9A-Za-z.-]+:[0-9]+)/(.+)")
+#: By fsspec's protocol: the extra of this project that brings it, and the variables that Triton reads too.
+_EXTRAS = {
+    "s3": ("s3", "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION"),
+    "gs": ("gs", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "abfs": ("as", "AZURE_STORAGE_KEY"),
+}
+#: As S3, Google's and Azure's answers put it.
+_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified (bucket|container) does not exist")
+_REFUSED = re.compile(
+    r"\b40[13]\b|AccessDenied|Access Denied|Forbidden|Unauthorized|AuthorizationFailure|AuthenticationFailed|"
+    r"InvalidAccessKeyId|SignatureDoesNotMatch|[Cc]redentials"
+)
+#: Of the disk on this side, which resources.triton.files explains.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Held(Protocol):
+    """What a lease does for who changes the repository under it."""
+
+    def require(self) -> None:
+        """Raise ReleaseError where it may be another's by now."""
+
+
+@dataclass(eq=False)
+class Store:
+    """One service with its buckets. scratch: a folder on this machine where releases are made and looked at.
+
+    shown: what comes before the bucket's name in a path as a person writes it. lease: of who changes the repository
+    right now.
+    """
+
+    protocol: str
+    shown: str
+    scratch: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lease: Held | None = None
+
+    def filesystem(self) -> AbstractFileSystem:
+        """fsspec's, which it keeps by process and thread. Raises ReleaseError where its package is missing."""
+        extra, _ = _EXTRAS.get(self.protocol, (self.protocol, ""))
+        try:
+            import fsspec
+
+            files = fsspec.filesystem(self.protocol, **self.options)
+        except ImportError as error:
+            remedy = f"Run: pip install 'transformer-refinery[{extra}]'."
+            raise ReleaseError(f"{self.shown}... cannot be used: {first_line(error)}. {remedy}") from error
+        if self.protocol == "s3":
+            files.retries = _TRIES  # its own, around botocore's
+        files.invalidate_cache()  # adlfs keeps listings whatever it is told
+        return files
+
+    @property
+    def variables(self) -> str:
+        """Where credentials are looked for."""
+        return _EXTRAS.get(self.protocol, ("", "the store's variables"))[1]
+
+
+class RemotePath:
+    """A place in a bucket, whether or not anything is there. `key`: from the bucket's name on, without a slash at its
+    ends. Everything that asks the store raises ReleaseError where it does not answer or refuses.
+    """
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.store, self.key = store, key
+
+    def __str__(self) -> str:
+        return f"{self.store.shown}{self.key}"
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: RemotePath) -> bool:
+        return self.key < other.key
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(self.store, f"{self.key}/{name}")
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.key).name
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self.store, str(PurePosixPath(self.key).parent))
+
+    def relative_to(self, other: RemotePath) -> PurePosixPath:
+        return PurePosixPath(self.key).relative_to(other.key)
+
+    def exists(self) -> bool:
+        return self._kind() != ""
+
+    def is_file(self) -> bool:
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        """Whether anything lies below it: stores know no empty folders."""
+        return self._kind() == "directory"
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """What lies right below; nothing where nothing is there."""
+        try:
+            with self._asking("list") as (files, bound):
+                found = files.ls(self.key, detail=True, **bound)
+        except FileNotFoundError:
+            return
+        for name in sorted({str(one["name"]).strip("/") for one in found} - {self.key}):
+            yield RemotePath(self.store, name)
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """Files alone, by a pattern whose stars hold no slash."""
+        depth = pattern.count("/")
+        for name in self.sizes():
+            if name.count("/") == depth and PurePosixPath(name).match(pattern):
+                yield self / name
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below, by its path from here. One question, however many there are."""
+        try:
+            with self._asking("list") as (files, bound):
+                found = files.find(self.key, detail=True, **bound)
+        except FileNotFoundError:
+            return {}
+        # Some tools make an object of no bytes stand for a folder.
+        names = {name.strip("/").removeprefix(f"{self.key}/"): one for name, one in found.items()}
+        return {
+            name: int(one["size"])
+            for name, one in sorted(names.items())
+            if one["type"] == "file" and name != self.key and not str(one["name"]).endswith("/")
+        }
+
+    def read_bytes(self) -> bytes:
+        """Raises FileNotFoundError too."""
+        with self._asking("read") as (files, bound):
+            return bytes(files.cat_file(self.key, **bound))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Raises FileNotFoundError and UnicodeDecodeError too."""
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Readers see all of it or what was there before."""
+        with self._changing("write") as (files, bound):
+            files.pipe_file(self.key, data, **bound)
+
+    def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
+        """Make sure that the bucket is there and answers: folders need not be made."""
+        del parents, exist_ok
+        list(self.iterdir())
+
+    def upload(self, source: Path) -> None:
+        """Put a local file there, whole or not at all."""
+        with self._changing("write") as (files, _):
+            files.put_file(str(source), self.key)
+
+    def download(self, target: Path) -> None:
+        """Get a file. Raises FileNotFoundError too."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._asking("read") as (files, _):
+            files.get_file(self.key, str(target))
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove the named files below it, in no order. Those that are gone already are no error."""
+        keys = [f"{self.key}/{name}" for name in names]
+        try:
+            if keys:
+                with self._changing("remove") as (files, bound):
+                    files.rm(keys, **bound)
+        except FileNotFoundError:  # S3 does not say so; and then the others may still be there
+            for key in keys:
+                with suppress(FileNotFoundError), self._changing("remove") as (files, bound):
+                    files.rm_file(key, **bound)
+
+    def _kind(self) -> str:
+        try:
+            with self._asking("read") as (files, bound):
+                return str(files.info(self.key, **bound)["type"])
+        except FileNotFoundError:
+            return ""
+
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
+        if self.store.lease is not None:
+            self.store.lease.require()
+        with self._asking(what) as asked:
+            yield asked
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
+        """fsspec's file system, and what bounds one of its answers; its errors as ours, but FileNotFoundError."""
+        try:
+            files = self.store.filesystem()
+            yield files, {"timeout": ANSWER_SECONDS} if files.async_impl else {}
+        except ReleaseError:
+            raise
+        except Exception as error:
+            self._explain(error, what)
+            raise
+
+    def _explain(self, error: Exception, what: str) -> None:
+        said = " ".join(_chain(error))
+        gone = isinstance(error, FileNotFoundError)
+        if _NO_BUCKET.search(said) or (gone and what == "write"):
+            raise ReleaseError(
+                f"{self.store.shown}{self.key.split('/')[0]} is not there. Make the bucket, or correct "
+                "REFINERY_TRITON_REPOSITORIES."
+            ) from error
+        if gone or getattr(error, "errno", None) in _DISK:
+            return
+        if isinstance(error, PermissionError) or _REFUSED.search(said):
+            raise ReleaseError(
+                f"{self}: the store refuses to {what} it: {first_line(error)}. Set {self.store.variables}, as for "
+                "Triton, to credentials that may list, read, write and delete there."
+            ) from error
+        reason = first_line(error) if str(error) else f"no answer within {ANSWER_SECONDS:g} s"
+        raise ReleaseError(
+            f"{self}: the store could not be asked to {what} it: {reason}. See that its address is right and that it "
+            "can be reached, and run again. What served before goes on serving."
+        ) from error
+
+
+Location = Path | RemotePath
+
+
+def contents(folder: Location) -> list[Location]:
+    """What lies right below, by name."""
+    found: list[Location] = [*folder.iterdir()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def _chain(error: BaseException | None) -> Iterator[str]:
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
+
+
+def parse_location(text: str, scratch: Path, environment: Mapping[str, str]) -> Location:
+    """The folder or the place in object storage that the text names. scratch: see Store. Raises ValueError.
+
+    environment: for the credentials that the store's package does not look for where Triton does.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text).expanduser().resolve()
+    parts = rest.strip("/")
+    shown = f"{scheme}://"
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme == "s3":
+        match = _S3_SERVER.fullmatch(parts)
+        server = f"{match[1] or 'http://'}{match[2]}" if match else None
+        if match:
+            shown, parts = f"s3://{match[1] or ''}{match[2]}/", match[3]
+        elif ":" in parts:
+            raise ValueError(f"{text!r} is neither s3://bucket/prefix nor s3://http://host:port/bucket/prefix")
+        return RemotePath(Store("s3", shown, scratch, {**options, **_s3_options(server)}), _key(text, parts))
+    if scheme == "gs":
+        return RemotePath(Store("gs", shown, scratch, options), _key(text, parts))
+    if scheme == "as":
+        account, _, parts = parts.partition("/")
+        options |= {"account_name": account, "account_key": environment.get("AZURE_STORAGE_KEY")}
+        store = Store("abfs", f"as://{account}/", scratch, options)
+        return RemotePath(store, _key(text, parts))
+    raise ValueError(f"{text!r} is neither a folder nor a path that Triton reads (s3://, gs://, as://)")
+
+
+def _key(text: str, parts: str) -> str:
+    key = re.sub("/+", "/", parts.strip("/"))
+    if not key:
+        raise ValueError(f"{text!r} names no bucket")
+    return key
+
+
+def _s3_options(server: str | None) -> dict[str, Any]:
+    config = {
+        "connect_timeout": _CONNECT_SECONDS,
+        "read_timeout": _READ_SECONDS,
+        "retries": {"mode": "standard", "total_max_attempts": _TRIES},
+    }
+    return {"config_kwargs": config, **({"endpoint_url": server} if server else {})}

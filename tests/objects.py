@@ -1,0 +1,88 @@
+"""An S3 server on loopback: moto, with its requests written down, and refused where a test says so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from resources.triton.storage import Location, RemotePath, parse_location
+
+BUCKET = "releases"
+_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+#: What changes something in S3.
+CHANGES = ("PUT", "POST", "DELETE")
+
+
+class S3Server:
+    """`requests`: method and key of each, in the order in which they came. `refuses`: whether one is answered 403."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.requests: list[tuple[str, str]] = []
+        self.refuses: Callable[[str, str], bool] = lambda method, key: False
+
+    def place(self, name: str, scratch: Path, bucket: str = BUCKET) -> RemotePath:
+        """A place in it, as a user writes it."""
+        place = parse_location(f"s3://http://{self.address}/{bucket}/{name}", scratch, {})
+        assert isinstance(place, RemotePath)
+        return place
+
+    def changed(self) -> list[str]:
+        """The keys that were put, or asked to be."""
+        return [key for method, key in self.requests if method == "PUT"]
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """One with an empty bucket, while the context lasts."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        def log_request(self, *arguments: Any) -> None:
+            pass
+
+    moto = DomainDispatcherApplication(create_backend_app)
+    s3 = S3Server("")
+
+    def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].removeprefix(f"/{BUCKET}").strip("/")
+        refused = s3.refuses(method, key)
+        s3.requests.append((method, key))
+        if refused:
+            # Read, or the connection could not be used again.
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start("403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(_DENIED)))])
+            return [_DENIED]
+        answer: Iterable[bytes] = moto(environ, start)
+        return answer
+
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
+    s3.address = f"127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        s3.place("x", Path()).store.filesystem().mkdir(BUCKET)
+        yield s3
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+def files_of(folder: Location) -> dict[str, bytes]:
+    """Every file below, by its path."""
+    if isinstance(folder, RemotePath):
+        return {name: (folder / name).read_bytes() for name in folder.sizes()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def write_file(path: Location, data: bytes) -> None:
+    """As somebody else would put it there."""
+    if not isinstance(path, RemotePath):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

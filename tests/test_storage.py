@@ -1,0 +1,740 @@
+"""A repository in object storage does what one in a folder does: nothing is seen half done, and nothing is lost.
+
+S3 is moto's, on loopback. Where every single step is interrupted, fsspec's store in memory stands in for it: it is the
+same code from `RemotePath` on, and a hundred publishes there take seconds.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from orchestration import releases, serving
+from orchestration.cli import main
+from orchestration.settings import read_workspace
+from resources.artifacts.records import ServingSetting
+from resources.errors import CatalogError, ReleaseError, ServerError
+from resources.triton import lease as leases
+from resources.triton import release as writing
+from resources.triton import storage
+from resources.triton.files import copy_tree, discard, repository_lock, staging_root
+from resources.triton.launch import Ports
+from resources.triton.layout import CONFIG, MANIFEST, current_number, current_release, is_whole, list_releases
+from resources.triton.mirror import served_folder
+from resources.triton.publish import Steps, publish, unverified_root
+from resources.triton.retain import retain
+from resources.triton.server import serve_foreground
+from resources.triton.storage import RemotePath, Store, parse_location
+from tests.objects import BUCKET, CHANGES, files_of, s3_server, write_file
+from tests.releases import answers_of, make_plan, query_texts, unasked
+
+UNASKED = Steps(prove=unasked)
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def credentials():
+    """As Triton reads them, from the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    return [make_plan(folder, seed=seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def s3_of_module():
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_of_module):
+    s3_of_module.requests.clear()
+    yield s3_of_module
+    s3_of_module.refuses = lambda method, key: False
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Releases without the twelve megabytes of `tokenizers`, where none is served."""
+    package = tmp_path / "package" / "__init__.py"
+    write_file(package, b"")
+    monkeypatch.setattr(writing, "find_spec", lambda name: SimpleNamespace(origin=str(package)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def bucket(s3, tmp_path):
+    """An empty repository in S3."""
+    return s3.place(f"{tmp_path.name}/cpu", tmp_path / "scratch")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def repository(request, tmp_path):
+    """An empty repository, in either."""
+    return tmp_path / "models" / "cpu" if request.param == "folder" else request.getfixturevalue("bucket")
+
+
+class NoFolders(list):
+    """What object storage keeps of folders that nothing is in."""
+
+    def append(self, folder):
+        pass
+
+
+@pytest.fixture
+def memory(tmp_path, monkeypatch):
+    """An empty repository in fsspec's store in memory."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    MemoryFileSystem.store.clear()
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", NoFolders([""]))
+    return RemotePath(Store("memory", "memory://", tmp_path / "scratch"), "bucket/cpu")
+
+
+def point_to(repository, number):
+    """As somebody who rolls back by hand."""
+    write_file(repository / "tiny" / CONFIG, (repository / "tiny" / str(number) / CONFIG).read_bytes())
+
+
+def numbers(repository):
+    return [release.number for release in list_releases(repository, "tiny")]
+
+
+def assert_nothing_beside(repository):
+    """No staging, no lease, nothing on this machine."""
+    assert files_of(staging_root(repository)) == {} if staging_root(repository).exists() else True
+    if isinstance(repository, RemotePath):
+        assert (repository.parent / f".{repository.name}.lock").sizes() == {}
+        assert [path for path in repository.store.scratch.rglob("*") if path.is_file()] == []
+
+
+# --- as in a folder ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_published_stays_as_it_is(repository, plans, small):
+    first = publish(plans[0], repository, UNASKED)
+    assert (first.changed, first.release.number) == (True, 1)
+    before = files_of(repository)
+    assert not publish(replace(plans[0], lineage={"refinery_dagster_run": "later"}), repository, UNASKED).changed
+    assert files_of(repository) == before
+    second = publish(plans[1], repository, UNASKED)
+    assert (second.changed, current_release(repository, "tiny")) == (True, second.release)
+    after = files_of(repository)
+    assert {name: after[name] for name in before if name != f"tiny/{CONFIG}"} == {
+        name: data for name, data in before.items() if name != f"tiny/{CONFIG}"
+    }
+    assert after[f"tiny/{CONFIG}"] == after[f"tiny/2/{CONFIG}"]
+    assert numbers(repository) == [1, 2]
+    point_to(repository, 1)
+    for plan in plans[:2]:
+        assert not publish(plan, repository, UNASKED).changed
+    assert current_number(repository, "tiny") == 1
+    assert publish(plans[2], repository, UNASKED).release.number == 3
+    assert publish(plans[0], repository, UNASKED).release.number == 4  # champion again
+    assert_nothing_beside(repository)
+
+
+def test_what_is_not_proven_leaves_nothing(repository, plans, small):
+    def disprove(folder, release):
+        return unasked(folder, release).model_copy(update={"passed": False, "failures": ("cosine 0.1",)})
+
+    def fail(folder, release, plan):
+        assert (folder / f"tiny__r{release.number}__pipeline" / CONFIG).is_file()
+        raise ServerError("no server")
+
+    for before in ({}, None):
+        before = before if before is not None else files_of(repository)
+        with pytest.raises(ReleaseError, match="was not published"):
+            publish(plans[1], repository, Steps(prove=disprove))
+        with pytest.raises(ServerError, match="no server"):
+            publish(plans[1], repository, Steps(prove_inside=fail))
+        assert files_of(repository) == before
+        assert_nothing_beside(repository)
+        publish(plans[0], repository, UNASKED)
+
+
+def test_what_a_server_does_not_take_up_is_taken_back(repository, plans, small):
+    def refuse(release):
+        assert current_number(repository, "tiny") == release.number
+        raise ServerError("out of memory")
+
+    for plan in plans[:2]:
+        before = files_of(repository) if repository.exists() else {}
+        with pytest.raises(ServerError, match="was taken back: out of memory"):
+            publish(plan, repository, Steps(prove=unasked, announce=refuse))
+        assert files_of(repository) == before
+        assert_nothing_beside(repository)
+        publish(plan, repository, UNASKED)
+
+
+def test_a_place_that_is_not_ours_is_left_alone(repository, plans, small):
+    write_file(repository / "tiny" / "1" / "model.onnx", b"precious")
+    write_file(repository / "other__r1__mine" / "1" / "model.py", b"precious")
+    before = files_of(repository)
+    with pytest.raises(ReleaseError, match=r"was not published by transformer-refinery\. Move it away"):
+        publish(plans[0], repository, UNASKED)
+    assert files_of(repository) == before
+
+
+def test_a_damaged_release_is_published_anew(repository, plans, small):
+    publish(plans[0], repository, UNASKED)
+    write_file(repository / "tiny__r1__pipeline" / "1" / "model.onnx", b"")
+    assert publish(plans[0], repository, UNASKED).release.number == 2
+
+
+def test_what_nobody_can_prove_waits_beside(repository, plans, small):
+    native = replace(plans[0], flavour="native")
+    first = publish(native, repository, Steps())
+    waiting = unverified_root(repository, "tiny")
+    assert str(waiting) in first.advice
+    assert not repository.exists() or files_of(repository) == {}
+    assert current_release(waiting, "tiny") == first.release
+    assert is_whole(waiting, first.release)
+    assert not publish(native, repository, Steps()).changed
+    assert publish(replace(native, serving=ServingSetting(threads=2)), repository, Steps()).release.number == 2
+    assert publish(replace(native, serving=ServingSetting(threads=2)), repository, UNASKED).release.number == 3
+    assert not waiting.exists()
+    assert_nothing_beside(repository)
+
+
+def test_publishers_at_once_make_one_release_each(repository, plans, small, monkeypatch):
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.05)
+    threads = [threading.Thread(target=publish, args=(plan, repository, UNASKED)) for plan in plans[:3]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert numbers(repository) == [1, 2, 3]
+    assert len({release.content_digest for release in list_releases(repository, "tiny")}) == 3
+    assert_nothing_beside(repository)
+
+
+def test_old_releases_go_whole(repository, plans, small):
+    for plan in plans:
+        publish(plan, repository, UNASKED)
+    point_to(repository, 2)
+    write_file(repository / "foreign" / "1" / "model.onnx", b"precious")
+    done = retain(repository, "tiny", keep=1)
+    assert (done.removed, list(done.kept)) == ((1, 3), [2, 4])
+    assert numbers(repository) == [2, 4]
+    left = {name.split("/")[0] for name in files_of(repository)}
+    assert left == {"foreign", "tiny", *(f"tiny__r{number}__{part}" for number in (2, 4) for part in PARTS)}
+    assert_nothing_beside(repository)
+
+
+PARTS = ("engine", "tokenizer")
+
+
+# --- in which order ---------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_looks_in_between_sees_nothing_half_done(s3, bucket, plans, small):
+    publish(plans[0], bucket, UNASKED)
+    home = bucket.key.removeprefix(f"{BUCKET}/")
+    s3.requests.clear()
+    publish(plans[1], bucket, UNASKED)
+    put = [key.removeprefix(f"{home}/") for key in s3.changed() if key.startswith(f"{home}/")]
+    assert put[-3:] == [f"tiny/2/{CONFIG}", f"tiny/2/{MANIFEST}", f"tiny/{CONFIG}"]
+    for part in PARTS:
+        own = [key for key in put if key.startswith(f"tiny__r2__{part}/")]
+        # A version folder is there from its first file on, and without model.py it hangs a server.
+        assert own[0] == f"tiny__r2__{part}/1/model.py"
+        assert own[-1] == f"tiny__r2__{part}/{CONFIG}"
+        assert len(own) > 5
+
+
+def test_what_is_removed_goes_the_other_way_round(memory, plans, small, monkeypatch):
+    publish(plans[0], memory, UNASKED)
+    removed = []
+    monkeypatch.setattr(RemotePath, "remove", lambda path, names: removed.append(names))
+    discard(memory / "tiny__r1__pipeline", memory)
+    assert (removed[0], removed[-1]) == ([CONFIG], ["1/model.py"])
+    removed.clear()
+    discard(memory / "tiny" / "1", memory)
+    assert removed == [[MANIFEST], [CONFIG]]
+    removed.clear()
+    discard(memory / "tiny", memory)
+    assert removed == [[CONFIG], [f"1/{MANIFEST}"], [f"1/{CONFIG}"]]
+
+
+def test_names_that_lead_out_of_a_folder_are_not_copied(memory, tmp_path):
+    (memory / "tiny" / ".." / ".." / "outside").write_bytes(b"")
+    with pytest.raises(ReleaseError, match="is no path of a repository"):
+        copy_tree(memory, tmp_path / "copy" / "deep")
+    assert not (tmp_path / "outside").exists()
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """No handler of the code under test has a say after it."""
+
+
+def interrupted(store, step, action):
+    """Run it so that its n-th change of the store, and all that it asks after that, does not happen: `killed`, or
+    `through` where it made fewer.
+    """
+    real, count = Store.filesystem, 0
+
+    def filesystem(self):
+        if count >= step:
+            raise Killed
+        return real(self)
+
+    changing = RemotePath._changing
+
+    def counted(self, what):
+        nonlocal count
+        count += 1
+        return changing(self, what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemotePath, "_changing", counted)
+        patch.setattr(Store, "filesystem", filesystem)
+        try:
+            action()
+        except Killed:
+            return "killed"
+        finally:
+            store.lease = None
+    return "through"
+
+
+def forget_claims(repository):
+    """A dead publisher's lease would have to be waited for; see below."""
+    lock = repository.parent / f".{repository.name}.lock"
+    lock.remove(list(lock.sizes()))
+
+
+@pytest.mark.parametrize("case", ["first release", "next release", "waiting release"])
+def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, small, case):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    plan, steps = plans[1], UNASKED
+    if case == "next release":
+        publish(plans[0], memory, UNASKED)
+    if case == "waiting release":
+        plan, steps = replace(plan, flavour="native"), Steps()
+        publish(replace(plans[0], flavour="native"), memory, steps)
+    base = {name: file.getvalue() for name, file in MemoryFileSystem.store.items()}
+    old = {name: data for name, data in files_of(memory).items() if name != f"tiny/{CONFIG}"}
+    finished = 0
+    for step in range(1, 200):
+        MemoryFileSystem.store.clear()
+        for name, data in base.items():
+            MemoryFileSystem().pipe_file(name, data)
+        if interrupted(memory.store, step, lambda: publish(plan, memory, steps)) == "through":
+            break
+        current = current_release(memory, "tiny")
+        assert current is None or is_whole(memory, current)
+        assert current is not None or not old
+        whole = f"tiny/2/{MANIFEST}" in files_of(memory)
+        forget_claims(memory)
+        done = publish(plan, memory, steps)
+        finished += whole and not done.changed
+        # Numbers that were seen are not given out again.
+        number = 2 if case == "next release" else 1
+        assert done.release.number in (number, number + 1)
+        if case == "waiting release":
+            assert is_whole(unverified_root(memory, "tiny"), done.release)
+        else:
+            assert current_release(memory, "tiny") == done.release
+            assert is_whole(memory, done.release)
+        there = files_of(memory)
+        assert {name: there.get(name) for name in old} == old
+        known = {f"tiny__r{number}__" for number in numbers(memory)}
+        assert {name.split("__")[0] + "__" + name.split("__")[1] + "__" for name in there if "__r" in name} <= known
+        assert not publish(plan, memory, steps).changed
+        assert_nothing_beside(memory)
+    assert 25 < step < 199
+    # Killed with all but the pointer in place: the next one only moves that.
+    assert finished >= 1 or case != "next release"
+
+
+def test_a_clean_up_killed_at_any_step_is_ended_by_the_next(memory, plans, small):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    for plan in plans[:3]:
+        publish(plan, memory, UNASKED)
+    point_to(memory, 2)
+    base = {name: file.getvalue() for name, file in MemoryFileSystem.store.items()}
+    for step in range(1, 100):
+        MemoryFileSystem.store.clear()
+        for name, data in base.items():
+            MemoryFileSystem().pipe_file(name, data)
+        if interrupted(memory.store, step, lambda: retain(memory, "tiny", keep=1)) == "through":
+            break
+        assert is_whole(memory, current_release(memory, "tiny"))
+        forget_claims(memory)
+        retain(memory, "tiny", keep=1)
+        assert numbers(memory) == [2, 3]
+        assert not [name for name in files_of(memory) if name.startswith(("tiny__r1__", "tiny/1/"))]
+        assert_nothing_beside(memory)
+    assert 8 < step < 99
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_note_of_a_killed_publisher_moves_no_pointer_that_somebody_else_moved(s3, bucket, plans, small, by_hand):
+    """Over the wire: everything is refused from the put of the pointer on, as to one who is dead."""
+    publish(plans[0], bucket, UNASKED)
+    pointer = (bucket / "tiny" / CONFIG).key.removeprefix(f"{BUCKET}/")
+    dead = threading.Event()
+
+    def refuse(method, key):
+        if method == "PUT" and key == pointer:
+            dead.set()
+        return dead.is_set()
+
+    s3.refuses = refuse
+    with pytest.raises(ReleaseError, match="refuses"):
+        publish(plans[1], bucket, UNASKED)
+    s3.refuses = lambda method, key: False
+    assert current_number(bucket, "tiny") == 1
+    assert is_whole(bucket, list_releases(bucket, "tiny")[1])
+    forget_claims(bucket)
+    if by_hand:
+        write_file(bucket / "tiny" / CONFIG, (bucket / "tiny" / CONFIG).read_bytes() + b"# by hand\n")
+    s3.requests.clear()
+    again = publish(plans[1], bucket, UNASKED)
+    assert not again.changed
+    assert again.release.number == (1 if by_hand else 2)
+    assert s3.changed().count(pointer) == (0 if by_hand else 1)
+    assert_nothing_beside(bucket)
+
+
+@pytest.mark.parametrize("refused", [1, 20, -2, -1])
+def test_a_store_that_refuses_a_put_changes_nothing(s3, bucket, plans, small, refused):
+    """refused: which of those to the repository; from the end, where below 0: the pointer is the last."""
+    publish(plans[0], bucket, UNASKED)
+    before = files_of(bucket)
+    home = bucket.key.removeprefix(f"{BUCKET}/")
+    wanted = [f"{home}/tiny/2/{CONFIG}", f"{home}/tiny/2/{MANIFEST}", f"{home}/tiny/{CONFIG}"]
+    count = 0
+
+    def refuse(method, key):
+        nonlocal count
+        counts = method == "PUT" and key.startswith(f"{home}/")
+        count += counts
+        return counts and (key == wanted[refused] if refused < 0 else count == refused)
+
+    s3.refuses = refuse
+    with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID"):
+        publish(plans[1], bucket, UNASKED)
+    assert files_of(bucket) == before
+    assert_nothing_beside(bucket)
+
+
+def test_a_store_that_cannot_be_read_is_not_taken_for_an_empty_one(s3, bucket, plans, small):
+    """Folders without a manifest are swept up; a manifest that nobody could look at is none of those."""
+    publish(plans[0], bucket, UNASKED)
+    publish(plans[1], bucket, UNASKED)
+    before = files_of(bucket)
+    for name in (MANIFEST, CONFIG):
+        s3.refuses = lambda method, key, name=name: method in ("GET", "HEAD") and key.endswith(f"/{name}")
+        with pytest.raises(ReleaseError, match="refuses to read it"):
+            publish(plans[2], bucket, UNASKED)
+        with pytest.raises(ReleaseError, match="refuses to read it"):
+            retain(bucket, "tiny", keep=1)
+    s3.refuses = lambda method, key: False
+    assert files_of(bucket) == before
+
+
+PUBLISH = """
+import os, signal, sys
+from pathlib import Path
+from resources.triton import files
+from resources.triton.publish import Steps, publish
+from tests.releases import make_plan, unasked
+from tests.test_storage import parse_location
+place = parse_location(sys.argv[1], Path(sys.argv[2]), {}) / "cpu"
+plan = make_plan(Path(sys.argv[3]), seed=1)
+def prove(folder, release, plan):
+    os.kill(os.getpid(), signal.SIGKILL)
+publish(plan, place, Steps(prove_inside=prove))
+"""
+
+
+def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small, tmp_path, monkeypatch, caplog):
+    publish(plans[0], bucket, UNASKED)
+    command = [sys.executable, "-c", PUBLISH, str(bucket.parent), str(tmp_path / "other"), str(tmp_path / "plans")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    assert (bucket / "tiny__r2__pipeline" / CONFIG).is_file()
+    assert len((bucket.parent / ".cpu.lock").sizes()) == 1
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.1)
+    begun = time.monotonic()
+    assert publish(plans[1], bucket, UNASKED).release.number == 3
+    assert time.monotonic() - begun > 1.5
+    assert f"@{socket.gethostname()}, process" in caplog.text
+    assert not (bucket / "tiny__r2__pipeline").exists()
+    assert_nothing_beside(bucket)
+
+
+# --- the lease --------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_is_kept_while_its_holder_lives(memory, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(leases, "PATIENCE_SECONDS", 1.5)
+    other = RemotePath(replace(memory.store, lease=None), memory.key)
+    with repository_lock(memory):
+        message = rf"is being changed by .*, process {os.getpid()}, since 20"
+        with pytest.raises(ReleaseError, match=message), repository_lock(other):
+            raise AssertionError("two hold it")
+        (memory / "tiny" / CONFIG).write_bytes(b"")  # it is still ours
+    with repository_lock(memory):
+        pass
+
+
+def test_who_cannot_renew_the_lease_changes_nothing_more(memory, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 60.0)
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
+    with repository_lock(memory):
+        (memory / "tiny" / "one").write_bytes(b"")
+        time.sleep(0.4)
+        for change in (lambda: (memory / "tiny" / CONFIG).write_bytes(b""), lambda: memory.remove(["tiny/one"])):
+            with pytest.raises(ReleaseError, match="could not renew its lease for 0.3 s"):
+                change()
+        other = RemotePath(replace(memory.store, lease=None), memory.key)
+        with repository_lock(other):
+            assert other.sizes() == {"tiny/one": 0}
+
+
+def test_only_one_of_many_holds_the_lease(memory, monkeypatch):
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.01)
+    inside, most, done = 0, 0, 0
+
+    def take():
+        nonlocal inside, most, done
+        for _ in range(5):
+            with repository_lock(RemotePath(replace(memory.store, lease=None), memory.key)):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.002)
+                inside -= 1
+                done += 1
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert (most, done) == (1, 20)
+
+
+# --- what cannot be used ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_a_store_is_said(s3, bucket, plans, small, tmp_path):
+    absent = s3.place("models/cpu", tmp_path, bucket="absent")
+    for ask in (lambda: publish(plans[0], absent, UNASKED), lambda: list_releases(absent, "tiny")):
+        with pytest.raises(ReleaseError, match=r"/absent is not there\. Make the bucket"):
+            ask()
+    s3.refuses = lambda method, key: method in CHANGES
+    with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID.* write"):
+        publish(plans[0], bucket, UNASKED)
+    s3.refuses = lambda method, key: True
+    with pytest.raises(ReleaseError, match="refuses to list it"):
+        publish(plans[0], bucket, UNASKED)
+    s3.refuses = lambda method, key: False
+    assert bucket.parent.sizes() == {}
+    assert not list((tmp_path / "scratch").rglob("*.onnx"))
+
+
+def test_a_read_only_folder_is_said_and_left_as_it_is(plans, small, tmp_path):
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    publish(plans[0], folder / "cpu", UNASKED)
+    before = files_of(folder / "cpu")
+    bind = ["/usr/bin/env", "mount", "--bind", str(folder), str(folder)]
+    read_only = ["/usr/bin/env", "mount", "-o", "remount,bind,ro", str(folder)]
+    try:
+        subprocess.run(bind, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting needs root")
+    try:
+        subprocess.run(read_only, check=True, capture_output=True)
+        for act in (
+            lambda: publish(plans[1], folder / "cpu", UNASKED),
+            lambda: retain(folder / "cpu", "tiny", keep=1),
+        ):
+            with pytest.raises(ReleaseError, match=r"could not be written to .*Read-only file system\. Mend it"):
+                act()
+        assert files_of(folder / "cpu") == before
+    finally:
+        subprocess.run(["/usr/bin/env", "umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "nobody answers"])
+def test_a_dead_endpoint_is_said_soon(plans, small, tmp_path, monkeypatch, listens):
+    assert storage.ANSWER_SECONDS == 15
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 3.0)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        if listens:
+            held.listen()
+        place = parse_location(f"s3://127.0.0.1:{held.getsockname()[1]}/bucket/models", tmp_path, {})
+        begun = time.monotonic()
+        with pytest.raises(ReleaseError, match="could not be asked to list it.*What served before goes on serving"):
+            publish(plans[0], place / "cpu", UNASKED)
+        assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gs"), ("as", "as")])
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, scheme, extra):
+    import fsspec
+
+    def missing(protocol, **options):
+        raise ImportError(f"Install a package to access {protocol}")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ReleaseError, match=rf"pip install 'transformer-refinery\[{extra}\]'"):
+        parse_location(f"{scheme}://one/two/three", tmp_path, {}).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "key", "options"),
+    [
+        ("s3://bucket/a/b/", "s3://bucket/a/b", "bucket/a/b", {}),
+        ("s3://bucket", "s3://bucket", "bucket", {}),
+        (
+            "s3://http://host:9000/bucket/a",
+            "s3://http://host:9000/bucket/a",
+            "bucket/a",
+            {"endpoint_url": "http://host:9000"},
+        ),
+        (
+            "s3://https://h.example:443/b//a",
+            "s3://https://h.example:443/b/a",
+            "b/a",
+            {"endpoint_url": "https://h.example:443"},
+        ),
+        (
+            "s3://localhost:9000/bucket/a",
+            "s3://localhost:9000/bucket/a",
+            "bucket/a",
+            {"endpoint_url": "http://localhost:9000"},
+        ),
+        ("gs://bucket/a", "gs://bucket/a", "bucket/a", {}),
+        (
+            "as://account/container/a",
+            "as://account/container/a",
+            "container/a",
+            {"account_name": "account", "account_key": "key"},
+        ),
+    ],
+)
+def test_paths_are_those_that_triton_reads(tmp_path, text, shown, key, options):
+    place = parse_location(text, tmp_path, {"AZURE_STORAGE_KEY": "key"})
+    assert (str(place), place.key) == (shown, key)
+    assert options.items() <= place.store.options.items()
+    assert str(place / "cpu") == f"{shown}/cpu"
+    assert (place / "cpu").parent == place
+
+
+@pytest.mark.parametrize("text", ["s3://", "as://account", "s3://http://host/bucket", "ftp://host/a", "gs:///"])
+def test_paths_that_nothing_reads_are_refused(tmp_path, text):
+    with pytest.raises(CatalogError, match="REFINERY_TRITON_REPOSITORIES: "):
+        read_workspace({"REFINERY_TRITON_REPOSITORIES": text, "REFINERY_HOME": str(tmp_path)})
+
+
+def await_said(said, words):
+    deadline = time.monotonic() + 60
+    while not any(words in line for line in said):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+
+
+# --- served -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_served_checked_and_gone_back_to(
+    s3, bucket, plans, triton_settings, tmp_path, monkeypatch, capsys
+):
+    for plan in plans[:2]:
+        publish(plan, bucket, UNASKED)
+    monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(bucket.parent))
+    monkeypatch.setenv("REFINERY_TRITON_ENVIRONMENT", os.fspath(triton_settings.environment))
+    for module in (releases, serving):
+        monkeypatch.setattr(module, "DEFAULT_ADDRESS", "127.0.0.1:9")
+    workspace = read_workspace(os.environ)
+    folder, done, said = served_folder(bucket, workspace.copies), threading.Event(), []
+    monkeypatch.setattr(serving, "_FOLLOW_SECONDS", 0.2)
+    ports = Ports.choose(None, None, None)
+    address = f"127.0.0.1:{ports.grpc}"
+    thread = threading.Thread(
+        target=serve_foreground,
+        args=(folder, triton_settings),
+        kwargs={
+            "http_port": ports.http,
+            "grpc_port": ports.grpc,
+            "metrics_port": ports.metrics,
+            "log": tmp_path / "log",
+            "say": said.append,
+            "stop": done.is_set,
+            "refresh": serving._follow(workspace, bucket, said.append),
+        },
+    )
+    thread.start()
+    try:
+        await_said(said, "release 2 serves")
+        np.testing.assert_allclose(query_texts(address, "tiny", TEXTS), answers_of(plans[1], TEXTS), atol=1e-5)
+        assert main(["rollback", "tiny"]) == 0
+        assert "points to release 1 (table" in capsys.readouterr().out
+        assert current_number(bucket, "tiny") == 1
+        s3.refuses = lambda method, key: True
+        await_said(said, "Until then, what is here is served")
+        s3.refuses = lambda method, key: False
+        await_said(said, "release 1 serves")
+        np.testing.assert_allclose(query_texts(address, "tiny", TEXTS), answers_of(plans[0], TEXTS), atol=1e-5)
+    finally:
+        done.set()
+        thread.join(60)
+    assert served_folder(bucket, workspace.copies, prune=True) == folder
+    assert not (folder / "tiny__r2__pipeline").exists()
+
+    assert main(["verify", "tiny"]) == 0
+    assert "of release 1" in capsys.readouterr().out
+    assert main(["releases", "tiny"]) == 0
+    assert "0123456789abcdef" in capsys.readouterr().out
+    assert main(["lint", str(bucket)]) == 0
+    assert "nothing found" in capsys.readouterr().out
+    assert main(["query", "tiny", "--json", TEXTS[0]]) == 0
+    np.testing.assert_allclose(json.loads(capsys.readouterr().out), answers_of(plans[0], TEXTS[:1])[0], atol=1e-5)
+
+    engine = bucket / "tiny__r2__pipeline" / "1" / "model.onnx"
+    engine.write_bytes(engine.read_bytes()[:-1] + b"x")
+    assert main(["verify", "tiny", "--release", "2"]) == 1
+    assert "tiny__r2__pipeline/1/model.onnx was changed" in capsys.readouterr().err
+    assert main(["rollback", "tiny", "--to", "2"]) == 1
+    assert current_number(bucket, "tiny") == 1
+    assert_nothing_beside(bucket)
+    assert not [path for path in (tmp_path / "home" / "staging").rglob("*") if path.is_file()]

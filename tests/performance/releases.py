@@ -50,7 +50,7 @@ MODEL = "minilm"
 TEXTS = 64
 ALLOWED = 2.0
 KINDS = 3
-WINDOWS = ("quiet", "copied", "loaded", "proven", "moved")
+WINDOWS = ("quiet", "copied", "loaded", "proven", "moved on", "moved back", "moved")
 
 
 @dataclass
@@ -215,8 +215,9 @@ def measure(
 def report(control: str, requests: Requests, rate: float, most: float, publisher: Publisher) -> bool:
     """Print a table; whether all is as it should be."""
     windows = publisher.windows
-    for switch in publisher.switches[1:]:
-        windows.add("moved", switch.at, requests.first_answer(switch))
+    for number, switch in enumerate(publisher.switches[1:]):
+        for name in ("moved", "moved back" if number % 2 else "moved on"):
+            windows.add(name, switch.at, requests.first_answer(switch))
     failed, nobody = int((requests.release == FAILED).sum()), int((requests.release == NOBODY).sum())
     stray = requests.out_of_turn(publisher.switches)
     print(

@@ -33,6 +33,8 @@ LONGEST = (
     "test_fusion",
     "test_triton_publish",
     "test_storage",
+    "test_killed",
+    "test_under_load",
 )
 
 

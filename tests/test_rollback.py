@@ -185,8 +185,8 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
         if name is None:  # the public model, which everybody asks
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "ask", failing)
-    monkeypatch.setattr(fleet, "ask", failing)
+    for asking in (module, fleet):
+        monkeypatch.setattr(asking, "ask", failing)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
         TextClient(server.grpc_address) as client,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from typing import Self
 
 from resources.errors import ServerError
 from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient
@@ -38,7 +39,7 @@ class Fleet:
     def __bool__(self) -> bool:
         return bool(self._addresses)
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         self.clients = [self._stack.enter_context(TextClient(address)) for address in self._addresses]
         return self
 

@@ -17,7 +17,6 @@ from resources.artifacts.records import Checkpoint, Engine, ServingSetting, Stor
 from resources.catalog import RateLimiter
 from resources.errors import ReleaseError
 from resources.pipelines import PIPELINE_FILE, pipeline_class
-from resources.pipelines.tokenization import buckets_up_to
 from resources.triton.proof import Proof
 from resources.triton.settings import Flavour
 
@@ -94,12 +93,6 @@ class ReleasePlan:
         """The model's inputs, in the tokenizer's order."""
         settings = json.loads((self.checkpoint_folder / "encoder.json").read_text(encoding="utf-8"))
         return tuple(settings["inputs"])
-
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """The lengths that rows are padded to."""
-        settings = json.loads((self.checkpoint_folder / "encoder.json").read_text(encoding="utf-8"))
-        return tuple(settings.get("buckets", ())) or buckets_up_to(int(settings["max_tokens"]))
 
     @property
     def output(self) -> str:

@@ -90,7 +90,12 @@ class Load:
     """
 
     def __init__(self, address: str, model: str, texts: Sequence[str], known: np.ndarray, per_second: float) -> None:
-        self._asked = {"address": address, "model": model, "texts": list(texts), "per_second": per_second}
+        self._asked: dict[str, Any] = {
+            "address": address,
+            "model": model,
+            "texts": list(texts),
+            "per_second": per_second,
+        }
         self._known = known
         self.requests: Requests | None = None
 

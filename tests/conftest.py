@@ -18,7 +18,7 @@ import pytest
 from resources import locks
 from resources.catalog import ModelEntry
 from resources.isolation import Limits
-from resources.triton import retain
+from resources.triton import make, retain
 from resources.triton.environment import is_installed
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
@@ -33,6 +33,8 @@ LONGEST = (
     "test_fusion",
     "test_triton_publish",
     "test_storage",
+    "test_killed",
+    "test_under_load",
 )
 
 
@@ -52,9 +54,11 @@ def own_machine_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(scope="session", autouse=True)
 def nobody_polls() -> Iterator[None]:
-    """No server that the product does not know of polls a repository, but where a test starts one."""
+    """No server that the product does not know of polls a repository, and nobody waits for answers, but where a test
+    sees to that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retain, "FOLLOW_SECONDS", 0.0)
+        patch.setattr(make, "REST_SECONDS", 0.0)
         yield
 
 

@@ -83,7 +83,7 @@ def act(folder: str, change: int, *, asking: bool) -> None:
     settings = TritonSettings()
     retaining.FOLLOW_SECONDS = 0.0
     if not asking:
-        rolling_back.ask_embedded = lambda *arguments: None
+        vars(rolling_back)["ask_embedded"] = lambda *arguments: None
 
     def say(**what: object) -> None:
         journal.write(json.dumps(what) + "\n")
@@ -141,8 +141,8 @@ def run_killed(folder: Path, moment: Moment) -> bool:
     asking = moment.seconds > 0
     code = f"from tests.test_killed import act; act({str(folder)!r}, {moment.change}, asking={asking})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         if asking:
             time.sleep(moment.seconds)
@@ -385,7 +385,7 @@ def act_as_nobody(folder: str) -> None:
         os.setuid(65534)
     repository, said = home / "models" / "cpu", []
     retaining.FOLLOW_SECONDS = 0.0
-    rolling_back.ask_embedded = lambda *arguments: None
+    vars(rolling_back)["ask_embedded"] = lambda *arguments: None
     for action in (
         lambda: publish(plan, repository, UNASKED),
         lambda: roll_back(repository, "tiny", TritonSettings(), log=home / "log"),

@@ -87,7 +87,8 @@ def command(
     if control == "explicit":
         mode += [f"--load-model={name}" for name in models]
     elif control == "poll":
-        mode.append(f"--repository-poll-secs={POLL_SECONDS}")
+        # One model after the other, or four at once take the cores from those that are answered.
+        mode += [f"--repository-poll-secs={POLL_SECONDS}", "--model-load-thread-count=1"]
     return [
         str(_package(environment) / "tritonserver" / "bin" / "tritonserver"),
         f"--model-repository={repository}",

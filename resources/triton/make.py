@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,9 @@ from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
+
+#: After a proof on running servers: those whom its many requests kept waiting are answered before the release changes.
+REST_SECONDS = 3.0
 
 
 def make_release(
@@ -131,7 +135,9 @@ def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http:
             for client in fleet.clients[1:]:
                 ask(client, repository, release, name)
             first = fleet.clients[0].address
-            return prove(exam(), name, grpc=first, http=http[0] if http else None)
+            proof = prove(exam(), name, grpc=first, http=http[0] if http else None)
+            time.sleep(REST_SECONDS)
+            return proof
         finally:
             fleet.retire([name])
             discard(repository / name, staging_root(repository))

@@ -1,10 +1,11 @@
 """What a new release costs those who are being answered: `python -m tests.performance.releases`, a quarter of an hour.
 
 all-MiniLM-L6-v2 in fp32 on the embedded server, in explicit and in poll mode, with requests of 8 clients at a third of
-what it answers at most. Releases are published and rolled back by the product's own functions; two kinds of them answer
-with opposite signs, so every answer says whose it is. Latencies count from when a request was due. Prints p99 while
-nothing happens, while a release is copied, loaded and proven, and from the pointer's change to the first new answer;
-ends with 1 where the last is more than twice the first, or a request failed, or was answered by no release.
+what it answers at most. Releases are published and rolled back by the product's own functions. There are three kinds,
+whose answers are those of the first, turned by a third; one never follows its like, so an answer says whose it is.
+Latencies count from when a request was due. Prints p99 while nothing happens, while a release is copied, loaded and
+proven, and from the pointer's change to the first new answer; ends with 1 where the last is more than twice the first,
+or a request failed, or was answered by no release.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from resources.artifacts.records import Engine, ServingSetting
+from resources.artifacts.records import ServingSetting
 from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
 from resources.engines import engine_spec
@@ -32,7 +33,7 @@ from resources.triton.layout import CONFIG
 from resources.triton.load import closed_loop
 from resources.triton.make import fleet_steps, make_exam
 from resources.triton.proof import Exam
-from resources.triton.publish import publish
+from resources.triton.publish import Steps, publish
 from resources.triton.release import ReleasePlan
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
@@ -42,12 +43,14 @@ from resources.triton.storage import Location
 from resources.workspace import Workspace
 from tests.clients import FAILED, NOBODY, Load, Requests, Switch, moved
 from tests.performance.cpu import make_entry
+from tests.releases import unasked
 
 MODEL = "minilm"
 #: Distinct requests; of all lengths that the evaluation set has.
 TEXTS = 64
 ALLOWED = 2.0
-WINDOWS = ("quiet", "copied", "loaded", "proven", "moved")
+KINDS = 3
+WINDOWS = ("quiet", "copied", "loaded", "proven", "moved on", "moved back", "moved")
 
 
 @dataclass
@@ -59,15 +62,6 @@ class Windows:
     def add(self, name: str, start: float, end: float) -> None:
         if end > start:
             self.spans[name].append((start, end))
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One of the two kinds of releases."""
-
-    engine: Engine
-    folder: Path
-    sign: int
 
 
 class Publisher:
@@ -83,19 +77,19 @@ class Publisher:
         self.kinds: dict[int, int] = {}
 
     def publish(self) -> None:
-        """The next release, of the other kind than the newest. Every release has a batch size of its own: an equal one
-        is not published again after a rollback."""
+        """The next release. Each has a batch size of its own: an equal one is not published again after a rollback."""
         count = len(self.kinds)
-        kind = count % 2
+        kind = count % KINDS
         plan = replace(self.plans[kind], max_batch_size=self.plans[kind].max_batch_size + count)
         exam = replace(self.exams[kind], max_batch_size=plan.max_batch_size)
         began = time.monotonic()
-        with _Watched(self.settings) as fleet:
+        watched = _Watched(self.settings)
+        with watched as fleet:
             done = publish(plan, self.repository, fleet_steps(fleet, lambda: exam, self.repository))
         assert done.changed
         self.kinds[done.release.number] = kind
         self._moved(done.release.number)
-        (load_began, load_ended), *_ = fleet.held
+        load_began, load_ended = watched.held[0]
         self.windows.add("copied", began, load_began)
         self.windows.add("loaded", load_began, load_ended)
         self.windows.add("proven", load_ended, self.switches[-1].at)
@@ -132,7 +126,7 @@ class _Watched(Fleet):
 
 
 def build(workspace: Workspace, folder: Path, threads: int) -> tuple[list[ReleasePlan], list[Exam], list[str]]:
-    """Plans and exams of both kinds, and the texts to ask."""
+    """Plans and exams of all kinds, and the texts to ask."""
     entry: ModelEntry = make_entry({}, 20.0)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
@@ -141,35 +135,47 @@ def build(workspace: Workspace, folder: Path, threads: int) -> tuple[list[Releas
     engine = make_engine(workspace, entry, spec, "cpu", sources, evaluation).record
     known = read_evaluation_set(workspace.store.folder(evaluation))
     plans, exams = [], []
-    for sign, place in ((1, workspace.store.folder(engine)), (-1, folder / "negated")):
-        if sign < 0:
-            negate(workspace.store.folder(engine) / engine.entry_file, place / engine.entry_file)
+    for kind in range(KINDS):
+        place = workspace.store.folder(engine)
+        if kind:
+            place = folder / f"engine-{kind}"
+            turn_engine(workspace.store.folder(engine) / engine.entry_file, place / engine.entry_file, kind)
         plan = ReleasePlan(
             model=MODEL,
             target="cpu",
             flavour="python",
             checkpoint=checkpoint,
             checkpoint_folder=workspace.store.folder(checkpoint),
-            engine=engine.with_files(place) if sign < 0 else engine,
+            engine=engine.with_files(place) if kind else engine,
             engine_folder=place,
             max_batch_size=entry.max_batch_size,
             serving=ServingSetting(threads=threads),
         )
         plans.append(plan)
-        exams.append(make_exam(plan, entry.accuracy_gates(), known.items, [sign * one for one in known.reference]))
+        exams.append(make_exam(plan, entry.accuracy_gates(), known.items, list(turned(known.reference, kind))))
     order = np.random.default_rng(0).permutation(len(known.items))[:TEXTS]
     return plans, exams, [known.items[index]["TEXT"] for index in order]
 
 
-def negate(source: Path, target: Path) -> None:
-    """The same engine with the opposite sign."""
+def turned(answers: Iterable[np.ndarray], kind: int) -> np.ndarray:
+    """What a release of that kind answers where the first answers so: fp32 `[texts, width]`."""
+    stacked = np.stack(list(answers))
+    return np.roll(stacked, kind * stacked.shape[1] // KINDS, axis=1)
+
+
+def turn_engine(source: Path, target: Path, kind: int) -> None:
+    """The engine of that kind."""
     import onnx
+    from onnx import helper, numpy_helper
 
     model = onnx.load(source)
     (output,) = model.graph.output
+    width = output.type.tensor_type.shape.dim[1].dim_value
     for node in model.graph.node:
-        node.output[:] = ["negated" if name == output.name else name for name in node.output]
-    model.graph.node.append(onnx.helper.make_node("Neg", ["negated"], [output.name]))
+        node.output[:] = ["straight" if name == output.name else name for name in node.output]
+    order = np.roll(np.arange(width), kind * width // KINDS)
+    model.graph.initializer.append(numpy_helper.from_array(order, "turned"))
+    model.graph.node.append(helper.make_node("Gather", ["straight", "turned"], [output.name], axis=1))
     target.parent.mkdir(parents=True)
     onnx.save_model(model, target)
 
@@ -178,9 +184,6 @@ def measure(
     publisher: Publisher, control: Control, texts: Sequence[str], given: argparse.Namespace
 ) -> tuple[Requests, float, float]:
     """All cycles in one mode; what was asked, how many requests a second, and how many the server could answer."""
-    from resources.triton.publish import Steps
-    from tests.releases import unasked
-
     publish(publisher.plans[0], publisher.repository, Steps(prove=unasked))
     publisher.kinds[1] = 0
     log = publisher.home / "triton.log"
@@ -195,7 +198,9 @@ def measure(
         most = closed_loop(server.grpc_address, MODEL, contract, items, concurrency=8, seconds=8.0).throughput
         rate = most * given.share
         publisher.switches.append(Switch(0.0, 0))
-        with Load(server.grpc_address, MODEL, texts, np.stack([first, -first]), rate) as load:
+        with Load(
+            server.grpc_address, MODEL, texts, np.stack([turned(first, kind) for kind in range(KINDS)]), rate
+        ) as load:
             for _ in range(given.cycles):
                 publisher.rest(given.quiet)
                 publisher.publish()
@@ -210,8 +215,9 @@ def measure(
 def report(control: str, requests: Requests, rate: float, most: float, publisher: Publisher) -> bool:
     """Print a table; whether all is as it should be."""
     windows = publisher.windows
-    for switch in publisher.switches[1:]:
-        windows.add("moved", switch.at, requests.first_answer(switch))
+    for number, switch in enumerate(publisher.switches[1:]):
+        for name in ("moved", "moved back" if number % 2 else "moved on"):
+            windows.add(name, switch.at, requests.first_answer(switch))
     failed, nobody = int((requests.release == FAILED).sum()), int((requests.release == NOBODY).sum())
     stray = requests.out_of_turn(publisher.switches)
     print(

@@ -82,6 +82,9 @@ class TextEncoder:
         What was cut off is in the encoding's `overflowing`, in pieces that share `stride` tokens with their neighbours.
         Raises TypeError for what cannot be written as UTF-8, such as half of a surrogate pair.
         """
+        if len(texts) == 1:  # waking other threads takes longer than one text
+            only = self._input(texts[0])
+            return [self._tokenizer.encode(*only) if isinstance(only, tuple) else self._tokenizer.encode(only)]
         return list(self._tokenizer.encode_batch([self._input(text) for text in texts]))
 
     def whole(self, text: str) -> Any:

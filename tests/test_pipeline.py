@@ -9,10 +9,14 @@ import numpy as np
 import psutil
 import pytest
 
-from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, OnnxGraph
+from orchestration.settings import tracker_of
+from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, OnnxGraph, ServingConfiguration
 from resources.artifacts.store import Made
+from resources.errors import ReleaseError, ServerError
 from resources.isolation import Limits
-from resources.triton.layout import current_release, list_releases
+from resources.triton.layout import current_number, current_release, list_releases
+from resources.triton.promote import promote
+from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.workspace import Workspace
 from tests.checkpoints import edit_json
@@ -307,6 +311,84 @@ def test_an_unproven_release_is_a_failed_check_and_said_beside_what_serves(made_
     assert outcome.checks()["triton_repository/cpu:served_answers_equal"] is False
     assert "REFINERY_TRITON_GRPC" in outcome.metadata("triton_repository", "cpu")["advice"]
     assert current_release(begun.repository("cpu"), "tiny").number == 1
+
+
+def test_how_it_is_served_is_found_under_load_and_released(made_checkpoint, begun):
+    """The settings that were tried are runs beside the candidates, and the one that was taken is in the release."""
+    from mlflow import MlflowClient
+
+    serving = {"search_seconds": 4.0, "benchmark_seconds": 2.0, "clients": 4, "p99_ms": 0.001}
+    add_entry(begun, entry_for(made_checkpoint(), **{**QUICK, "serving": serving}))
+    outcome = run_job(begun, "tiny")
+    assert outcome.success, outcome.messages
+    found = begun.store.current(ServingConfiguration, "serving_configuration/cpu/tiny")
+    assert {trial.setting.queue_delay_us for trial in found.trials} == {0, 500, 2000}
+    assert not any(trial.reason for trial in found.trials)
+    said = outcome.metadata("serving_configuration", "cpu")
+    assert said["setting"] == str(found.setting)
+    assert "no setting keeps 0.001 ms" in said["reason"]
+    assert "| taken |" in said["trials"]
+    release = current_release(begun.repository("cpu"), "tiny")
+    assert release.serving == found.setting
+    load = outcome.metadata("serving_benchmark", "cpu")
+    assert load["status"] == "measured"
+    assert load["throughput_per_s"] > 0
+    client = MlflowClient(begun.mlflow_uri())
+    (experiment,) = [item for item in client.search_experiments() if item.name == "tiny"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if run.data.tags.get("refinery.parent") == "true"]
+    kinds = {}
+    for run in runs:
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id:
+            kinds.setdefault(run.data.tags.get("refinery.kind", "candidate"), []).append(run)
+    assert {kind: len(of_kind) for kind, of_kind in kinds.items()} == {
+        "candidate": len(QUICK["engines"]) + 1,
+        "serving_trial": 3,
+        "serving_benchmark": 1,
+    }
+    taken = [run for run in kinds["serving_trial"] if run.data.tags["refinery.taken"] == "true"]
+    assert [run.data.params["queue_delay_us"] for run in taken] == [str(found.setting.queue_delay_us)]
+    assert kinds["serving_benchmark"][0].data.metrics["tritonclient_4_clients_throughput_per_s"] > 0
+    again = run_job(begun, "tiny")
+    assert again.metadata("serving_configuration", "cpu")["reused"]
+    assert again.metadata("serving_benchmark", "cpu")["reused"]
+    assert len(client.search_runs([experiment.experiment_id])) == len(runs)
+    # Another limit is searched for anew, from the same champion; what is released is the same if the setting is.
+    add_entry(begun, entry_for(made_checkpoint(), **{**QUICK, "serving": {**serving, "p99_ms": 60_000.0}}))
+    other = run_job(begun, "tiny")
+    assert other.success, other.messages
+    assert not other.metadata("serving_configuration", "cpu")["reused"]
+    assert "no setting keeps" not in other.metadata("serving_configuration", "cpu")["reason"]
+
+
+def test_a_release_that_waits_is_promoted_where_a_server_proves_it(made_checkpoint, begun, tmp_path):
+    """And one that was rolled back."""
+    add_entry(begun, entry_for(made_checkpoint(), **QUICK))
+    assert run_job(begun, "tiny").success
+    tracker, repository = tracker_of(begun), begun.repository("cpu")
+
+    def promoted(workspace):
+        return promote(workspace, tracker, "tiny", "cpu", dagster_run="none", log=tmp_path / "log")
+
+    with pytest.raises(ReleaseError, match="release 1 is the newest, and what is pointed to already"):
+        promoted(begun)
+    add_entry(begun, entry_for(made_checkpoint(), **{**QUICK, "max_batch_size": 4}))
+    assert run_job(begun, "tiny").success
+    roll_back(repository, "tiny", begun.triton, log=tmp_path / "log")
+    assert promoted(begun).release.number == current_number(repository, "tiny") == 2
+    native = replace(begun, triton=replace(begun.triton, flavour="native"))
+    assert run_job(native, "tiny").success
+    with pytest.raises(ReleaseError, match="Nobody has seen it answer"):
+        promoted(native)
+    # The waiting one is of Triton's own backends, which the embedded server has not.
+    with (
+        EmbeddedServer(repository, begun.triton, models=["tiny"], log=tmp_path / "log") as server,
+        pytest.raises(ServerError, match="lacks that backend"),
+    ):
+        promoted(replace(native, triton=replace(native.triton, servers=(server.grpc_address,))))
+    assert current_number(repository, "tiny") == 2
+    with pytest.raises(ReleaseError, match="no release in"):
+        promote(begun, tracker, "other", "cpu", dagster_run="none", log=tmp_path / "log")
 
 
 def test_only_what_the_champion_was_chosen_from_is_released(own_checkpoint, begun):

@@ -239,14 +239,14 @@ def spent_outside(address: str, repository: Path, number: int, rounds: int) -> t
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-    front, engine = (repository / internal_name(MODEL, number, part) for part in ("tokenizer", "engine"))
-    config = text_format.Parse((engine / CONFIG).read_text(), ModelConfig())
+    folder = repository / internal_name(MODEL, number, "pipeline")
+    config = text_format.Parse((folder / CONFIG).read_text(), ModelConfig())
     parameters = {name: value.string_value for name, value in config.parameters.items()}
-    encoder = TextEncoder.from_folder(str(front / "1"))
+    encoder = TextEncoder.from_folder(str(folder / "1"))
     text = text_of(encoder, TOKENS)
     feed, requests, runs = encoder.encode([text]), list[float](), list[float]()
     session = open_session(
-        str(engine / "1" / parameters["entry_file"]),
+        str(folder / "1" / parameters["entry_file"]),
         int(parameters["threads"]),
         spinning=parameters["spinning"] == "true",
     )
@@ -267,8 +267,8 @@ def spent_outside(address: str, repository: Path, number: int, rounds: int) -> t
 
 
 def engine_under(address: str, number: int, load: Load, seconds: float) -> tuple[LoadResult, ModelStatistics]:
-    """What the engine did under a load."""
-    name = internal_name(MODEL, number, "engine")
+    """What the model that holds the engine did under a load."""
+    name = internal_name(MODEL, number, "pipeline")
     before = server_statistics(address, [name])
     result = load(seconds)
     return result, statistics_since(before, server_statistics(address, [name]))[name]
@@ -276,9 +276,9 @@ def engine_under(address: str, number: int, load: Load, seconds: float) -> tuple
 
 def copy_padded(repository: Path, number: int, place: Path, lengths: Iterable[int]) -> None:
     """A copy of the release whose tokenizer pads a request to the next of the lengths."""
-    for folder in (MODEL, *(internal_name(MODEL, number, part) for part in ("tokenizer", "engine"))):
+    for folder in (MODEL, internal_name(MODEL, number, "pipeline")):
         shutil.copytree(repository / folder, place / folder)
-    path = place / internal_name(MODEL, number, "tokenizer") / "1" / "encoder.json"
+    path = place / internal_name(MODEL, number, "pipeline") / "1" / "encoder.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "buckets": list(lengths)}))
 
@@ -355,7 +355,7 @@ def main() -> int:
             load = partial(ask_triton, address, MODEL, contract)
             result, done = engine_under(address, release.number, load, given.seconds)
             print(
-                f"{CLIENTS} clients, padded {name}: {done.executions / done.rows:.2f} executions a request, "
+                f"{CLIENTS} clients, padded {name}: {done.executions / done.rows:.2f} batches a request, "
                 f"{done.mean_batch:.1f} rows each {dict(done.batches)}, {result.throughput:.1f} requests/s",
                 flush=True,
             )

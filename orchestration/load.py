@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from argparse import Namespace
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from pathlib import Path
 from orchestration.settings import read_workspace
 from orchestration.terminal import print_table, table_console
 from resources.artifacts.records import Checkpoint, EvaluationSet
-from resources.errors import ReleaseError
+from resources.errors import ReleaseError, ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.pipelines import open_pipeline
@@ -51,6 +52,9 @@ def load(options: Namespace) -> int:
         with TextClient(address) as client:
             title = f"{options.model}, release {client.release_of(options.model)}, on {client.version()} at {address}"
         found = measure_load(address, options.model, items, options.clients, options.seconds)
-        found += measure_with_perf_analyzer(address, options.model, items, options.clients, options.seconds)
+        try:
+            found += measure_with_perf_analyzer(address, options.model, items, options.clients, options.seconds)
+        except ServerError as error:  # it is an extra
+            print(f"refinery: {error}", file=sys.stderr)
     print_table(table_console(), title, *load_table(found))
     return 0

@@ -87,7 +87,9 @@ class TensorRtSettings(_Strict):
 class RateLimiter(_Strict):
     """What an engine's instance takes of Triton's rate limiter, which works across the models of a server."""
 
-    resources: dict[str, int] = Field(default_factory=dict, description="Copies that one execution holds, by name.")
+    resources: dict[str, Annotated[int, Field(ge=1, le=10**6)]] = Field(
+        default_factory=dict, description="Copies that one execution holds, by name."
+    )
     priority: int = Field(default=1, ge=1, le=1000, description="Its share of turns is 1 / priority.")
 
 

@@ -88,7 +88,7 @@ def size_text(size_bytes: int) -> str:
 
 def trial_table(configuration: ServingConfiguration) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what each setting did under load, stage by stage; the last stage's figures decide."""
-    header = ["setting", "stage", "requests/s", "p50 ms", "p99 ms", "rows a run", ""]
+    header = ["setting", "stage", "requests/s", "p50 ms", "p99 ms", "rows a batch", ""]
     rows = []
     for trial in configuration.trials:
         figures = [f"{trial.throughput_per_s:.0f}", f"{trial.p50_ms:.1f}", f"{trial.p99_ms:.1f}"]
@@ -114,12 +114,12 @@ def load_table(levels: Sequence[LoadLevel]) -> tuple[list[str], list[list[str]]]
         [
             str(level.clients),
             level.tool,
-            str(level.requests),
+            str(level.requests or "–"),
             f"{level.throughput_per_s:.1f}",
             milliseconds(level.p50_ms),
             milliseconds(level.p99_ms),
             f"{level.mean_batch:.2f}" if level.mean_batch else "–",
-            f"{level.executions_per_request:.2f}" if level.executions_per_request else "–",
+            f"{level.batches_per_request:.2f}" if level.batches_per_request else "–",
         ]
         for level in levels
     ]

@@ -166,7 +166,7 @@ class Tracker:
             return None
         metrics = {}
         for level in report.levels:
-            for key in ("throughput_per_s", "p50_ms", "p99_ms", "executions_per_request", "mean_batch"):
+            for key in ("throughput_per_s", "p50_ms", "p99_ms", "batches_per_request", "mean_batch"):
                 metrics[f"{level.tool}_{level.clients}_clients_{key}"] = float(getattr(level, key))
         tags = {f"{_TAG}release": str(report.release), "mlflow.note.content": f"On {report.server}."}
         parameters = {"release": report.release, "engine": report.engine, "server": report.server}

@@ -18,7 +18,7 @@ import pytest
 from resources import locks
 from resources.catalog import ModelEntry
 from resources.isolation import Limits
-from resources.triton import make, retain
+from resources.triton import fleet, make, retain
 from resources.triton.environment import is_installed
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
@@ -59,6 +59,7 @@ def nobody_polls() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retain, "FOLLOW_SECONDS", 0.0)
         patch.setattr(make, "REST_SECONDS", 0.0)
+        patch.setattr(fleet, "GRACE_SECONDS", 0.5)
         yield
 
 

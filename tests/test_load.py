@@ -47,10 +47,10 @@ def served(tmp_path_factory, plan, triton_settings):
 
 
 def test_percentiles_are_of_what_was_answered():
-    result = LoadResult(2, None, 2.0, tuple(float(value) for value in range(101)), failures=0, first_error="")
+    result = LoadResult(2, None, 2.0, 101, tuple(float(value) for value in range(101)), failures=0, first_error="")
     assert (result.requests, result.throughput) == (101, 50.5)
     assert (result.p50_ms, result.p90_ms, result.p99_ms) == (50, 90, 99)
-    nothing = LoadResult(2, None, 2.0, (), failures=3, first_error="no")
+    nothing = LoadResult(2, None, 2.0, 0, (), failures=3, first_error="no")
     assert nothing.throughput == 0
     assert math.isnan(nothing.p99_ms)
 

@@ -182,7 +182,7 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
     def failing(client, repository, release, name=None):
         asked.append(name)
         ask(client, repository, release, name)
-        if name is None:  # the public model, which everybody asks
+        if name is None and release.number == 2:  # the public model, which everybody asks
             raise KeyboardInterrupt
 
     for asking in (module, fleet):
@@ -194,7 +194,7 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
         settings = replace(triton_settings, servers=(server.grpc_address,))
         with pytest.raises(KeyboardInterrupt):
             roll_back(repository, "tiny", settings, log=tmp_path / "log")
-        assert asked == ["tiny__r2__proof", None]
+        assert asked == ["tiny__r2__proof", None, None], "and what it goes back to"
         assert current_number(repository, "tiny") == 3
         number, answers = served(client)
         assert number == 3

@@ -396,12 +396,12 @@ class LoadLevel(BaseModel):
     model_config = _CONFIG
     clients: int
     tool: str = Field(description="Who asked: tritonclient or perf_analyzer.")
-    requests: int
+    requests: int = Field(description="0: not known.")
     throughput_per_s: float
     p50_ms: float
     p99_ms: float
     mean_batch: float = Field(description="Rows that Triton gave to one execution; 0: not known.")
-    executions_per_request: float = Field(description="Of the model that runs the engine; 0: not known.")
+    batches_per_request: float = Field(description="Of Triton's, for the model's last step; 0: not known.")
 
 
 class ServingReport(Record):

@@ -215,11 +215,8 @@ class TextClient:
                 "it does not run in explicit model control. Start it with --model-control-mode=explicit, or set "
                 "REFINERY_TRITON_CONTROL to the mode that it runs in"
             )
-        elif "find backend library" in first or "runtime library" in first:
-            first += (
-                ". It lacks that backend: serve with a Triton that has it, or publish with "
-                "REFINERY_TRITON_FLAVOUR=python"
-            )
+        elif with_remedy(first) != first:
+            first = with_remedy(first)
         elif not self.is_live():
             return ServerError(
                 f"No Triton answers {self.protocol} at {self.address} ({first}). Start one (refinery serve), or give "
@@ -240,6 +237,16 @@ def text_tensors(api: Any, contract: Contract, items: Sequence[Mapping[str, str 
         tensor.set_data_from_numpy(np.array(rows, dtype=np.object_), **binary)
         tensors.append(tensor)
     return tensors
+
+
+def with_remedy(reason: str) -> str:
+    """Why a server cannot load a model, in its own words, with what to do about it where that is known."""
+    if "find backend library" in reason or "runtime library" in reason:
+        return (
+            f"{reason}. It lacks that backend: serve with a Triton that has it, or publish with "
+            "REFINERY_TRITON_FLAVOUR=python"
+        )
+    return reason
 
 
 def serves(address: str, model: str) -> bool:

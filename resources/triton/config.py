@@ -31,7 +31,9 @@ def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> Mo
 
     config = pb.ModelConfig(name=name or plan.model, platform="ensemble", max_batch_size=plan.max_batch_size)
     config.version_policy.specific.versions.append(number)
-    if plan.response_cache:  # of requests to this version: what another release answered is never given
+    # By model, version and request, and numbers are not given out twice: what another release answered is never given.
+    # Nor is what a proof asks for: the engine has to answer.
+    if plan.response_cache and name is None:
         config.response_cache.enable = True
     _texts(config, plan)
     lineage = {"refinery_release": str(number), "refinery_revision": plan.checkpoint.revision, **plan.lineage}
@@ -121,6 +123,8 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
     backend = plan.engine.runtime
     config = _step(plan, internal_name(plan.model, number, "engine"), backend, on_gpu=device_of(plan.target) == "cuda")
     _instances(config, plan)
+    # Its instances cannot tell whether another one computes.
+    threads = str(plan.serving.threads_beside or plan.serving.threads)
     extra = _task(plan).extra_inputs
     rows = []
     if backend == "openvino":
@@ -137,7 +141,7 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
     config.output.append(output)
     if backend == "openvino":
         # What it reads: ParseParameters in openvino.cc. It knows bfloat16 only as something to be asked for.
-        values = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(plan.serving.threads)}
+        values = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": threads}
         _parameters(config, values)
     elif backend == "tensorrt":
         # One group with all profiles. Triton gives a request to any instance that is free, whatever its shape, and an
@@ -147,7 +151,7 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
         _parameters(config, {f"refinery_{name}": plan.engine.parameters[name] for name in _BUILT[:3]})
     else:
         # The backend hands on no setting for spinning (its source of June 2026 was read).
-        _parameters(config, {"intra_op_thread_count": str(plan.serving.threads), "inter_op_thread_count": "1"})
+        _parameters(config, {"intra_op_thread_count": threads, "inter_op_thread_count": "1"})
         if device_of(plan.target) == "cuda":
             _accelerator(config, plan)
     # Zero ids and a mask of ones: random ids lie outside the vocabulary, and the load would fail.

@@ -211,3 +211,28 @@ def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> It
             f"{model}: the release could not be written to {repository}: {error.strerror or error}. {remedy} "
             "What served before goes on serving."
         ) from error
+
+
+def last_number(repository: Location, model: str) -> int:
+    """The largest number that a release of the model ever had where a server could see it; 0: none is known."""
+    try:
+        return int(_numbers(repository, model).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return 0
+
+
+def remember_number(repository: Location, model: str, number: int) -> None:
+    """Never give that number to another release: servers keep what they said of its names, and cached answers."""
+    path = _numbers(repository, model)
+    if isinstance(path, RemotePath):
+        path.write_bytes(str(number).encode())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.write_text(str(number), encoding="utf-8")
+    sync(draft)
+    draft.replace(path)
+
+
+def _numbers(repository: Location, model: str) -> Location:
+    return repository.parent / f".{repository.name}.numbers" / model

@@ -12,14 +12,16 @@ from contextlib import ExitStack, suppress
 from typing import Self
 
 from resources.errors import ServerError
-from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient
-from resources.triton.layout import CONFIG, called_internals, named_internals, pinned_number
+from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient, with_remedy
+from resources.triton.layout import CONFIG, named_internals, parse_internal, pinned_number, read_release
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location
 from resources.triton.verify import ask
 
 _LOOK_SECONDS = 0.1
+#: Requests that were under way in the release before may finish in it.
+GRACE_SECONDS = 5.0
 #: A server that has no model of the name answers so at once; one that is gone does not answer at all.
 _GONE = "unloaded"
 
@@ -27,7 +29,7 @@ _GONE = "unloaded"
 class Fleet:
     """The servers that can be told. A context manager: it holds one connection to each. False: there are none.
 
-    Nothing here waits longer than a load may take (client.LOAD_TIMEOUT_SECONDS) for one server.
+    Every wait for one server and one of its models ends after client.LOAD_TIMEOUT_SECONDS.
     """
 
     def __init__(self, settings: TritonSettings) -> None:
@@ -101,14 +103,32 @@ class Fleet:
         if self._polling and number is not None:
             self._await(client, model, number, named_internals(config))
         elif not self._polling:
-            client.load(model, called_internals(config))
+            client.load(model, named_internals(config))
+        release = read_release(repository, model, number) if number is not None else None
+        if release is not None:
+            ask(client, repository, release)
 
     def retire(self, names: Iterable[str]) -> None:
-        """Have every server drop models that nothing names any more. Servers that poll do so by themselves."""
-        if not self._polling:
-            names = list(names)
-            for client in self.clients:
-                client.unload_all(names)
+        """Have every server drop models that nothing names any more, but what it answers with all the same.
+
+        Servers that poll do so by themselves.
+        """
+        if self._polling:
+            return
+        names = list(names)
+        models = {parsed[0] for name in names if (parsed := parse_internal(name)) is not None}
+        for client in self.clients:
+            used: set[str] = set()
+            for model in models:
+                with suppress(ServerError):  # it has no model of the name
+                    used.update(client.steps(model))
+            client.unload_all(name for name in names if name not in used)
+
+    def leave(self, names: Sequence[str]) -> None:
+        """Drop what another release has replaced, once requests under way have had the time to be answered."""
+        if names and not self._polling:
+            time.sleep(GRACE_SECONDS)
+            self.retire(names)
 
     def served(self, model: str) -> list[int | None]:
         """The release that each server answers with; None: none of ours."""
@@ -128,10 +148,9 @@ class Fleet:
                     return
             for model, reason in client.failures().items():
                 if model in (name, *internals) and reason != _GONE:
-                    raise ServerError(f"The server at {client.address} cannot load {model}: {reason}.")
+                    raise ServerError(f"The server at {client.address} cannot load {model}: {with_remedy(reason)}.")
             time.sleep(_LOOK_SECONDS)
         raise ServerError(
             f"The server at {client.address} did not take {name} up within {LOAD_TIMEOUT_SECONDS:g} s. Its log says "
-            f"why; it has to serve {internals[0].split('__r')[0] if internals else name}'s repository with "
-            "--model-control-mode=poll (REFINERY_TRITON_CONTROL)."
+            "why; it has to serve this repository with --model-control-mode=poll (REFINERY_TRITON_CONTROL)."
         )

@@ -29,14 +29,16 @@ _WARM_UP_CLIENTS = 4
 class LoadResult:
     """What a load met. `latencies_ms`: of each request that was answered, in the order of the answers.
 
-    concurrency: clients of a closed loop; rate: requests a second of an open one; the other is None. seconds: the time
-    that throughput refers to. failures are not among the latencies; `first_error`: what the first of them said.
+    Requests that were asked within the time are in it, however late their answers came. concurrency: clients of a
+    closed loop; rate: requests a second of an open one; the other is None. answers: how many came within `seconds`,
+    whenever they were asked. failures are not among the latencies; `first_error`: what the first of them said.
     Percentiles are NaN where nothing was answered.
     """
 
     concurrency: int | None
     rate: float | None
     seconds: float
+    answers: int
     latencies_ms: tuple[float, ...] = field(repr=False)
     failures: int
     first_error: str
@@ -48,8 +50,8 @@ class LoadResult:
 
     @property
     def throughput(self) -> float:
-        """Answered requests a second."""
-        return self.requests / self.seconds
+        """Answers a second."""
+        return self.answers / self.seconds
 
     @property
     def p50_ms(self) -> float:
@@ -121,8 +123,8 @@ def closed_loop(
 ) -> LoadResult:
     """`concurrency` clients, each with its next request as soon as the last is answered.
 
-    items: one request each, asked in shuffled rounds, so that what is passed is the mix that is met. Counted are the
-    answers of `seconds` after the warm-up. Not to be called where an event loop runs.
+    items: one request each, asked in shuffled rounds, so that what is passed is the mix that is met. Counted is what
+    was asked in the `seconds` after the warm-up, and every failure. Not to be called where an event loop runs.
     Raises ServerError where nothing at all is answered.
     """
     return asyncio.run(
@@ -176,23 +178,24 @@ async def closed(
     if concurrency < 1:
         raise ValueError("a closed loop needs at least one client")
     numbers, answered, failed = shuffled_rounds(count, seed), list[float](), list[str]()
-    begin = time.perf_counter() + warm_up_seconds
+    begin, within = time.perf_counter() + warm_up_seconds, 0
     end = begin + seconds
 
     async def client() -> None:
+        nonlocal within
         while (asked := time.perf_counter()) < end:
             error = await _attempt(ask, next(numbers))
             now = time.perf_counter()
-            if not begin <= now < end:
-                continue
-            if error is None:
-                answered.append((now - asked) * 1000)
-            else:
+            if error is not None:
                 failed.append(error)
                 await asyncio.sleep(0.01)  # a server that is gone refuses at once
+                continue
+            within += begin <= now < end
+            if asked >= begin:  # the slowest are those that are answered after the end
+                answered.append((now - asked) * 1000)
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
-    return LoadResult(concurrency, None, seconds, tuple(answered), len(failed), failed[0] if failed else "")
+    return LoadResult(concurrency, None, seconds, within, tuple(answered), len(failed), failed[0] if failed else "")
 
 
 async def opened(
@@ -220,7 +223,7 @@ async def opened(
         under_way.append(asyncio.create_task(one(begin + offset)))
     await asyncio.gather(*under_way)
     spent = max(seconds, time.perf_counter() - begin)
-    return LoadResult(None, rate, spent, tuple(answered), len(failed), failed[0] if failed else "")
+    return LoadResult(None, rate, spent, len(answered), tuple(answered), len(failed), failed[0] if failed else "")
 
 
 def shuffled_rounds(count: int, seed: int) -> Iterator[int]:
@@ -315,8 +318,9 @@ async def _with_asker(
                 raise ServerError(f"{model} answered with nothing.")
 
         result = await run(ask)
-    if not result.requests and result.failures:
-        raise ServerError(f"The server at {address} (grpc) answered no request to {model}: {result.first_error}.")
+    if not result.requests:
+        why = result.first_error or f"none came within {result.seconds:g} s"
+        raise ServerError(f"The server at {address} (grpc) answered no request to {model}: {why}.")
     return result
 
 

@@ -146,6 +146,7 @@ def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http:
         ready=fleet.require_alike,
         prove_inside=prove_inside,
         announce=lambda release: fleet.take_up(home, release),
+        leave=fleet.leave,
         go_back=lambda model: fleet.go_back(home, model),
         retire=fleet.retire,
     )

@@ -54,11 +54,11 @@ def run_perf_analyzer(
             if done.returncode or not report.is_file():
                 words = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
                 raise ServerError(f"perf_analyzer could not measure {model} at {address}: {words[-1]}")
-            found += read_report(report.read_text(encoding="utf-8"), seconds)
+            found += read_report(report.read_text(encoding="utf-8"))
     return found
 
 
-def read_report(text: str, seconds: float) -> list[LoadLevel]:
+def read_report(text: str) -> list[LoadLevel]:
     """The levels of a report as perf_analyzer writes it with `-f`, latencies there in microseconds.
 
     Raises ServerError where it is another format than is known.
@@ -68,12 +68,12 @@ def read_report(text: str, seconds: float) -> list[LoadLevel]:
             LoadLevel(
                 clients=int(row["Concurrency"]),
                 tool="perf_analyzer",
-                requests=round(float(row["Inferences/Second"]) * seconds),
+                requests=0,
                 throughput_per_s=float(row["Inferences/Second"]),
                 p50_ms=float(row["p50 latency"]) / 1000,
                 p99_ms=float(row["p99 latency"]) / 1000,
                 mean_batch=0.0,
-                executions_per_request=0.0,
+                batches_per_request=0.0,
             )
             for row in csv.DictReader(io.StringIO(text))
         ]

@@ -61,10 +61,17 @@ def promote(
     """
     repository = workspace.repository(target)
     before = current_number(repository, model)
-    if list_releases(unverified_root(repository, model), model):
+    waiting = list_releases(unverified_root(repository, model), model)
+    if waiting:
         published = publish_champion(workspace, tracker, workspace.entry(model), target, dagster_run=dagster_run)
         if published.release.status != "published":
             raise ReleaseError(f"{model}: {published.advice}")
+        if not published.changed:
+            raise ReleaseError(
+                f"{model}: release {waiting[-1].number}, which waits, is not of the champion any more: that is what "
+                f"release {published.release.number} serves. Optimize again, or remove "
+                f"{unverified_root(repository, model)}."
+            )
         return Promoted(published.release, before)
     found = list_releases(repository, model)
     if not found:

@@ -18,7 +18,9 @@ from resources.triton.files import (
     clear_disk_errors,
     clear_staging,
     discard,
+    last_number,
     leave_note,
+    remember_number,
     replace_file,
     repository_lock,
     staging_folder,
@@ -75,6 +77,7 @@ class Steps:
     prove_inside: after the internals are in the repository, before the public model names them.
     announce: once the public model names it, also of an unchanged publish: servers have to answer with it, or the
         pointer is put back.
+    leave: what a server answered with before, and may drop once nobody waits for it.
     go_back: after that; the servers have to serve what the public model names then, if anything. What failed.
     retire: names of folders that are in the repository no more; a server may still hold them.
     Without `prove` and `prove_inside` the release is staged, not published.
@@ -84,6 +87,7 @@ class Steps:
     prove_inside: Callable[[Location, Release, ReleasePlan], Proof] | None = None
     announce: Callable[[Release], None] | None = None
     go_back: Callable[[str], list[str]] | None = None
+    leave: Callable[[list[str]], None] | None = None
     ready: Callable[[], None] | None = None
     retire: Callable[[list[str]], None] | None = None
 
@@ -108,7 +112,11 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
             if steps.ready is not None:
                 steps.ready()
             waiting = _waiting(repository, plan.model)
-            highest = max(highest_number(repository, plan.model), waiting.number if waiting else 0)
+            highest = max(
+                highest_number(repository, plan.model),
+                waiting.number if waiting else 0,
+                last_number(repository, plan.model),
+            )
             removed = sweep(repository)
             if steps.retire is not None and removed:
                 steps.retire(removed)
@@ -155,6 +163,7 @@ def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number:
 def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Location, steps: Steps) -> Release:
     public, number = repository / plan.model, str(release.number)
     internals = internal_names(release)
+    remember_number(repository, plan.model, release.number)
     try:
         for name in internals:
             bring_in(staged / name, repository / name)
@@ -202,6 +211,8 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
                     f"{' '.join(failed) or 'What served before serves again.'}"
                 ) from error
             raise
+    if steps.leave is not None and replaced:
+        steps.leave(named_internals((staged / _REPLACES).read_text(encoding="utf-8")))
     return release
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +61,13 @@ def roll_back(
                 f"{model}: {repository / model / CONFIG} names no release. Publish one: refinery optimize {model}."
             )
         release = _target(repository, model, before, to)
-        with on_this_machine(repository, release) as copy:
+        with on_this_machine(repository, release) as copy, Fleet(settings) as fleet:
             require_unchanged(copy, release)
+            fleet.require_alike()
             # Not finishing what a killed publisher began: that would go forward.
-            removed = sweep(repository, finish=False)
-            if settings.driven:
-                with Fleet(settings) as fleet:
-                    _switch(repository, release, fleet, removed)
+            fleet.retire(sweep(repository, finish=False))
+            if fleet:
+                _switch(repository, release, fleet)
             else:
                 if release.number == before:
                     raise ReleaseError(f"{model}: release {before} is what is pointed to already.")
@@ -106,14 +106,12 @@ def _replace(repository: Location, model: str, new: Path) -> None:
     sync(repository / model)
 
 
-def _switch(repository: Location, release: Release, fleet: Fleet, removed: Sequence[str]) -> None:
-    """On running servers: asked under another name first, then pointed to and taken up."""
-    fleet.require_alike()
+def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
+    """On running servers: asked under another name first, then pointed to and taken up; what it replaces is left."""
     model, pointer = release.model, repository / release.model / CONFIG
     old = pointer.read_text(encoding="utf-8")
     if {release.number} == {pinned_number(old), *fleet.served(model)}:
         raise ReleaseError(f"{model}: release {release.number} is what is pointed to and served already.")
-    fleet.retire(removed)
     internals = named_internals((repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8"))
     try:
         _ask_aside(repository, release, fleet)
@@ -135,6 +133,7 @@ def _switch(repository: Location, release: Release, fleet: Fleet, removed: Seque
         if release.number not in fleet.served(model):
             fleet.retire(internals)
         raise
+    fleet.leave([name for name in named_internals(old) if name not in internals])
 
 
 def _ask_aside(repository: Location, release: Release, fleet: Fleet) -> None:

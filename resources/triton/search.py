@@ -35,6 +35,8 @@ from resources.locks import benchmarking
 from resources.targets import device_of
 from resources.triton.client import TextClient
 from resources.triton.config import front_config, write_config
+from resources.triton.environment import is_installed, requirements
+from resources.triton.launch import RATE_LIMIT
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
 from resources.triton.mix import request_mix
@@ -53,8 +55,11 @@ QUEUE_DELAYS_US = (0, 500, 2000)
 MOST_INSTANCES = 4
 #: Two instances on a CPU hold an engine's weights four times, a gigabyte of these.
 LARGEST_SHARED_BYTES = 2**28
-#: Within this share of the best two settings are equal, and the simpler one is taken.
-NOISE = 0.03
+#: Within this share of the best settings are equal, and the simplest is taken: the same setting, measured twice for
+#: some seconds on a machine that others use too, differed by up to ten percent.
+NOISE = 0.1
+#: Fewer requests say nothing about their 99th percentile.
+FEWEST_REQUESTS = 50
 #: Shorter than this a trial says nothing.
 _SHORTEST_SECONDS = 0.5
 #: The number that a staged release needs and that nobody sees.
@@ -135,10 +140,11 @@ def _weight(setting: ServingSetting) -> tuple[int, int]:
 def halve(
     settings: Sequence[ServingSetting], measure: Measure, seconds: float, p99_limit_ms: float | None
 ) -> list[ServingTrial]:
-    """Trials of all stages, within about `seconds`. The last stage's decide.
+    """Trials of all stages that came to their end within `seconds`, but for one trial more. The last stage's decide.
 
-    There the settings are measured twice, the second time in the opposite order: machines have moods. What the first
-    stage has not come to when half of the time is over is not tried.
+    There the settings are measured twice, the second time in the opposite order: machines have moods. The first of
+    them, the simplest, stays to the end. What the first stage has not come to when half of the time is over is not
+    tried.
     """
     left, trials = list(settings), list[ServingTrial]()
     stages = max(1, math.ceil(math.log2(len(left)))) if len(left) > 1 else 1
@@ -150,18 +156,20 @@ def halve(
         if number < stages:
             found = list[ServingTrial]()
             for setting in left:
-                if number == 1 and len(found) > 1 and time.monotonic() > deadline - seconds / 2:
+                if len(found) > 1 and time.monotonic() > (deadline - seconds / 2 if number == 1 else deadline):
                     break
                 found.append(measure(setting, max(share, _SHORTEST_SECONDS), number))
+            if number > 1 and len(found) < len(left):
+                break
         else:
             half = max(share / 2, _SHORTEST_SECONDS)
             there = [measure(setting, half, number) for setting in left]
             back = [measure(setting, half, number) for setting in reversed(left)]
             found = [_pooled(*pair) for pair in zip(there, reversed(back), strict=True)]
         trials += found
-        kept = rank(found, p99_limit_ms)[: max(2, len(left) // 2)]
+        kept = rank(found, p99_limit_ms)[: max(2, len(found) // 2)]
         # In their own order again, so that the simplest comes first.
-        kept_settings = [trial.setting for trial in kept if not trial.reason]
+        kept_settings = [trial.setting for trial in (*kept, found[0]) if not trial.reason]
         left = [setting for setting in left if setting in kept_settings]
         if not left:
             break
@@ -207,7 +215,8 @@ def make_serving_configuration(
         cores=workspace.threads(entry),
         engine_bytes=engine.size_bytes,
     )
-    searched = len(tried) > 1 and serving.search_seconds > 0 and workspace.triton.flavour == "python"
+    embedded = workspace.triton.flavour == "python" and is_installed(workspace.triton.environment)
+    searched = len(tried) > 1 and serving.search_seconds > 0 and embedded
     digest = fingerprint(
         "serving_configuration",
         model=entry.name,
@@ -216,11 +225,23 @@ def make_serving_configuration(
         checkpoint=[checkpoint.tokenizer_digest, checkpoint.pipeline_digest],
         settings=[setting.model_dump() for setting in tried],
         batch=entry.max_batch_size,
-        serving=serving.model_dump(include={"p99_ms", "clients", "search_seconds"}) if searched else None,
+        serving=serving.model_dump(include={"p99_ms", "clients", "search_seconds", "rate_limiter"})
+        if searched
+        else None,
+        server=requirements() if searched else None,
         load=[evaluation.digest, checkpoint.lengths and checkpoint.lengths.model_dump()] if searched else None,
         device=device,
         flavour=workspace.triton.flavour,
-        code=code_version("resources.triton.search", "resources.triton.load", "resources.triton.mix"),
+        code=code_version(
+            "resources.triton.search",
+            "resources.triton.load",
+            "resources.triton.mix",
+            "resources.triton.config",
+            "resources.triton.python_models",
+            "resources.pipelines",
+            "resources.engines.sessions",
+            "resources.engines.cuda",
+        ),
     )
     record = ServingConfiguration(
         digest=digest,
@@ -239,8 +260,8 @@ def make_serving_configuration(
         del folder
         if not searched:
             why = (
-                "Triton's own backends are not embedded, so nothing was measured"
-                if workspace.triton.flavour != "python"
+                "there is no embedded server with its backend to measure on"
+                if not embedded
                 else "there is nothing to choose"
                 if len(tried) == 1
                 else "search_seconds is 0"
@@ -256,6 +277,7 @@ def make_serving_configuration(
             engine_folder=workspace.store.folder(engine),
             max_batch_size=entry.max_batch_size,
             serving=tried[0],
+            rate_limiter=serving.rate_limiter,
         )
         items = request_mix(
             read_evaluation_set(workspace.store.folder(evaluation)).items, checkpoint, plan.checkpoint_folder
@@ -263,7 +285,16 @@ def make_serving_configuration(
         log = workspace.log(entry.name, f"serving-{champion.target}")
         with benchmarking(), trial_server(plan, workspace.triton, items, serving.clients, log) as measure:
             trials = halve(tried, measure, serving.search_seconds, serving.p99_ms)
-        setting, reason = choose(last_stage(trials), serving.p99_ms)
+        last = last_stage(trials)
+        if all(trial.reason for trial in last) and any(trial.requests for trial in trials):
+            setting, reason = (
+                tried[0],
+                f"{tried[0]}: too few requests are answered in the time to compare it with others",
+            )
+        else:
+            setting, reason = choose(last, serving.p99_ms)
+        count = len({trial.setting for trial in trials})
+        reason += f" ({count} of {len(tried)} settings tried)"
         return record.model_copy(update={"setting": setting, "reason": reason, "trials": tuple(trials)})
 
     return workspace.store.get_or_make(ServingConfiguration, digest, make)
@@ -279,7 +310,9 @@ def trial_server(
         root.mkdir()
         stage(plan, _NUMBER, root)
         with (
-            EmbeddedServer(root, settings, models=[plan.model], log=log) as server,
+            EmbeddedServer(
+                root, settings, models=[plan.model], log=log, options=[RATE_LIMIT] if plan.rate_limiter else []
+            ) as server,
             TextClient(server.grpc_address) as client,
         ):
             contract = client.contract(plan.model)
@@ -311,6 +344,9 @@ def trial_server(
                     after = server_statistics(server.grpc_address, [pipeline])
                 except ServerError as error:
                     return trial.model_copy(update={"reason": str(error)})
+                if result.requests < FEWEST_REQUESTS:
+                    few = f"{result.requests} requests in {result.seconds:.1f} s are too few to say anything"
+                    return trial.model_copy(update={"requests": result.requests, "reason": few})
                 if result.failures:
                     return trial.model_copy(
                         update={"reason": f"{result.failures} requests failed: {result.first_error}"}

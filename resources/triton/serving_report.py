@@ -15,6 +15,7 @@ from resources.errors import ReleaseError, ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.triton.client import TextClient
+from resources.triton.environment import is_installed, requirements
 from resources.triton.layout import current_release
 from resources.triton.load import closed_loop, server_statistics, statistics_since
 from resources.triton.mirror import served_folder
@@ -65,7 +66,7 @@ def measure_load(
                 p50_ms=result.p50_ms,
                 p99_ms=result.p99_ms,
                 mean_batch=engine.mean_batch if engine else 0.0,
-                executions_per_request=engine.executions / asked if engine and asked else 0.0,
+                batches_per_request=engine.executions / asked if engine and asked else 0.0,
             )
         )
         if result.failures:
@@ -105,6 +106,7 @@ def make_serving_report(
         seconds=serving.benchmark_seconds,
         device=describe_device(target),
         perf_analyzer=str(find_perf_analyzer() or ""),
+        server=requirements(),
         code=code_version("resources.triton.serving_report", "resources.triton.load", "resources.triton.mix"),
     )
     record = ServingReport(
@@ -123,8 +125,8 @@ def make_serving_report(
             return record.model_copy(update={"reason": "no release is published yet"})
         if serving.benchmark_seconds == 0:
             return record.model_copy(update={"reason": "benchmark_seconds is 0"})
-        if release.flavour != "python":
-            why = "Triton's own backends are not embedded; measure a server of yours with `refinery load`"
+        if release.flavour != "python" or not is_installed(workspace.triton.environment):
+            why = "there is no embedded server with its backend; measure one of yours with `refinery load --url`"
             return record.model_copy(update={"reason": why})
         known = read_evaluation_set(workspace.store.folder(evaluation))
         items = request_mix(known.items, checkpoint, workspace.store.folder(checkpoint))

@@ -26,6 +26,7 @@ from resources.artifacts.records import ServingSetting
 from resources.errors import CatalogError, ReleaseError, ServerError
 from resources.triton import lease as leases
 from resources.triton import release as writing
+from resources.triton import retain as retaining
 from resources.triton import storage
 from resources.triton.files import copy_tree, discard, repository_lock, staging_root
 from resources.triton.launch import Ports
@@ -53,6 +54,12 @@ def credentials():
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def followed(monkeypatch):
+    """Nobody serves what is cleaned up here, so nobody has to be waited for."""
+    monkeypatch.setattr(retaining, "FOLLOW_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -279,10 +286,38 @@ def test_what_is_removed_goes_the_other_way_round(memory, plans, small, monkeypa
 
 
 def test_names_that_lead_out_of_a_folder_are_not_copied(memory, tmp_path):
-    (memory / "tiny" / ".." / ".." / "outside").write_bytes(b"")
-    with pytest.raises(ReleaseError, match="is no path of a repository"):
-        copy_tree(memory, tmp_path / "copy" / "deep")
+    for name in ("tiny/../../outside", f"{tmp_path}/outside", "tiny//outside", "tiny/./outside"):
+        (memory / name).write_bytes(b"")
+        with pytest.raises(ReleaseError, match="is no path of a repository"):
+            copy_tree(memory, tmp_path / "copy" / "deep")
+        memory.remove([name])
+        assert memory.sizes() == {}
     assert not (tmp_path / "outside").exists()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_removal_that_the_store_refuses_is_seen_and_nothing_more_is_removed(s3, bucket, plans, small):
+    """Else a configuration could outlive its `model.py`, and a server would wait for that for ever."""
+    for plan in plans[:3]:
+        publish(plan, bucket, UNASKED)
+    before = files_of(bucket)
+    s3.refuses = lambda method, key: method == "DELETE" and key.endswith(f"tiny__r1__pipeline/{CONFIG}")
+    with pytest.raises(ReleaseError, match=f"tiny__r1__pipeline/{CONFIG}: the store refuses to remove it"):
+        retain(bucket, "tiny", keep=1)
+    gone = {name.split("/")[0] for name in before.keys() - files_of(bucket).keys()}
+    assert gone == {"tiny"}
+    s3.refuses = lambda method, key: False
+    retain(bucket, "tiny", keep=1)
+    assert numbers(bucket) == [3]
+    assert not (bucket / "tiny__r1__pipeline").exists()
+
+
+def test_names_are_no_patterns(memory):
+    """Of somebody else's file: a place that a user gives is refused with a star or bracket."""
+    for name in ("tiny/a[12]", "tiny/a1", "tiny/*"):
+        (memory / name).write_bytes(b"")
+    memory.remove(["tiny/a[12]", "tiny/*"])
+    assert memory.sizes() == {"tiny/a1": 0}
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
@@ -659,7 +694,19 @@ def test_paths_are_those_that_triton_reads(tmp_path, text, shown, key, options):
     assert (place / "cpu").parent == place
 
 
-@pytest.mark.parametrize("text", ["s3://", "as://account", "s3://http://host/bucket", "ftp://host/a", "gs:///"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://",
+        "s3://bucket/a[12]",
+        "gs://b/*",
+        "as://a/c/?",
+        "as://account",
+        "s3://http://host/bucket",
+        "ftp://host/a",
+        "gs:///",
+    ],
+)
 def test_paths_that_nothing_reads_are_refused(tmp_path, text):
     with pytest.raises(CatalogError, match="REFINERY_TRITON_REPOSITORIES: "):
         read_workspace({"REFINERY_TRITON_REPOSITORIES": text, "REFINERY_HOME": str(tmp_path)})

@@ -88,9 +88,13 @@ def retain(
 
 
 def _let_follow(pointer: Location) -> None:
-    """Sleep until servers that poll have had the time to follow. A rename sets the time of a file's last change."""
+    """Sleep until servers that poll have had the time to follow. A rename sets the time of a file's last change; what
+    a store says of it is by a clock of its own, so there it is always slept in full.
+    """
+    left = FOLLOW_SECONDS
     if isinstance(pointer, Path):
-        time.sleep(min(max(0.0, pointer.stat().st_ctime + FOLLOW_SECONDS - time.time()), FOLLOW_SECONDS))
+        left = min(max(0.0, pointer.stat().st_ctime + FOLLOW_SECONDS - time.time()), FOLLOW_SECONDS)
+    time.sleep(left)
 
 
 def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None:

@@ -198,16 +198,14 @@ class RemotePath:
             files.get_file(self.key, str(target))
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove the named files below it, in no order. Those that are gone already are no error."""
-        keys = [f"{self.key}/{name}" for name in names]
-        try:
-            if keys:
-                with self._changing("remove") as (files, bound):
-                    files.rm(keys, **bound)
-        except FileNotFoundError:  # S3 does not say so; and then the others may still be there
-            for key in keys:
-                with suppress(FileNotFoundError), self._changing("remove") as (files, bound):
-                    files.rm_file(key, **bound)
+        """Remove the named files below it, in their order. Those that are gone already are no error.
+
+        One by one: fsspec's `rm` takes stars and brackets in a key for a pattern, and s3fs's does not look at the
+        errors that S3 answers many removals at once with.
+        """
+        for name in names:
+            with suppress(FileNotFoundError), (self / name)._changing("remove") as (files, bound):
+                files.rm_file(f"{self.key}/{name}", **bound)
 
     def _kind(self) -> str:
         try:
@@ -305,6 +303,8 @@ def _key(text: str, parts: str) -> str:
     key = re.sub("/+", "/", parts.strip("/"))
     if not key:
         raise ValueError(f"{text!r} names no bucket")
+    if re.search(r"[*?\[]", key):
+        raise ValueError(f"{text!r} holds *, ? or [, which would stand for other places too")
     return key
 
 

@@ -195,13 +195,16 @@ def test_what_a_server_does_not_take_up_is_taken_back(repository, plans, small):
         publish(plan, repository, UNASKED)
 
 
-def test_a_place_that_is_not_ours_is_left_alone(repository, plans, small):
+def test_a_place_that_is_not_ours_is_left_alone(repository, plans, small, tmp_path):
     write_file(repository / "tiny" / "1" / "model.onnx", b"precious")
     write_file(repository / "other__r1__mine" / "1" / "model.py", b"precious")
+    write_file(repository / "tiny__r1__engine" / "1" / "model.onnx", b"precious")
     before = files_of(repository)
     with pytest.raises(ReleaseError, match=r"was not published by transformer-refinery\. Move it away"):
         publish(plans[0], repository, UNASKED)
     assert files_of(repository) == before
+    publish(make_plan(tmp_path, model="mine"), repository, UNASKED)
+    assert before.items() <= files_of(repository).items()
 
 
 def test_a_damaged_release_is_published_anew(repository, plans, small):
@@ -387,8 +390,12 @@ def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, 
         assert current is not None or not old
         whole = f"tiny/2/{MANIFEST}" in files_of(memory)
         forget_claims(memory)
+        if case == "next release":  # what it has proven survives that, and is finished all the same
+            retain(memory, "tiny", keep=5)
+            forget_claims(memory)
         done = publish(plan, memory, steps)
         finished += whole and not done.changed
+        assert done.current
         # Numbers that were seen are not given out again.
         number = 2 if case == "next release" else 1
         assert done.release.number in (number, number + 1)
@@ -459,9 +466,57 @@ def test_the_note_of_a_killed_publisher_moves_no_pointer_that_somebody_else_move
     assert_nothing_beside(bucket)
 
 
-@pytest.mark.parametrize("refused", [1, 20, -2, -1])
+@pytest.mark.parametrize("when", ["at once", "later", "never"])
+def test_a_pointer_that_moves_without_an_answer_names_a_release_that_is_there(memory, plans, small, when):
+    """A store may do what it was told after nobody waits for its answer any more."""
+    late = []
+
+    def lose(path, data):
+        if path != memory / "tiny" / CONFIG:
+            return write(path, data)
+        if when == "at once":
+            write(path, data)
+        late.append(data)
+        raise ReleaseError(f"{path}: no answer.")
+
+    write = RemotePath.write_bytes
+    for number, plan in enumerate(plans[:2], 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RemotePath, "write_bytes", lose)
+            with pytest.raises(ReleaseError, match=rf"no answer\. The store was told to point to release {number} and"):
+                publish(plan, memory, UNASKED)
+        if when == "later":
+            write(memory / "tiny" / CONFIG, late[-1])
+        if when != "never":
+            assert is_whole(memory, current_release(memory, "tiny"))
+            assert current_number(memory, "tiny") == number
+        again = publish(plan, memory, UNASKED)
+        assert (again.changed, again.current, again.release.number) == (False, True, number)
+        assert current_number(memory, "tiny") == number
+        assert_nothing_beside(memory)
+
+
+def test_what_cannot_be_taken_back_is_said_beside_why_it_was(memory, plans, small):
+    publish(plans[0], memory, UNASKED)
+    told = []
+
+    def refuse(release):
+        patch.setattr(RemotePath, "write_bytes", lambda path, data: (_ for _ in ()).throw(ReleaseError("Away.")))
+        raise ServerError("out of memory.")
+
+    steps = Steps(prove=unasked, announce=refuse, go_back=lambda model: told.append(model) or [])
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ServerError, match=r"out of memory\. The release may still be pointed to, so it stays: Away\."),
+    ):
+        publish(plans[1], memory, steps)
+    assert told == ["tiny"]
+    assert is_whole(memory, current_release(memory, "tiny"))
+
+
+@pytest.mark.parametrize("refused", [1, 20, -2])
 def test_a_store_that_refuses_a_put_changes_nothing(s3, bucket, plans, small, refused):
-    """refused: which of those to the repository; from the end, where below 0: the pointer is the last."""
+    """refused: which of those to the repository; -2: the manifest, the last before the pointer."""
     publish(plans[0], bucket, UNASKED)
     before = files_of(bucket)
     home = bucket.key.removeprefix(f"{BUCKET}/")

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +16,7 @@ from resources.locks import file_lock
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
 from resources.triton.lease import leased
 from resources.triton.release import Release
-from resources.triton.storage import Location, RemotePath
+from resources.triton.storage import Location, RemotePath, contents
 
 #: Beside the engine: the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
@@ -152,12 +152,20 @@ def staging_folder(repository: Location) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_staging(repository: Location) -> None:
-    """Remove what killed publishers left there."""
+def clear_staging(repository: Location, *, but: Collection[str] = ()) -> None:
+    """Remove what killed publishers left there. but: names of folders below `staging_root` that stay."""
     root = staging_root(repository)
-    if isinstance(root, RemotePath):
+    for path in contents(root) if but else []:
+        if path.name in but:
+            continue
+        if isinstance(path, RemotePath):
+            discard(path, root)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    if isinstance(root, RemotePath) and not but:
         discard(root, root)
-    shutil.rmtree(_local_staging(repository), ignore_errors=True)
+    if isinstance(root, RemotePath) or not but:
+        shutil.rmtree(_local_staging(repository), ignore_errors=True)
 
 
 def leave_note(staged: Path, repository: Location, names: Sequence[str]) -> None:
@@ -178,6 +186,11 @@ def take_note_back(staged: Path, repository: Location) -> None:
         with suppress(ReleaseError):
             discard(root / staged.name, root)
             (staged / _NOTED).unlink()
+
+
+def keep_note(staged: Path) -> None:
+    """Leave the note to the next publisher: `take_note_back` passes it over."""
+    (staged / _NOTED).unlink(missing_ok=True)
 
 
 def _local_staging(repository: Location) -> Path:

@@ -77,7 +77,8 @@ def retain(
             if (number := _require_served(address, model)) in whole:
                 kept[number] = f"served at {address}"
         kept[current] = "what is pointed to"
-        gone = sweep(repository, finish=False)
+        # What a killed publisher has proven waits for the next one: a clean-up moves no pointer.
+        gone = sweep(repository, finish=False, later=True)
         removed = tuple(number for number in release_numbers(repository, model) if number not in kept)
         if removed and not settings.servers:
             _let_follow(repository / model / CONFIG)

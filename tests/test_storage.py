@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from resources.errors import CatalogError, ReleaseError, ServerError
 from resources.triton import lease as leases
 from resources.triton import release as writing
 from resources.triton import retain as retaining
+from resources.triton import rollback as rolling_back
 from resources.triton import storage
 from resources.triton.files import copy_tree, discard, repository_lock, staging_root
 from resources.triton.launch import Ports
@@ -34,7 +36,9 @@ from resources.triton.layout import CONFIG, MANIFEST, current_number, current_re
 from resources.triton.mirror import served_folder
 from resources.triton.publish import Steps, publish, unverified_root
 from resources.triton.retain import retain
+from resources.triton.rollback import roll_back
 from resources.triton.server import serve_foreground
+from resources.triton.settings import TritonSettings
 from resources.triton.storage import RemotePath, Store, parse_location
 from tests.objects import BUCKET, CHANGES, files_of, s3_server, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
@@ -330,23 +334,28 @@ class Killed(BaseException):
     """No handler of the code under test has a say after it."""
 
 
-def interrupted(store, step, action):
-    """Run it so that its n-th change of the store, and all that it asks after that, does not happen: `killed`, or
-    `through` where it made fewer.
+def interrupted(store, step, action, how="killed"):
+    """Run it so that its n-th change of the store, and all that it asks after that, does not happen, or, `unanswered`,
+    so that it happens and an error is all that is said of it. `interrupted`, or `through` where it made fewer.
     """
     real, count = Store.filesystem, 0
 
     def filesystem(self):
-        if count >= step:
+        if how == "killed" and count >= step:
             raise Killed
         return real(self)
 
     changing = RemotePath._changing
 
-    def counted(self, what):
+    @contextmanager
+    def counted(self, *arguments):
         nonlocal count
         count += 1
-        return changing(self, what)
+        lost = how == "unanswered" and count == step
+        with changing(self, *arguments) as asked:
+            yield asked
+        if lost:
+            raise ReleaseError("no answer in time")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RemotePath, "_changing", counted)
@@ -354,10 +363,13 @@ def interrupted(store, step, action):
         try:
             action()
         except Killed:
-            return "killed"
+            return "interrupted"
+        except ReleaseError as error:
+            assert "no answer in time" in str(error)
+            return "interrupted"
         finally:
-            store.lease = None
-    return "through"
+            store.leases.clear()
+    return "through" if count < step else "interrupted"
 
 
 def forget_claims(repository):
@@ -366,8 +378,12 @@ def forget_claims(repository):
     lock.remove(list(lock.sizes()))
 
 
+HOW = pytest.mark.parametrize("how", ["killed", "unanswered"])
+
+
+@HOW
 @pytest.mark.parametrize("case", ["first release", "next release", "waiting release"])
-def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, small, case):
+def test_a_publisher_interrupted_at_any_step_is_made_good_by_the_next(memory, plans, small, case, how):
     from fsspec.implementations.memory import MemoryFileSystem
 
     plan, steps = plans[1], UNASKED
@@ -383,7 +399,7 @@ def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, 
         MemoryFileSystem.store.clear()
         for name, data in base.items():
             MemoryFileSystem().pipe_file(name, data)
-        if interrupted(memory.store, step, lambda: publish(plan, memory, steps)) == "through":
+        if interrupted(memory.store, step, lambda: publish(plan, memory, steps), how) == "through":
             break
         current = current_release(memory, "tiny")
         assert current is None or is_whole(memory, current)
@@ -415,7 +431,37 @@ def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, 
     assert finished >= 1 or case != "next release"
 
 
-def test_a_clean_up_killed_at_any_step_is_ended_by_the_next(memory, plans, small):
+@HOW
+def test_going_back_interrupted_at_any_step_ends_here_or_there(memory, plans, small, tmp_path, monkeypatch, how):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(rolling_back, "ask_embedded", lambda *arguments: None)
+    for plan in plans[:2]:
+        publish(plan, memory, UNASKED)
+    base = {name: file.getvalue() for name, file in MemoryFileSystem.store.items()}
+
+    def go_back():
+        roll_back(memory, "tiny", TritonSettings(), to=1, log=tmp_path / "log")
+
+    for step in range(1, 30):
+        MemoryFileSystem.store.clear()
+        for name, data in base.items():
+            MemoryFileSystem().pipe_file(name, data)
+        if interrupted(memory.store, step, go_back, how) == "through":
+            break
+        assert current_number(memory, "tiny") in (1, 2)
+        assert numbers(memory) == [1, 2]
+        forget_claims(memory)
+        if current_number(memory, "tiny") == 2:
+            go_back()
+        assert current_number(memory, "tiny") == 1
+        assert numbers(memory) == [1, 2]
+        assert_nothing_beside(memory)
+    assert 3 < step < 29
+
+
+@HOW
+def test_a_clean_up_interrupted_at_any_step_is_ended_by_the_next(memory, plans, small, how):
     from fsspec.implementations.memory import MemoryFileSystem
 
     for plan in plans[:3]:
@@ -426,7 +472,7 @@ def test_a_clean_up_killed_at_any_step_is_ended_by_the_next(memory, plans, small
         MemoryFileSystem.store.clear()
         for name, data in base.items():
             MemoryFileSystem().pipe_file(name, data)
-        if interrupted(memory.store, step, lambda: retain(memory, "tiny", keep=1)) == "through":
+        if interrupted(memory.store, step, lambda: retain(memory, "tiny", keep=1), how) == "through":
             break
         assert is_whole(memory, current_release(memory, "tiny"))
         forget_claims(memory)
@@ -574,6 +620,7 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
     assert (bucket / "tiny__r2__pipeline" / CONFIG).is_file()
     assert len((bucket.parent / ".cpu.lock").sizes()) == 1
     monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.3)
     monkeypatch.setattr(leases, "LOOK_SECONDS", 0.1)
     begun = time.monotonic()
@@ -589,10 +636,11 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
 
 def test_a_lease_is_kept_while_its_holder_lives(memory, monkeypatch):
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.1)
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.1)
     monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(leases, "PATIENCE_SECONDS", 1.5)
-    other = RemotePath(replace(memory.store, lease=None), memory.key)
+    other = RemotePath(replace(memory.store, leases={}), memory.key)
     with repository_lock(memory):
         message = rf"is being changed by .*, process {os.getpid()}, since 20"
         with pytest.raises(ReleaseError, match=message), repository_lock(other):
@@ -603,18 +651,75 @@ def test_a_lease_is_kept_while_its_holder_lives(memory, monkeypatch):
 
 
 def test_who_cannot_renew_the_lease_changes_nothing_more(memory, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
     monkeypatch.setattr(leases, "RENEW_SECONDS", 60.0)
     monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
     with repository_lock(memory):
         (memory / "tiny" / "one").write_bytes(b"")
         time.sleep(0.4)
+        # Nobody else has it yet, and what is begun now could arrive when somebody has.
+        assert leases.Lease(memory.parent / ".cpu.lock")._living() is not None
         for change in (lambda: (memory / "tiny" / CONFIG).write_bytes(b""), lambda: memory.remove(["tiny/one"])):
             with pytest.raises(ReleaseError, match="could not renew its lease for 0.3 s"):
                 change()
-        other = RemotePath(replace(memory.store, lease=None), memory.key)
+        other = RemotePath(replace(memory.store, leases={}), memory.key)
         with repository_lock(other):
             assert other.sizes() == {"tiny/one": 0}
+
+
+def test_who_lost_a_tie_waits_and_has_it_then(memory, monkeypatch):
+    """For longer than a claim lives: its own that it took back is not one that it could not renew."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
+    loser = leases.Lease(memory.parent / ".cpu.lock")
+    blind, look = [None], loser._living
+    monkeypatch.setattr(loser, "_living", lambda: blind.pop() if blind else look())
+    waiter = threading.Thread(target=loser.acquire)
+    with repository_lock(memory):
+        waiter.start()
+        time.sleep(1.0)
+        assert waiter.is_alive()
+        assert loser._count == 1
+    waiter.join(10)
+    loser.require()
+    loser.release()
+    assert (memory.parent / ".cpu.lock").sizes() == {}
+
+
+def test_a_claim_that_is_being_written_does_not_come_back(memory, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    begun, write = threading.Event(), RemotePath.write_bytes
+
+    def slowly(path, data):
+        if b'"renewed": 1' in data:
+            begun.set()
+            time.sleep(0.3)
+        write(path, data)
+
+    monkeypatch.setattr(RemotePath, "write_bytes", slowly)
+    with repository_lock(memory):
+        assert begun.wait(10)
+    time.sleep(0.5)
+    assert (memory.parent / ".cpu.lock").sizes() == {}
+
+
+def test_repositories_of_one_store_are_held_each_by_its_own(memory, monkeypatch):
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", leases.LEASE_SECONDS)
+    other = memory.parent / "cuda"
+    with repository_lock(memory):
+        monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.0)
+        with repository_lock(other):
+            monkeypatch.setattr(leases, "MARGIN_SECONDS", 2 * leases.LEASE_SECONDS)
+            for place in (memory, other, staging_root(memory), unverified_root(memory, "tiny")):
+                with pytest.raises(ReleaseError, match=str(place.parent if place == other else memory.parent)):
+                    (place / "one").write_bytes(b"")
+            (memory.parent / "cpu2" / "one").write_bytes(b"")
+        with pytest.raises(ReleaseError, match="could not renew"):
+            (memory / "one").write_bytes(b"")
+        (other / "one").write_bytes(b"")
 
 
 def test_only_one_of_many_holds_the_lease(memory, monkeypatch):
@@ -624,7 +729,7 @@ def test_only_one_of_many_holds_the_lease(memory, monkeypatch):
     def take():
         nonlocal inside, most, done
         for _ in range(5):
-            with repository_lock(RemotePath(replace(memory.store, lease=None), memory.key)):
+            with repository_lock(RemotePath(replace(memory.store, leases={}), memory.key)):
                 inside += 1
                 most = max(most, inside)
                 time.sleep(0.002)

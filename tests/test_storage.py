@@ -4,12 +4,14 @@ S3 is moto's, on loopback. Where every single step is interrupted, fsspec's stor
 same code from `RemotePath` on, and a hundred publishes there take seconds.
 """
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -25,11 +27,12 @@ from orchestration.cli import main
 from orchestration.settings import read_workspace
 from resources.artifacts.records import ServingSetting
 from resources.errors import CatalogError, ReleaseError, ServerError
+from resources.triton import files, storage
 from resources.triton import lease as leases
 from resources.triton import release as writing
 from resources.triton import retain as retaining
 from resources.triton import rollback as rolling_back
-from resources.triton import storage
+from resources.triton import verify as verifying
 from resources.triton.files import copy_tree, discard, repository_lock, staging_root
 from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, MANIFEST, current_number, current_release, is_whole, list_releases
@@ -40,6 +43,7 @@ from resources.triton.rollback import roll_back
 from resources.triton.server import serve_foreground
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import RemotePath, Store, parse_location
+from resources.triton.verify import verify_release
 from tests.objects import BUCKET, CHANGES, files_of, s3_server, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
 
@@ -870,6 +874,114 @@ def test_paths_are_those_that_triton_reads(tmp_path, text, shown, key, options):
 def test_paths_that_nothing_reads_are_refused(tmp_path, text):
     with pytest.raises(CatalogError, match="REFINERY_TRITON_REPOSITORIES: "):
         read_workspace({"REFINERY_TRITON_REPOSITORIES": text, "REFINERY_HOME": str(tmp_path)})
+
+
+# --- on this machine --------------------------------------------------------------------------------------------------
+
+
+def test_one_bad_model_or_a_store_that_is_away_costs_no_other(memory, plans, small, tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    other, said = make_plan(tmp_path, model="other"), []
+    for plan in (plans[0], other):
+        publish(plan, memory, UNASKED)
+    engine = "tiny__r1__pipeline/1/model.onnx"
+    whole = (memory / engine).read_bytes()
+    (memory / engine).write_bytes(b"")
+    with pytest.raises(ReleaseError, match="release 1 of tiny is not there whole"):
+        served_folder(memory, tmp_path / "copies")
+    folder = served_folder(memory, tmp_path / "copies", say=said.append)
+    assert "of tiny is not there whole. Until then, what is here is served." in said.pop()
+    assert [current_number(folder, model) for model in ("tiny", "other")] == [None, 1]
+    # Somebody who copied was killed.
+    write_file(staging_root(folder) / "killed" / "model.onnx", b"gigabytes")
+    (memory / engine).write_bytes(whole)
+    assert served_folder(memory, tmp_path / "copies", say=said.append) == folder
+    assert said == []
+    assert (folder / engine).read_bytes() == whole
+    assert not list(staging_root(folder).glob("*"))
+
+    def away(self):
+        raise ReleaseError("The store is away.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "filesystem", away)
+        assert served_folder(memory, tmp_path / "copies", say=said.append, prune=True) == folder
+        assert said == ["The store is away. Until then, what is here is served."]
+        with pytest.raises(ReleaseError, match="away"):
+            served_folder(memory, tmp_path / "nothing here", say=said.append)
+    # The same number and sizes, of a repository that was made anew.
+    MemoryFileSystem.store.clear()
+    publish(plans[1], memory, UNASKED)
+    assert is_whole(folder, current_release(memory, "tiny"))
+    assert served_folder(memory, tmp_path / "copies") == folder
+    assert (folder / engine).read_bytes() == (memory / engine).read_bytes() != whole
+    assert not (folder / "other").exists()
+
+
+def test_what_is_wrong_on_this_machine_is_not_blamed_on_the_store(s3, bucket, tmp_path):
+    write_file(bucket / "tiny" / CONFIG, b"")
+    (tmp_path / "taken").mkdir()
+    for act in (
+        lambda: (bucket / "new").upload(tmp_path / "absent"),
+        lambda: (bucket / "tiny" / CONFIG).download(tmp_path / "long" / ("x" * 300), 0),
+    ):
+        with pytest.raises(OSError, match="absent|too long") as caught:
+            act()
+        assert not isinstance(caught.value, ReleaseError)
+
+
+@pytest.mark.parametrize("way", ["upload", "download"])
+def test_a_store_that_stops_in_the_middle_of_a_file_is_given_up(s3, bucket, tmp_path, monkeypatch, way):
+    """Some stores' packages have no limit of their own."""
+    place, stopped = bucket / "one", threading.Event()
+    write_file(place, b"1234")
+    (tmp_path / "one").write_bytes(b"1234")
+    monkeypatch.setattr(storage, "_FILE_SECONDS", 1.0)
+    s3.refuses = lambda method, key: stopped.wait(20)
+    begun = time.monotonic()
+    try:
+        with pytest.raises(ReleaseError, match="no answer in time"):
+            place.upload(tmp_path / "one") if way == "upload" else place.download(tmp_path / "two", 4)
+        assert time.monotonic() - begun < 10
+    finally:
+        stopped.set()
+
+
+def test_lint_says_what_was_in_its_way(memory, tmp_path, monkeypatch):
+    from orchestration import lint
+
+    write_file(memory / "tiny" / CONFIG, b"")
+    monkeypatch.setattr(lint, "parse_location", lambda *arguments: memory)
+    for error, message in (
+        (OSError(errno.ENOSPC, "No space left on device"), rf"copied to {tempfile.gettempdir()}: .*No space.* TMPDIR"),
+        (FileNotFoundError("tiny/config.pbtxt"), "it was being changed: .* Run again"),
+    ):
+        monkeypatch.setattr(RemotePath, "download", lambda *arguments, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(ReleaseError, match=message):
+            lint._find("memory://bucket/cpu")
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_who_may_not_write_can_verify(s3, plans, triton_settings, tmp_path, monkeypatch, where, request):
+    repository = tmp_path / "models" / "cpu" if where == "folder" else request.getfixturevalue("bucket")
+    publish(plans[0], repository, UNASKED)
+    before = files_of(repository)
+    s3.refuses = lambda method, key: method in CHANGES
+
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    if where == "folder":
+        monkeypatch.setattr(files, "file_lock", refuse)
+        monkeypatch.setattr(verifying, "staging_folder", refuse)
+    release, server = verify_release(repository, "tiny", triton_settings, log=tmp_path / "log")
+    assert (release.number, server) == (1, "an embedded server")
+    monkeypatch.undo()
+    s3.refuses = lambda method, key: False
+    assert files_of(repository) == before
+    if where == "s3":
+        assert_nothing_beside(repository)
 
 
 def await_said(said, words):

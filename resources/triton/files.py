@@ -48,7 +48,7 @@ def sync_tree(root: Path) -> None:
 
 def bring_in(folder: Path, place: Location) -> None:
     """Move a staged folder to its place in the repository: at once by renaming, or file by file where nothing can be
-    renamed, in the order that a server may look in between.
+    renamed, in the order that does least harm where a server looks in between.
     """
     if not isinstance(place, RemotePath):
         folder.rename(place)

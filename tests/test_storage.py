@@ -216,9 +216,10 @@ def test_a_place_that_is_not_ours_is_left_alone(repository, plans, small, tmp_pa
 
 
 def test_a_folder_with_a_number_in_another_script_is_no_release(bucket, plans, small):
-    write_file(bucket / "somebody" / "²" / CONFIG, b"precious")
+    theirs = b'model_name: "somebody__r2__engine"'
+    write_file(bucket / "somebody" / "²" / CONFIG, theirs)
     publish(plans[0], bucket, UNASKED)
-    assert (bucket / "somebody" / "²" / CONFIG).read_bytes() == b"precious"
+    assert (bucket / "somebody" / "²" / CONFIG).read_bytes() == theirs
 
 
 def test_a_damaged_release_is_published_anew(repository, plans, small):
@@ -676,6 +677,18 @@ def test_who_cannot_renew_the_lease_changes_nothing_more(memory, monkeypatch):
         other = RemotePath(replace(memory.store, leases={}), memory.key)
         with repository_lock(other):
             assert other.sizes() == {"tiny/one": 0}
+
+
+def test_an_upload_that_outlasts_the_lease_is_the_last(memory, tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 60.0)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", lambda *arguments, **options: time.sleep(0.5))
+    (tmp_path / "one").write_bytes(b"")
+    with repository_lock(memory), pytest.raises(ReleaseError, match="could not renew its lease"):
+        (memory / "tiny" / "one").upload(tmp_path / "one")
 
 
 def test_who_lost_a_tie_waits_and_has_it_then(memory, monkeypatch):

@@ -193,8 +193,8 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
             keep_note(staged)
             if isinstance(error, ReleaseError):
                 raise ReleaseError(
-                    f"{error} The store was told to point to release {number} and may do so yet, so it stays; whoever "
-                    f"changes the repository next points to it if it did not: refinery optimize {plan.model}."
+                    f"{error} The store was told to point to release {number} and may do so yet, so it stays. The "
+                    f"next publish points to it if the store did not: refinery optimize {plan.model}."
                 ) from error
         elif not _may_be_pointed_to(repository, release):
             with suppress(OSError, ReleaseError):  # the next one sweeps it up, and what was first is said

@@ -27,6 +27,21 @@ def lint(options: Namespace) -> int:
 
 def _find(path: str) -> list[Finding]:
     """Of a folder, or of a copy of what is in object storage."""
+    try:
+        return _look(path)
+    except FileNotFoundError as error:
+        raise ReleaseError(
+            f"{path}: it was being changed: {error.filename or error} is not there any more. Run again."
+        ) from error
+    except OSError as error:
+        where = f"{error.filename or path}: {error.strerror or error}"
+        raise ReleaseError(
+            f"{path}: it could not be read, or copied to {tempfile.gettempdir()}: {where}. Mend that, or set TMPDIR to "
+            "where there is room."
+        ) from error
+
+
+def _look(path: str) -> list[Finding]:
     with tempfile.TemporaryDirectory(prefix="refinery-lint-") as scratch:
         try:
             place = parse_location(path, Path(scratch), os.environ)

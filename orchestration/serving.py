@@ -33,16 +33,15 @@ def query(options: Namespace) -> int:
     """Ask the server at `--url`; without one, that on the usual port, or, where none listens, one started for this."""
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
-    release = current_release(repository, options.model)
     with ExitStack() as stack:
         address = options.url or DEFAULT_ADDRESS
         # Who names a server wants that one's answer and no other.
         if options.url is None and not serves(address, options.model):
-            if release is None:
-                raise _nothing_served(options.model, repository)
+            folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
+            if current_release(folder, options.model) is None:
+                raise _nothing_served(options.model, repository, public_models(folder))
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
-            folder = served_folder(repository, workspace.copies)
             server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)
             address = stack.enter_context(server).grpc_address
         with TextClient(address) as client:
@@ -110,18 +109,19 @@ def serve(options: Namespace) -> int:
     """The embedded Triton in the foreground; new releases are picked up while it runs."""
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
-    if not public_models(repository):
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    folder = served_folder(repository, workspace.copies, prune=True, say=say)
+    if not public_models(folder):
         raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
     flags += [RATE_LIMIT] if options.rate_limit else []
     log = workspace.home / "logs" / f"triton-{options.target}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     serve_foreground(
-        served_folder(repository, workspace.copies, prune=True),
+        folder,
         workspace.triton,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
@@ -157,8 +157,8 @@ def _follow(workspace: Workspace, repository: Location, say: Callable[[str], Non
     return refresh
 
 
-def _nothing_served(model: str, repository: Location) -> ReleaseError:
+def _nothing_served(model: str, repository: Location, there: Sequence[str]) -> ReleaseError:
     return ReleaseError(
-        f"{model}: no release of it is in {repository} (there: {', '.join(public_models(repository)) or 'none'}). "
+        f"{model}: no release of it is in {repository} (there: {', '.join(there) or 'none'}). "
         f"Publish one: refinery optimize {model}."
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from resources.triton.storage import Location, RemotePath, parse_location
 
 BUCKET = "releases"
 _DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+_KEY = re.compile(rb"<Key>(.*?)</Key>")
 #: What changes something in S3.
 CHANGES = ("PUT", "POST", "DELETE")
 
@@ -52,6 +55,16 @@ def s3_server() -> Iterator[S3Server]:
         method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].removeprefix(f"/{BUCKET}").strip("/")
         refused = s3.refuses(method, key)
         s3.requests.append((method, key))
+        if method == "POST" and environ.get("QUERY_STRING", "").startswith("delete"):
+            # Many removals at once are answered 200 whatever becomes of them.
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            denied = [one for one in _KEY.findall(body) if s3.refuses("DELETE", one.decode())]
+            if denied:
+                code = b"<Code>AccessDenied</Code><Message>Access Denied</Message>"
+                errors = b"".join(b"<Error><Key>" + one + b"</Key>" + code + b"</Error>" for one in denied)
+                start("200 OK", [("Content-Type", "application/xml")])
+                return [b"<DeleteResult>" + errors + b"</DeleteResult>"]
+            environ["wsgi.input"] = BytesIO(body)
         if refused:
             # Read, or the connection could not be used again.
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

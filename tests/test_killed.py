@@ -46,6 +46,12 @@ CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link")
 LONGEST_SECONDS = 120
 
 
+@pytest.fixture(autouse=True)
+def followed(monkeypatch):
+    """Nobody serves what is cleaned up here, so nobody has to be waited for."""
+    monkeypatch.setattr(retaining, "FOLLOW_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans")
@@ -203,6 +209,17 @@ def check_goes_on(repository: Path, plan, held: set[int]) -> None:
     assert lint(repository) == []
 
 
+def check_is_published_again(repository: Path, folder: Path) -> None:
+    """Who publishes the same once more, after a publish was killed and a clean-up came between, is served it."""
+    begun = [json.loads(line) for line in (folder / "journal").read_text().splitlines()]
+    if begun[-1].get("begins") != "publish":
+        return
+    retain(repository, "tiny", keep=10)
+    done = publish(make_plan(folder / "plans", seed=begun[-1]["seed"], permuted=True), repository, UNASKED)
+    assert done.current
+    assert current_number(repository, "tiny") == done.release.number
+
+
 def choose_moments(folder: Path, base: Path, changes: int, times: int, seed: int) -> list[Moment]:
     """A third of the `changes` in each of the three, at random, and `times` at random times."""
     link_tree(base.parent, folder / "models")
@@ -235,6 +252,7 @@ def kill_and_check(repository, plans, triton_settings, tmp_path, *, changes, tim
             plan = make_plan(folder / "plans", seed=serving, permuted=True)
             check_serves(own, triton_settings, plan, control, folder / "served.log")
             served += 1
+        check_is_published_again(own, folder)
         check_goes_on(own, plans[BASE], held)
     assert killed == changes + times
     return served

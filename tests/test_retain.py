@@ -1,19 +1,26 @@
 """Old releases go whole; what serves, is wanted or is new stays, and numbers are never given out again."""
 
+import errno
+import shutil
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from orchestration import releases
 from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
+from resources.triton import publish as publishing
 from resources.triton import retain as module
 from resources.triton.client import TextClient
 from resources.triton.files import discard, staging_root
-from resources.triton.layout import CONFIG, list_releases
+from resources.triton.layout import CONFIG, current_number, current_release, is_whole, list_releases
 from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
+from resources.triton.storage import RemotePath, Store
 from tests.releases import answers_of, ask_together, make_plan, release_digest, unasked
 
 UNASKED = Steps(prove=unasked)
@@ -103,6 +110,74 @@ def test_what_a_killed_clean_up_leaves_is_swept_up(repository, monkeypatch, surv
     ]
     assert retain(repository, "tiny", keep=4).removed == ((1,) if not survives else ())
     assert numbers(repository) == [2, 3, 4, 5]
+
+
+def test_what_a_killed_publisher_has_proven_is_left_to_the_next(repository, plans, tmp_path, monkeypatch):
+    """A clean-up in between keeps its note: without that the release would never serve."""
+
+    def die(new, place):
+        shutil.copytree(repository.parent, tmp_path / "left")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publishing, "replace_file", die)
+    with pytest.raises(KeyboardInterrupt):
+        publish(plans[5], repository, UNASKED)
+    monkeypatch.undo()
+    left = tmp_path / "left" / "cpu"
+    (staging_root(left) / "other").mkdir()
+    assert retain(left, "tiny", keep=2).removed == (1, 2, 3, 4)
+    assert current_number(left, "tiny") == 5
+    assert not (staging_root(left) / "other").exists()
+    done = publish(plans[5], left, UNASKED)
+    assert (done.changed, done.current, done.release.number) == (False, True, 6)
+    assert not list(staging_root(left).glob("*"))
+
+
+def test_a_manifest_that_cannot_be_read_is_not_taken_for_a_damaged_one(repository, plans, monkeypatch, capsys):
+    """The disk may be back tomorrow, and the release is gone."""
+    read, unreadable = Path.read_text, ["release.json"]
+
+    def fail(path, *arguments, **options):
+        if path.parts[-2:] in (("2", unreadable[0]), ("tiny", unreadable[0])):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *arguments, **options)
+
+    before = release_digest(repository, "tiny", 2)
+    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(repository.parent))
+    with pytest.raises(ReleaseError, match=r"tiny/2/release\.json could not be read: Input/output error"):
+        retain(repository, "tiny", keep=1)
+    assert main(["releases", "tiny"]) == 1
+    assert "release.json could not be read" in capsys.readouterr().err
+
+    # Whether the pointer was moved cannot be told either.
+    def lose(public, config):
+        unreadable[0] = CONFIG
+        raise OSError(errno.EIO, "Input/output error", str(config))
+
+    monkeypatch.setattr(publishing, "replace_file", lambda new, place: lose(new.replace(place), place))
+    unreadable[0] = "nothing"
+    with pytest.raises(ReleaseError, match="Input/output error"):
+        publish(plans[5], repository, UNASKED)
+    monkeypatch.undo()
+    assert release_digest(repository, "tiny", 2) == before
+    assert current_number(repository, "tiny") == 6
+    assert is_whole(repository, current_release(repository, "tiny"))
+
+
+def test_in_object_storage_servers_are_always_waited_for(plans, tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    MemoryFileSystem.store.clear()
+    place, slept = RemotePath(Store("memory", "memory://", tmp_path), "bucket/cpu"), []
+    for plan in plans[:2]:
+        publish(plan, place, UNASKED)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert retain(place, "tiny", keep=2).removed == ()
+    assert slept == []
+    assert retain(place, "tiny", keep=1).removed == (1,)
+    assert slept == [module.FOLLOW_SECONDS]
+    MemoryFileSystem.store.clear()
 
 
 def test_mistakes_remove_nothing(repository):

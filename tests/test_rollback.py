@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,33 @@ def broken(repository, tmp_path):
 
 def served(client):
     return client.release_of("tiny"), ask_together(client, TEXTS)
+
+
+def test_what_cannot_be_put_back_is_said_beside_why_it_was(repository, monkeypatch):
+    """A store that is away hides neither the server's reason nor that the servers have to go back."""
+
+    def refuse(place, release):
+        monkeypatch.setattr(module, "replace_file", away)
+        raise ServerError("Out of memory.")
+
+    def away(new, place):
+        raise ReleaseError("The store is away.")
+
+    servers = SimpleNamespace(
+        require_alike=lambda: None,
+        served=lambda model: [],
+        retire=lambda names: None,
+        take_up=refuse,
+        go_back=lambda place, model: ["Nor does it load what was there."],
+    )
+    monkeypatch.setattr(module, "_ask_aside", lambda *arguments: None)
+    message = (
+        r"Out of memory\. The pointer was not put back: The store is away\. The pointer may have moved all the same.* "
+        r"Nor does it load what was there\."
+    )
+    with pytest.raises(ServerError, match=message):
+        module._switch(repository, find_release(repository, "tiny", 1), servers, [])
+    assert current_number(repository, "tiny") == 1
 
 
 def test_back_to_the_release_before_and_to_any(repository, plans, triton_settings, tmp_path):

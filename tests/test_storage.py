@@ -1,17 +1,20 @@
-"""A repository in object storage does what one in a folder does: nothing is seen half done, and nothing is lost.
+"""A repository in object storage does what one in a folder does: nothing half done is pointed to, and nothing is lost.
 
 S3 is moto's, on loopback. Where every single step is interrupted, fsspec's store in memory stands in for it: it is the
 same code from `RemotePath` on, and a hundred publishes there take seconds.
 """
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,17 +27,23 @@ from orchestration.cli import main
 from orchestration.settings import read_workspace
 from resources.artifacts.records import ServingSetting
 from resources.errors import CatalogError, ReleaseError, ServerError
+from resources.triton import files, storage
 from resources.triton import lease as leases
 from resources.triton import release as writing
-from resources.triton import storage
+from resources.triton import retain as retaining
+from resources.triton import rollback as rolling_back
+from resources.triton import verify as verifying
 from resources.triton.files import copy_tree, discard, repository_lock, staging_root
 from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, MANIFEST, current_number, current_release, is_whole, list_releases
 from resources.triton.mirror import served_folder
 from resources.triton.publish import Steps, publish, unverified_root
 from resources.triton.retain import retain
+from resources.triton.rollback import roll_back
 from resources.triton.server import serve_foreground
+from resources.triton.settings import TritonSettings
 from resources.triton.storage import RemotePath, Store, parse_location
+from resources.triton.verify import verify_release
 from tests.objects import BUCKET, CHANGES, files_of, s3_server, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
 
@@ -53,6 +62,12 @@ def credentials():
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def followed(monkeypatch):
+    """Nobody serves what is cleaned up here, so nobody has to be waited for."""
+    monkeypatch.setattr(retaining, "FOLLOW_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +203,23 @@ def test_what_a_server_does_not_take_up_is_taken_back(repository, plans, small):
         publish(plan, repository, UNASKED)
 
 
-def test_a_place_that_is_not_ours_is_left_alone(repository, plans, small):
+def test_a_place_that_is_not_ours_is_left_alone(repository, plans, small, tmp_path):
     write_file(repository / "tiny" / "1" / "model.onnx", b"precious")
     write_file(repository / "other__r1__mine" / "1" / "model.py", b"precious")
+    write_file(repository / "tiny__r1__engine" / "1" / "model.onnx", b"precious")
     before = files_of(repository)
     with pytest.raises(ReleaseError, match=r"was not published by transformer-refinery\. Move it away"):
         publish(plans[0], repository, UNASKED)
     assert files_of(repository) == before
+    publish(make_plan(tmp_path, model="mine"), repository, UNASKED)
+    assert before.items() <= files_of(repository).items()
+
+
+def test_a_folder_with_a_number_in_another_script_is_no_release(bucket, plans, small):
+    theirs = b'model_name: "somebody__r2__engine"'
+    write_file(bucket / "somebody" / "²" / CONFIG, theirs)
+    publish(plans[0], bucket, UNASKED)
+    assert (bucket / "somebody" / "²" / CONFIG).read_bytes() == theirs
 
 
 def test_a_damaged_release_is_published_anew(repository, plans, small):
@@ -249,7 +274,7 @@ PARTS = ("pipeline",)
 # --- in which order ---------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_looks_in_between_sees_nothing_half_done(s3, bucket, plans, small):
+def test_files_come_model_py_first_and_the_pointer_last(s3, bucket, plans, small):
     publish(plans[0], bucket, UNASKED)
     home = bucket.key.removeprefix(f"{BUCKET}/")
     s3.requests.clear()
@@ -279,10 +304,38 @@ def test_what_is_removed_goes_the_other_way_round(memory, plans, small, monkeypa
 
 
 def test_names_that_lead_out_of_a_folder_are_not_copied(memory, tmp_path):
-    (memory / "tiny" / ".." / ".." / "outside").write_bytes(b"")
-    with pytest.raises(ReleaseError, match="is no path of a repository"):
-        copy_tree(memory, tmp_path / "copy" / "deep")
+    for name in ("tiny/../../outside", f"{tmp_path}/outside", "tiny//outside", "tiny/./outside"):
+        (memory / name).write_bytes(b"")
+        with pytest.raises(ReleaseError, match="is no path of a repository"):
+            copy_tree(memory, tmp_path / "copy" / "deep")
+        memory.remove([name])
+        assert memory.sizes() == {}
     assert not (tmp_path / "outside").exists()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_removal_that_the_store_refuses_is_seen_and_nothing_more_is_removed(s3, bucket, plans, small):
+    """Else a configuration could outlive its `model.py`, and a server would wait for that for ever."""
+    for plan in plans[:3]:
+        publish(plan, bucket, UNASKED)
+    before = files_of(bucket)
+    s3.refuses = lambda method, key: method == "DELETE" and key.endswith(f"tiny__r1__pipeline/{CONFIG}")
+    with pytest.raises(ReleaseError, match=f"tiny__r1__pipeline/{CONFIG}: the store refuses to remove it"):
+        retain(bucket, "tiny", keep=1)
+    gone = {name.split("/")[0] for name in before.keys() - files_of(bucket).keys()}
+    assert gone == {"tiny"}
+    s3.refuses = lambda method, key: False
+    retain(bucket, "tiny", keep=1)
+    assert numbers(bucket) == [3]
+    assert not (bucket / "tiny__r1__pipeline").exists()
+
+
+def test_names_are_no_patterns(memory):
+    """Of somebody else's file: a place that a user gives is refused with a star or bracket."""
+    for name in ("tiny/a[12]", "tiny/a1", "tiny/*"):
+        (memory / name).write_bytes(b"")
+    memory.remove(["tiny/a[12]", "tiny/*"])
+    assert memory.sizes() == {"tiny/a1": 0}
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
@@ -292,23 +345,28 @@ class Killed(BaseException):
     """No handler of the code under test has a say after it."""
 
 
-def interrupted(store, step, action):
-    """Run it so that its n-th change of the store, and all that it asks after that, does not happen: `killed`, or
-    `through` where it made fewer.
+def interrupted(store, step, action, how="killed"):
+    """Run it so that its n-th change of the store, and all that it asks after that, does not happen, or, `unanswered`,
+    so that it happens and an error is all that is said of it. `interrupted`, or `through` where it made fewer.
     """
     real, count = Store.filesystem, 0
 
     def filesystem(self):
-        if count >= step:
+        if how == "killed" and count >= step:
             raise Killed
         return real(self)
 
     changing = RemotePath._changing
 
-    def counted(self, what):
+    @contextmanager
+    def counted(self, *arguments):
         nonlocal count
         count += 1
-        return changing(self, what)
+        lost = how == "unanswered" and count == step
+        with changing(self, *arguments) as asked:
+            yield asked
+        if lost:
+            raise ReleaseError("no answer in time")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RemotePath, "_changing", counted)
@@ -316,10 +374,13 @@ def interrupted(store, step, action):
         try:
             action()
         except Killed:
-            return "killed"
+            return "interrupted"
+        except ReleaseError as error:
+            assert "no answer in time" in str(error)
+            return "interrupted"
         finally:
-            store.lease = None
-    return "through"
+            store.leases.clear()
+    return "through" if count < step else "interrupted"
 
 
 def forget_claims(repository):
@@ -328,8 +389,12 @@ def forget_claims(repository):
     lock.remove(list(lock.sizes()))
 
 
+HOW = pytest.mark.parametrize("how", ["killed", "unanswered"])
+
+
+@HOW
 @pytest.mark.parametrize("case", ["first release", "next release", "waiting release"])
-def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, small, case):
+def test_a_publisher_interrupted_at_any_step_is_made_good_by_the_next(memory, plans, small, case, how):
     from fsspec.implementations.memory import MemoryFileSystem
 
     plan, steps = plans[1], UNASKED
@@ -345,15 +410,19 @@ def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, 
         MemoryFileSystem.store.clear()
         for name, data in base.items():
             MemoryFileSystem().pipe_file(name, data)
-        if interrupted(memory.store, step, lambda: publish(plan, memory, steps)) == "through":
+        if interrupted(memory.store, step, lambda: publish(plan, memory, steps), how) == "through":
             break
         current = current_release(memory, "tiny")
         assert current is None or is_whole(memory, current)
         assert current is not None or not old
         whole = f"tiny/2/{MANIFEST}" in files_of(memory)
         forget_claims(memory)
+        if case == "next release":  # what it has proven survives that, and is finished all the same
+            retain(memory, "tiny", keep=5)
+            forget_claims(memory)
         done = publish(plan, memory, steps)
         finished += whole and not done.changed
+        assert done.current
         # Numbers that were seen are not given out again.
         number = 2 if case == "next release" else 1
         assert done.release.number in (number, number + 1)
@@ -373,7 +442,37 @@ def test_a_publisher_killed_at_any_step_is_made_good_by_the_next(memory, plans, 
     assert finished >= 1 or case != "next release"
 
 
-def test_a_clean_up_killed_at_any_step_is_ended_by_the_next(memory, plans, small):
+@HOW
+def test_going_back_interrupted_at_any_step_ends_here_or_there(memory, plans, small, tmp_path, monkeypatch, how):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(rolling_back, "ask_embedded", lambda *arguments: None)
+    for plan in plans[:2]:
+        publish(plan, memory, UNASKED)
+    base = {name: file.getvalue() for name, file in MemoryFileSystem.store.items()}
+
+    def go_back():
+        roll_back(memory, "tiny", TritonSettings(), to=1, log=tmp_path / "log")
+
+    for step in range(1, 30):
+        MemoryFileSystem.store.clear()
+        for name, data in base.items():
+            MemoryFileSystem().pipe_file(name, data)
+        if interrupted(memory.store, step, go_back, how) == "through":
+            break
+        assert current_number(memory, "tiny") in (1, 2)
+        assert numbers(memory) == [1, 2]
+        forget_claims(memory)
+        if current_number(memory, "tiny") == 2:
+            go_back()
+        assert current_number(memory, "tiny") == 1
+        assert numbers(memory) == [1, 2]
+        assert_nothing_beside(memory)
+    assert 3 < step < 29
+
+
+@HOW
+def test_a_clean_up_interrupted_at_any_step_is_ended_by_the_next(memory, plans, small, how):
     from fsspec.implementations.memory import MemoryFileSystem
 
     for plan in plans[:3]:
@@ -384,7 +483,7 @@ def test_a_clean_up_killed_at_any_step_is_ended_by_the_next(memory, plans, small
         MemoryFileSystem.store.clear()
         for name, data in base.items():
             MemoryFileSystem().pipe_file(name, data)
-        if interrupted(memory.store, step, lambda: retain(memory, "tiny", keep=1)) == "through":
+        if interrupted(memory.store, step, lambda: retain(memory, "tiny", keep=1), how) == "through":
             break
         assert is_whole(memory, current_release(memory, "tiny"))
         forget_claims(memory)
@@ -424,9 +523,57 @@ def test_the_note_of_a_killed_publisher_moves_no_pointer_that_somebody_else_move
     assert_nothing_beside(bucket)
 
 
-@pytest.mark.parametrize("refused", [1, 20, -2, -1])
+@pytest.mark.parametrize("when", ["at once", "later", "never"])
+def test_a_pointer_that_moves_without_an_answer_names_a_release_that_is_there(memory, plans, small, when):
+    """A store may do what it was told after nobody waits for its answer any more."""
+    late = []
+
+    def lose(path, data):
+        if path != memory / "tiny" / CONFIG:
+            return write(path, data)
+        if when == "at once":
+            write(path, data)
+        late.append(data)
+        raise ReleaseError(f"{path}: no answer.")
+
+    write = RemotePath.write_bytes
+    for number, plan in enumerate(plans[:2], 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RemotePath, "write_bytes", lose)
+            with pytest.raises(ReleaseError, match=rf"no answer\. The store was told to point to release {number} and"):
+                publish(plan, memory, UNASKED)
+        if when == "later":
+            write(memory / "tiny" / CONFIG, late[-1])
+        if when != "never":
+            assert is_whole(memory, current_release(memory, "tiny"))
+            assert current_number(memory, "tiny") == number
+        again = publish(plan, memory, UNASKED)
+        assert (again.changed, again.current, again.release.number) == (False, True, number)
+        assert current_number(memory, "tiny") == number
+        assert_nothing_beside(memory)
+
+
+def test_what_cannot_be_taken_back_is_said_beside_why_it_was(memory, plans, small):
+    publish(plans[0], memory, UNASKED)
+    told = []
+
+    def refuse(release):
+        patch.setattr(RemotePath, "write_bytes", lambda path, data: (_ for _ in ()).throw(ReleaseError("Away.")))
+        raise ServerError("out of memory.")
+
+    steps = Steps(prove=unasked, announce=refuse, go_back=lambda model: told.append(model) or [])
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ServerError, match=r"out of memory\. The release may still be pointed to, so it stays: Away\."),
+    ):
+        publish(plans[1], memory, steps)
+    assert told == ["tiny"]
+    assert is_whole(memory, current_release(memory, "tiny"))
+
+
+@pytest.mark.parametrize("refused", [1, 20, -2])
 def test_a_store_that_refuses_a_put_changes_nothing(s3, bucket, plans, small, refused):
-    """refused: which of those to the repository; from the end, where below 0: the pointer is the last."""
+    """refused: which of those to the repository; -2: the manifest, the last before the pointer."""
     publish(plans[0], bucket, UNASKED)
     before = files_of(bucket)
     home = bucket.key.removeprefix(f"{BUCKET}/")
@@ -484,6 +631,7 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
     assert (bucket / "tiny__r2__pipeline" / CONFIG).is_file()
     assert len((bucket.parent / ".cpu.lock").sizes()) == 1
     monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.3)
     monkeypatch.setattr(leases, "LOOK_SECONDS", 0.1)
     begun = time.monotonic()
@@ -499,10 +647,11 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
 
 def test_a_lease_is_kept_while_its_holder_lives(memory, monkeypatch):
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.1)
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.1)
     monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(leases, "PATIENCE_SECONDS", 1.5)
-    other = RemotePath(replace(memory.store, lease=None), memory.key)
+    other = RemotePath(replace(memory.store, leases={}), memory.key)
     with repository_lock(memory):
         message = rf"is being changed by .*, process {os.getpid()}, since 20"
         with pytest.raises(ReleaseError, match=message), repository_lock(other):
@@ -513,18 +662,87 @@ def test_a_lease_is_kept_while_its_holder_lives(memory, monkeypatch):
 
 
 def test_who_cannot_renew_the_lease_changes_nothing_more(memory, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
     monkeypatch.setattr(leases, "RENEW_SECONDS", 60.0)
     monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
     with repository_lock(memory):
         (memory / "tiny" / "one").write_bytes(b"")
         time.sleep(0.4)
+        # Nobody else has it yet, and what is begun now could arrive when somebody has.
+        assert leases.Lease(memory.parent / ".cpu.lock")._living() is not None
         for change in (lambda: (memory / "tiny" / CONFIG).write_bytes(b""), lambda: memory.remove(["tiny/one"])):
             with pytest.raises(ReleaseError, match="could not renew its lease for 0.3 s"):
                 change()
-        other = RemotePath(replace(memory.store, lease=None), memory.key)
+        other = RemotePath(replace(memory.store, leases={}), memory.key)
         with repository_lock(other):
             assert other.sizes() == {"tiny/one": 0}
+
+
+def test_an_upload_that_outlasts_the_lease_is_the_last(memory, tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 60.0)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", lambda *arguments, **options: time.sleep(0.5))
+    (tmp_path / "one").write_bytes(b"")
+    with repository_lock(memory), pytest.raises(ReleaseError, match="could not renew its lease"):
+        (memory / "tiny" / "one").upload(tmp_path / "one")
+
+
+def test_who_lost_a_tie_waits_and_has_it_then(memory, monkeypatch):
+    """For longer than a claim lives: its own that it took back is not one that it could not renew."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
+    loser = leases.Lease(memory.parent / ".cpu.lock")
+    blind, look = [None], loser._living
+    monkeypatch.setattr(loser, "_living", lambda: blind.pop() if blind else look())
+    waiter = threading.Thread(target=loser.acquire)
+    with repository_lock(memory):
+        waiter.start()
+        time.sleep(1.0)
+        assert waiter.is_alive()
+        assert loser._count == 1
+    waiter.join(10)
+    loser.require()
+    loser.release()
+    assert (memory.parent / ".cpu.lock").sizes() == {}
+
+
+def test_a_claim_that_is_being_written_does_not_come_back(memory, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    begun, write = threading.Event(), RemotePath.write_bytes
+
+    def slowly(path, data):
+        if b'"renewed": 1' in data:
+            begun.set()
+            time.sleep(0.3)
+        write(path, data)
+
+    monkeypatch.setattr(RemotePath, "write_bytes", slowly)
+    with repository_lock(memory):
+        assert begun.wait(10)
+    time.sleep(0.5)
+    assert (memory.parent / ".cpu.lock").sizes() == {}
+
+
+def test_repositories_of_one_store_are_held_each_by_its_own(memory, monkeypatch):
+    monkeypatch.setattr(leases, "MARGIN_SECONDS", leases.LEASE_SECONDS)
+    other = memory.parent / "cuda"
+    with repository_lock(memory):
+        monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.0)
+        with repository_lock(other):
+            monkeypatch.setattr(leases, "MARGIN_SECONDS", 2 * leases.LEASE_SECONDS)
+            for place in (memory, other, staging_root(memory), unverified_root(memory, "tiny")):
+                with pytest.raises(ReleaseError, match=str(place.parent if place == other else memory.parent)):
+                    (place / "one").write_bytes(b"")
+            (memory.parent / "cpu2" / "one").write_bytes(b"")
+        with pytest.raises(ReleaseError, match="could not renew"):
+            (memory / "one").write_bytes(b"")
+        (other / "one").write_bytes(b"")
 
 
 def test_only_one_of_many_holds_the_lease(memory, monkeypatch):
@@ -534,7 +752,7 @@ def test_only_one_of_many_holds_the_lease(memory, monkeypatch):
     def take():
         nonlocal inside, most, done
         for _ in range(5):
-            with repository_lock(RemotePath(replace(memory.store, lease=None), memory.key)):
+            with repository_lock(RemotePath(replace(memory.store, leases={}), memory.key)):
                 inside += 1
                 most = max(most, inside)
                 time.sleep(0.002)
@@ -659,10 +877,130 @@ def test_paths_are_those_that_triton_reads(tmp_path, text, shown, key, options):
     assert (place / "cpu").parent == place
 
 
-@pytest.mark.parametrize("text", ["s3://", "as://account", "s3://http://host/bucket", "ftp://host/a", "gs:///"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://",
+        "s3://bucket/a[12]",
+        "gs://b/*",
+        "as://a/c/?",
+        "as://account",
+        "s3://http://host/bucket",
+        "ftp://host/a",
+        "gs:///",
+    ],
+)
 def test_paths_that_nothing_reads_are_refused(tmp_path, text):
     with pytest.raises(CatalogError, match="REFINERY_TRITON_REPOSITORIES: "):
         read_workspace({"REFINERY_TRITON_REPOSITORIES": text, "REFINERY_HOME": str(tmp_path)})
+
+
+# --- on this machine --------------------------------------------------------------------------------------------------
+
+
+def test_one_bad_model_or_a_store_that_is_away_costs_no_other(memory, plans, small, tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    other, said = make_plan(tmp_path, model="zebra"), []
+    for plan in (plans[0], other):
+        publish(plan, memory, UNASKED)
+    engine = "tiny__r1__pipeline/1/model.onnx"
+    whole = (memory / engine).read_bytes()
+    (memory / engine).write_bytes(b"")
+    with pytest.raises(ReleaseError, match="release 1 of tiny is not there whole"):
+        served_folder(memory, tmp_path / "copies")
+    folder = served_folder(memory, tmp_path / "copies", say=said.append)
+    assert "of tiny is not there whole. Until then, what is here is served." in said.pop()
+    assert [current_number(folder, model) for model in ("tiny", "zebra")] == [None, 1]
+    # Somebody who copied was killed.
+    write_file(staging_root(folder) / "killed" / "model.onnx", b"gigabytes")
+    (memory / engine).write_bytes(whole)
+    assert served_folder(memory, tmp_path / "copies", say=said.append) == folder
+    assert said == []
+    assert (folder / engine).read_bytes() == whole
+    assert not list(staging_root(folder).glob("*"))
+
+    def away(self):
+        raise ReleaseError("The store is away.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "filesystem", away)
+        assert served_folder(memory, tmp_path / "copies", say=said.append, prune=True) == folder
+        assert said == ["The store is away. Until then, what is here is served."]
+        with pytest.raises(ReleaseError, match="away"):
+            served_folder(memory, tmp_path / "nothing here", say=said.append)
+    # The same number and sizes, of a repository that was made anew.
+    MemoryFileSystem.store.clear()
+    publish(plans[1], memory, UNASKED)
+    assert is_whole(folder, current_release(memory, "tiny"))
+    assert served_folder(memory, tmp_path / "copies") == folder
+    assert (folder / engine).read_bytes() == (memory / engine).read_bytes() != whole
+    assert not (folder / "zebra").exists()
+
+
+def test_what_is_wrong_on_this_machine_is_not_blamed_on_the_store(s3, bucket, tmp_path):
+    write_file(bucket / "tiny" / CONFIG, b"")
+    (tmp_path / "taken").mkdir()
+    for act in (
+        lambda: (bucket / "new").upload(tmp_path / "absent"),
+        lambda: (bucket / "tiny" / CONFIG).download(tmp_path / "long" / ("x" * 300), 0),
+    ):
+        with pytest.raises(OSError, match="absent|too long") as caught:
+            act()
+        assert not isinstance(caught.value, ReleaseError)
+
+
+@pytest.mark.parametrize("way", ["upload", "download"])
+def test_a_store_that_stops_in_the_middle_of_a_file_is_given_up(s3, bucket, tmp_path, monkeypatch, way):
+    """Some stores' packages have no limit of their own."""
+    place, stopped = bucket / "one", threading.Event()
+    write_file(place, b"1234")
+    (tmp_path / "one").write_bytes(b"1234")
+    monkeypatch.setattr(storage, "_FILE_SECONDS", 1.0)
+    s3.refuses = lambda method, key: stopped.wait(20)
+    begun = time.monotonic()
+    try:
+        with pytest.raises(ReleaseError, match="no answer in time"):
+            place.upload(tmp_path / "one") if way == "upload" else place.download(tmp_path / "two", 4)
+        assert time.monotonic() - begun < 10
+    finally:
+        stopped.set()
+
+
+def test_lint_says_what_was_in_its_way(memory, tmp_path, monkeypatch):
+    from orchestration import lint
+
+    write_file(memory / "tiny" / CONFIG, b"")
+    monkeypatch.setattr(lint, "parse_location", lambda *arguments: memory)
+    for error, message in (
+        (OSError(errno.ENOSPC, "No space left on device"), rf"copied to {tempfile.gettempdir()}: .*No space.* TMPDIR"),
+        (FileNotFoundError("tiny/config.pbtxt"), "it was being changed: .* Run again"),
+    ):
+        monkeypatch.setattr(RemotePath, "download", lambda *arguments, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(ReleaseError, match=message):
+            lint._find("memory://bucket/cpu")
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_who_may_not_write_can_verify(s3, plans, triton_settings, tmp_path, monkeypatch, where, request):
+    repository = tmp_path / "models" / "cpu" if where == "folder" else request.getfixturevalue("bucket")
+    publish(plans[0], repository, UNASKED)
+    before = files_of(repository)
+    s3.refuses = lambda method, key: method in CHANGES
+
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    if where == "folder":
+        monkeypatch.setattr(files, "file_lock", refuse)
+        monkeypatch.setattr(verifying, "staging_folder", refuse)
+    release, server = verify_release(repository, "tiny", triton_settings, log=tmp_path / "log")
+    assert (release.number, server) == (1, "an embedded server")
+    monkeypatch.undo()
+    s3.refuses = lambda method, key: False
+    assert files_of(repository) == before
+    if where == "s3":
+        assert_nothing_beside(repository)
 
 
 def await_said(said, words):

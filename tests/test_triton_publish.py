@@ -19,6 +19,7 @@ import pytest
 
 from resources.artifacts.records import ServingSetting
 from resources.errors import ReleaseError, ServerError
+from resources.triton import files
 from resources.triton.files import staging_root
 from resources.triton.layout import current_number, current_release, is_whole, list_releases, parse_internal
 from resources.triton.publish import Steps, publish, unverified_root
@@ -166,6 +167,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(repository, plans):
     (repository / "tiny" / "1").mkdir(parents=True)
     (repository / "tiny" / "1" / "model.onnx").write_bytes(b"precious")
     (repository / "other__r1__mine" / "1").mkdir(parents=True)
+    (repository / "tiny__r1__engine" / "1").mkdir(parents=True)
     before = tree_digest(repository)
     with pytest.raises(ReleaseError, match=r"was not published by transformer-refinery\. Move it away"):
         publish(plans[0], repository, UNASKED)
@@ -235,6 +237,14 @@ def test_two_publishers_at_once_make_two_releases(repository, plans):
     assert [release.number for release in releases] == [1, 2, 3]
     assert len({release.content_digest for release in releases}) == 3
     assert_clean(repository)
+
+
+def test_who_waits_is_told_and_not_for_ever(repository, plans, monkeypatch, caplog):
+    monkeypatch.setattr(files, "PATIENCE_SECONDS", 0.2)
+    message = r"another process has been changing it for .* fuser .*\.cpu\.lock names it"
+    with files.repository_lock(repository), pytest.raises(ReleaseError, match=message):
+        publish(plans[0], repository, UNASKED)
+    assert caplog.messages == [f"{repository} is being changed by another process; waiting"]
 
 
 def test_a_full_disk_leaves_nothing_half_made(small_disk, plans):

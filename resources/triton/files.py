@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from resources.errors import ReleaseError
 from resources.locks import file_lock
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
-from resources.triton.lease import leased
+from resources.triton.lease import PATIENCE_SECONDS, leased
 from resources.triton.release import Release
-from resources.triton.storage import Location, RemotePath
+from resources.triton.storage import Location, RefusedError, RemotePath, contents
 
 #: Beside the engine: the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
 #: In a staging folder on this machine: it left a note in the store.
 _NOTED = ".noted"
+#: Of a place where this user may not write.
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_LOG = logging.getLogger(__name__)
 
 
 def sync(path: Location) -> None:
@@ -44,7 +48,7 @@ def sync_tree(root: Path) -> None:
 
 def bring_in(folder: Path, place: Location) -> None:
     """Move a staged folder to its place in the repository: at once by renaming, or file by file where nothing can be
-    renamed, in the order that a server may look in between.
+    renamed, in the order that does least harm where a server looks in between.
     """
     if not isinstance(place, RemotePath):
         folder.rename(place)
@@ -86,7 +90,8 @@ def _rank(name: str) -> int:
     """When a file of a folder is put into object storage, and, backwards, when it is removed.
 
     `model.py` before all else: its version folder is there from its first file on. A manifest once its release is
-    whole. The folder's own configuration last, since only that makes it a model.
+    whole. The folder's own configuration last: without it a server that looks meanwhile completes one by itself, or
+    fails to load the model, and looks again.
     """
     top, last = "/" not in name, PurePosixPath(name).name
     if last == "model.py":
@@ -100,22 +105,22 @@ def _rank(name: str) -> int:
 
 def copy_tree(source: RemotePath, target: Path) -> None:
     """Download a whole folder; nothing where nothing is there. Raises ReleaseError for names that lead out of it."""
-    for name in source.sizes():
-        if ".." in PurePosixPath(name).parts:  # a store takes any name, and lint reads anybody's
+    for name, size_bytes in source.sizes().items():
+        if {"", ".", ".."} & set(name.split("/")):  # a store takes any name, and lint reads anybody's
             raise ReleaseError(f"{source}: {name!r} is no path of a repository. Remove it.")
-        (source / name).download(target / name)
+        (source / name).download(target / name, size_bytes)
 
 
 @contextmanager
-def on_this_machine(repository: Location, release: Release) -> Iterator[Path]:
+def on_this_machine(repository: Location, release: Release, *, alone: bool = True) -> Iterator[Path]:
     """A repository whose files of that release can be opened: the folder itself, or a copy that goes at the end.
 
-    For who holds the repository's lock.
+    alone: for who holds the repository's lock; a copy that somebody left who was killed goes too.
     """
     if not isinstance(repository, RemotePath):
         yield repository
         return
-    root = _local_staging(repository).with_suffix(".copy")
+    root = _local_staging(repository).with_suffix(".copy" if alone else f".{uuid.uuid4().hex}")
     shutil.rmtree(root, ignore_errors=True)  # somebody was killed
     try:
         copy = root / repository.name
@@ -127,9 +132,44 @@ def on_this_machine(repository: Location, release: Release) -> Iterator[Path]:
 
 
 def repository_lock(repository: Location) -> AbstractContextManager[None]:
-    """Held by whoever changes the repository."""
-    place = repository.parent / f".{repository.name}.lock"
-    return leased(place) if isinstance(place, RemotePath) else file_lock(place)
+    """Held by whoever changes the repository. Who waits is told so; raises ReleaseError after PATIENCE_SECONDS."""
+    place, root = repository.parent / f".{repository.name}.lock", staging_root(repository)
+    if isinstance(place, RemotePath):
+        changed = (repository, root, repository.parent / "unverified" / repository.name)
+        return leased(place, [path for path in changed if isinstance(path, RemotePath)])
+    return _locked(place, repository)
+
+
+@contextmanager
+def _locked(place: Path, repository: Location) -> Iterator[None]:
+    def say() -> None:
+        _LOG.warning("%s is being changed by another process; waiting", repository)
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(place, timeout_s=PATIENCE_SECONDS, waiting=say))
+        except TimeoutError as error:
+            raise ReleaseError(
+                f"{repository}: another process has been changing it for {PATIENCE_SECONDS / 60:.0f} minutes. Wait for "
+                f"that to end, or stop it: fuser {place} names it."
+            ) from error
+        yield
+
+
+@contextmanager
+def lock_to_read(repository: Location) -> Iterator[bool]:
+    """The repository's lock for who only looks; False where that may not be written, which looking does not need."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(repository_lock(repository))
+            locked = True
+        except RefusedError:
+            locked = False
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            locked = False
+        yield locked
 
 
 def staging_root(repository: Location) -> Location:
@@ -152,12 +192,20 @@ def staging_folder(repository: Location) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_staging(repository: Location) -> None:
-    """Remove what killed publishers left there."""
+def clear_staging(repository: Location, *, but: Collection[str] = ()) -> None:
+    """Remove what killed publishers left there. but: names of folders below `staging_root` that stay."""
     root = staging_root(repository)
-    if isinstance(root, RemotePath):
+    for path in contents(root) if but else []:
+        if path.name in but:
+            continue
+        if isinstance(path, RemotePath):
+            discard(path, root)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    if isinstance(root, RemotePath) and not but:
         discard(root, root)
-    shutil.rmtree(_local_staging(repository), ignore_errors=True)
+    if isinstance(root, RemotePath) or not but:
+        shutil.rmtree(_local_staging(repository), ignore_errors=True)
 
 
 def leave_note(staged: Path, repository: Location, names: Sequence[str]) -> None:
@@ -178,6 +226,11 @@ def take_note_back(staged: Path, repository: Location) -> None:
         with suppress(ReleaseError):
             discard(root / staged.name, root)
             (staged / _NOTED).unlink()
+
+
+def keep_note(staged: Path) -> None:
+    """Leave the note to the next publisher: `take_note_back` passes it over."""
+    (staged / _NOTED).unlink(missing_ok=True)
 
 
 def _local_staging(repository: Location) -> Path:

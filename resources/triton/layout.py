@@ -16,10 +16,13 @@ Models that somebody else put into the repository are never touched: ours are kn
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from pydantic import ValidationError
 
+from resources.errors import ReleaseError
 from resources.triton.release import Release
 from resources.triton.storage import Location, RemotePath
 
@@ -66,6 +69,19 @@ def parse_internal(name: str) -> tuple[str, int, str] | None:
     return (match["model"], int(match["number"]), match["part"]) if match else None
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    """What cannot be read is not taken for what is not there: releases are removed on the strength of that."""
+    try:
+        yield
+    except OSError as error:
+        raise ReleaseError(
+            f"{error.filename or 'The repository'} could not be read: {error.strerror or error}. Mend that and run "
+            "again. What served before goes on serving."
+        ) from error
+
+
+@_reading()
 def public_models(repository: Location) -> list[str]:
     """Names that a server of this repository answers to."""
     if not repository.is_dir():
@@ -75,14 +91,16 @@ def public_models(repository: Location) -> list[str]:
     )
 
 
+@_reading()
 def read_release(repository: Location, model: str, number: int) -> Release | None:
-    """The manifest of a release; None where it is not there or not readable."""
+    """The manifest of a release; None where it is not there or damaged. Raises ReleaseError where nobody can tell."""
     try:
         return Release.model_validate_json((repository / model / str(number) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValidationError, UnicodeDecodeError):
         return None
 
 
+@_reading()
 def is_whole(repository: Location, release: Release) -> bool:
     """Whether every file of the release is there in its size. Bytes are not read: releases hold gigabytes."""
     pointer = repository / release.model / str(release.number) / CONFIG
@@ -94,6 +112,7 @@ def is_whole(repository: Location, release: Release) -> bool:
     return pointer.stat().st_size == release.pointer.size_bytes
 
 
+@_reading()
 def damaged_files(repository: Location, release: Release) -> list[str]:
     """Files of the release's internals that are not there in their size."""
     if isinstance(repository, RemotePath):
@@ -105,6 +124,7 @@ def damaged_files(repository: Location, release: Release) -> list[str]:
     return [name for name, path, size in paths if not path.is_file() or path.stat().st_size != size]
 
 
+@_reading()
 def release_numbers(repository: Location, model: str) -> list[int]:
     """The numbers of a model's releases, whole or not, oldest first."""
     return [
@@ -124,11 +144,14 @@ def pinned_number(config: str) -> int | None:
     return int(match[1]) if match else None
 
 
+@_reading()
 def current_number(repository: Location, model: str) -> int | None:
-    """The number of the release that the public model names; None where the model was never published."""
+    """The number of the release that the public model names; None where the model was never published. Raises
+    ReleaseError where nobody can tell.
+    """
     try:
         return pinned_number((repository / model / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return None
 
 
@@ -138,11 +161,13 @@ def current_release(repository: Location, model: str) -> Release | None:
     return read_release(repository, model, number) if number is not None else None
 
 
+@_reading()
 def is_published_here(repository: Location, model: str) -> bool:
     """Whether the folder of the public name is one of ours."""
     return any((repository / model / str(number) / MANIFEST).is_file() for number in _versions(repository / model))
 
 
+@_reading()
 def highest_number(repository: Location, model: str) -> int:
     """The largest release number that is to be seen for a model, whole or not; 0 for none. Numbers are not reused."""
     numbers = [0, *_versions(repository / model)]
@@ -152,6 +177,7 @@ def highest_number(repository: Location, model: str) -> int:
     return max(numbers)
 
 
+@_reading()
 def _versions(folder: Location) -> list[int]:
     if not folder.is_dir():
         return []

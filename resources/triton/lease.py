@@ -6,7 +6,9 @@ written before (S3, Google's and Azure's all promise that). No conditional write
 some stores only, and which taking over from a dead holder would need too.
 
 A claim lives while its text changes: its holder writes it anew all the time. Whoever sees it unchanged for
-LEASE_SECONDS, by a clock of their own, takes it for dead; a holder who could not write for as long by theirs stops.
+LEASE_SECONDS, by a clock of their own, takes it for dead; a holder who could not write for that less MARGIN_SECONDS by
+theirs stops. What no claim can help against: a holder that is stopped for so long, with its machine say, between its
+last look at the clock and what it then sends.
 """
 
 from __future__ import annotations
@@ -20,18 +22,21 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from resources.errors import ReleaseError
-from resources.triton.storage import RemotePath
+from resources.triton.storage import ANSWER_SECONDS, RemotePath
 
 #: How long a claim may stay as it is and still live.
 LEASE_SECONDS = 60.0
-#: How often its holder writes it; several times in a lease, or one lost write would end it.
-RENEW_SECONDS = 15.0
+#: So much sooner its holder stops: for the answer to what it has just begun to change, and as long again for a store
+#: that does it after nobody waits for that any more.
+MARGIN_SECONDS = 2 * ANSWER_SECONDS
+#: How often its holder writes it; several times in what is left, or one lost write would end it.
+RENEW_SECONDS = 5.0
 #: How often one who waits looks, on average.
 LOOK_SECONDS = 1.0
 #: How long one waits: several publishes.
@@ -51,13 +56,14 @@ class Lease:
 
     def __init__(self, folder: RemotePath) -> None:
         # A store of its own: claims are written without asking whoever holds the other's lease.
-        self._folder = RemotePath(replace(folder.store, lease=None), folder.key)
+        self._folder = RemotePath(replace(folder.store, leases={}), folder.key)
         self._own = self._folder / uuid.uuid4().hex
-        self._written = 0.0
+        self._written: float | None = None  # when the claim that lies there was
         self._count = 0
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._ended = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True, name=f"lease of {folder}")
 
     def acquire(self) -> None:
         """Wait until nobody else has it. Raises ReleaseError after PATIENCE_SECONDS, naming the holder."""
@@ -70,6 +76,7 @@ class Lease:
                 if holder is None:
                     break
                 self._folder.remove([self._own.name])
+                self._written = None
             if not said:
                 _LOG.warning("%s is being changed by %s; waiting", self._folder.parent, holder)
                 said = True
@@ -92,22 +99,28 @@ class Lease:
         self._count, self._written = self._count + 1, begun
 
     def keep(self) -> None:
-        """Write it anew until `release`; for a thread of its own. A store that is away for a while costs nothing."""
+        """Have it written anew until `release`. A store that is away for a while costs nothing."""
+        self._keeper.start()
+
+    def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
             with suppress(ReleaseError):
                 self.write()
 
     def require(self) -> None:
         """Raise ReleaseError where another may have it by now."""
-        if self._count and _now() - self._written > LEASE_SECONDS:
+        limit = LEASE_SECONDS - MARGIN_SECONDS
+        if self._written is not None and _now() - self._written > limit:
             raise ReleaseError(
                 f"{self._folder.parent}: nothing more is changed, because this process could not renew its lease for "
-                f"{LEASE_SECONDS:g} s and another may be at it by now. Run again: what is half done is made good."
+                f"{limit:g} s and another may be at it soon. Run again: what is half done is made good."
             )
 
     def release(self) -> None:
         """Let the next one in at once."""
         self._ended.set()
+        if self._keeper.is_alive():
+            self._keeper.join(ANSWER_SECONDS)  # what it is just writing would be there again
         with suppress(ReleaseError):  # then it dies by itself
             self._folder.remove([self._own.name])
 
@@ -145,16 +158,19 @@ def _holder(claim: bytes) -> str:
 
 
 @contextmanager
-def leased(folder: RemotePath) -> Iterator[None]:
-    """Hold the lease whose claims lie in that folder; everything that its store is told to change asks it first."""
+def leased(folder: RemotePath, places: Sequence[RemotePath]) -> Iterator[None]:
+    """Hold the lease whose claims lie in that folder; all that its store is told to change at or below the places asks
+    it first.
+    """
     lease, store = Lease(folder), folder.store
+    keys = [place.key for place in places]
     try:
         lease.acquire()
-        keeper = threading.Thread(target=lease.keep, daemon=True, name=f"lease of {folder}")
-        keeper.start()
-        store.lease = lease
+        lease.keep()
+        store.leases |= dict.fromkeys(keys, lease)
         yield
     finally:
-        if store.lease is lease:
-            store.lease = None
+        for key in keys:
+            if store.leases.get(key) is lease:
+                del store.leases[key]
         lease.release()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from resources.errors import ReleaseError
 from resources.locks import file_lock
-from resources.triton.files import copy_tree, replace_file, staging_folder
+from resources.triton.files import clear_staging, copy_tree, replace_file, staging_folder, sync_tree
 from resources.triton.layout import (
     CONFIG,
     internal_names,
@@ -25,10 +26,13 @@ from resources.triton.layout import (
 from resources.triton.storage import Location, RemotePath
 
 
-def served_folder(repository: Location, root: Path, *, prune: bool = False) -> Path:
+def served_folder(
+    repository: Location, root: Path, *, prune: bool = False, say: Callable[[str], None] | None = None
+) -> Path:
     """A folder that the embedded server can read: the repository's own, or the copy below `root`, brought up to date.
 
-    Raises ReleaseError.
+    Raises ReleaseError where that fails. say: where there is a copy, it is told why in place of that, and the copy is
+    as it was, or as far as it came.
     """
     if not isinstance(repository, RemotePath):
         return repository
@@ -37,12 +41,20 @@ def served_folder(repository: Location, root: Path, *, prune: bool = False) -> P
         mirror.refresh()
         if prune:
             mirror.prune()
-    except OSError as error:
-        raise ReleaseError(
-            f"{repository} could not be copied to {mirror.folder}: {error.strerror or error}. Mend it, or set "
-            "REFINERY_HOME elsewhere."
-        ) from error
+    except (OSError, ReleaseError) as error:
+        if say is not None and public_models(mirror.folder):
+            say(f"{error} Until then, what is here is served.")
+        elif isinstance(error, ReleaseError):
+            raise
+        else:
+            raise ReleaseError(_uncopied(repository, mirror.folder, error)) from error
     return mirror.folder
+
+
+def _uncopied(what: object, folder: Path, error: OSError) -> str:
+    return (
+        f"{what} could not be copied to {folder}: {error.strerror or error}. Mend it, or set REFINERY_HOME elsewhere."
+    )
 
 
 class Mirror:
@@ -53,18 +65,28 @@ class Mirror:
         self._repository, self.folder = repository, root / digest / repository.name
 
     def refresh(self) -> None:
-        """Download the releases that are pointed to and not here yet. Raises ReleaseError, OSError.
+        """Download the releases that are pointed to and not here yet. Raises ReleaseError, OSError; but what is wrong
+        with one model costs no other.
 
         Models that somebody else put into the repository are not copied.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        failed = []
         with file_lock(self.folder.parent / "lock"):
+            clear_staging(self.folder)  # somebody was killed
             models = public_models(self._repository)
             for model in models:
-                self._copy(model)
+                try:
+                    self._copy(model)
+                except ReleaseError as error:
+                    failed.append(str(error))
+                except OSError as error:
+                    failed.append(_uncopied(self._repository / model, self.folder, error))
             for model in public_models(self.folder):
                 if model not in models:
                     shutil.rmtree(self.folder / model)
+        if failed:
+            raise ReleaseError(" ".join(failed))
 
     def prune(self) -> None:
         """Remove the copies of releases that nothing points to any more."""
@@ -81,7 +103,9 @@ class Mirror:
         release = read_release(self._repository, model, number) if number is not None else None
         if release is None:
             return
-        if is_whole(self.folder, release) and pointer.is_file() and pointer.read_bytes() == config:
+        # Sizes alone do not tell whether the number is another release's by now, of a repository that was made anew.
+        here = is_whole(self.folder, release) and read_release(self.folder, model, release.number) == release
+        if here and pointer.is_file() and pointer.read_bytes() == config:
             return
         with staging_folder(self.folder) as scratch:
             names = [*internal_names(release), f"{model}/{release.number}"]
@@ -90,6 +114,7 @@ class Mirror:
             if not is_whole(scratch, release):
                 raise ReleaseError(f"{self._repository}: release {release.number} of {model} is not there whole.")
             (scratch / model / CONFIG).write_bytes(config)
+            sync_tree(scratch)
             if not (self.folder / model).exists():
                 names[-1] = model
             for name in names:

@@ -7,7 +7,8 @@ them up, and moves the pointer where that was all that was missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from resources.triton.files import (
     clear_disk_errors,
     clear_staging,
     discard,
+    keep_note,
     last_number,
     leave_note,
     remember_number,
@@ -117,10 +119,11 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
                 waiting.number if waiting else 0,
                 last_number(repository, plan.model),
             )
+            sweep_public(repository)
+            _require_ours(repository, plan.model)
             removed = sweep(repository)
             if steps.retire is not None and removed:
                 steps.retire(removed)
-            _require_ours(repository, plan.model)
             unchanged = _unchanged(plan, repository, steps, waiting)
             if unchanged is None:
                 return _publish_next(plan, repository, steps, highest + 1)
@@ -163,6 +166,7 @@ def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number:
 def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Location, steps: Steps) -> Release:
     public, number = repository / plan.model, str(release.number)
     internals = internal_names(release)
+    told = False  # a store, to move the pointer
     remember_number(repository, plan.model, release.number)
     try:
         for name in internals:
@@ -182,19 +186,29 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
         if replaced:
             (staged / _REPLACES).write_bytes((public / CONFIG).read_bytes())
         leave_note(staged, repository, [*replaced, f"{plan.model}/{CONFIG}"])
-        if public.exists():
+        if public.exists() or isinstance(public, RemotePath):
             bring_in(staged / plan.model / number, public / number)
             sync(public)
+            told = isinstance(public, RemotePath)
             replace_file(staged / plan.model / CONFIG, public / CONFIG)
         else:
             # The first release: the whole folder at once, or a server could see a model without a configuration.
             bring_in(staged / plan.model, public)
         # What follows may put the pointer back, and nobody is to move it again.
         take_note_back(staged, repository)
-    except BaseException:
-        if current_number(repository, plan.model) != release.number:
-            for folder in (public / number, *(repository / name for name in internals)):
-                discard(folder, staging_root(repository))
+    except BaseException as error:
+        if told:
+            # Without its answer nobody knows: it may even do so later, and must not point to what is gone then.
+            keep_note(staged)
+            if isinstance(error, ReleaseError):
+                raise ReleaseError(
+                    f"{error} The store was told to point to release {number} and may do so yet, so it stays. The "
+                    f"next publish points to it if the store did not: refinery optimize {plan.model}."
+                ) from error
+        elif not _may_be_pointed_to(repository, release):
+            with suppress(OSError, ReleaseError):  # the next one sweeps it up, and what was first is said
+                for folder in (public / number, *(repository / name for name in internals)):
+                    discard(folder, staging_root(repository))
             if steps.retire is not None:
                 steps.retire(internals)
         raise
@@ -205,8 +219,8 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
             steps.announce(release)
         except BaseException as error:
             failed = _take_back(release, staged, repository, steps)
-            if isinstance(error, ServerError):
-                raise ServerError(
+            if isinstance(error, ServerError | ReleaseError):
+                raise type(error)(
                     f"{release.model}: release {release.number} was taken back: {error} "
                     f"{' '.join(failed) or 'What served before serves again.'}"
                 ) from error
@@ -216,21 +230,37 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
     return release
 
 
+def _may_be_pointed_to(repository: Location, release: Release) -> bool:
+    try:
+        return current_number(repository, release.model) == release.number
+    except ReleaseError:  # nobody can tell
+        return True
+
+
 def _take_back(release: Release, staged: Path, repository: Location, steps: Steps) -> list[str]:
-    """Undo a release that the servers did not take up; what could not be undone there, a sentence each."""
+    """Undo a release that the servers did not take up; what could not be undone, a sentence each."""
     public, internals = repository / release.model, internal_names(release)
-    if (staged / _REPLACES).exists():
-        replace_file(staged / _REPLACES, public / CONFIG)
-        sync(public)
-        failed = steps.go_back(release.model) if steps.go_back is not None else []
-        discard(public / str(release.number), staging_root(repository))
-    else:  # it was the first
-        discard(public, staging_root(repository))
-        failed = steps.go_back(release.model) if steps.go_back is not None else []
-    if failed:  # they may be what a server still answers with
-        return failed
-    for name in internals:
-        discard(repository / name, staging_root(repository))
+    failed: list[str] = []
+    first = not (staged / _REPLACES).exists()
+    try:
+        if first:
+            discard(public, staging_root(repository))
+        else:
+            replace_file(staged / _REPLACES, public / CONFIG)
+            sync(public)
+    except (OSError, ReleaseError) as error:
+        failed.append(f"The release may still be pointed to, so it stays: {error}")
+    pointed = bool(failed)
+    try:
+        failed += steps.go_back(release.model) if steps.go_back is not None else []
+        if not pointed and not first:
+            discard(public / str(release.number), staging_root(repository))
+        if failed:  # they may be what a server still answers with
+            return failed
+        for name in internals:
+            discard(repository / name, staging_root(repository))
+    except (OSError, ReleaseError) as error:
+        return [*failed, f"Not all of it could be undone: {error}"]
     if steps.retire is not None:
         steps.retire(internals)
     return []
@@ -287,39 +317,52 @@ def _require_ours(repository: Location, model: str) -> None:
         )
 
 
-def sweep(repository: Location, *, finish: bool = True) -> list[str]:
-    """Undo what a killed publisher left, or, with `finish`, finish it where only the pointer was missing.
+def sweep(repository: Location, *, finish: bool = True, later: bool = False) -> list[str]:
+    """Undo what a killed publisher left, or, with `finish`, finish it where only the pointer was missing; with `later`
+    that is left to the next publisher.
 
     Returns the names of the folders that are gone from the repository.
     """
     root = staging_root(repository)
-    if finish and root.is_dir():
-        for staged in contents(root):
+    unfinished = []
+    for staged in contents(root) if root.is_dir() else []:
+        if finish:
             _finish(staged, repository)
+        elif later and any(_unfinished(staged, repository)):
+            unfinished.append(staged.name)
+    sweep_public(repository)
     removed = []
+    foreign: dict[str, bool] = {}
     for path in contents(repository):
         parsed = parse_internal(path.name)
         if parsed is None:
-            _sweep_public(path, repository)
             continue
         model, number, part = parsed
+        if model not in foreign:
+            foreign[model] = (repository / model).exists() and not is_published_here(repository, model)
+        if foreign[model]:  # named as ours are, beside a model that is not
+            continue
         # A pinned release serves, whatever happened to its manifest.
         kept = (repository / model / str(number) / MANIFEST).is_file() or current_number(repository, model) == number
         if part == "proof" or not kept:
             discard(path, root)
             removed.append(path.name)
-    clear_staging(repository)
+    clear_staging(repository, but=unfinished)
     return removed
 
 
-def _sweep_public(public: Location, repository: Location) -> None:
+def sweep_public(repository: Location) -> None:
     """In object storage, where folders come file by file: a release's pointer may have come and its manifest not."""
-    if not isinstance(public, RemotePath):
-        return
+    for public in contents(repository) if isinstance(repository, RemotePath) else []:
+        if isinstance(public, RemotePath) and parse_internal(public.name) is None:
+            _sweep_public(public, repository)
+
+
+def _sweep_public(public: RemotePath, repository: Location) -> None:
     names = public.sizes()
     for name in names:
         number, _, file = name.partition("/")
-        if file != CONFIG or not number.isdigit() or f"{number}/{MANIFEST}" in names:
+        if file != CONFIG or not re.fullmatch("[0-9]+", number) or f"{number}/{MANIFEST}" in names:
             continue
         config = (public / name).read_bytes().decode("utf-8", errors="replace")
         internals = [parse_internal(internal) for internal in named_internals(config)]
@@ -329,7 +372,15 @@ def _sweep_public(public: Location, repository: Location) -> None:
 
 
 def _finish(staged: Location, repository: Location) -> None:
-    """Move the pointer to a proven release that is whole in the repository, unless somebody has moved it meanwhile."""
+    for config, pointer in _unfinished(staged, repository):
+        replace_file(config, pointer)
+        sync(pointer.parent)
+
+
+def _unfinished(staged: Location, repository: Location) -> Iterator[tuple[Location, Location]]:
+    """Pointers to proven releases that are whole in the repository, each with the one it was to replace, unless
+    somebody has moved that meanwhile.
+    """
     for config in staged.glob(f"*/{CONFIG}"):
         public, number = repository / config.parent.name, pinned_number(config.read_text(encoding="utf-8"))
         release = read_release(repository, public.name, number) if number is not None else None
@@ -337,5 +388,4 @@ def _finish(staged: Location, repository: Location) -> None:
             continue
         replaces, now = staged / _REPLACES, public / CONFIG
         if now.exists() == replaces.exists() and (not now.exists() or now.read_bytes() == replaces.read_bytes()):
-            replace_file(config, now)
-            sync(public)
+            yield config, now

@@ -77,7 +77,8 @@ def retain(
             if (number := _require_served(address, model)) in whole:
                 kept[number] = f"served at {address}"
         kept[current] = "what is pointed to"
-        gone = sweep(repository, finish=False)
+        # What a killed publisher has proven waits for the next one: a clean-up moves no pointer.
+        gone = sweep(repository, finish=False, later=True)
         removed = tuple(number for number in release_numbers(repository, model) if number not in kept)
         if removed and not settings.servers:
             _let_follow(repository / model / CONFIG)
@@ -88,9 +89,13 @@ def retain(
 
 
 def _let_follow(pointer: Location) -> None:
-    """Sleep until servers that poll have had the time to follow. A rename sets the time of a file's last change."""
+    """Sleep until servers that poll have had the time to follow. A rename sets the time of a file's last change; what
+    a store says of it is by a clock of its own, so there it is always slept in full.
+    """
+    left = FOLLOW_SECONDS
     if isinstance(pointer, Path):
-        time.sleep(min(max(0.0, pointer.stat().st_ctime + FOLLOW_SECONDS - time.time()), FOLLOW_SECONDS))
+        left = min(max(0.0, pointer.stat().st_ctime + FOLLOW_SECONDS - time.time()), FOLLOW_SECONDS)
+    time.sleep(left)
 
 
 def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None:

@@ -102,8 +102,26 @@ def _prepared(repository: Location, config: bytes) -> Iterator[Path]:
 
 
 def _replace(repository: Location, model: str, new: Path) -> None:
-    replace_file(new, repository / model / CONFIG)
+    try:
+        replace_file(new, repository / model / CONFIG)
+    except ReleaseError as error:  # a store need not have answered to have done so
+        raise ReleaseError(
+            f"{error} The pointer may have moved all the same, or do so yet: refinery releases {model} shows it."
+        ) from error
     sync(repository / model)
+
+
+def _put_back(repository: Location, model: str, back: Path, fleet: Fleet) -> list[str]:
+    """Point to what was pointed to, and have the servers serve that; what failed, a sentence each."""
+    failed = []
+    try:
+        _replace(repository, model, back)
+    except (OSError, ReleaseError) as error:
+        failed.append(f"The pointer was not put back: {error}")
+    try:
+        return failed + fleet.go_back(repository, model)
+    except (OSError, ReleaseError) as error:
+        return [*failed, f"The servers were not told to go back: {error}"]
 
 
 def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
@@ -120,10 +138,9 @@ def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
             try:
                 fleet.take_up(repository, release)
             except BaseException as error:
-                _replace(repository, model, back)
-                failed = fleet.go_back(repository, model)
-                if isinstance(error, ServerError):
-                    raise ServerError(
+                failed = _put_back(repository, model, back, fleet)
+                if isinstance(error, ServerError | ReleaseError):
+                    raise type(error)(
                         f"{model}: release {release.number} was not taken up: {error} "
                         f"{' '.join(failed) or 'What served before serves again.'}"
                     ) from error

@@ -26,6 +26,9 @@ _CONNECT_SECONDS = 3.0
 #: Of whole uploads of gigabytes, how long one part may be waited for.
 _READ_SECONDS = 60.0
 _TRIES = 2
+#: For a whole file of any size, from any store: it must not take for ever, and a slow line is none of a dead store.
+_FILE_SECONDS = 60.0
+_FILE_BYTES_PER_SECOND = 1e6
 
 #: `s3://http://host:port/bucket/prefix` and `s3://host:port/bucket/prefix`, as Triton reads them (docs/user_guide/
 #: model_repository.md of triton-inference-server): without a protocol it speaks HTTP.
@@ -46,6 +49,10 @@ _REFUSED = re.compile(
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class RefusedError(ReleaseError):
+    """The store answers, and that this user may not."""
+
+
 class Held(Protocol):
     """What a lease does for who changes the repository under it."""
 
@@ -57,15 +64,15 @@ class Held(Protocol):
 class Store:
     """One service with its buckets. scratch: a folder on this machine where releases are made and looked at.
 
-    shown: what comes before the bucket's name in a path as a person writes it. lease: of who changes the repository
-    right now.
+    shown: what comes before the bucket's name in a path as a person writes it. leases: of who changes what lies at or
+    below a key right now.
     """
 
     protocol: str
     shown: str
     scratch: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    lease: Held | None = None
+    leases: dict[str, Held] = field(default_factory=dict)
 
     def filesystem(self) -> AbstractFileSystem:
         """fsspec's, which it keeps by process and thread. Raises ReleaseError where its package is missing."""
@@ -188,26 +195,25 @@ class RemotePath:
 
     def upload(self, source: Path) -> None:
         """Put a local file there, whole or not at all."""
-        with self._changing("write") as (files, _):
-            files.put_file(str(source), self.key)
+        with self._changing("write", source) as (files, _):
+            files.put_file(str(source), self.key, **_whole(files, source.stat().st_size))
+        self._require_lease()  # it may have taken long
 
-    def download(self, target: Path) -> None:
+    def download(self, target: Path, size_bytes: int) -> None:
         """Get a file. Raises FileNotFoundError too."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._asking("read") as (files, _):
-            files.get_file(self.key, str(target))
+        with self._asking("read", target) as (files, _):
+            files.get_file(self.key, str(target), **_whole(files, size_bytes))
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove the named files below it, in no order. Those that are gone already are no error."""
-        keys = [f"{self.key}/{name}" for name in names]
-        try:
-            if keys:
-                with self._changing("remove") as (files, bound):
-                    files.rm(keys, **bound)
-        except FileNotFoundError:  # S3 does not say so; and then the others may still be there
-            for key in keys:
-                with suppress(FileNotFoundError), self._changing("remove") as (files, bound):
-                    files.rm_file(key, **bound)
+        """Remove the named files below it, in their order. Those that are gone already are no error.
+
+        One by one: fsspec's `rm` takes stars and brackets in a key for a pattern, and s3fs's does not look at the
+        errors that S3 answers many removals at once with.
+        """
+        for name in names:
+            with suppress(FileNotFoundError), (self / name)._changing("remove") as (files, bound):
+                files.rm_file(f"{self.key}/{name}", **bound)
 
     def _kind(self) -> str:
         try:
@@ -217,21 +223,29 @@ class RemotePath:
             return ""
 
     @contextmanager
-    def _changing(self, what: str) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
-        if self.store.lease is not None:
-            self.store.lease.require()
-        with self._asking(what) as asked:
+    def _changing(self, what: str, local: Path | None = None) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
+        self._require_lease()
+        with self._asking(what, local) as asked:
             yield asked
 
+    def _require_lease(self) -> None:
+        for key, lease in [*self.store.leases.items()]:
+            if f"{self.key}/".startswith(f"{key}/"):
+                lease.require()
+
     @contextmanager
-    def _asking(self, what: str) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
-        """fsspec's file system, and what bounds one of its answers; its errors as ours, but FileNotFoundError."""
+    def _asking(self, what: str, local: Path | None = None) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
+        """fsspec's file system, and what bounds one of its answers; its errors as ours, but FileNotFoundError, and
+        those of the file on this machine.
+        """
         try:
             files = self.store.filesystem()
             yield files, {"timeout": ANSWER_SECONDS} if files.async_impl else {}
         except ReleaseError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and local is not None and error.filename in (local, str(local)):
+                raise
             self._explain(error, what)
             raise
 
@@ -246,11 +260,11 @@ class RemotePath:
         if gone or getattr(error, "errno", None) in _DISK:
             return
         if isinstance(error, PermissionError) or _REFUSED.search(said):
-            raise ReleaseError(
+            raise RefusedError(
                 f"{self}: the store refuses to {what} it: {first_line(error)}. Set {self.store.variables}, as for "
                 "Triton, to credentials that may list, read, write and delete there."
             ) from error
-        reason = first_line(error) if str(error) else f"no answer within {ANSWER_SECONDS:g} s"
+        reason = first_line(error) if str(error) else "no answer in time"
         raise ReleaseError(
             f"{self}: the store could not be asked to {what} it: {reason}. See that its address is right and that it "
             "can be reached, and run again. What served before goes on serving."
@@ -258,6 +272,11 @@ class RemotePath:
 
 
 Location = Path | RemotePath
+
+
+def _whole(files: AbstractFileSystem, size_bytes: int) -> dict[str, float]:
+    """What bounds a whole file's way."""
+    return {"timeout": _FILE_SECONDS + size_bytes / _FILE_BYTES_PER_SECOND} if files.async_impl else {}
 
 
 def contents(folder: Location) -> list[Location]:
@@ -305,6 +324,8 @@ def _key(text: str, parts: str) -> str:
     key = re.sub("/+", "/", parts.strip("/"))
     if not key:
         raise ValueError(f"{text!r} names no bucket")
+    if re.search(r"[*?\[]", key):
+        raise ValueError(f"{text!r} holds *, ? or [, which would stand for other places too")
     return key
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from resources.artifacts.records import sha256_file
@@ -14,7 +17,7 @@ from resources.tasks import TASKS
 from resources.tasks.base import broken_answers
 from resources.triton.client import TextClient
 from resources.triton.config import write_config
-from resources.triton.files import clear_disk_errors, on_this_machine, repository_lock, staging_folder
+from resources.triton.files import READ_ONLY, clear_disk_errors, lock_to_read, on_this_machine, staging_folder
 from resources.triton.layout import (
     CONFIG,
     current_number,
@@ -76,12 +79,12 @@ def verify_release(
 ) -> tuple[Release, str]:
     """The release of that number, or the one that is pointed to, once it is what was published and a server answered
     with it; and the server. Raises ReleaseError, ServerError."""
-    with clear_disk_errors(model, repository, 0), repository_lock(repository):
+    with clear_disk_errors(model, repository, 0), lock_to_read(repository) as alone:
         number = number or current_number(repository, model)
         if number is None:
             raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
         release = find_release(repository, model, number)
-        with on_this_machine(repository, release) as copy:
+        with on_this_machine(repository, release, alone=alone) as copy:
             require_unchanged(copy, release)
             if release.flavour == "native" and settings.servers:
                 for address in settings.servers:
@@ -113,7 +116,7 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
             f"{release.model}: release {release.number} runs on Triton's own backends, which the embedded server does "
             "not have. Set REFINERY_TRITON_GRPC to a server in explicit model control that serves the repository."
         )
-    with staging_folder(repository) as root:
+    with _room(repository) as root:
         for name in release.files:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             _link(repository / name, root / name)
@@ -121,6 +124,19 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
         server = EmbeddedServer(root, settings, models=[alias], log=log)
         with server, TextClient(server.grpc_address) as client:
             ask(client, repository, release, alias)
+
+
+@contextmanager
+def _room(repository: Path) -> Iterator[Path]:
+    """A folder beside the repository, where files need not be copied; elsewhere where nothing may be written there."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(staging_folder(repository))
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="refinery-verify-")))
+        yield folder
 
 
 def write_alias(repository: Location, release: Release, root: Path) -> str:

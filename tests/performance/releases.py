@@ -5,7 +5,7 @@ what it answers at most. Releases are published and rolled back by the product's
 whose answers are those of the first, turned by a third; one never follows its like, so an answer says whose it is.
 Latencies count from when a request was due. Prints p99 while nothing happens, while a release is copied, loaded and
 proven, and from the pointer's change to the first new answer; ends with 1 where the last is more than twice the first,
-or a request failed, or was answered by no release.
+or a request failed, or was answered by no release, or a switch was not followed.
 """
 
 from __future__ import annotations
@@ -217,12 +217,17 @@ def report(control: str, requests: Requests, rate: float, most: float, publisher
     windows = publisher.windows
     for number, switch in enumerate(publisher.switches[1:]):
         for name in ("moved", "moved back" if number % 2 else "moved on"):
-            windows.add(name, switch.at, requests.first_answer(switch))
+            if (answered := requests.first_answer(switch)) < float("inf"):
+                windows.add(name, switch.at, answered)
     failed, nobody = int((requests.release == FAILED).sum()), int((requests.release == NOBODY).sum())
     stray = requests.out_of_turn(publisher.switches)
+    # A later release of the same kind is no answer to it.
+    ends = [switch.at for switch in publisher.switches[1:]] + [float("inf")]
+    lost = sum(requests.first_answer(switch) >= end for switch, end in zip(publisher.switches, ends, strict=True))
     print(
         f"\n{control}: {len(requests.due)} requests at {rate:.1f} a second (of {most:.1f} at most), "
-        f"{len(publisher.switches) - 1} switches; {failed} failed, {nobody} of no release, {stray} out of turn\n"
+        f"{len(publisher.switches) - 1} switches; {failed} failed, {nobody} of no release, {stray} out of turn, "
+        f"{lost} switches not followed\n"
     )
     print("| window | seconds each | requests | p50 ms | p99 ms | times quiet |\n|---|---|---|---|---|---|")
     quiet = ratio = float("nan")
@@ -241,7 +246,7 @@ def report(control: str, requests: Requests, rate: float, most: float, publisher
         length = np.mean([end - start for start, end in spans])
         print(f"| {name} | {length:.2f} | {len(took)} | {p50:.1f} | {p99:.1f} | {ratio:.2f} |", flush=True)
     print(requests.errors[:3] or "", flush=True)
-    return ratio <= ALLOWED and not failed and not nobody and not stray
+    return ratio <= ALLOWED and not failed and not nobody and not stray and not lost
 
 
 def main() -> int:

@@ -229,8 +229,7 @@ def test_documents_are_neither_served_nor_counted(tmp_path, flavour):
     assert engine.content_digest == plain.engine.content_digest
     plan = replace(plain, engine=engine)
     assert content_digest(plan) == content_digest(plain)
-    if flavour == "native":
-        (tmp_path / "repository" / "engine").mkdir(parents=True)
+    (tmp_path / "repository" / "engine").mkdir(parents=True)
     write_engine(plan, tmp_path / "repository" / "engine")
     found = list_files(tmp_path / "repository", ["engine"])
     assert not [name for name in found if SCRIPT in name]

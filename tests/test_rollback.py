@@ -80,7 +80,7 @@ def test_what_cannot_be_put_back_is_said_beside_why_it_was(repository, monkeypat
         r"Nor does it load what was there\."
     )
     with pytest.raises(ServerError, match=message):
-        module._switch(repository, find_release(repository, "tiny", 1), servers, [])
+        module._switch(repository, find_release(repository, "tiny", 1), servers)
     assert current_number(repository, "tiny") == 1
 
 

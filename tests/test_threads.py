@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from resources.artifacts.records import Champion, ThreadSetting, ThreadTrial
+from resources.artifacts.records import Champion, ServingSetting, ThreadSetting, ThreadTrial
 from resources.catalog import Shape
 from resources.checkpoints import collect_checkpoint
 from resources.device import physical_cores
@@ -19,7 +19,7 @@ from resources.evaluation.threads import Contest, choose, sweep, thread_counts
 from resources.export.make import make_graph
 from resources.isolation import Limits, Worker
 from resources.tracking import thread_parameters
-from resources.triton.config import engine_config
+from resources.triton.config import engine_config, front_config
 from resources.triton.release import content_digest
 from tests.conftest import entry_for
 from tests.releases import make_plan
@@ -209,9 +209,9 @@ def test_the_setting_goes_from_the_benchmark_to_the_release(made_checkpoint, sha
 
 
 def test_a_release_is_configured_with_the_setting(tmp_path):
-    plan = replace(make_plan(tmp_path), threads=3, spinning=False)
-    parameters = {name: value.string_value for name, value in engine_config(plan, 1).parameters.items()}
+    plan = make_plan(tmp_path, serving=ServingSetting(threads=3, spinning=False))
+    parameters = {name: value.string_value for name, value in front_config(plan, 1).parameters.items()}
     assert (parameters["threads"], parameters["spinning"]) == ("3", "false")
     native = engine_config(replace(plan, flavour="native"), 1).parameters
     assert native["intra_op_thread_count"].string_value == "3"
-    assert content_digest(plan) != content_digest(replace(plan, spinning=True))
+    assert content_digest(plan) != content_digest(replace(plan, serving=ServingSetting(threads=3)))

@@ -60,10 +60,10 @@ def releases(options: Namespace) -> int:
     current, runs = current_number(repository, model), _runs(workspace, model, options.target)
     table = Table("release", "state", "engine", "revision", "made", "size", "MLflow run", "digest")
     for number, release in whole.items():
-        state = "what is pointed to" if number == current else "kept"
+        state = "current" if number == current else "kept"
         table.add_row(*_row(release, state, runs.get(number, "–")))
     for number in damaged:
-        state = "damaged, and pointed to" if number == current else "damaged"
+        state = "damaged, and current" if number == current else "damaged"
         table.add_row(str(number), f"{state}: refinery verify {model} --release {number}", *["–"] * 6)
     for release in waiting:
         table.add_row(*_row(release, f"waits for its proof: refinery promote {model}", "–"))
@@ -78,12 +78,12 @@ def _row(release: Release, state: str, run: str) -> list[str]:
 
 
 def _runs(workspace: Workspace, model: str, target: str) -> dict[int, str]:
-    """The address of each release's run; none where MLflow has no store yet, or does not answer, which is said."""
+    """The id of each release's run; none where MLflow has no store yet, or does not answer, which is said."""
     store = workspace.mlflow_uri().removeprefix("sqlite:///")
     if store.startswith("/") and not Path(store).exists():
         return {}
     try:
-        return {number: link.url for number, link in tracker_of(workspace).release_runs(model, target).items()}
+        return {number: link.run_id for number, link in tracker_of(workspace).release_runs(model, target).items()}
     except TrackingError as error:
         print(f"refinery: the releases' runs are not known: {error}", file=sys.stderr)
         return {}

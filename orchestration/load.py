@@ -28,6 +28,7 @@ def load(options: Namespace) -> int:
     """Closed loops of so many clients, on the server that was named or on one of its own; prints a table."""
     workspace = read_workspace(os.environ)
     store, repository = workspace.store, workspace.repository(options.target)
+    workspace.entry(options.model)  # an unknown model is said to be unknown
     checkpoint = store.current(Checkpoint, f"checkpoint/{options.model}")
     evaluation = store.current(EvaluationSet, f"evaluation_set/{options.model}")
     folder = store.folder(checkpoint)

@@ -183,6 +183,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "ladder": LadderSettings,
     "tensorrt": TensorRtSettings,
     "serving": ServingSettings,
+    "rate_limiter": RateLimiter,
 }
 
 
@@ -225,7 +226,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         if item["type"] == "too_short" and lines:
             continue  # a list is short because what was in it was wrong, and that is said
         if item["type"] == "extra_forbidden":
-            there = _PARTS.get(str(item["loc"][0]), model) if len(item["loc"]) > 1 else model
+            there = model
+            for part in item["loc"][:-1]:
+                there = _PARTS.get(str(part), there)
             message = f"no such field; there are {', '.join(there.model_fields) or 'none'}"
         elif item["type"] == "missing":
             message = "is required"

@@ -369,6 +369,13 @@ def test_a_port_in_use_is_named_with_its_option(published, triton_settings, tmp_
     assert "--" + option.replace("_", "-") in str(caught.value)
 
 
+def test_a_port_that_is_given_twice(published, triton_settings, tmp_path, unused_port):
+    ports = {"http_port": unused_port, "metrics_port": unused_port}
+    server = EmbeddedServer(published[0], triton_settings, models=["tiny"], log=tmp_path / "log", **ports)
+    with pytest.raises(ServerError, match=f"--http-port and --metrics-port are both {unused_port}"), server:
+        pass
+
+
 def test_no_environment(published, triton_settings, tmp_path):
     nowhere = replace(triton_settings, environment=tmp_path / "nothing")
     with (

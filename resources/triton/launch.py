@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from resources.errors import ServerError
@@ -43,8 +44,12 @@ class Ports:
         return cls(http or free[0], grpc or free[1], metrics or free[2])
 
     def require_free(self) -> None:
-        """Raise ServerError where one is taken. Triton itself says so only deep in its log."""
-        for port, option in ((self.http, "--http-port"), (self.grpc, "--grpc-port"), (self.metrics, "--metrics-port")):
+        """Raise ServerError where one is taken, or given twice. Triton itself says so only deep in its log."""
+        given = ((self.http, "--http-port"), (self.grpc, "--grpc-port"), (self.metrics, "--metrics-port"))
+        for (port, option), (other, beside) in combinations(given, 2):
+            if port == other:
+                raise ServerError(f"{option} and {beside} are both {port}. Give three different ports.")
+        for port, option in given:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:

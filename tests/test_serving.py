@@ -110,6 +110,9 @@ def test_the_better_half_is_measured_again_in_both_orders():
     assert len(last_of_each(trials)) == len(tried)
     assert max(one.stage for one in last_of_each(trials)) == max(one.stage for one in trials)
     assert sum(one.stage == 1 for one in trials) == 9
+    # A stage in which nothing answered does not decide.
+    assert last_stage([*trials, trial(0, 0, stage=9, reason="the server is gone")]) == last_stage(trials)
+    assert last_stage([trial(0, 0, reason="no")])[0].reason == "no"
     # What does not come within half of the time is not tried.
     slow = halve(tried, lambda one, seconds, stage: time.sleep(0.2) or measure(one, seconds, stage), 1.0, None)
     assert {one.setting for one in slow} < set(tried)

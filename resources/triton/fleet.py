@@ -22,7 +22,7 @@ from resources.triton.verify import ask
 _LOOK_SECONDS = 0.1
 #: Requests that were under way in the release before may finish in it.
 GRACE_SECONDS = 5.0
-#: A server that has no model of the name answers so at once; one that is gone does not answer at all.
+#: What a server says of a model that left it in good order, and that may come again.
 _GONE = "unloaded"
 
 

@@ -140,7 +140,7 @@ def _weight(setting: ServingSetting) -> tuple[int, int]:
 def halve(
     settings: Sequence[ServingSetting], measure: Measure, seconds: float, p99_limit_ms: float | None
 ) -> list[ServingTrial]:
-    """Trials of all stages that came to their end within `seconds`, but for one trial more. The last stage's decide.
+    """Trials of all stages that begin within `seconds`. The last stage's decide.
 
     There the settings are measured twice, the second time in the opposite order: machines have moods. The first of
     them, the simplest, stays to the end. What the first stage has not come to when half of the time is over is not
@@ -192,9 +192,9 @@ def _pooled(first: ServingTrial, second: ServingTrial) -> ServingTrial:
 
 
 def last_stage(trials: Sequence[ServingTrial]) -> list[ServingTrial]:
-    """The trials that decide: those of the last stage, which had the most time."""
-    last = max(trial.stage for trial in trials)
-    return [trial for trial in trials if trial.stage == last]
+    """The trials that decide: those of the last stage, which had the most time, or of the last with any figures."""
+    stages = {trial.stage for trial in trials if not trial.reason} or {trial.stage for trial in trials}
+    return [trial for trial in trials if trial.stage == max(stages)]
 
 
 def make_serving_configuration(
@@ -292,7 +292,12 @@ def make_serving_configuration(
                 f"{tried[0]}: too few requests are answered in the time to compare it with others",
             )
         else:
-            setting, reason = choose(last, serving.p99_ms)
+            try:
+                setting, reason = choose(last, serving.p99_ms)
+            except ReleaseError as error:
+                raise ReleaseError(
+                    f"{entry.name}: {engine.name} on {champion.target}: {error} The log is {log}."
+                ) from error
         count = len({trial.setting for trial in trials})
         reason += f" ({count} of {len(tried)} settings tried)"
         return record.model_copy(update={"setting": setting, "reason": reason, "trials": tuple(trials)})

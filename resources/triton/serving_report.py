@@ -54,6 +54,11 @@ def measure_load(
         result = closed_loop(
             address, model, contract, items, concurrency=clients, seconds=share - warm_up, warm_up_seconds=warm_up
         )
+        if result.failures:
+            raise ReleaseError(
+                f"{model}: {result.failures} of {result.failures + result.requests} requests failed under {clients} "
+                f"clients: {result.first_error}"
+            )
         done = statistics_since(before, server_statistics(address, [model, *engines]))
         engine = done[engines[0]] if engines else None
         asked = done[model].requests
@@ -69,11 +74,6 @@ def measure_load(
                 batches_per_request=engine.executions / asked if engine and asked else 0.0,
             )
         )
-        if result.failures:
-            raise ReleaseError(
-                f"{model}: {result.failures} of {result.failures + result.requests} requests failed under {clients} "
-                f"clients: {result.first_error}"
-            )
     return found
 
 

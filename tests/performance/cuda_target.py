@@ -27,16 +27,21 @@ from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import make_champion
 from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
 from resources.export.make import make_graph
+from resources.pipelines import open_pipeline
+from resources.pipelines.base import Item, Pipeline
 from resources.targets import check_target, device_of
 from resources.triton.client import TextClient
 from resources.triton.layout import current_release
 from resources.triton.make import make_release
 from resources.triton.search import make_serving_configuration
 from resources.triton.server import EmbeddedServer
+from resources.triton.serving_report import measure_load, measure_with_perf_analyzer
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
 
 ASKED = 200
+#: The load: texts of at most so many tokens, from so many clients, for so many seconds by each tool.
+SHORT, CLIENTS, LOAD_SECONDS = 16, (1, 16, 64), 12.0
 
 
 def say(step: str, **values: Any) -> None:
@@ -87,7 +92,9 @@ def run(workspace: Workspace, entry: ModelEntry, target: str) -> bool:
     release = current_release(repository, entry.name)
     assert release is not None and release.proof is not None, "published releases are proven"
     say("release", number=release.number, requests=release.proof.requests, metrics=release.proof.metrics)
-    worst = ask(workspace, entry, repository, read_evaluation_set(workspace.store.folder(evaluation)))
+    known = read_evaluation_set(workspace.store.folder(evaluation))
+    worst = ask(workspace, entry, repository, known)
+    load(workspace, entry, repository, known.items, open_pipeline(str(workspace.store.folder(checkpoint))))
     wanted = [item for item in engines.values() if item.runtime == "onnxruntime" and item.status == "failed"]
     return worst >= entry.accuracy_gates().model_dump()["cosine_worst"] and not wanted
 
@@ -107,6 +114,17 @@ def ask(workspace: Workspace, entry: ModelEntry, repository: Path, known: Any) -
             cosines.append(float(np.dot(answer, reference) / (np.linalg.norm(answer) * np.linalg.norm(reference))))
     say("served", asked=len(cosines), cosine_worst=min(cosines), p50_ms=round(float(np.median(times)), 3))
     return min(cosines)
+
+
+def load(workspace: Workspace, entry: ModelEntry, repository: Path, items: list[Item], pipeline: Pipeline) -> None:
+    """Throughput and latency by clients, of short texts and of all; by perf_analyzer too, if it is there."""
+    tokens = [max(row.tokens for row in rows) for rows in pipeline.rows(items)]
+    short = [item for item, length in zip(items, tokens, strict=True) if length <= SHORT]
+    with EmbeddedServer(repository, workspace.triton, models=[entry.name], log=workspace.home / "load.log") as server:
+        for texts, asked in ((f"up to {SHORT} tokens", short), ("mixed", items)):
+            for measure in (measure_load, measure_with_perf_analyzer):
+                for level in measure(server.grpc_address, entry.name, asked, CLIENTS, LOAD_SECONDS):
+                    say("load", texts=texts, **level.model_dump())
 
 
 def main() -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
 from resources.triton.client import Contract, Protocol, TextClient
+from resources.triton.load import ModelStatistics, server_statistics, statistics_since
 from resources.triton.make import make_exam
 from resources.triton.proof import Exam, Proof
 from resources.triton.release import Release, ReleasePlan
@@ -125,6 +127,18 @@ def query_texts(address: str, model: str, texts: Sequence[str], protocol: Protoc
     with TextClient(address, protocol) as client:
         contract = client.contract(model)
         return np.concatenate([client.ask(model, contract, [{"TEXT": text}]) for text in texts])
+
+
+def counted(
+    address: str, before: Mapping[str, ModelStatistics], requests: int, model: str = "tiny"
+) -> dict[str, ModelStatistics]:
+    """What the models of `before` did since, once the public one has counted its requests: Triton answers first."""
+    end = time.monotonic() + 10
+    while True:
+        done = statistics_since(before, server_statistics(address, list(before)))
+        if done[model].requests >= requests or time.monotonic() > end:
+            return done
+        time.sleep(0.02)
 
 
 def unasked(folder: Path, release: Release) -> Proof:

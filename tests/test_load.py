@@ -27,7 +27,7 @@ from resources.triton.load import (
 )
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer
-from tests.releases import CONTRACT, answers_of, make_plan, query_texts, unasked
+from tests.releases import CONTRACT, answers_of, counted, make_plan, query_texts, unasked
 
 ITEMS = [{"TEXT": text} for text in sample_texts()[:40]]
 
@@ -172,7 +172,7 @@ def test_a_real_server_under_load(served):
     assert together.failures == 0, together.first_error
     assert together.requests > 20
     assert together.p50_ms <= together.p90_ms <= together.p99_ms
-    done = statistics_since(before, server_statistics(served, names))
+    done = counted(served, before, together.requests)
     for found in done.values():
         assert found.requests >= together.requests
         assert found.failures == 0

@@ -18,14 +18,14 @@ from resources.tasks.samples import sample_texts
 from resources.tracking import last_of_each
 from resources.triton.client import TextClient
 from resources.triton.launch import RATE_LIMIT, caching
-from resources.triton.load import closed_loop, server_statistics, statistics_since
+from resources.triton.load import closed_loop, server_statistics
 from resources.triton.mix import mix
 from resources.triton.perf_analyzer import find_perf_analyzer, read_report, run_perf_analyzer
 from resources.triton.publish import Steps, publish
 from resources.triton.search import choose, halve, last_stage, rank, settings_to_try, trial_server
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import levels_of, measure_load
-from tests.releases import CONTRACT, answers_of, ask_together, make_plan, unasked
+from tests.releases import CONTRACT, answers_of, ask_together, counted, make_plan, unasked
 
 ITEMS = [{"TEXT": text} for text in sample_texts()[:40]]
 #: Lengths that differ.
@@ -176,7 +176,7 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     ):
         before = server_statistics(server.grpc_address, names)
         answers = [ask_together(client, ["the same text"]) for _ in range(5)]
-        done = statistics_since(before, server_statistics(server.grpc_address, names))
+        done = counted(server.grpc_address, before, 5)
     # The engine ran once; what the cache gave is the same.
     assert (done["tiny"].requests, done["tiny__r1__pipeline"].executions) == (5, 1)
     assert all(np.array_equal(answers[0], other) for other in answers)
@@ -226,7 +226,7 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
             result = closed_loop(
                 server.grpc_address, "tiny", CONTRACT, texts, concurrency=32, seconds=1.5, warm_up_seconds=0
             )
-            done = statistics_since(before, server_statistics(server.grpc_address, ["tiny", "tiny__r1__pipeline"]))
+            done = counted(server.grpc_address, before, result.requests)
         runs = log.read_text().splitlines()
         assert result.failures == 0
         engine, asked = done["tiny__r1__pipeline"], done["tiny"].requests

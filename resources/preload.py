@@ -1,7 +1,10 @@
 """What the server of resources.isolation imports before it forks; see there. Import it nowhere else."""
 
+import errno
 import os
+import socket
 import sys
+from multiprocessing import reduction
 from types import TracebackType
 
 # Tokenizers warns, and turns itself single-threaded, when a process forks after using it; the server never uses it.
@@ -20,6 +23,20 @@ import transformers.models.auto.modeling_auto
 import transformers.models.auto.tokenization_auto
 
 _server = os.getpid()
+_recvfds = reduction.recvfds
+
+
+def _recvfds_or_aborted(client: socket.socket, size: int) -> list[int]:
+    """What multiprocessing's server reads a request with. A parent that was interrupted after it connected, and before
+    it sent anything, would end the server, and every child with it; of an aborted connection the server says nothing.
+    """
+    try:
+        return _recvfds(client, size)
+    except EOFError:
+        raise ConnectionAbortedError(errno.ECONNABORTED, "the parent left before it asked for a child") from None
+
+
+reduction.recvfds = _recvfds_or_aborted
 
 
 def _without_orphans(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

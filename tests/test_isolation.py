@@ -262,15 +262,10 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(
-    "when",
-    ["threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()", "forkserver.connect_to_new_process = interrupted"],
-    ids=["while the server imports", "before a child knows its work"],
-)
-def test_an_interrupted_start_prints_nothing(tmp_path, when):
+def run_script(tmp_path, text):
     script = tmp_path / "script.py"
-    script.write_text(INTERRUPTED % when)
-    done = subprocess.run(
+    script.write_text(text)
+    return subprocess.run(
         [sys.executable, "-W", "ignore", str(script)],
         capture_output=True,
         text=True,
@@ -278,4 +273,36 @@ def test_an_interrupted_start_prints_nothing(tmp_path, when):
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         start_new_session=True,
     )
+
+
+@pytest.mark.parametrize(
+    "when",
+    ["threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()", "forkserver.connect_to_new_process = interrupted"],
+    ids=["while the server imports", "before a child knows its work"],
+)
+def test_an_interrupted_start_prints_nothing(tmp_path, when):
+    done = run_script(tmp_path, INTERRUPTED % when)
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+ABANDONED = """
+import multiprocessing.forkserver, multiprocessing.reduction, os
+from resources.isolation import Limits, Worker, run_isolated
+send, limits = multiprocessing.reduction.sendfds, Limits(timeout_s=60)
+def interrupted(client, fds):
+    multiprocessing.reduction.sendfds = send
+    raise KeyboardInterrupt
+with Worker(int, 0, limits=limits, what="other") as other:
+    multiprocessing.reduction.sendfds = interrupted
+    try:
+        run_isolated(abs, -1, limits=limits, what="abs")
+    except KeyboardInterrupt:
+        print("interrupted")
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    print(run_isolated(os.getppid, limits=limits, what="next")[0] == server, other.call("__add__", 6))
+"""
+
+
+def test_a_parent_that_leaves_before_it_asks_harms_no_other_child(tmp_path):
+    done = run_script(tmp_path, ABANDONED)
+    assert (done.stdout, done.stderr) == ("interrupted\nTrue 6\n", "")

@@ -26,12 +26,12 @@ _server = os.getpid()
 _recvfds = reduction.recvfds
 
 
-def _recvfds_or_aborted(client: socket.socket, size: int) -> list[int]:
+def _recvfds_or_aborted(sock: socket.socket, size: int) -> list[int]:
     """What multiprocessing's server reads a request with. A parent that was interrupted after it connected, and before
     it sent anything, would end the server, and every child with it; of an aborted connection the server says nothing.
     """
     try:
-        return _recvfds(client, size)
+        return _recvfds(sock, size)
     except EOFError:
         raise ConnectionAbortedError(errno.ECONNABORTED, "the parent left before it asked for a child") from None
 

@@ -104,7 +104,6 @@ def _parser() -> argparse.ArgumentParser:
         help="how new releases are taken up: at once (default), when Triton looks by itself, or not",
     )
     command.add_argument("--cache-mb", type=_megabytes, default=0, metavar="N", help="for models with response_cache")
-    command.add_argument("--rate-limit", action="store_true", help="heed the models' rate_limiter")
     command.set_defaults(command=_serve)
 
     command = commands.add_parser("load", help="put load on a served model, and measure what it does")

@@ -16,7 +16,7 @@ from typing import Any
 from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
-from resources.triton.launch import RATE_LIMIT, caching
+from resources.triton.launch import caching
 from resources.triton.layout import current_release, public_models
 from resources.triton.mirror import Mirror, served_folder
 from resources.triton.server import EmbeddedServer, serve_foreground
@@ -117,7 +117,6 @@ def serve(options: Namespace) -> int:
     if not public_models(folder):
         raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
-    flags += [RATE_LIMIT] if options.rate_limit else []
     log = workspace.home / "logs" / f"triton-{options.target}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     serve_foreground(

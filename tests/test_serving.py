@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from resources.reporting import load_plot, load_table
 from resources.tasks.samples import sample_texts
 from resources.tracking import last_of_each
 from resources.triton.client import TextClient
-from resources.triton.launch import RATE_LIMIT, caching
+from resources.triton.launch import caching
 from resources.triton.load import closed_loop, server_statistics
 from resources.triton.mix import mix
 from resources.triton.perf_analyzer import find_perf_analyzer, read_report, run_perf_analyzer
@@ -155,7 +156,7 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
 
     chosen = replace(
         plan,
-        serving=ServingSetting(instances=2, threads=1, queue_delay_us=700),
+        serving=ServingSetting(instances=3, threads=1, queue_delay_us=700),
         response_cache=True,
         rate_limiter=RateLimiter(resources={"cores": 1}, priority=2),
     )
@@ -165,10 +166,10 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     config = ModelConfig()
     text_format.Parse((repository / "tiny__r1__pipeline" / "config.pbtxt").read_text(), config)
     assert config.dynamic_batching.max_queue_delay_microseconds == 700
-    (group,) = config.instance_group
-    assert (group.count, group.rate_limiter.priority) == (2, 2)
-    assert [(one.name, one.count) for one in group.rate_limiter.resources] == [("cores", 1)]
-    options = [*caching(triton_settings.environment, 8), RATE_LIMIT]
+    assert [(group.count, group.rate_limiter.priority) for group in config.instance_group] == [(1, 2), (2, 20_000)]
+    for group in config.instance_group:
+        assert [(one.name, one.count) for one in group.rate_limiter.resources] == [("cores", 1)]
+    options = caching(triton_settings.environment, 8)
     names = ["tiny", "tiny__r1__pipeline"]
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log", options=options) as server,
@@ -183,8 +184,11 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     np.testing.assert_allclose(answers[0], answers_of(plan, ["the same text"]), rtol=0, atol=1e-6)
 
 
-#: Put at the end of an engine's model.py: it writes one line a run, with the shape that it was given.
+#: Put at the end of an engine's model.py: it writes one line a run, with the shape that it was given, or its process.
+SHAPE, PROCESS = "'x'.join(map(str, feed['input_ids'].shape))", "os.getpid()"
 COUNTING = """
+import os
+
 _initialize = TritonPythonModel.initialize
 
 
@@ -194,7 +198,7 @@ def _initialize_and_count(self, args):
 
     def counted(feed):
         with open({path!r}, "a") as log:
-            log.write("x".join(map(str, feed["input_ids"].shape)) + "\\n")
+            log.write(f"{{{what}}}\\n")
         return run(feed)
 
     self._engine.run = counted
@@ -219,7 +223,7 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
             made = replace(made, checkpoint=made.checkpoint.with_files(made.checkpoint_folder))
         publish(made, repository, Steps(prove=unasked))
         code, log = repository / "tiny__r1__pipeline" / "1" / "model.py", folder / "runs"
-        code.write_text(code.read_text() + COUNTING.format(path=str(log)))
+        code.write_text(code.read_text() + COUNTING.format(path=str(log), what=SHAPE))
         with EmbeddedServer(repository, triton_settings, models=["tiny"], log=folder / "log") as server:
             log.write_text("")
             before = server_statistics(server.grpc_address, ["tiny", "tiny__r1__pipeline"])
@@ -238,6 +242,28 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
         if not buckets:
             assert {int(shape.split("x")[1]) for shape in runs} <= set(range(8, 65, 8))
     assert ran["buckets"] < 0.6 * ran["own_lengths"]
+
+
+def test_the_first_instance_has_what_is_alone_and_others_help(triton_settings, tmp_path):
+    made = make_plan(tmp_path / "plan", serving=ServingSetting(instances=2, threads=1))
+    publish(made, tmp_path / "cpu", Steps(prove=unasked))
+    code, log = tmp_path / "cpu" / "tiny__r1__pipeline" / "1" / "model.py", tmp_path / "runs"
+    code.write_text(code.read_text() + COUNTING.format(path=str(log), what=PROCESS))
+    with EmbeddedServer(tmp_path / "cpu", triton_settings, models=["tiny"], log=tmp_path / "log") as server:
+        log.write_text("")
+        with TextClient(server.grpc_address) as client:
+            for _ in range(50):
+                ask_together(client, ["one"])
+        alone = Counter(log.read_text().split())
+        log.write_text("")
+        assert not closed_loop(
+            server.grpc_address, "tiny", CONTRACT, ITEMS, concurrency=16, seconds=1.5, warm_up_seconds=0
+        ).failures
+        together = Counter(log.read_text().split())
+    # An instance that has had no turn comes first; that is the only request that the second one gets.
+    assert sorted(alone.values()) in ([50], [1, 49])
+    assert len(together) == 2
+    assert min(together.values()) > 0.2 * max(together.values())
 
 
 def test_a_release_under_load(plan, triton_settings, tmp_path):

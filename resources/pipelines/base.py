@@ -24,7 +24,7 @@ class Row:
     @property
     def tokens(self) -> int:
         """Its length without padding, special tokens included."""
-        return len(self.encoding.ids)
+        return len(self.encoding)
 
 
 class Pipeline:
@@ -33,6 +33,7 @@ class Pipeline:
     `inputs`: the names of a request's texts. `strategy`: which of two texts is cut where both together are too long.
     `windowed`: a text that is too long becomes several rows that overlap, up to `windows` of them, and is not cut.
     `structured`: an answer is a JSON document; else it is the engine's own numbers.
+    `offsets`: the answer says where in the text something stands.
     Holds no state between requests, so that one instance may be used by several threads.
     """
 
@@ -40,6 +41,7 @@ class Pipeline:
     strategy: ClassVar[str] = "longest_first"
     windowed: ClassVar[bool] = False
     structured: ClassVar[bool] = True
+    offsets: ClassVar[bool] = True
 
     def __init__(self, encoder: TextEncoder, settings: dict[str, Any]) -> None:
         self.encoder, self.settings = encoder, settings
@@ -56,7 +58,8 @@ class Pipeline:
         """The engine's rows for each request."""
         # In one call, which uses all cores.
         segments = [self.segments(item) for item in items]
-        encodings = iter(self.encoder.tokens([segment for group in segments for segment in group]))
+        texts = [segment for group in segments for segment in group]
+        encodings = iter(self.encoder.tokens(texts, offsets=self.offsets))
         return [[row for _ in group for row in self._windows(next(encodings))] for group in segments]
 
     def arrays(self, rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ class TextPipeline(Pipeline):
     """One text to one row of numbers fp32 `[width]`."""
 
     structured: ClassVar[bool] = False
+    offsets: ClassVar[bool] = False
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> np.ndarray:
         return outputs[0]

@@ -1,8 +1,9 @@
 """Text to token ids with the `tokenizers` library alone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ LENGTH_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 def buckets_up_to(max_tokens: int) -> tuple[int, ...]:
     """The length buckets of a model that takes at most `max_tokens`, which is always the last of them."""
     return (*(size for size in LENGTH_BUCKETS if size < max_tokens), max_tokens)
+
+
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    "input_ids": attrgetter("ids"),
+    "attention_mask": lambda _: 1,  # nothing is padded yet
+    "token_type_ids": attrgetter("type_ids"),
+}
 
 
 class TextEncoder:
@@ -76,16 +84,16 @@ class TextEncoder:
         """How many tokens are added to a text, or to a pair of them."""
         return int(self._tokenizer.num_special_tokens_to_add(pair))
 
-    def tokens(self, texts: Sequence[Any]) -> list[Any]:
+    def tokens(self, texts: Sequence[Any], *, offsets: bool = True) -> list[Any]:
         """One `tokenizers.Encoding` a text or pair of texts, in parallel threads, truncated, not padded.
+
+        offsets: keep where in the text each token stands; without, a fifth of the time is saved.
 
         What was cut off is in the encoding's `overflowing`, in pieces that share `stride` tokens with their neighbours.
         Raises TypeError for what cannot be written as UTF-8, such as half of a surrogate pair.
         """
-        if len(texts) == 1:  # waking other threads takes longer than one text
-            only = self._input(texts[0])
-            return [self._tokenizer.encode(*only) if isinstance(only, tuple) else self._tokenizer.encode(only)]
-        return list(self._tokenizer.encode_batch([self._input(text) for text in texts]))
+        encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
+        return list(encode([self._input(text) for text in texts]))
 
     def whole(self, text: str) -> Any:
         """The encoding of one text, special tokens included, not truncated."""
@@ -126,14 +134,9 @@ class TextEncoder:
         if "input_ids" in arrays:
             arrays["input_ids"].fill(self.pad_id)
         for row, encoding in enumerate(encodings):
-            ids = encoding.ids
-            values = {
-                "input_ids": ids,
-                "attention_mask": encoding.attention_mask,
-                "token_type_ids": encoding.type_ids,
-            }
+            tokens = len(encoding)
             for name, array in arrays.items():
-                array[row, : len(ids)] = values[name]
+                array[row, :tokens] = _VALUES[name](encoding)
         return arrays
 
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:

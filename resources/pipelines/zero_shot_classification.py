@@ -25,6 +25,7 @@ class ZeroShotClassificationPipeline(Pipeline):
 
     inputs: ClassVar[tuple[str, ...]] = ("TEXT", "LABELS")
     strategy: ClassVar[str] = "only_first"
+    offsets: ClassVar[bool] = False
 
     def complaint(self, item: Item) -> str:
         try:

@@ -18,6 +18,11 @@ _WARM_UP_TOKENS = 16
 #: What padding is for are batches. On a CPU they save little: 8 rows of 32 tokens took 0.80 of the time of 8 single
 #: ones, and 4 of 128 all of it; and a ninth of all work was padding. So rows are padded there to the next eight.
 _CPU_LENGTH_STEP = 8
+#: While Triton heeds rate limiters, an instance with priority n gets a turn where the one with priority 1 gets n. So
+#: the first instance has every request that is alone, and the others help while it is busy. In turns, as Triton gives
+#: them by itself, each process would find the other's data in the caches, and on a GPU the other's context: a lone
+#: request took 1.22 to 1.54 ms on an H100 where one instance took 0.96 to 1.36.
+_BESIDE = 10_000
 #: Of an engine's parameters, what its `model.py` has to know: where a plan runs, and what computes.
 _BUILT = ("flavour", "tensorrt", "compute_capability", "provider")
 
@@ -176,6 +181,13 @@ def _instances(config: ModelConfig, plan: ReleasePlan) -> None:
         group.rate_limiter.priority = plan.rate_limiter.priority
         for name, count in plan.rate_limiter.resources.items():
             group.rate_limiter.resources.add(name=name, count=count)
+    if plan.whole and group.count > 1:
+        group.count = 1
+        beside = config.instance_group.add()
+        beside.CopyFrom(group)
+        beside.count = plan.serving.instances - 1
+        group.rate_limiter.priority = group.rate_limiter.priority or 1
+        beside.rate_limiter.priority = group.rate_limiter.priority * _BESIDE
 
 
 def _accelerator(config: ModelConfig, plan: ReleasePlan) -> None:

@@ -104,6 +104,8 @@ def command(
         "--strict-readiness=true",
         # It would fill in what a configuration lacks by guessing, a batch size of 4 among other things.
         "--disable-auto-complete-config",
+        # Heed the models' rate limiters. By default Triton gives its instances turns instead; see config.py.
+        "--rate-limit=execution_count",
         "--allow-gpu-metrics=false",
         f"--exit-timeout-secs={EXIT_SECONDS}",
         f"--http-address={LOOPBACK}",
@@ -121,10 +123,6 @@ def caching(environment: Path, megabytes: int) -> list[str]:
     """Options of a server that keeps answers, so many megabytes of them, of models that ask for it."""
     folder = _package(environment) / "tritonserver" / "caches"
     return [f"--cache-directory={folder}", f"--cache-config=local,size={megabytes * 2**20}"]
-
-
-#: Option of a server that heeds the rate limiters of its models.
-RATE_LIMIT = "--rate-limit=execution_count"
 
 
 def variables(environment: Path) -> dict[str, str]:

@@ -36,7 +36,6 @@ from resources.targets import device_of
 from resources.triton.client import TextClient
 from resources.triton.config import front_config, write_config
 from resources.triton.environment import is_installed, requirements
-from resources.triton.launch import RATE_LIMIT
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
 from resources.triton.mix import request_mix
@@ -315,9 +314,7 @@ def trial_server(
         root.mkdir()
         stage(plan, _NUMBER, root)
         with (
-            EmbeddedServer(
-                root, settings, models=[plan.model], log=log, options=[RATE_LIMIT] if plan.rate_limiter else []
-            ) as server,
+            EmbeddedServer(root, settings, models=[plan.model], log=log) as server,
             TextClient(server.grpc_address) as client,
         ):
             contract = client.contract(plan.model)

@@ -29,6 +29,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -230,40 +231,97 @@ def text_of(encoder: TextEncoder, tokens: int) -> str:
     return text
 
 
-def spent_outside(address: str, repository: Path, number: int, rounds: int) -> tuple[float, float]:
-    """Milliseconds of a request of TOKENS tokens, and of the engine alone in this process, in turns.
+#: Added to the copy of a release: its engine writes down how many seconds each call of ONNX Runtime took.
+_TIMED = """
 
-    The engine is opened as the server opens it, with the same threads; one client, so nothing waits. Lower quartiles:
-    what else runs on the machine only ever adds.
+import os, time
+from pathlib import Path
+
+class _Timed:
+    def __init__(self, session):
+        self._session, self.get_inputs = session, session.get_inputs
+        self._file = (Path(__file__).parent / f"{TIMES}.{{os.getpid()}}").open("a", buffering=1)
+
+    def run(self, *args):
+        started = time.perf_counter()
+        found = self._session.run(*args)
+        ended = time.perf_counter()
+        self._file.write(f"{{started}} {{ended}}\\n")
+        return found
+
+_open_session = open_session
+
+def open_session(*args, **settings):
+    return _Timed(_open_session(*args, **settings))
+"""
+TIMES = "times"
+
+
+@dataclass(frozen=True)
+class Lone:
+    """Requests of one client: medians in milliseconds, and the median share of each that passed outside the engine."""
+
+    request_ms: float
+    engine_ms: float
+    alone_ms: float
+    outside: float
+
+
+def spent_outside(settings: TritonSettings, repository: Path, number: int, place: Path, rounds: int) -> Lone:
+    """What a request of TOKENS tokens spends outside the engine: tokenizing, Triton, protocol, hand-overs, client.
+
+    A copy of the release below `place` writes down when ONNX Runtime was called and when it came back. In turns with
+    the same call in this process, 20 times in a row: that has the processor's caches for itself and is faster, which is
+    neither the engine's time in a request nor outside of it.
     """
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-    folder = repository / internal_name(MODEL, number, "pipeline")
+    copy_release(repository, number, place)
+    folder = place / internal_name(MODEL, number, "pipeline")
+    engine = folder / "1" / "engine.py"
+    engine.write_text(engine.read_text() + _TIMED.format(TIMES=TIMES))
     config = text_format.Parse((folder / CONFIG).read_text(), ModelConfig())
     parameters = {name: value.string_value for name, value in config.parameters.items()}
     encoder = TextEncoder.from_folder(str(folder / "1"))
     text = text_of(encoder, TOKENS)
-    feed, requests, runs = encoder.encode([text]), list[float](), list[float]()
+    feed = encoder.encode([text])
     session = open_session(
         str(folder / "1" / parameters["entry_file"]),
         int(parameters["threads"]),
         spinning=parameters["spinning"] == "true",
     )
     wanted = {item.name: feed[item.name] for item in session.get_inputs()}
-    with TextClient(address) as client:
+    requests, alone = list[tuple[float, float]](), list[tuple[float, float]]()
+    with (
+        EmbeddedServer(place, settings, models=[MODEL], log=place.with_suffix(".log")) as server,
+        TextClient(server.grpc_address) as client,
+    ):
         contract = client.contract(MODEL)
         for turn in range(rounds + 1):
             for ask, times in (
                 (partial(client.ask, MODEL, contract, [{"TEXT": text}]), requests),
-                (partial(session.run, None, wanted), runs),
+                (partial(session.run, None, wanted), alone),
             ):
                 for repetition in range(25):
                     started = time.perf_counter()
                     ask()
                     if turn and repetition >= 5:  # the others' data had the caches
-                        times.append((time.perf_counter() - started) * 1000)
-    return statistics.quantiles(requests, n=4)[0], statistics.quantiles(runs, n=4)[0]
+                        times.append((started, time.perf_counter()))
+    lines = [line for path in (folder / "1").glob(f"{TIMES}.*") for line in path.read_text().splitlines()]
+    runs = sorted(tuple(map(float, line.split())) for line in lines)
+    found = list[float]()
+    for started, ended in requests:
+        inside = [run for run in runs if started < run[0] and run[1] < ended]
+        assert len(inside) == 1, f"the engine ran {len(inside)} times for one request"
+        found.append(inside[0][1] - inside[0][0])
+    spans = [ended - started for started, ended in requests]
+    return Lone(
+        request_ms=1000 * statistics.median(spans),
+        engine_ms=1000 * statistics.median(found),
+        alone_ms=1000 * statistics.median(ended - started for started, ended in alone),
+        outside=statistics.median(1 - engine / span for engine, span in zip(found, spans, strict=True)),
+    )
 
 
 def engine_under(address: str, number: int, load: Load, seconds: float) -> tuple[LoadResult, ModelStatistics]:
@@ -274,10 +332,15 @@ def engine_under(address: str, number: int, load: Load, seconds: float) -> tuple
     return result, statistics_since(before, server_statistics(address, [name]))[name]
 
 
-def copy_padded(repository: Path, number: int, place: Path, lengths: Iterable[int]) -> None:
-    """A copy of the release whose tokenizer pads a request to the next of the lengths."""
+def copy_release(repository: Path, number: int, place: Path) -> None:
+    """A repository below `place` with a copy of the release alone."""
     for folder in (MODEL, internal_name(MODEL, number, "pipeline")):
         shutil.copytree(repository / folder, place / folder)
+
+
+def copy_padded(repository: Path, number: int, place: Path, lengths: Iterable[int]) -> None:
+    """A copy of the release whose tokenizer pads a request to the next of the lengths."""
+    copy_release(repository, number, place)
     path = place / internal_name(MODEL, number, "pipeline") / "1" / "encoder.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "buckets": list(lengths)}))
@@ -333,15 +396,15 @@ def main() -> int:
             print(f"ours / {name}: {times:.2f} times the requests (target {wanted:g})", flush=True)
             if times < wanted:
                 missed.append(f"{times:.2f} times {name} where {wanted:g} is to be reached")
-        request, engine = spent_outside(ours.grpc_address, repository, release.number, given.rounds * 3)
-        outside = 1 - engine / request
+        lone = spent_outside(settings, repository, release.number, scratch / "timed", given.rounds * 3)
         print(
-            f"one client, {TOKENS} tokens: {request:.2f} ms a request, {engine:.2f} ms the engine alone, called in "
-            f"this process with the same threads: {outside:.0%} outside the engine (target {OUTSIDE:.0%})",
+            f"one client, {TOKENS} tokens: {lone.request_ms:.2f} ms a request, {lone.engine_ms:.2f} in the engine: "
+            f"{lone.outside:.0%} outside of it (target {OUTSIDE:.0%}); {lone.alone_ms:.2f} ms where the engine is "
+            "called over and over and nothing else",
             flush=True,
         )
-        if outside > OUTSIDE:
-            missed.append(f"{outside:.0%} of a request outside the engine where {OUTSIDE:.0%} is the limit")
+        if lone.outside > OUTSIDE:
+            missed.append(f"{lone.outside:.0%} of a request outside the engine where {OUTSIDE:.0%} is the limit")
         addresses = {"as released": ours.grpc_address}
         for name, lengths in (
             ("to buckets", buckets_up_to(MAX_TOKENS)),

@@ -11,13 +11,13 @@ from sessions import open_session
 from tensorrt_provider import ProviderSession
 
 
-def open_engine(folder, parameters, args, instances):
-    """The engine with the threads that it was measured with. args: of `initialize`; instances: of the model."""
+def open_engine(folder, parameters, args, groups):
+    """The engine with the threads that it was measured with. args: of `initialize`; groups: its instances."""
     path, output = str(Path(folder) / parameters["entry_file"]), parameters["engine_output"]
     if parameters["device"] == "cuda":
         kind = ProviderSession if parameters.get("provider") == "tensorrt" else CudaSession
         return kind(path, output, device=int(args["model_instance_device_id"]), threads=int(parameters["threads"]))
-    return _CpuEngine(path, output, parameters, Neighbours(args, instances))
+    return _CpuEngine(path, output, parameters, Neighbours(args, groups))
 
 
 class _CpuEngine:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 
-def open_engine(folder, parameters, args, instances):
+def open_engine(folder, parameters, args, groups):
     """The model, compiled as it was measured, with the same threads, which instances share."""
     del args
     try:
         from openvino_session import OpenVinoSession
     except ImportError as error:
         raise RuntimeError(f"it needs the Python package openvino in the server's environment: {error}") from error
-    threads = int(parameters["threads_beside"] if instances > 1 else parameters["threads"])
+    alone = sum(group["count"] for group in groups) == 1
+    threads = int(parameters["threads" if alone else "threads_beside"])
     return OpenVinoSession(Path(folder) / parameters["entry_file"], parameters["engine_output"], threads)

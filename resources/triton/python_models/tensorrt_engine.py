@@ -5,8 +5,8 @@ from pathlib import Path
 from tensorrt_session import TensorRtSession
 
 
-def open_engine(folder, parameters, args, instances):
+def open_engine(folder, parameters, args, groups):
     """The plan on the instance's GPU. Raises where this machine has another TensorRT than the builder had."""
-    del instances
+    del groups
     plan, device = Path(folder) / parameters["entry_file"], int(args["model_instance_device_id"])
     return TensorRtSession(plan, parameters["engine_output"], parameters, device=device)

@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--question", metavar="TEXT", help="what the contexts are asked (question-answering)")
     command.add_argument("--labels", metavar="L[,L]", help="what the texts may be (zero-shot-classification)")
     command.add_argument(
-        "--url", help="gRPC address of a Triton server (default: 127.0.0.1:8001, or one started for the question)"
+        "--url",
+        help="gRPC address of a Triton server (default: the first of REFINERY_TRITON_GRPC; else 127.0.0.1:8001, or one "
+        "started for the question)",
     )
     command.add_argument("--target", default="cpu", help="whose repository to serve where no server answers")
     command.add_argument("--json", action="store_true", help="print the whole answers, one JSON document a line")

@@ -30,13 +30,17 @@ _FOLLOW_SECONDS = 5.0
 
 
 def query(options: Namespace) -> int:
-    """Ask the server at `--url`; without one, that on the usual port, or, where none listens, one started for this."""
+    """Ask the server at `--url`, or the first of REFINERY_TRITON_GRPC; without them the one on the usual port.
+
+    Where none has the model there, one is started for this.
+    """
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
     with ExitStack() as stack:
-        address = options.url or DEFAULT_ADDRESS
+        named = options.url or next(iter(workspace.triton.servers), None)
+        address = named or DEFAULT_ADDRESS
         # Who names a server wants that one's answer and no other.
-        if options.url is None and not serves(address, options.model):
+        if named is None and not serves(address, options.model):
             folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
             if current_release(folder, options.model) is None:
                 raise _nothing_served(options.model, repository, public_models(folder))

@@ -113,7 +113,8 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
         assert code == 1
         assert f"{ports[0]}" in err
         assert "--http-port" in err
-        assert refinery(empty, "query", "tiny", "hello", "--url", f"127.0.0.1:{ports[1]}")[0] == 0
+        named = {"REFINERY_TRITON_GRPC": f"127.0.0.1:{ports[1]}"}
+        assert refinery(empty, "query", "tiny", "hello", **named)[2] == ""  # it was asked, and none was started
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0
@@ -159,7 +160,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
         (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is no target; use cpu, or cuda_sm"),
         (["query", "no-such-model", "text"], "no release of it"),
-        (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers grpc at 127.0.0.1:9"),
+        (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers gRPC at 127.0.0.1:9"),
         (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
         (["rollback", "no-such-model"], "no release of it"),
         (["verify", "no-such-model"], "There is no model named"),

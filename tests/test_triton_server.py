@@ -205,9 +205,9 @@ def test_what_the_engine_cannot_compute_fails_alone(repository, plans, triton_se
 def test_what_a_person_reads_when_nothing_answers(served, unused_port):
     with pytest.raises(ServerError, match=r"does not serve other: .*refinery serve"):
         query_texts(served.grpc_address, "other", ["x"])
-    with pytest.raises(ServerError, match=rf"No Triton answers grpc at 127\.0\.0\.1:{unused_port} .*refinery serve"):
+    with pytest.raises(ServerError, match=rf"No Triton answers gRPC at 127\.0\.0\.1:{unused_port} .*refinery serve"):
         query_texts(f"127.0.0.1:{unused_port}", "tiny", ["x"])
-    with pytest.raises(ServerError, match="No Triton answers http at"):
+    with pytest.raises(ServerError, match="No Triton answers HTTP at"):
         query_texts(f"127.0.0.1:{unused_port}", "tiny", ["x"], "http")
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from resources.errors import ServerError
 
 Protocol = Literal["grpc", "http"]
+_NAMES: dict[Protocol, str] = {"grpc": "gRPC", "http": "HTTP"}
 #: For questions. Loading a model has a limit of its own.
 TIMEOUT_SECONDS = 60.0
 LOAD_TIMEOUT_SECONDS = 300.0
@@ -219,10 +220,10 @@ class TextClient:
             first = with_remedy(first)
         elif not self.is_live():
             return ServerError(
-                f"No Triton answers {self.protocol} at {self.address} ({first}). Start one (refinery serve), or give "
-                "the right address."
+                f"No Triton answers {_NAMES[self.protocol]} at {self.address} ({first}). Start one (refinery serve), "
+                "or give the right address."
             )
-        return ServerError(f"The server at {self.address} ({self.protocol}) {what}: {first}.")
+        return ServerError(f"The server at {self.address} ({_NAMES[self.protocol]}) {what}: {first}.")
 
 
 def text_tensors(api: Any, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:

@@ -1,42 +1,37 @@
 """Load on a text model of a Triton server, over gRPC: how many requests a second it answers, and how fast.
 
-Two ways, after Schroeder, Wierman and Harchol-Balter, "Open Versus Closed: A Cautionary Tale" (2006): so many clients
-that each wait for their answer, or requests that come when they come.
+So many clients that each wait for their answer: a closed loop (Schroeder, Wierman and Harchol-Balter, "Open Versus
+Closed: A Cautionary Tale", 2006). It finds what a server can do; a server that stalls is asked less meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from resources.errors import ServerError, first_line
 from resources.evaluation.statistics import percentile
 from resources.triton.client import TIMEOUT_SECONDS, Contract, text_tensors
 
-Spacing = Literal["poisson", "fixed"]
 #: The first requests meet caches that are empty and threads that have not begun.
 WARM_UP_SECONDS = 1.0
-#: How many clients warm a server up before requests come at a rate.
-_WARM_UP_CLIENTS = 4
 
 
 @dataclass(frozen=True)
 class LoadResult:
     """What a load met. `latencies_ms`: of each request that was answered, in the order of the answers.
 
-    Requests that were asked within the time are in it, however late their answers came. concurrency: clients of a
-    closed loop; rate: requests a second of an open one; the other is None. answers: how many came within `seconds`,
-    whenever they were asked. failures are not among the latencies; `first_error`: what the first of them said.
+    Requests that were asked within the time are in it, however late their answers came. concurrency: clients.
+    answers: how many came within `seconds`, whenever they were asked. failures are not among the latencies;
+    `first_error`: what the first of them said.
     Percentiles are NaN where nothing was answered.
     """
 
-    concurrency: int | None
-    rate: float | None
+    concurrency: int
     seconds: float
     answers: int
     latencies_ms: tuple[float, ...] = field(repr=False)
@@ -128,43 +123,8 @@ def closed_loop(
     Raises ServerError where nothing at all is answered.
     """
     return asyncio.run(
-        _with_asker(
-            address,
-            model,
-            contract,
-            items,
-            lambda ask: closed(
-                ask, len(items), concurrency=concurrency, seconds=seconds, warm_up_seconds=warm_up_seconds, seed=seed
-            ),
-        )
+        _over_grpc(address, model, contract, items, concurrency, seconds, warm_up_seconds=warm_up_seconds, seed=seed)
     )
-
-
-def open_loop(
-    address: str,
-    model: str,
-    contract: Contract,
-    items: Sequence[Mapping[str, str]],
-    *,
-    rate: float,
-    seconds: float,
-    spacing: Spacing = "poisson",
-    warm_up_seconds: float = WARM_UP_SECONDS,
-    seed: int = 0,
-) -> LoadResult:
-    """`rate` requests a second for `seconds`, however long their answers take; all answers are waited for.
-
-    A latency is counted from the time at which the request was due, so a server that stalls is charged for all that
-    came meanwhile. spacing: at random, as independent users ask, or evenly. Not to be called where an event loop runs.
-    Raises ServerError where nothing at all is answered.
-    """
-
-    async def run(ask: Ask) -> LoadResult:
-        if warm_up_seconds > 0:
-            await closed(ask, len(items), concurrency=_WARM_UP_CLIENTS, seconds=warm_up_seconds, seed=seed)
-        return await opened(ask, len(items), rate=rate, seconds=seconds, spacing=spacing, seed=seed)
-
-    return asyncio.run(_with_asker(address, model, contract, items, run))
 
 
 #: One request, by the number of its item; raises where it is not answered.
@@ -195,35 +155,7 @@ async def closed(
                 answered.append((now - asked) * 1000)
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
-    return LoadResult(concurrency, None, seconds, within, tuple(answered), len(failed), failed[0] if failed else "")
-
-
-async def opened(
-    ask: Ask, count: int, *, rate: float, seconds: float, spacing: Spacing = "poisson", seed: int = 0
-) -> LoadResult:
-    """An open loop over anything that can be asked `count` kinds of requests.
-
-    `seconds` of the result reach to the last answer where the server cannot keep up. Raises ValueError for no rate.
-    """
-    if rate <= 0:
-        raise ValueError("an open loop needs a rate above 0")
-    numbers, answered, failed = shuffled_rounds(count, seed), list[float](), list[str]()
-    begin = time.perf_counter()
-
-    async def one(due: float) -> None:
-        error = await _attempt(ask, next(numbers))
-        if error is None:
-            answered.append((time.perf_counter() - due) * 1000)
-        else:
-            failed.append(error)
-
-    under_way = []
-    for offset in due_times(rate, seconds, spacing, seed):
-        await asyncio.sleep(max(0.0, begin + offset - time.perf_counter()))
-        under_way.append(asyncio.create_task(one(begin + offset)))
-    await asyncio.gather(*under_way)
-    spent = max(seconds, time.perf_counter() - begin)
-    return LoadResult(None, rate, spent, len(answered), tuple(answered), len(failed), failed[0] if failed else "")
+    return LoadResult(concurrency, seconds, within, tuple(answered), len(failed), failed[0] if failed else "")
 
 
 def shuffled_rounds(count: int, seed: int) -> Iterator[int]:
@@ -241,15 +173,6 @@ def shuffled_rounds(count: int, seed: int) -> Iterator[int]:
             yield from numbers
 
     return rounds()
-
-
-def due_times(rate: float, seconds: float, spacing: Spacing, seed: int) -> list[float]:
-    """When the requests of an open loop are due, in seconds from its begin."""
-    if spacing == "fixed":
-        return [number / rate for number in range(int(rate * seconds))]
-    generator = random.Random(seed)  # noqa: S311
-    times = itertools.accumulate(generator.expovariate(rate) for _ in itertools.count())
-    return list(itertools.takewhile(lambda due: due < seconds, times))
 
 
 def server_statistics(address: str, names: Sequence[str]) -> dict[str, ModelStatistics]:
@@ -297,14 +220,16 @@ def read_statistics(response: Any) -> ModelStatistics:
     )
 
 
-async def _with_asker(
+async def _over_grpc(
     address: str,
     model: str,
     contract: Contract,
     items: Sequence[Mapping[str, str]],
-    run: Callable[[Ask], Coroutine[Any, Any, LoadResult]],
+    concurrency: int,
+    seconds: float,
+    **others: Any,
 ) -> LoadResult:
-    """`run` with a way to ask the server, over one connection, with requests that were made before."""
+    """The clients on one connection, with requests that were made before."""
     import tritonclient.grpc as api
     from tritonclient.grpc.aio import InferenceServerClient
 
@@ -317,10 +242,10 @@ async def _with_asker(
             if not answer.get_response().raw_output_contents:
                 raise ServerError(f"{model} answered with nothing.")
 
-        result = await run(ask)
+        result = await closed(ask, len(items), concurrency=concurrency, seconds=seconds, **others)
     if not result.requests:
         why = result.first_error or f"none came within {result.seconds:g} s"
-        raise ServerError(f"The server at {address} (grpc) answered no request to {model}: {why}.")
+        raise ServerError(f"The server at {address} (gRPC) answered no request to {model}: {why}.")
     return result
 
 
@@ -338,4 +263,4 @@ def _words(error: Exception) -> str:
 
 
 def _trouble(address: str, what: str, error: Exception) -> ServerError:
-    return ServerError(f"The server at {address} (grpc) {what}: {_words(error)}.")
+    return ServerError(f"The server at {address} (gRPC) {what}: {_words(error)}.")

@@ -5,6 +5,7 @@ import dagster as dg
 from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
+from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.engines import BASELINE, EngineSpec
 from resources.engines.make import sources_of
@@ -30,6 +31,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         owners=OWNERS,
         description=f"Accuracy of {spec.name} on real text, and its latency in turns with PyTorch's at every shape.",
         tags={"target": target, "device": device_of(target)},
+        op_tags=placement(target),
     )
     def benchmark(
         context: dg.AssetExecutionContext,
@@ -62,7 +64,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
             }
         return materialized(made, folder, metadata)
 
-    @dg.asset_check(asset=benchmark, partitions_def=models)
+    @dg.asset_check(asset=benchmark, partitions_def=models, op_tags=placement(target))
     def accuracy_gate(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:

@@ -7,6 +7,7 @@ import dagster as dg
 from assets.checkpoint import length_metadata
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
+from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet
 from resources.catalog import ModelEntry
 from resources.device import describe_device
@@ -31,6 +32,7 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
         owners=OWNERS,
         description="The best engine, by the catalog's objective, among those that kept the accuracy gates.",
         tags={"target": target},
+        op_tags=placement(target),
     )
     def champion(
         context: dg.AssetExecutionContext,

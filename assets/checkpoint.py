@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
+from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.checkpoints import collect_checkpoint
 from resources.reporting import length_plot, markdown_image, padding_table
@@ -16,6 +17,7 @@ from resources.workspace import Workspace
     kinds={"huggingface"},
     owners=OWNERS,
     description="A Hugging Face checkpoint from a folder, a Python package or the Hub, complete and fit for its task.",
+    op_tags=placement(),
 )
 def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
     entry = workspace.entry(context.partition_key)
@@ -55,7 +57,7 @@ def length_metadata(record: Checkpoint) -> dict[str, object]:
     }
 
 
-@dg.asset_check(asset=checkpoint, partitions_def=models, blocking=True)
+@dg.asset_check(asset=checkpoint, partitions_def=models, op_tags=placement(), blocking=True)
 def required_files(
     context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
 ) -> dg.AssetCheckResult:

@@ -6,6 +6,7 @@ from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember
 from assets.onnx_graph import onnx_graph
 from assets.partitions import models
+from assets.placement import placement
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.engines import EngineSpec
 from resources.engines.make import make_engine, sources_of
@@ -29,6 +30,7 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
         owners=OWNERS,
         description=spec.description,
         tags={"target": target, "device": device_of(target)},
+        op_tags=placement(target),
     )
     def engine(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
         entry, store = workspace.entry(context.partition_key), workspace.store

@@ -5,6 +5,7 @@ import dagster as dg
 from assets.checkpoint import checkpoint
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
+from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.evaluation.reference import make_evaluation_set
 from resources.workspace import Workspace
@@ -17,6 +18,7 @@ from resources.workspace import Workspace
     kinds={"pytorch"},
     owners=OWNERS,
     description="Real texts of many lengths, and what PyTorch in fp32 answers to each of them alone.",
+    op_tags=placement(),
 )
 def evaluation_set(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
     entry = workspace.entry(context.partition_key)

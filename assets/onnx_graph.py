@@ -6,6 +6,7 @@ from assets.checkpoint import checkpoint
 from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
+from assets.placement import placement
 from resources.artifacts.records import Checkpoint, OnnxGraph
 from resources.export.make import make_graph
 from resources.reporting import markdown
@@ -24,6 +25,7 @@ _REMEDY = (
     kinds={"onnx", "pytorch"},
     owners=OWNERS,
     description="The checkpoint as an ONNX graph with dynamic batch and sequence, pooling or softmax included.",
+    op_tags=placement(),
 )
 def onnx_graph(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
     entry = workspace.entry(context.partition_key)
@@ -45,7 +47,7 @@ def onnx_graph(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
     )
 
 
-@dg.asset_check(asset=onnx_graph, partitions_def=models, blocking=True)
+@dg.asset_check(asset=onnx_graph, partitions_def=models, op_tags=placement(), blocking=True)
 def onnx_valid(context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.AssetCheckResult:
     """The ONNX checker accepts the graph, shapes inferred."""
     record = workspace.store.current(OnnxGraph, f"onnx_graph/{context.partition_key}")
@@ -56,7 +58,7 @@ def onnx_valid(context: dg.AssetCheckExecutionContext, workspace: dg.ResourcePar
     )
 
 
-@dg.asset_check(asset=onnx_graph, partitions_def=models, blocking=True)
+@dg.asset_check(asset=onnx_graph, partitions_def=models, op_tags=placement(), blocking=True)
 def parity_with_pytorch(
     context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
 ) -> dg.AssetCheckResult:

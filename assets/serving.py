@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
+from assets.placement import placement
 from resources.artifacts.records import (
     Champion,
     Checkpoint,
@@ -31,6 +32,7 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         owners=OWNERS,
         description="Instances and queue delay for the champion, found under load on a real Triton server.",
         tags={"target": target},
+        op_tags=placement(target),
     )
     def serving_configuration(
         context: dg.AssetExecutionContext,
@@ -66,6 +68,7 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
         owners=OWNERS,
         description="Throughput and latency of the release that serves, by the number of clients, on a real Triton.",
         tags={"target": target},
+        op_tags=placement(target),
     )
     def serving_benchmark(
         context: dg.AssetExecutionContext,

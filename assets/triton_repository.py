@@ -6,6 +6,7 @@ import dagster as dg
 
 from assets.materialization import OWNERS
 from assets.partitions import models
+from assets.placement import placement
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
 from resources.triton.promote import publish_champion
@@ -25,6 +26,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
         owners=OWNERS,
         description="The champion as a numbered, immutable release that answers text, proven on a real Triton server.",
         tags={"target": target},
+        op_tags=placement(target),
     )
     def triton_repository(
         context: dg.AssetExecutionContext,
@@ -51,7 +53,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
             data_version=dg.DataVersion(release.content_digest),
         )
 
-    @dg.asset_check(asset=triton_repository, partitions_def=models)
+    @dg.asset_check(asset=triton_repository, partitions_def=models, op_tags=placement(target))
     def served_answers_equal(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:

@@ -14,14 +14,15 @@ from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
 from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
-from orchestration.jobs import EXECUTOR, optimize
+from orchestration.executors import Execution, make_executor
+from orchestration.jobs import optimize
 from orchestration.progress import progress_logger
-from orchestration.settings import read_workspace, tracker_of
+from orchestration.settings import read_execution, read_workspace, tracker_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
 
-def make_definitions(workspace: Workspace) -> dg.Definitions:
+def make_definitions(workspace: Workspace, execution: Execution | None = None) -> dg.Definitions:
     """The whole code location, working in that workspace."""
     assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, onnx_graph]
     checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
@@ -38,10 +39,10 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
         assets=assets,
         asset_checks=checks,
         jobs=[optimize, *upkeep.JOBS],
-        executor=EXECUTOR,  # also for assets that are materialized by hand
+        executor=make_executor(execution or Execution()),  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},
     )
 
 
-defs = make_definitions(read_workspace(os.environ))
+defs = make_definitions(read_workspace(os.environ), read_execution(os.environ))

@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
+from resources.errors import CatalogError
 from resources.workspace import Workspace
 
+#: Where Dagster keeps runs and events in place of files: `postgresql+psycopg2://user:password@host:5432/database`.
+POSTGRES_VARIABLE = "REFINERY_DAGSTER_POSTGRES_URL"
+#: SQLAlchemy 2.1 takes plain `postgresql://` for another driver than the one that dagster-postgres brings.
+_POSTGRES_SCHEME = "postgresql+psycopg2://"
+
 _CONFIGURATION = """\
+# Written by transformer-refinery, and yours once you change it: storage, run launcher and the rest are described in
+# Dagster's documentation of dagster.yaml.
+telemetry:
+  enabled: false
+nux:
+  enabled: false
+# Steps print nothing: what their libraries print is in $REFINERY_HOME/logs.
+compute_logs:
+  module: dagster._core.storage.noop_compute_log_manager
+  class: NoOpComputeLogManager
+# A run whose process was killed is noticed, failed and started again; the store has what it had made. A run in which
+# a step failed is not: that has a reason, which another try would only meet again.
+run_launcher:
+  module: orchestration.launcher
+  class: WatchedRunLauncher
+run_monitoring:
+  enabled: true
+  poll_interval_seconds: 10
+  start_timeout_seconds: 120
+  free_slots_after_run_end_seconds: 5
+run_retries:
+  enabled: true
+  max_retries: 2
+  retry_on_asset_or_op_failure: false
+"""
+
+#: The variable is read by every process that opens the instance, so that the password is in no file.
+_POSTGRES = f"""\
+storage:
+  postgres:
+    postgres_url:
+      env: {POSTGRES_VARIABLE}
+"""
+
+#: What earlier versions wrote.
+_EARLIER = (
+    """\
 # Written once by transformer-refinery and yours from then on: storage, run launcher and the rest are described in
 # Dagster's documentation of dagster.yaml.
 telemetry:
@@ -18,8 +62,8 @@ nux:
 compute_logs:
   module: dagster._core.storage.noop_compute_log_manager
   class: NoOpComputeLogManager
-"""
-
+""",
+)
 
 #: The workspace.yaml of this repository, for pages that are opened elsewhere.
 WORKSPACE = """\
@@ -31,12 +75,52 @@ load_from:
 
 
 def prepare_instance(workspace: Workspace) -> Path:
-    """The instance's folder, made if it is not there, and named to Dagster through DAGSTER_HOME."""
+    """The instance's folder, made if it is not there, and named to Dagster through DAGSTER_HOME.
+
+    Its dagster.yaml follows the settings as long as nobody else has changed it. Raises CatalogError where Postgres is
+    asked for and cannot be had.
+    """
     given = os.environ.get("DAGSTER_HOME")
     folder = Path(given).resolve() if given else workspace.home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "dagster.yaml"
-    if not configuration.exists():
-        configuration.write_text(_CONFIGURATION)
+    url = os.environ.get(POSTGRES_VARIABLE, "")
+    if url:
+        _require_postgres(url)
+    wanted = _CONFIGURATION + (_POSTGRES if url else "")
+    there = configuration.read_text(encoding="utf-8") if configuration.exists() else None
+    if there == _CONFIGURATION + _POSTGRES and not url:
+        raise CatalogError(
+            f"{configuration} keeps runs in the Postgres of {POSTGRES_VARIABLE}, which is not set. Set it, or remove "
+            "that file to go back to files of its own; the runs in Postgres are not seen then."
+        )
+    if there is None or there in (_CONFIGURATION, *_EARLIER):
+        _replace(configuration, wanted)
+    elif url and POSTGRES_VARIABLE not in there:
+        raise CatalogError(
+            f"{POSTGRES_VARIABLE} is set, but {configuration}, changed by hand, does not name it. Add there:\n"
+            + _POSTGRES
+        )
     os.environ["DAGSTER_HOME"] = str(folder)
     return folder
+
+
+def _require_postgres(url: str) -> None:
+    if not url.startswith(_POSTGRES_SCHEME):
+        shown = url.split("://")[0]  # the rest has the password
+        raise CatalogError(
+            f"{POSTGRES_VARIABLE} begins with {shown!r}. Write {_POSTGRES_SCHEME}user:password@host:5432/database, so "
+            "that SQLAlchemy takes the driver that dagster-postgres brings."
+        )
+    if find_spec("dagster_postgres") is None:
+        raise CatalogError(
+            f"{POSTGRES_VARIABLE} is set, but dagster-postgres is not installed. "
+            "Run: pip install 'transformer-refinery[postgres]'."
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all: other processes may read it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

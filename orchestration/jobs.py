@@ -2,10 +2,6 @@
 
 import dagster as dg
 
-#: In process, because the steps themselves are light: what is heavy or may crash runs in children of its own.
-#: Eighteen empty steps took 1.9 s so, and 13 s with a process each.
-EXECUTOR = dg.in_process_executor
-
 
 @dg.failure_hook(required_resource_keys={"tracker"})
 def close_tracking(context: dg.HookContext) -> None:
@@ -18,7 +14,6 @@ def close_tracking(context: dg.HookContext) -> None:
 optimize = dg.define_asset_job(
     "optimize",
     selection=dg.AssetSelection.all(),
-    executor_def=EXECUTOR,
     hooks={close_tracking},
     description="Take one model of the catalog from its checkpoint to a proven release in the Triton repository.",
 )

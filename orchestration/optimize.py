@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -14,6 +15,7 @@ import dagster as dg
 from orchestration.definitions import make_definitions
 from orchestration.entries import find_or_add
 from orchestration.instance import prepare_instance
+from orchestration.launcher import HOST_TAG
 from orchestration.settings import read_workspace, tracker_of
 from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
@@ -49,8 +51,14 @@ def optimize(options: Namespace) -> int:
             instance=instance,
             run_config={"loggers": {"progress": {}}},
             raise_on_error=False,
-            # So that the job's page lists the run beside those that were started there.
-            tags={".dagster/repository": f"__repository__@{LOCATION}"},
+            tags={
+                # So that the job's page lists the run beside those that were started there.
+                ".dagster/repository": f"__repository__@{LOCATION}",
+                # So that Dagster's daemon, where one runs, sees when this process was killed. Starting the run again is
+                # left to who started it.
+                HOST_TAG: socket.gethostname(),
+                "dagster/max_retries": "0",
+            },
         )
     if not result.success:
         messages = failures(result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 import orchestration
+from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from resources.errors import CatalogError
 from resources.isolation import Limits
 from resources.targets import check_target
@@ -64,6 +65,15 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
         triton=triton,
     )
+
+
+def read_execution(environment: Mapping[str, str]) -> Execution:
+    """What runs the steps of runs that Dagster launches. Raises CatalogError naming the variable that is wrong."""
+    kind = environment.get("REFINERY_EXECUTOR") or IN_PROCESS
+    if kind not in get_args(ExecutorKind):
+        raise CatalogError(f"REFINERY_EXECUTOR: {kind!r} is not one of {', '.join(get_args(ExecutorKind))}.")
+    path = _path(environment, "REFINERY_EXECUTOR_CONFIG")
+    return Execution(cast(ExecutorKind, kind), read_config(path) if path is not None else {})
 
 
 def tracker_of(workspace: Workspace) -> Tracker:

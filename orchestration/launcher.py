@@ -49,11 +49,11 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
 
     def _alive(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Whether a process lives that has written to the run's log that it works on it."""
-        said = list(self._processes(run.run_id))
+        said = list(self.processes(run.run_id))
         alive = any(is_alive(pid, seen) for pid, seen in said)
         return _result(alive or not said, f"process {', '.join(sorted({str(pid) for pid, _ in said}))} is gone")
 
-    def _processes(self, run_id: str) -> Iterator[tuple[int, float]]:
+    def processes(self, run_id: str) -> Iterator[tuple[int, float]]:
         """The run's processes, and when each said that it was one, in seconds since 1970."""
         for entry in self._instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
             pid = entry.get_dagster_event().engine_event_data.metadata.get("pid")

@@ -65,6 +65,11 @@ class Worker:
     def __init__(
         self, factory: Callable[..., Any], *args: Any, limits: Limits, what: str, log: Path | None = None
     ) -> None:
+        if multiprocessing.current_process().daemon:
+            raise IsolationError(
+                f"{what}: this process belongs to a pool and may start none of its own, which steps have to. Start "
+                "Celery's workers with `worker_pool: solo`, one for each step that is to run at the same time."
+            )
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         self._what, self._limits = what, limits

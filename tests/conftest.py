@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from resources.triton import fleet, make, retain
 from resources.triton.environment import is_installed
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
+from tests import servers
 from tests.checkpoints import make_checkpoint
 
 #: Files that run whole jobs, longest first: begun last, one of them would be all that is left to wait for.
@@ -115,9 +115,21 @@ def sharing(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> W
 @pytest.fixture
 def unused_port() -> int:
     """A port of loopback where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return servers.free_port()
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The URL of an empty database. Without Postgres the test is skipped, or fails where it is required."""
+    with servers.postgres() as url:
+        yield url
+
+
+@pytest.fixture
+def redis() -> Iterator[str]:
+    """The URL of an empty Redis; as above."""
+    with servers.redis() as url:
+        yield url
 
 
 #: Room for a dozen tiny releases, in bytes and in files.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +105,32 @@ def run_job(workspace: Workspace, model: str, *, whole: bool = False) -> Outcome
 def run_assets(workspace: Workspace, model: str, keys: Sequence[str]) -> Outcome:
     """Some assets alone, with their checks, as Dagster's page materializes them."""
     return _run(workspace, model, "__ASSET_JOB", [dg.AssetKey(key.split("/")) for key in keys])
+
+
+def settings_of(workspace: Workspace) -> dict[str, str]:
+    """The environment of a process that is to work in that workspace."""
+    return {
+        **os.environ,
+        # Commands that find others by their names.
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "REFINERY_HOME": str(workspace.home),
+        "REFINERY_CATALOG": str(workspace.catalog_path),
+        "REFINERY_TARGETS": ",".join(workspace.targets),
+        **({"REFINERY_ARTIFACTS": str(workspace.artifacts)} if workspace.artifacts else {}),
+    }
+
+
+def materialize(workspace: Workspace, model: str, assets: Sequence[str], **variables: str) -> None:
+    """Some assets by Dagster's own command, in a process that knows its environment alone; that has DAGSTER_HOME."""
+    command = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "orchestration.definitions"]
+    result = subprocess.run(
+        [*command, "--select", ",".join(assets), "--partition", model],
+        env={**settings_of(workspace), **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def _run(workspace: Workspace, model: str, job: str, selection: Sequence[dg.AssetKey] | None) -> Outcome:

@@ -30,6 +30,12 @@ HEAVY = (
     "tritonclient",
     "tokenizers",
     "matplotlib",
+    "dagster_celery",
+    "dagster_k8s",
+    "dagster_postgres",
+    "celery",
+    "kubernetes",
+    "redis",
 )
 
 

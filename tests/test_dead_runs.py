@@ -1,0 +1,213 @@
+"""Runs whose process is killed: noticed, failed, their slots given back, started again. Those that live go on."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import dagster as dg
+import psutil
+import pytest
+from dagster._core.events import EngineEventData
+from dagster._core.launcher import WorkerStatus
+
+from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
+from orchestration.launcher import HOST_TAG, WatchedRunLauncher, is_alive
+from tests.waiting_definitions import FOLDER, POOL
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What the issue asks for, from the kill to the next try.
+NOTICED_SECONDS = 60
+START_SECONDS = 60
+FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE)
+
+
+@pytest.fixture
+def home(workspace, tmp_path, monkeypatch):
+    """An instance as the product makes it, in whose pool one step has room."""
+    monkeypatch.delenv(POSTGRES_VARIABLE, raising=False)
+    monkeypatch.setenv("DAGSTER_HOME", str(workspace.home / "dagster"))
+    monkeypatch.setenv(FOLDER, str(tmp_path / "waiting"))
+    (tmp_path / "waiting").mkdir()
+    folder = prepare_instance(workspace)
+    with dg.DagsterInstance.get() as instance:
+        instance.event_log_storage.set_concurrency_slots(POOL, 1)
+    return folder
+
+
+@pytest.fixture
+def impatient(home):
+    """The same, but it looks at its runs every second."""
+    configuration = home / "dagster.yaml"
+    text = configuration.read_text()
+    for name, usual in (("poll_interval", 10), ("free_slots_after_run_end", 5)):
+        assert f"{name}_seconds: {usual}\n" in text
+        text = text.replace(f"{name}_seconds: {usual}\n", f"{name}_seconds: 1\n")
+    configuration.write_text(text)
+    return home
+
+
+@contextmanager
+def daemon(log):
+    """Dagster's daemon with the code location of tests.waiting_definitions."""
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dagster._daemon", "run", "-m", "tests.waiting_definitions"],
+            cwd=ROOT,
+            stdout=stream,
+            stderr=stream,
+        )
+    try:
+        yield process
+    finally:
+        kill_all(process)
+
+
+def kill_all(process):
+    """The process and all that it started, at once, as when a machine loses its power."""
+    if process.poll() is not None:
+        return
+    parent = psutil.Process(process.pid)
+    processes = [parent, *parent.children(recursive=True)]
+    for one in processes:
+        one.kill()
+    process.wait(10)
+    psutil.wait_procs(processes, 10)
+
+
+def awaited(what, seconds, log):
+    """The first answer that is not None."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = what()
+        if answer is not None:
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(log.read_text()[-5000:])
+
+
+def launch():
+    """As a person does, or a schedule: whoever asks is not who runs it."""
+    command = [sys.executable, "-m", "dagster", "job", "launch", "-m", "tests.waiting_definitions", "-j", "wait"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def begun(instance, waiting, but=()):
+    """Another run than those, whose step has begun; None where there is none."""
+    runs = {run.run_id: run for run in instance.get_runs()}
+    return next((runs[path.name] for path in waiting.iterdir() if path.name in runs.keys() - {*but}), None)
+
+
+def let_finish(instance, waiting, run, log):
+    (waiting / "go").touch()
+    done = awaited(
+        lambda: found if (found := instance.get_run_by_id(run.run_id)).status in FINISHED else None, START_SECONDS, log
+    )
+    assert done.status is dg.DagsterRunStatus.SUCCESS
+
+
+def statuses(instance):
+    return {run.run_id: run.status for run in instance.get_runs()}
+
+
+def kill(what, process, instance, run):
+    if what == "everything":
+        kill_all(process)
+    else:
+        (pid,) = {pid for pid, _ in instance.run_launcher.processes(run.run_id)}
+        os.kill(pid, signal.SIGKILL)
+
+
+def killed_and_started_again(what, tmp_path):
+    """What a run came to whose process, or whose whole machine, was killed in the middle of its step."""
+    log, waiting = tmp_path / "daemon.log", tmp_path / "waiting"
+    with dg.DagsterInstance.get() as instance, ExitStack() as daemons:
+        launch()
+        process = daemons.enter_context(daemon(log))
+        first = awaited(lambda: begun(instance, waiting), START_SECONDS, log)
+        kill(what, process, instance, first)
+        since = time.monotonic()
+        if what == "everything":
+            assert instance.get_run_by_id(first.run_id).status is dg.DagsterRunStatus.STARTED
+            daemons.enter_context(daemon(log))
+        second = awaited(lambda: begun(instance, waiting, {first.run_id}), NOTICED_SECONDS, log)
+        print(f"started again {time.monotonic() - since:.1f} s after {what} was killed")
+        let_finish(instance, waiting, second, log)
+        assert statuses(instance) == {
+            first.run_id: dg.DagsterRunStatus.FAILURE,
+            second.run_id: dg.DagsterRunStatus.SUCCESS,
+        }
+        assert instance.event_log_storage.get_concurrency_info(POOL).active_slot_count == 0
+
+
+def test_a_run_that_was_killed_with_everything_around_it_is_started_again(impatient, tmp_path):
+    killed_and_started_again("everything", tmp_path)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("what", ["everything", "the run's process"])
+def test_a_killed_run_is_started_again_within_a_minute(home, tmp_path, what):
+    killed_and_started_again(what, tmp_path)
+
+
+@pytest.mark.whole
+def test_a_run_that_outlives_the_daemon_goes_on(impatient, tmp_path):
+    log, waiting = tmp_path / "daemon.log", tmp_path / "waiting"
+    with dg.DagsterInstance.get() as instance, ExitStack() as daemons:
+        launch()
+        process = daemons.enter_context(daemon(log))
+        run = awaited(lambda: begun(instance, waiting), START_SECONDS, log)
+        left = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        try:
+            daemons.enter_context(daemon(log))
+            # Its code server ends itself once it has heard from nobody for half a minute, but not before its runs do.
+            time.sleep(45)
+            assert statuses(instance) == {run.run_id: dg.DagsterRunStatus.STARTED}
+            let_finish(instance, waiting, run, log)
+            assert len(statuses(instance)) == 1
+        finally:
+            for one in left:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+
+
+def test_a_run_of_the_command_line_is_judged_by_its_process(home):
+    """`refinery optimize` has no code server; its run names the machine, and its process is in the run's log."""
+    sleeper = subprocess.Popen(["/bin/sleep", "60"])
+    try:
+        with dg.DagsterInstance.get() as instance:
+            launcher = instance.run_launcher
+            assert isinstance(launcher, WatchedRunLauncher)
+
+            def run_on(host, pid):
+                run = instance.create_run_for_job(dg.GraphDefinition(name="nothing").to_job(), tags={HOST_TAG: host})
+                instance.report_engine_event("Executing steps in process", run, EngineEventData.in_process(pid))
+                return run
+
+            here = socket.gethostname()
+            mine, elsewhere = run_on(here, sleeper.pid), run_on("another-machine", 2**22 + 1)
+            assert launcher.check_run_worker_health(mine).status is WorkerStatus.RUNNING
+            assert launcher.check_run_worker_health(elsewhere).status is WorkerStatus.RUNNING
+            sleeper.kill()
+            os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has taken note of it
+            assert psutil.Process(sleeper.pid).status() == psutil.STATUS_ZOMBIE
+            assert launcher.check_run_worker_health(mine).status is WorkerStatus.NOT_FOUND
+            sleeper.wait()
+            found = launcher.check_run_worker_health(mine)
+            assert found.status is WorkerStatus.NOT_FOUND
+            assert f"process {sleeper.pid} is gone" in found.msg
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_number_that_was_given_anew_is_another_process():
+    began = psutil.Process().create_time()
+    assert is_alive(os.getpid(), began + 1)
+    assert not is_alive(os.getpid(), began - 3600)

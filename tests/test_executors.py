@@ -1,0 +1,272 @@
+"""The same definitions under every executor, by configuration alone; steps land where their target is."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+
+from orchestration.definitions import make_definitions
+from orchestration.executors import Execution, make_executor
+from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
+from orchestration.settings import read_execution
+from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
+from resources.errors import CatalogError, IsolationError
+from resources.isolation import Limits, run_isolated
+from resources.workspace import Workspace
+from tests.conftest import entry_for
+from tests.kubernetes import cluster
+from tests.pipeline import add_entry, materialize, settings_of
+from tests.test_tracking import CHECKPOINT
+
+GPU = "cuda_sm90"
+#: How Dagster calls them, with the check of the first, and where each belongs.
+PLACES = {"checkpoint": "cpu", "checkpoint_required_files": "cpu", f"engines__{GPU}__onnxruntime_fp16": GPU}
+#: One step for each target. The first works in a child process; the second says that there is no GPU, wherever it runs.
+STEPS = ["checkpoint", f"engines/{GPU}/onnxruntime_fp16"]
+WORKER_SECONDS = 60
+MADE_UP = CHECKPOINT.model_copy(update={"model": "tiny"})
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory, made_checkpoint):
+    """A workspace for two targets, in which what comes between the two steps is made up."""
+    folder = tmp_path_factory.mktemp("executors")
+    workspace = Workspace(folder / "home", folder / "models.yaml", targets=("cpu", GPU))
+    add_entry(workspace, entry_for(made_checkpoint()))
+    graph = OnnxGraph(
+        digest="g",
+        model="tiny",
+        weights_digest="w",
+        opset=20,
+        nodes=1,
+        parameters=1,
+        inputs=("input_ids", "attention_mask"),
+        output="sentence_embedding",
+        width=1,
+        external_data=False,
+        parity=(),
+    )
+    evaluation = EvaluationSet(
+        digest="e", model="tiny", items=1, rows=1, width=1, longest_tokens=1, tokenizer_checked=1
+    )
+    for record in (MADE_UP, graph, evaluation):
+        pretend(workspace, record)
+    return workspace
+
+
+def pretend(workspace, record):
+    """Have it in the store as what a step made last."""
+    made = workspace.store.get_or_make(type(record), record.digest, lambda folder: record)
+    workspace.store.point(f"{record.kind}/tiny", made.record)
+
+
+@pytest.fixture
+def ready(graph, tmp_path, monkeypatch):
+    """The same with an instance of its own, and DAGSTER_HOME naming it."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
+    prepare_instance(graph)
+    with dg.DagsterInstance.get() as instance:
+        instance.add_dynamic_partitions("model", ["tiny"])
+    return graph
+
+
+def configuration(folder, **config):
+    path = folder / "executor.yaml"
+    path.write_text(yaml.safe_dump({"execution": {"config": config}}))
+    return str(path)
+
+
+def run_of(instance):
+    (run,) = instance.get_runs()
+    assert run.status is dg.DagsterRunStatus.SUCCESS
+    return run
+
+
+def assert_made(workspace):
+    checkpoint = workspace.store.current(Checkpoint, "checkpoint/tiny")
+    assert checkpoint.architecture == "BertModel"
+    assert workspace.store.damaged(checkpoint) == []
+    engine = workspace.store.current(Engine, f"{STEPS[1]}/tiny")
+    assert engine.status == "unsupported"
+    assert "needs an NVIDIA GPU of compute capability 9.0" in engine.reason
+
+
+# --- by configuration -------------------------------------------------------------------------------------------------
+
+
+def test_every_step_names_where_its_target_is(graph):
+    job = make_definitions(graph).resolve_job_def("optimize")
+    seen = set()
+    for node in job.nodes:
+        target = next((target for target in graph.targets if f"__{target}" in node.name), "cpu")
+        assert node.definition.tags["dagster-celery/queue"] == target, node.name
+        assert ("dagster-k8s/config" in node.definition.tags) == (target == GPU), node.name
+        seen.add(node.name.split("__")[0])
+    assert {"checkpoint", "onnx_graph_onnx_valid", "engines", "benchmarks", "champion", "triton_repository"} <= seen
+    assert not [node.name for node in job.nodes if "dagster-celery/queue" not in node.definition.tags]
+
+
+@pytest.mark.parametrize(
+    ("kind", "executor"),
+    [(None, "in_process"), ("multiprocess", "multiprocess"), ("celery", "celery"), ("k8s", "k8s")],
+)
+def test_a_variable_chooses(graph, kind, executor):
+    execution = read_execution({"REFINERY_EXECUTOR": kind} if kind else {})
+    definitions = make_definitions(graph, execution)
+    for job in ("optimize", "__ASSET_JOB"):
+        assert definitions.resolve_job_def(job).executor_def.name == executor
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    with pytest.raises(CatalogError, match="REFINERY_EXECUTOR: 'dask' is not one of in_process, multiprocess, celery"):
+        read_execution({"REFINERY_EXECUTOR": "dask"})
+    path = tmp_path / "executor.yaml"
+    given = {"REFINERY_EXECUTOR": "celery", "REFINERY_EXECUTOR_CONFIG": str(path)}
+    with pytest.raises(CatalogError, match=r"executor.yaml cannot be read"):
+        read_execution(given)
+    for text in ("a: [", "- 1", "execution: {}", "execution: {config: [1]}"):
+        path.write_text(text)
+        with pytest.raises(
+            CatalogError, match=r"REFINERY_EXECUTOR_CONFIG: .*executor.yaml (cannot be read|has no mapp)"
+        ):
+            read_execution(given)
+    configuration(tmp_path, brokr="redis://127.0.0.1")
+    with pytest.raises(CatalogError, match='celery executor takes. Received unexpected config entry "brokr"'):
+        make_executor(read_execution(given))
+    monkeypatch.setitem(sys.modules, "dagster_celery", None)
+    with pytest.raises(
+        CatalogError, match=r"REFINERY_EXECUTOR is celery: .*pip install 'transformer-refinery\[celery\]'"
+    ):
+        make_executor(Execution("celery"))
+
+
+# --- on one machine ---------------------------------------------------------------------------------------------------
+
+
+def test_processes_of_one_machine(ready):
+    materialize(ready, "tiny", STEPS, REFINERY_EXECUTOR="multiprocess")
+    assert_made(ready)
+    with dg.DagsterInstance.get() as instance:
+        events = instance.all_logs(run_of(instance).run_id, of_type=dg.DagsterEventType.STEP_WORKER_STARTED)
+    said = [event.get_dagster_event() for event in events]
+    pids = {event.step_key: event.event_specific_data.metadata["pid"].value for event in said}
+    assert set(pids) == PLACES.keys()
+    assert len(set(pids.values())) == len(pids)
+
+
+# --- Celery -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def worker(workspace, queue, config, log):
+    """A worker in a process group of its own."""
+    command = [sys.executable, "-m", "dagster_celery.cli", "worker", "start", "-A", "dagster_celery.app"]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*command, "-y", config, "-q", queue, "-n", queue],
+            env=settings_of(workspace),
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def await_worker(log):
+    deadline = time.monotonic() + WORKER_SECONDS
+    while " ready." not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def test_celery_with_a_worker_for_each_target(ready, tmp_path, redis, postgres, monkeypatch):
+    monkeypatch.setenv(POSTGRES_VARIABLE, postgres)
+    prepare_instance(ready)
+    # The other step reads the one that was made up, while this is copied anew.
+    ready.store.remove(ready.store.current(Checkpoint, "checkpoint/tiny"))
+    pretend(ready, MADE_UP)
+    with dg.DagsterInstance.get() as instance:
+        instance.add_dynamic_partitions("model", ["tiny"])
+    config = configuration(tmp_path, broker=f"{redis}/0", backend=f"{redis}/1", config_source={"worker_pool": "solo"})
+    logs = {queue: tmp_path / f"{queue}.log" for queue in ready.targets}
+    with ExitStack() as started:
+        for queue, log in logs.items():
+            started.enter_context(worker(ready, queue, config, log))
+        for log in logs.values():
+            await_worker(log)
+        materialize(ready, "tiny", STEPS, REFINERY_EXECUTOR="celery", REFINERY_EXECUTOR_CONFIG=config)
+    assert_made(ready)
+    with dg.DagsterInstance.get() as instance:
+        events = instance.all_logs(run_of(instance).run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+    said = [event.get_dagster_event() for event in events]
+    workers = {
+        event.step_key: event.engine_event_data.metadata["Celery worker"].value.split("@")[0]
+        for event in said
+        if event.step_key and "Celery worker" in event.engine_event_data.metadata
+    }
+    assert workers == PLACES
+
+
+def test_a_worker_whose_processes_may_have_no_children_says_so(monkeypatch):
+    """What Celery's usual pool is to the step: a process of a pool."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(IsolationError, match=r"a step: this process belongs to a pool .* `worker_pool: solo`"):
+        run_isolated(abs, -1, limits=Limits(), what="a step")
+
+
+# --- Kubernetes -------------------------------------------------------------------------------------------------------
+
+
+def test_kubernetes_asks_for_a_gpu_where_the_target_has_one(ready, tmp_path):
+    with cluster(tmp_path, settings_of(ready)) as found:
+        access = {"load_incluster_config": False, "kubeconfig_file": str(found.kubeconfig)}
+        launcher = {
+            **access,
+            "service_account_name": "dagster",
+            "instance_config_map": "dagster-instance",
+            "dagster_home": os.environ["DAGSTER_HOME"],
+            "job_namespace": "refinery",
+        }
+        (Path(os.environ["DAGSTER_HOME"]) / "dagster.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "telemetry": {"enabled": False},
+                    "run_launcher": {"module": "dagster_k8s", "class": "K8sRunLauncher", "config": launcher},
+                }
+            )
+        )
+        config = configuration(
+            tmp_path,
+            **access,
+            job_image="registry.example/refinery:1",
+            step_k8s_config={"pod_spec_config": {"node_selector": {"pool": "refinery"}}},
+        )
+        materialize(ready, "tiny", STEPS, REFINERY_EXECUTOR="k8s", REFINERY_EXECUTOR_CONFIG=config)
+    assert_made(ready)
+    with dg.DagsterInstance.get() as instance:
+        run_of(instance)
+    pods = {step: job["spec"]["template"]["spec"] for step, job in found.jobs.items()}
+    assert pods.keys() == PLACES.keys()
+    for step, pod in pods.items():
+        (container,) = pod["containers"]
+        assert container["image"] == "registry.example/refinery:1"
+        assert pod["serviceAccountName"] == "dagster"
+        if PLACES[step] == GPU:
+            capability = {"nvidia.com/gpu.compute.major": "9", "nvidia.com/gpu.compute.minor": "0"}
+            assert pod["nodeSelector"] == {"pool": "refinery", **capability}
+            assert container["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
+        else:
+            assert pod["nodeSelector"] == {"pool": "refinery"}
+            assert not container.get("resources")

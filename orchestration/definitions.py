@@ -15,7 +15,7 @@ from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.executors import Execution, make_executor
-from orchestration.jobs import optimize
+from orchestration.jobs import close_tracking_of_killed_runs, optimize
 from orchestration.progress import progress_logger
 from orchestration.settings import read_execution, read_workspace, tracker_of
 from resources.engines import ENGINES
@@ -39,6 +39,7 @@ def make_definitions(workspace: Workspace, execution: Execution | None = None) -
         assets=assets,
         asset_checks=checks,
         jobs=[optimize, *upkeep.JOBS],
+        sensors=[close_tracking_of_killed_runs],
         executor=make_executor(execution or Execution()),  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},

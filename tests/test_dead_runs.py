@@ -15,7 +15,9 @@ import pytest
 from dagster._core.events import EngineEventData
 from dagster._core.launcher import WorkerStatus
 
+from orchestration.definitions import make_definitions
 from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
+from orchestration.jobs import close_tracking_of_killed_runs
 from orchestration.launcher import HOST_TAG, WatchedRunLauncher, is_alive
 from tests.waiting_definitions import FOLDER, POOL
 
@@ -211,3 +213,40 @@ def test_a_number_that_was_given_anew_is_another_process():
     began = psutil.Process().create_time()
     assert is_alive(os.getpid(), began + 1)
     assert not is_alive(os.getpid(), began - 3600)
+
+
+class Closed(list):
+    """What a tracker was asked to abandon."""
+
+    def abandon(self, dagster_run, model, why):
+        self.append((dagster_run, model, why))
+
+
+def test_the_mlflow_run_of_a_killed_run_is_closed(home):
+    """The hook that closes it where a step fails had no process to run in."""
+
+    def tell(event, run):
+        closed = Closed()
+        context = dg.build_run_status_sensor_context("sensor", event, instance, run).for_run_failure()
+        close_tracking_of_killed_runs(context, tracker=closed)
+        return closed
+
+    @dg.op
+    def failing():
+        raise RuntimeError("missed its gate")
+
+    tags = {"dagster/partition": "tiny"}
+    with dg.DagsterInstance.get() as instance:
+        killed = instance.create_run_for_job(dg.GraphDefinition(name="nothing").to_job(), tags=tags)
+        event = instance.report_run_failed(killed, "its process is gone")
+        assert tell(event, killed) == [(killed.run_id, "tiny", "its process is gone")]
+        job = dg.GraphDefinition(name="all", node_defs=[failing]).to_job()
+        result = job.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
+        assert tell(result.get_run_failure_event(), result.dagster_run) == []
+
+
+def test_the_sensor_runs_without_being_asked(workspace):
+    (sensor,) = [
+        one for one in make_definitions(workspace).sensors or () if one.name == close_tracking_of_killed_runs.name
+    ]
+    assert sensor.default_status is dg.DefaultSensorStatus.RUNNING

@@ -8,7 +8,10 @@ reboot say, stays "started" for ever. dagster.yaml names this class, so every pr
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import psutil
@@ -16,13 +19,21 @@ import psutil
 # What a run launcher is made of is not in Dagster's public interface; pyproject.toml holds it to one minor version.
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
-from dagster._grpc.types import GetCurrentRunsResult
+from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionResult
 from dagster._serdes import deserialize_value
+
+if TYPE_CHECKING:
+    from dagster._grpc.client import DagsterGrpcClient
 
 #: The tag of runs that no code server started, `refinery optimize` for one: the machine on which they are.
 HOST_TAG = "refinery/host"
 #: Clocks of the process table and of the event log.
 _CLOCK_SECONDS = 2.0
+#: Of a code server on another machine: one answer, and how long it may not answer before its runs count as dead.
+_ANSWER_SECONDS = 5
+_PATIENCE_SECONDS = 20.0
+_LOOPBACK = ("localhost", "127.0.0.1")
+_RUNNING = CheckRunHealthResult(WorkerStatus.RUNNING)
 
 
 class WatchedRunLauncher(dg.DefaultRunLauncher):
@@ -37,21 +48,41 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         client = self._get_grpc_client_for_termination(run.run_id)
         if client is None:
             here = run.tags.get(HOST_TAG) == socket.gethostname()
-            return self._alive(run) if here else CheckRunHealthResult(WorkerStatus.RUNNING)
-        try:
-            answer = deserialize_value(client.get_current_runs(), GetCurrentRunsResult)
-        except DagsterUserCodeUnreachableError:
-            if client.socket is None and client.host not in ("localhost", "127.0.0.1"):
-                return _result(False, f"its code server at {client.host} does not answer")
-            # The server was on this machine, and a run may outlive it.
-            return self._alive(run)
-        return _result(run.run_id in answer.current_runs, "its code server has no process for it")
+            return self._alive_here(run) if here else _RUNNING
+        if client.socket is not None or client.host in _LOOPBACK:
+            # Not asked of the code server: `dagster dev` puts another before it, which knows nothing of the runs that
+            # began before its definitions were loaded anew.
+            return self._alive_here(run)
+        return self._alive_there(run, client)
 
-    def _alive(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+    def _alive_here(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Whether a process lives that has written to the run's log that it works on it."""
         said = list(self.processes(run.run_id))
-        alive = any(is_alive(pid, seen) for pid, seen in said)
-        return _result(alive or not said, f"process {', '.join(sorted({str(pid) for pid, _ in said}))} is gone")
+        if not said or any(is_alive(pid, seen) for pid, seen in said):
+            return _RUNNING
+        numbers = ", ".join(sorted({str(pid) for pid, _ in said}))
+        return CheckRunHealthResult(WorkerStatus.NOT_FOUND, f"process {numbers} is gone")
+
+    def _alive_there(self, run: dg.DagsterRun, client: DagsterGrpcClient) -> CheckRunHealthResult:
+        """Whether the code server on another machine has a process for it; one that does not answer gets some time."""
+        request = CanCancelExecutionRequest(run_id=run.run_id)
+        try:
+            answer = client.can_cancel_execution(request, timeout=_ANSWER_SECONDS)
+        except DagsterUserCodeUnreachableError:
+            since = self._silent.setdefault(run.run_id, time.monotonic())
+            if time.monotonic() - since < _PATIENCE_SECONDS:
+                return _RUNNING
+            why = f"its code server at {client.host} has not answered for {_PATIENCE_SECONDS:g} s"
+            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, why)
+        self._silent.pop(run.run_id, None)
+        if deserialize_value(answer, CanCancelExecutionResult).can_cancel:
+            return _RUNNING
+        return CheckRunHealthResult(WorkerStatus.NOT_FOUND, f"the code server at {client.host} has no process for it")
+
+    @cached_property
+    def _silent(self) -> dict[str, float]:
+        """Runs whose code server does not answer, and since when."""
+        return {}
 
     def processes(self, run_id: str) -> Iterator[tuple[int, float]]:
         """The run's processes, and when each said that it was one, in seconds since 1970."""
@@ -70,9 +101,3 @@ def is_alive(pid: int, seen: float) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= seen + _CLOCK_SECONDS
     except psutil.NoSuchProcess:
         return False
-
-
-def _result(alive: bool, why_not: str) -> CheckRunHealthResult:
-    if alive:
-        return CheckRunHealthResult(WorkerStatus.RUNNING)
-    return CheckRunHealthResult(WorkerStatus.NOT_FOUND, why_not)

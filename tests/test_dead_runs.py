@@ -12,9 +12,13 @@ from pathlib import Path
 import dagster as dg
 import psutil
 import pytest
+from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.events import EngineEventData
 from dagster._core.launcher import WorkerStatus
+from dagster._grpc.types import CanCancelExecutionResult
+from dagster._serdes import serialize_value
 
+from orchestration import launcher as launcher_module
 from orchestration.definitions import make_definitions
 from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
 from orchestration.jobs import close_tracking_of_killed_runs
@@ -207,6 +211,39 @@ def test_a_run_of_the_command_line_is_judged_by_its_process(home):
     finally:
         sleeper.kill()
         sleeper.wait()
+
+
+class CodeServer:
+    """On another machine; `answers`: whether it has a process for the run, None: it does not answer."""
+
+    socket, host, answers = None, "code", True
+
+    def can_cancel_execution(self, request, timeout):
+        if self.answers is None:
+            raise DagsterUserCodeUnreachableError("Could not reach user code server")
+        return serialize_value(CanCancelExecutionResult(can_cancel=self.answers))
+
+
+def test_a_code_server_on_another_machine_is_asked_and_given_time(home, monkeypatch):
+    server, now = CodeServer(), 0.0
+    monkeypatch.setattr(launcher_module.time, "monotonic", lambda: now)
+    with dg.DagsterInstance.get() as instance:
+        launcher = instance.run_launcher
+        monkeypatch.setattr(launcher, "_get_grpc_client_for_termination", lambda run_id: server)
+        run = instance.create_run_for_job(dg.GraphDefinition(name="nothing").to_job())
+        seen = []
+        for now, answers in (  # noqa: B007 - what the clock says
+            (0, True),
+            (10, None),
+            (20, True),
+            (30, None),
+            (40, None),
+            (51, None),
+            (60, False),
+        ):
+            server.answers = answers
+            seen.append(launcher.check_run_worker_health(run).status is WorkerStatus.RUNNING)
+    assert seen == [True, True, True, True, True, False, False]
 
 
 def test_a_number_that_was_given_anew_is_another_process():

@@ -1,0 +1,2 @@
+-- Beside Dagster's own, which the container makes.
+CREATE DATABASE mlflow;

@@ -60,7 +60,7 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         targets=targets,
         limits=limits,
         external_data_threshold_bytes=int(threshold),
-        artifacts=_path(environment, "REFINERY_ARTIFACTS"),
+        artifacts=_location(environment, "REFINERY_ARTIFACTS", home),
         tracking_uri=environment.get("REFINERY_MLFLOW_URI") or None,
         tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
         triton=triton,
@@ -103,7 +103,8 @@ def _path(environment: Mapping[str, str], name: str) -> Path | None:
 def _location(environment: Mapping[str, str], name: str, home: Path) -> Location | None:
     value = environment.get(name)
     try:
-        return parse_location(value, Workspace(home, DEFAULT_CATALOG).scratch, environment) if value else None
+        scratch = Workspace(home, DEFAULT_CATALOG).scratch
+        return parse_location(value, scratch, environment, variable=name) if value else None
     except ValueError as error:
         raise CatalogError(f"{name}: {error}.") from None
 

@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import Catalog, ModelEntry, load_catalog
 from resources.device import physical_cores
 from resources.isolation import Limits
 from resources.triton.settings import TritonSettings
-from resources.triton.storage import Location
+from resources.triton.storage import Location, RemotePath
 
 #: Protobuf cannot serialize a message of 2 GiB or more, so larger graphs keep their weights in a file beside them.
 #: A little below, because the graph itself takes room too.
@@ -27,14 +28,17 @@ class Workspace:
     targets: tuple[str, ...] = ("cpu",)
     limits: Limits = Limits()
     external_data_threshold_bytes: int = EXTERNAL_DATA_THRESHOLD_BYTES
-    artifacts: Path | None = None
+    artifacts: Location | None = None
     tracking_uri: str | None = None
     tracking_ui: str | None = None
     triton: TritonSettings = field(default_factory=TritonSettings)
 
     @property
     def store(self) -> ArtifactStore:
-        return ArtifactStore(self.artifacts or self.home / "artifacts")
+        folder = self.home / "artifacts"
+        if isinstance(self.artifacts, RemotePath):
+            return ArtifactStore(folder, RemoteArtifacts(self.artifacts))
+        return ArtifactStore(self.artifacts or folder)
 
     @property
     def additions(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """One with an empty bucket, while the context lasts."""
+    """One with a bucket, while the context lasts."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -78,7 +78,8 @@ def s3_server() -> Iterator[S3Server]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        s3.place("x", Path()).store.filesystem().mkdir(BUCKET)
+        with suppress(FileExistsError):  # moto remembers for as long as the process lasts
+            s3.place("x", Path()).store.filesystem().mkdir(BUCKET)
         yield s3
     finally:
         server.shutdown()

@@ -7,6 +7,9 @@
     <root>/caches/                        what makes builds faster and is no artifact: TensorRT's timings
 
 Nothing is ever edited in place, so readers need no lock, and a killed writer leaves only a staging folder behind.
+
+Where several machines share artifacts through object storage, this folder is each one's own copy of what it has made
+or asked for, and `current` lies there alone: see resources.artifacts.remote.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Generic, TypeVar
 from pydantic import ValidationError
 
 from resources.artifacts.records import Record, sha256_file
+from resources.artifacts.remote import RemoteArtifacts
 from resources.errors import ArtifactError
 from resources.locks import file_lock
 
@@ -46,8 +50,8 @@ class Made(Generic[R]):
 class ArtifactStore:
     """See the module's text. All methods may be used by several processes at once."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, remote: RemoteArtifacts | None = None) -> None:
+        self.root, self._remote = root, remote
 
     @property
     def caches(self) -> Path:
@@ -60,6 +64,18 @@ class ArtifactStore:
 
     def find(self, kind: type[R], digest: str) -> R | None:
         """The stored record, or None. An unreadable one (an older version's, say) counts as not there."""
+        found = self._find_here(kind, digest)
+        if self._remote is None or (found is not None and found.reusable):
+            return found
+        with file_lock(self._lock(kind.kind, digest)):
+            return self._newest(kind, digest)
+
+    def _newest(self, kind: type[R], digest: str) -> R | None:
+        """What is here, or there: what failed here may have been made elsewhere since. The caller holds its lock."""
+        found = self._find_here(kind, digest)
+        return found if found is not None and found.reusable else self._pull(kind, digest) or found
+
+    def _find_here(self, kind: type[R], digest: str) -> R | None:
         folder = self._folder(kind.kind, digest)
         try:
             record = kind.model_validate_json((folder / RECORD_FILE).read_bytes())
@@ -81,8 +97,11 @@ class ArtifactStore:
     def remove(self, record: Record) -> None:
         """Take an artifact out of the store, whole, so that it is made anew when it is asked for again."""
         folder = self.folder(record)
-        with file_lock(self._lock(record.kind, record.digest)), self.staging() as aside, suppress(FileNotFoundError):
-            folder.rename(aside / folder.name)
+        with file_lock(self._lock(record.kind, record.digest)), self.staging() as aside:
+            if self._remote is not None:
+                self._remote.remove(record)
+            with suppress(FileNotFoundError):
+                folder.rename(aside / folder.name)
 
     def get_or_make(self, kind: type[R], digest: str, make: Callable[[Path], R]) -> Made[R]:
         """The artifact of that digest; `make` fills an empty folder and returns the record if it is not there.
@@ -94,7 +113,7 @@ class ArtifactStore:
         if found is not None and found.reusable:
             return Made(found, reused=True)
         with file_lock(self._lock(kind.kind, digest)):
-            found = self.find(kind, digest)
+            found = self._newest(kind, digest)
             if found is not None and found.reusable:
                 return Made(found, reused=True)
             with self.staging() as folder:
@@ -111,20 +130,30 @@ class ArtifactStore:
                     )
                 (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
                 self._put(folder, self.folder(record))
+            if self._remote is not None:
+                self._remote.push(record, self.folder(record))
         return Made(record, reused=False)
 
     def point(self, name: str, record: Record) -> None:
         """Remember the record as the newest that the named step made."""
-        path = self.root / "current" / f"{name}.json"
+        pointer = json.dumps({"kind": record.kind, "digest": record.digest})
+        if self._remote is not None:
+            if not self._remote.has(record):  # it was made when the store did not answer, or its maker was killed
+                self._remote.push(record, self.folder(record))
+            self._remote.point(name, pointer)
+            return
+        path = self._pointer(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        draft.write_text(json.dumps({"kind": record.kind, "digest": record.digest}), encoding="utf-8")
+        draft.write_text(pointer, encoding="utf-8")
         draft.replace(path)
 
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         try:
-            digest = json.loads((self.root / "current" / f"{name}.json").read_text(encoding="utf-8"))["digest"]
+            remote, path = self._remote, self._pointer(name)
+            pointer = path.read_text(encoding="utf-8") if remote is None else remote.pointer(name)
+            digest = json.loads(pointer)["digest"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             digest = ""
         record = self.find(kind, digest) if digest else None
@@ -147,6 +176,20 @@ class ArtifactStore:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _pull(self, kind: type[R], digest: str) -> R | None:
+        """What another machine has made, brought here whole."""
+        if self._remote is None:
+            return None
+        with self.staging() as folder:
+            record = self._remote.pull(kind, digest, folder)
+            if record is not None:
+                (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
+                self._put(folder, self.folder(record))
+        return record
+
+    def _pointer(self, name: str) -> Path:
+        return self.root / "current" / f"{name}.json"
 
     def _folder(self, kind: str, digest: str) -> Path:
         return self.root / kind / digest[:32]

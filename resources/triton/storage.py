@@ -64,14 +64,15 @@ class Held(Protocol):
 class Store:
     """One service with its buckets. scratch: a folder on this machine where releases are made and looked at.
 
-    shown: what comes before the bucket's name in a path as a person writes it. leases: of who changes what lies at or
-    below a key right now.
+    shown: what comes before the bucket's name in a path as a person writes it. variable: which named it. leases: of who
+    changes what lies at or below a key right now.
     """
 
     protocol: str
     shown: str
     scratch: Path
     options: Mapping[str, Any] = field(default_factory=dict)
+    variable: str = "REFINERY_TRITON_REPOSITORIES"
     leases: dict[str, Held] = field(default_factory=dict)
 
     def filesystem(self) -> AbstractFileSystem:
@@ -255,7 +256,7 @@ class RemotePath:
         if _NO_BUCKET.search(said) or (gone and what == "write"):
             raise ReleaseError(
                 f"{self.store.shown}{self.key.split('/')[0]} is not there. Make the bucket, or correct "
-                "REFINERY_TRITON_REPOSITORIES."
+                f"{self.store.variable}."
             ) from error
         if gone or getattr(error, "errno", None) in _DISK:
             return
@@ -291,10 +292,13 @@ def _chain(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
-def parse_location(text: str, scratch: Path, environment: Mapping[str, str]) -> Location:
+def parse_location(
+    text: str, scratch: Path, environment: Mapping[str, str], variable: str = "REFINERY_TRITON_REPOSITORIES"
+) -> Location:
     """The folder or the place in object storage that the text names. scratch: see Store. Raises ValueError.
 
-    environment: for the credentials that the store's package does not look for where Triton does.
+    environment: for the credentials that the store's package does not look for where Triton does. variable: which
+    says so, named where it is wrong.
     """
     scheme, separator, rest = text.partition("://")
     if not separator:
@@ -309,13 +313,14 @@ def parse_location(text: str, scratch: Path, environment: Mapping[str, str]) -> 
             shown, parts = f"s3://{match[1] or ''}{match[2]}/", match[3]
         elif ":" in parts:
             raise ValueError(f"{text!r} is neither s3://bucket/prefix nor s3://http://host:port/bucket/prefix")
-        return RemotePath(Store("s3", shown, scratch, {**options, **_s3_options(server)}), _key(text, parts))
+        store = Store("s3", shown, scratch, {**options, **_s3_options(server)}, variable)
+        return RemotePath(store, _key(text, parts))
     if scheme == "gs":
-        return RemotePath(Store("gs", shown, scratch, options), _key(text, parts))
+        return RemotePath(Store("gs", shown, scratch, options, variable), _key(text, parts))
     if scheme == "as":
         account, _, parts = parts.partition("/")
         options |= {"account_name": account, "account_key": environment.get("AZURE_STORAGE_KEY")}
-        store = Store("abfs", f"as://{account}/", scratch, options)
+        store = Store("abfs", f"as://{account}/", scratch, options, variable)
         return RemotePath(store, _key(text, parts))
     raise ValueError(f"{text!r} is neither a folder nor a path that Triton reads (s3://, gs://, as://)")
 

@@ -1,0 +1,106 @@
+"""The artifacts of several machines in object storage: what one has made, the others find.
+
+    <root>/<kind>/<digest>/record.json         the record, and which upload its files are of; written last
+    <root>/<kind>/<digest>/<upload>/...        its files
+    <root>/current/<name>.json                 what a step of the pipeline made last
+
+Nothing can be renamed there, so a record is one object that names the folder of its files: readers see an artifact
+whole or not at all, also where two machines have made the same one at the same time, or one of them was killed. What a
+killed one had uploaded is named by nobody, and paid for until somebody removes it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from resources.artifacts.records import Record, sha256_file
+from resources.errors import ArtifactError, ReleaseError
+from resources.triton.storage import RemotePath
+
+R = TypeVar("R", bound=Record)
+
+
+class _Entry(BaseModel):
+    """What lies at `record.json`."""
+
+    model_config = ConfigDict(frozen=True)
+    upload: str
+    record: str
+
+
+@dataclass(frozen=True)
+class RemoteArtifacts:
+    """See the module's text. Every method raises ArtifactError where the store does not answer or refuses."""
+
+    root: RemotePath
+
+    def push(self, record: Record, folder: Path) -> None:
+        """Bring the artifact there, in place of what was under its digest."""
+        place, upload = self._place(record.kind, record.digest), uuid.uuid4().hex
+        with _clear_errors():
+            for name in record.files:
+                (place / upload / name).upload(folder / name)
+            entry = _Entry(upload=upload, record=record.model_dump_json())
+            (place / "record.json").write_bytes(entry.model_dump_json().encode())
+
+    def pull(self, kind: type[R], digest: str, folder: Path) -> R | None:
+        """The record of that digest, its files brought into the empty folder; None where there is none, or none that
+        this version reads, or a file is not what the record says.
+        """
+        place = self._place(kind.kind, digest)
+        with _clear_errors():
+            try:
+                entry = _Entry.model_validate_json((place / "record.json").read_bytes())
+                record = kind.model_validate_json(entry.record)
+                if record.digest != digest:  # folders are named by half of the digest
+                    return None
+                for name, file in record.files.items():
+                    (place / entry.upload / name).download(folder / name, file.size_bytes)
+                    if sha256_file(folder / name) != file.sha256:
+                        return None
+            except (FileNotFoundError, ValidationError):
+                return None
+        return record
+
+    def has(self, record: Record) -> bool:
+        """Whether an artifact of that digest is there."""
+        with _clear_errors():
+            return (self._place(record.kind, record.digest) / "record.json").is_file()
+
+    def point(self, name: str, pointer: str) -> None:
+        """Remember what the named step made last."""
+        with _clear_errors():
+            self._pointer(name).write_bytes(pointer.encode())
+
+    def pointer(self, name: str) -> str:
+        """What `point` was given last. Raises FileNotFoundError where it never was."""
+        with _clear_errors():
+            return self._pointer(name).read_text()
+
+    def remove(self, record: Record) -> None:
+        """Take an artifact out: first its record, so that nobody finds it in pieces."""
+        place = self._place(record.kind, record.digest)
+        with _clear_errors():
+            place.remove(["record.json"])
+            place.remove([name for name in place.sizes() if name != "record.json"])
+
+    def _place(self, kind: str, digest: str) -> RemotePath:
+        return self.root / kind / digest[:32]
+
+    def _pointer(self, name: str) -> RemotePath:
+        return self.root / "current" / f"{name}.json"
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except ReleaseError as error:
+        raise ArtifactError(str(error)) from error

@@ -6,7 +6,6 @@ No scheduler and no images: where a pod would land is read in the job, which is 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,9 @@ _JOBS = "/apis/batch/v1/namespaces/"
 
 
 class Cluster:
-    """`jobs`: by the step that the job is for; `kubeconfig`: of a client."""
+    """`jobs`: by the step that the job is for; `kubeconfig`: of a client; `room`: for how many jobs there is any."""
+
+    room = 1000
 
     def __init__(self, address: str, folder: Path, environment: Mapping[str, str]) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -37,11 +38,13 @@ class Cluster:
         """Run the job's only container here."""
         (container,) = job["spec"]["template"]["spec"]["containers"]
         variables = {one["name"]: one["value"] for one in container["env"] if "value" in one}
+        self.jobs[variables["DAGSTER_RUN_STEP_KEY"]] = job
+        if len(self.jobs) > self.room:
+            raise PermissionError("exceeded quota")
         with self.log.open("ab") as log:
             self.processes[job["metadata"]["name"]] = subprocess.Popen(
                 container["args"], env={**self.environment, **variables}, stdout=log, stderr=log
             )
-        self.jobs[variables["DAGSTER_RUN_STEP_KEY"]] = job
 
     def status(self, name: str) -> dict[str, int]:
         code = self.processes[name].poll()
@@ -59,7 +62,11 @@ def cluster(folder: Path, environment: Mapping[str, str]) -> Iterator[Cluster]:
         def do_POST(self) -> None:
             job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert self.path.startswith(_JOBS) and self.path.endswith("/jobs"), self.path
-            found.start(job)
+            try:
+                found.start(job)
+            except PermissionError as error:
+                self.answer({"kind": "Status", "status": "Failure", "message": str(error), "code": 403}, code=403)
+                return
             self.answer(job)
 
         def do_GET(self) -> None:
@@ -67,16 +74,16 @@ def cluster(folder: Path, environment: Mapping[str, str]) -> Iterator[Cluster]:
             assert self.path.startswith(_JOBS) and "/jobs/" in self.path, self.path
             self.answer({"metadata": {"name": name}, "spec": {"template": {}}, "status": found.status(name)})
 
-        def answer(self, document: dict[str, Any]) -> None:
+        def answer(self, document: dict[str, Any], code: int = 200) -> None:
             body = json.dumps(document).encode()
-            self.send_response(200)
+            self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Cluster(f"http://127.0.0.1:{server.server_port}", folder, {**os.environ, **environment})
+    found = Cluster(f"http://127.0.0.1:{server.server_port}", folder, environment)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

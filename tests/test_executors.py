@@ -151,6 +151,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
 # --- on one machine ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_processes_of_one_machine(ready):
     materialize(ready, "tiny", STEPS, REFINERY_EXECUTOR="multiprocess")
     assert_made(ready)
@@ -229,8 +230,12 @@ def test_a_worker_whose_processes_may_have_no_children_says_so(monkeypatch):
 # --- Kubernetes -------------------------------------------------------------------------------------------------------
 
 
-def test_kubernetes_asks_for_a_gpu_where_the_target_has_one(ready, tmp_path):
+@pytest.mark.parametrize("works", [False, pytest.param(True, marks=pytest.mark.whole)])
+def test_kubernetes_asks_for_a_gpu_where_the_target_has_one(ready, tmp_path, works):
+    """works: the pods do what they are for. Else there is no room for the second, which ends the run at once."""
     with cluster(tmp_path, settings_of(ready)) as found:
+        if not works:
+            found.room = 1
         access = {"load_incluster_config": False, "kubeconfig_file": str(found.kubeconfig)}
         launcher = {
             **access,
@@ -253,13 +258,19 @@ def test_kubernetes_asks_for_a_gpu_where_the_target_has_one(ready, tmp_path):
             job_image="registry.example/refinery:1",
             step_k8s_config={"pod_spec_config": {"node_selector": {"pool": "refinery"}}},
         )
-        materialize(ready, "tiny", STEPS, REFINERY_EXECUTOR="k8s", REFINERY_EXECUTOR_CONFIG=config)
-    assert_made(ready)
+        variables = {"REFINERY_EXECUTOR": "k8s", "REFINERY_EXECUTOR_CONFIG": config}
+        materialize(ready, "tiny", STEPS, fails=not works, **variables)
     with dg.DagsterInstance.get() as instance:
-        run_of(instance)
-    pods = {step: job["spec"]["template"]["spec"] for step, job in found.jobs.items()}
-    assert pods.keys() == PLACES.keys()
-    for step, pod in pods.items():
+        (run,) = instance.get_runs()
+    if works:
+        assert run.status is dg.DagsterRunStatus.SUCCESS
+        assert_made(ready)
+        assert found.jobs.keys() == PLACES.keys()
+    else:
+        assert run.status is dg.DagsterRunStatus.FAILURE
+        assert found.jobs.keys() == PLACES.keys() - {"checkpoint_required_files"}
+    for step, job in found.jobs.items():
+        pod = job["spec"]["template"]["spec"]
         (container,) = pod["containers"]
         assert container["image"] == "registry.example/refinery:1"
         assert pod["serviceAccountName"] == "dagster"

@@ -1,6 +1,9 @@
 """Where Dagster keeps its runs: files below the home, or the Postgres that a variable names."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -8,10 +11,9 @@ import pytest
 from orchestration import instance as module
 from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
 from resources.errors import CatalogError
-from tests import servers
-from tests.conftest import entry_for
-from tests.pipeline import add_entry, materialize
+from tests import servers, waiting_definitions
 
+ROOT = Path(__file__).resolve().parents[1]
 URL = "postgresql+psycopg2://dagster:secret@127.0.0.1:5432/dagster"
 
 
@@ -27,9 +29,10 @@ def configuration(workspace):
     return workspace.home / "dagster" / "dagster.yaml"
 
 
-def test_runs_are_kept_in_postgres(workspace, made_checkpoint, postgres, monkeypatch):
+def test_runs_are_kept_in_postgres(workspace, postgres, tmp_path, monkeypatch):
     monkeypatch.setenv(POSTGRES_VARIABLE, postgres)
-    add_entry(workspace, entry_for(made_checkpoint()))
+    monkeypatch.setenv(waiting_definitions.FOLDER, str(tmp_path))
+    (tmp_path / "go").touch()
     folder = prepare_instance(workspace)
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions("model", ["tiny"])
@@ -37,11 +40,13 @@ def test_runs_are_kept_in_postgres(workspace, made_checkpoint, postgres, monkeyp
             "PostgresRunStorage",
             "PostgresEventLogStorage",
         }
-    materialize(workspace, "tiny", ["checkpoint"])  # a process of its own
+    command = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "tests.waiting_definitions"]
+    subprocess.run([*command, "--select", "waiting"], cwd=ROOT, check=True, capture_output=True, timeout=60)
     with dg.DagsterInstance.get() as instance:
+        assert instance.get_dynamic_partitions("model") == ["tiny"]
         (run,) = instance.get_runs()
         assert run.status is dg.DagsterRunStatus.SUCCESS
-        assert instance.get_latest_materialization_event(dg.AssetKey("checkpoint")).run_id == run.run_id
+        assert instance.get_latest_materialization_event(dg.AssetKey("waiting")).run_id == run.run_id
     # Postgres has it all, and only the variable has the password.
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert configuration(workspace) in files

@@ -343,8 +343,9 @@ class Tracker:
             if same
             else client.create_model_version(
                 name,
-                # The bytes live in the artifact store and in the Triton repository; this is their address.
-                source=f"refinery:{champion.engine_digest}",
+                # The bytes live in the artifact store and in the Triton repository; this is their address. A tracking
+                # server takes absolute paths alone.
+                source=f"refinery:/engine/{champion.engine_digest}",
                 run_id=link.run_id,
                 tags={
                     f"{_TAG}champion": champion.digest,

@@ -181,6 +181,17 @@ def test_a_run_without_a_champion_is_closed_as_failed(tracker, tmp_path):
     assert "accurate enough" in parent.data.tags["mlflow.note.content"]
 
 
+def test_a_tracking_server_takes_the_champions_address(tracker, tmp_path):
+    """The check of MLflow's server, which one without a server never makes."""
+    from mlflow import MlflowClient
+    from mlflow.server.handlers import _validate_source_run
+
+    write_all(tracker, "run-1", [report("torch", 1.0), report("onnxruntime_fp32", 2.0)])
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("m", "champion-cpu")
+    _validate_source_run(version.source, version.run_id)
+
+
 def test_links_of_another_store_do_not_count(tracker, tmp_path):
     write_all(tracker, "run-1", [report("torch", 1.0), report("onnxruntime_fp32", 2.0)])
     moved = Tracker(f"sqlite:///{tmp_path / 'other.db'}", ui="", folder=tmp_path / "tracking")

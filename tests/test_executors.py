@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tests.kubernetes import cluster
 from tests.pipeline import add_entry, materialize, settings_of
 from tests.test_tracking import CHECKPOINT
 
+DEPLOYMENT = Path(__file__).resolve().parents[1] / "orchestration" / "deployment"
 GPU = "cuda_sm90"
 #: How Dagster calls them, with the check of the first, and where each belongs.
 PLACES = {"checkpoint": "cpu", "checkpoint_required_files": "cpu", f"engines__{GPU}__onnxruntime_fp16": GPU}
@@ -185,9 +187,9 @@ def worker(workspace, queue, config, log):
         process.wait()
 
 
-def await_worker(log):
+def await_worker(log, saying=" ready."):
     deadline = time.monotonic() + WORKER_SECONDS
-    while " ready." not in log.read_text():
+    while saying not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
 
@@ -218,6 +220,28 @@ def test_celery_with_a_worker_for_each_target(ready, tmp_path, redis, postgres, 
         if event.step_key and "Celery worker" in event.engine_event_data.metadata
     }
     assert workers == PLACES
+
+
+@pytest.mark.whole
+def test_a_step_whose_worker_was_killed_is_given_to_another(ready, tmp_path, redis):
+    """With the settings of the example deployment, but the time in which a step has to be done."""
+    given = yaml.safe_load((DEPLOYMENT / "celery.yaml").read_text())["execution"]["config"]["config_source"]
+    given["broker_transport_options"]["visibility_timeout"] = 10
+    config = configuration(tmp_path, broker=f"{redis}/0", backend=f"{redis}/1", config_source=given)
+    ready.store.remove(ready.store.current(Checkpoint, "checkpoint/tiny"))
+    pretend(ready, MADE_UP)
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    with ThreadPoolExecutor(1) as pool:
+        with worker(ready, "cpu", config, first):
+            await_worker(first)
+            variables = {"REFINERY_EXECUTOR": "celery", "REFINERY_EXECUTOR_CONFIG": config}
+            done = pool.submit(materialize, ready, "tiny", STEPS[:1], **variables)
+            await_worker(first, " received")
+        # It is killed here, with the task.
+        with worker(ready, "cpu", config, second):
+            done.result()
+    assert ready.store.current(Checkpoint, "checkpoint/tiny").architecture == "BertModel"
+    assert " succeeded in " not in first.read_text()
 
 
 def test_a_worker_whose_processes_may_have_no_children_says_so(monkeypatch):

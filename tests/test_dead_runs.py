@@ -23,6 +23,10 @@ from orchestration.definitions import make_definitions
 from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
 from orchestration.jobs import close_tracking_of_killed_runs
 from orchestration.launcher import HOST_TAG, WatchedRunLauncher, is_alive
+from resources.triton.layout import current_release, list_releases
+from resources.triton.lint import lint
+from tests.conftest import entry_for
+from tests.pipeline import add_entry, settings_of
 from tests.waiting_definitions import FOLDER, POOL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,12 +62,13 @@ def impatient(home):
 
 
 @contextmanager
-def daemon(log):
-    """Dagster's daemon with the code location of tests.waiting_definitions."""
+def daemon(log, module="tests.waiting_definitions", **variables):
+    """Dagster's daemon with the code location of that module."""
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dagster._daemon", "run", "-m", "tests.waiting_definitions"],
+            [sys.executable, "-m", "dagster._daemon", "run", "-m", module],
             cwd=ROOT,
+            env={**os.environ, **variables},
             stdout=stream,
             stderr=stream,
         )
@@ -96,10 +101,11 @@ def awaited(what, seconds, log):
     raise AssertionError(log.read_text()[-5000:])
 
 
-def launch():
+def launch(module="tests.waiting_definitions", job="wait", tags="{}", **variables):
     """As a person does, or a schedule: whoever asks is not who runs it."""
-    command = [sys.executable, "-m", "dagster", "job", "launch", "-m", "tests.waiting_definitions", "-j", "wait"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    command = [sys.executable, "-m", "dagster", "job", "launch", "-m", module, "-j", job, "--tags", tags]
+    environment = {**os.environ, **variables}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
 
 
 def begun(instance, waiting, but=()):
@@ -211,6 +217,50 @@ def test_a_run_of_the_command_line_is_judged_by_its_process(home):
     finally:
         sleeper.kill()
         sleeper.wait()
+
+
+@pytest.mark.whole
+def test_a_model_is_released_once_however_often_its_run_is_killed(
+    home, workspace, tmp_path, made_checkpoint, triton_settings
+):
+    """The real job: killed with everything around it in the middle of two steps, of which the second publishes."""
+    module, log = "orchestration.definitions", tmp_path / "daemon.log"
+    variables = {**settings_of(workspace), "REFINERY_TRITON_ENVIRONMENT": str(triton_settings.environment)}
+    add_entry(workspace, entry_for(made_checkpoint(), engines=["onnxruntime_fp32"], shapes=["1x16"]))
+
+    def started(step):
+        for run in instance.get_runs():
+            steps = {event.step_key for event in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_START)}
+            if step in steps and not run.is_finished:
+                return run
+        return None
+
+    def finished():
+        run = instance.get_runs(limit=1)[0]
+        return run if run.status in FINISHED and "dagster/auto_retry_run_id" not in run.tags else None
+
+    with dg.DagsterInstance.get() as instance:
+        instance.add_dynamic_partitions("model", ["tiny"])
+        launch(module, "optimize", '{"dagster/partition": "tiny"}', **variables)
+        for step in ("onnx_graph", "triton_repository__cpu"):
+            with daemon(log, module, **variables):
+                awaited(lambda step=step: started(step), 300, log)
+                time.sleep(1)  # well into it
+        with daemon(log, module, **variables):
+            last = awaited(lambda: finished() if len(instance.get_runs()) == 3 else None, 300, log)
+            assert last.status is dg.DagsterRunStatus.SUCCESS
+            time.sleep(35)  # the sensor that closes MLflow's runs looks every half minute
+        assert sorted(status.value for status in statuses(instance).values()) == ["FAILURE", "FAILURE", "SUCCESS"]
+    repository = workspace.repository("cpu")
+    assert [release.number for release in list_releases(repository, "tiny")] == [1]
+    assert current_release(repository, "tiny").proof.passed
+    assert lint(repository) == []
+    from mlflow import MlflowClient
+
+    client = MlflowClient(workspace.mlflow_uri())
+    (experiment,) = [one for one in client.search_experiments() if one.name == "tiny"]
+    left = [run.info.run_name for run in client.search_runs([experiment.experiment_id]) if run.info.status == "RUNNING"]
+    assert left == []
 
 
 class CodeServer:

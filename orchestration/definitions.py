@@ -6,11 +6,12 @@ from itertools import product
 import dagster as dg
 
 from assets.benchmarks import benchmark_assets
-from assets.champion import champion_asset
+from assets.champion import champion_assets
 from assets.checkpoint import checkpoint, required_files
 from assets.engines import engine_asset
 from assets.evaluation_set import evaluation_set
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
+from assets.served import served_benchmark_asset
 from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
@@ -31,9 +32,10 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
         checks.append(accuracy_gate)
     for target in workspace.targets:
         repository, served_answers_equal = triton_repository_assets(target)
-        assets += [champion_asset(ENGINES, target), serving_configuration_asset(target), repository]
+        champion, as_good_as_what_serves = champion_assets(ENGINES, target)
+        assets += [served_benchmark_asset(ENGINES, target), champion, serving_configuration_asset(target), repository]
         assets.append(serving_benchmark_asset(target))
-        checks.append(served_answers_equal)
+        checks += [as_good_as_what_serves, served_answers_equal]
     return dg.Definitions(
         assets=assets,
         asset_checks=checks,

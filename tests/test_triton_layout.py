@@ -171,8 +171,12 @@ def test_instances_know_of_each_other():
     time.sleep(0.1)
     assert not first.at_work()
     assert not second.at_work()
-    with Neighbours({"model_name": "alone", "model_instance_name": "alone_0_0"}, groups[:1]) as alone:
-        assert not alone.at_work()
+    third = Neighbours({"model_name": "tiny__r1__engine" * 20, "model_instance_name": "tiny__r1__engine_1_0"}, groups)
+    other = Neighbours({"model_name": "other", "model_instance_name": "other_1_0"}, groups)
+    with other:
+        assert not first.at_work()
+    with third:
+        assert first.at_work()
 
 
 def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):

@@ -16,8 +16,9 @@ from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.jobs import EXECUTOR, optimize
+from orchestration.notifications import failure_sensor
 from orchestration.progress import progress_logger
-from orchestration.settings import read_workspace, tracker_of
+from orchestration.settings import read_workspace, tracker_of, webhook_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
@@ -40,6 +41,7 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
         assets=assets,
         asset_checks=checks,
         jobs=[optimize, *upkeep.JOBS],
+        sensors=[failure_sensor(webhook_of(os.environ), os.environ.get("REFINERY_DAGSTER_UI") or None)],
         executor=EXECUTOR,  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},

@@ -76,6 +76,14 @@ def read_execution(environment: Mapping[str, str]) -> Execution:
     return Execution(cast(ExecutorKind, kind), read_config(path) if path is not None else {})
 
 
+def webhook_of(environment: Mapping[str, str]) -> str | None:
+    """Where failed runs are told to. Raises CatalogError for what is no web address."""
+    given = environment.get("REFINERY_WEBHOOK") or None
+    if given is not None and not given.startswith(("http://", "https://")):
+        raise CatalogError("REFINERY_WEBHOOK is not an address that begins with http:// or https://.")
+    return given
+
+
 def tracker_of(workspace: Workspace) -> Tracker:
     """MLflow as the workspace says. A tracking server's pages are at its own address."""
     # MLflow's own seven retries of a server that is not there take four minutes.

@@ -171,6 +171,16 @@ def test_what_is_removed_is_gone_for_all_that_have_no_copy(machine, place):
     assert [name for name in place.sizes() if not name.startswith("current/")] == []
 
 
+def test_a_step_that_made_nothing_this_time_has_nothing_for_others_either(machine):
+    first, second = machine("one"), machine("two")
+    make(first, Maker())
+    assert second.current(Engine, "engines/cpu/e/m")
+    first.forget("engines/cpu/e/m")
+    first.forget("engines/cpu/e/m")  # nor again
+    with pytest.raises(ArtifactError, match="has not been made yet"):
+        second.current(Engine, "engines/cpu/e/m")
+
+
 def test_what_cannot_be_reached_is_named(tmp_path, s3):
     variables = {"REFINERY_HOME": str(tmp_path / "home")}
     gone = {**variables, "REFINERY_ARTIFACTS": f"s3://http://{s3.address}/no-such-bucket/artifacts"}

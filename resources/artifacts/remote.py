@@ -84,6 +84,11 @@ class RemoteArtifacts:
         with _clear_errors():
             return self._pointer(name).read_text()
 
+    def forget(self, name: str) -> None:
+        """The named step made nothing this time."""
+        with _clear_errors():
+            self._pointer(name).parent.remove([self._pointer(name).name])
+
     def remove(self, record: Record) -> None:
         """Take an artifact out: first its record, so that nobody finds it in pieces."""
         place = self._place(record.kind, record.digest)

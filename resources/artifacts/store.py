@@ -148,6 +148,13 @@ class ArtifactStore:
         draft.write_text(pointer, encoding="utf-8")
         draft.replace(path)
 
+    def forget(self, name: str) -> None:
+        """The named step made nothing this time."""
+        if self._remote is not None:
+            self._remote.forget(name)
+        else:
+            self._pointer(name).unlink(missing_ok=True)
+
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         try:

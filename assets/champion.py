@@ -67,7 +67,7 @@ def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.Assets
             metadata["mlflow_run"] = dg.MetadataValue.url(link.url)
         return materialized(made, folder, metadata)
 
-    @dg.asset_check(asset=champion, partitions_def=models)
+    @dg.asset_check(asset=champion, partitions_def=models, op_tags=placement(target))
     def as_good_as_what_serves(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:

@@ -20,6 +20,8 @@ def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> 
         "digest": record.digest,
         "build_seconds": dg.MetadataValue.float(round(record.build_seconds, 2)),
     }
+    if made.damaged:
+        common["damaged"] = ", ".join(made.damaged)
     if record.peak_memory_bytes:
         common["peak_memory_bytes"] = dg.MetadataValue.int(record.peak_memory_bytes)
     if record.files:
@@ -29,6 +31,9 @@ def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> 
 
 
 def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:
-    """Point the step's name at what it made; the folder it lies in."""
+    """Point the step's name at what it made; the folder it lies in. What was damaged is said in the step's log."""
     store.point(name, made.record)
-    return store.folder(made.record)
+    folder = store.folder(made.record)
+    if made.damaged:
+        dg.get_dagster_logger().warning(f"{name}: {', '.join(made.damaged)} in {folder} was damaged: made again")
+    return folder

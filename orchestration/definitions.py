@@ -16,13 +16,14 @@ from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.jobs import EXECUTOR, optimize
 from orchestration.progress import progress_logger
+from orchestration.schedules import DEFAULT_CRON, reoptimization
 from orchestration.settings import read_workspace, tracker_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
 
-def make_definitions(workspace: Workspace) -> dg.Definitions:
-    """The whole code location, working in that workspace."""
+def make_definitions(workspace: Workspace, cron: str = DEFAULT_CRON) -> dg.Definitions:
+    """The whole code location, working in that workspace. cron: when models are looked at again."""
     assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, onnx_graph]
     checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
     for target, spec in product(workspace.targets, ENGINES):
@@ -38,10 +39,11 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
         assets=assets,
         asset_checks=checks,
         jobs=[optimize, *upkeep.JOBS],
+        schedules=[reoptimization(cron)],
         executor=EXECUTOR,  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},
     )
 
 
-defs = make_definitions(read_workspace(os.environ))
+defs = make_definitions(read_workspace(os.environ), os.environ.get("REFINERY_SCHEDULE") or DEFAULT_CRON)

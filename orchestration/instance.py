@@ -30,10 +30,15 @@ load_from:
 """
 
 
+def instance_folder(workspace: Workspace) -> Path:
+    """Where the instance lies, or would."""
+    given = os.environ.get("DAGSTER_HOME")
+    return Path(given).resolve() if given else workspace.home / "dagster"
+
+
 def prepare_instance(workspace: Workspace) -> Path:
     """The instance's folder, made if it is not there, and named to Dagster through DAGSTER_HOME."""
-    given = os.environ.get("DAGSTER_HOME")
-    folder = Path(given).resolve() if given else workspace.home / "dagster"
+    folder = instance_folder(workspace)
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "dagster.yaml"
     if not configuration.exists():

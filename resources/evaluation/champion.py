@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import BenchmarkReport, Champion, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
@@ -34,20 +34,20 @@ def make_champion(
     verdicts = judge(reports, lambda report: gates_missed(entry, report), entry.objective, sizes[0] if sizes else 1)
     best = require_champion(entry.name, target, verdicts)
     chosen = next(report for report in reports if report.engine == best.engine)
-    digest = fingerprint(
+    made_of = Fingerprint.of(
         "champion",
         # What was measured, and not only what it was measured of: one that failed is measured again.
         # Why another was not measured is told in other words every time: how much memory it had, say.
-        reports=sorted(
-            report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes"})
+        reports={
+            report.engine: report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes", "made_of"})
             if report.status == "measured"
-            else f"{report.engine} {report.engine_digest} {report.status}"
+            else f"{report.engine_digest} {report.status}"
             for report in reports
-        ),
+        },
         evaluation=evaluation.digest,
         gates=entry.accuracy_gates().model_dump(),
         objective=entry.objective,
-        code=code_version("resources.evaluation.choosing", "resources.evaluation.champion"),
+        code=code_versions("resources.evaluation.choosing", "resources.evaluation.champion"),
     )
 
     def make(folder: Path) -> Champion:
@@ -55,7 +55,7 @@ def make_champion(
         assert best.score is not None, "an eligible engine was measured"
         gain = f"{best.score:.2f} times better than PyTorch"
         return Champion(
-            digest=digest,
+            digest=made_of.digest,
             model=entry.name,
             target=target,
             engine=chosen.engine,
@@ -69,4 +69,4 @@ def make_champion(
             verdicts=verdicts,
         )
 
-    return workspace.store.get_or_make(Champion, digest, make)
+    return workspace.store.get_or_make(Champion, made_of, make, light=True)

@@ -1,0 +1,326 @@
+"""What a plan says, and what a run then does: one small model, and one thing changed at a time."""
+
+import json
+import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import dagster as dg
+import pytest
+
+from orchestration.definitions import make_definitions
+from orchestration.schedules import MOST_ATTEMPTS, PLAN_TAG, WHY_TAG, reoptimization
+from resources.artifacts import fingerprint as fingerprints
+from resources.artifacts.fingerprint import Fingerprint
+from resources.artifacts.records import Engine
+from resources.engines import ENGINES
+from resources.errors import CatalogError
+from resources.isolation import Limits
+from resources.plan import differences, plan_model
+from resources.workspace import Workspace
+from tests.conftest import entry_for
+from tests.pipeline import add_entry, instance, run_job
+from tests.test_cli import refinery
+
+#: By size the smaller engine wins whatever this machine's mood is.
+FIELDS = {
+    "gates": {"cosine_mean": 0.9, "cosine_worst": 0.5},
+    "shapes": ["1x16"],
+    "objective": "size",
+    "benchmark": {"seconds": 0.3, "threads": 1},
+}
+BUILT = ("onnxruntime_fp32", "onnxruntime_int8")
+SOURCES = {"checkpoint", "evaluation_set"}
+CHOSEN = {"champion/cpu", "serving_configuration/cpu"}
+RELEASED = {"triton_repository/cpu", "serving_benchmark/cpu"}
+
+
+def engines(*names):
+    return {f"engines/cpu/{name}" for name in names}
+
+
+def benchmarks(*names):
+    return {f"benchmarks/cpu/{name}" for name in names}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(tmp_path_factory, made_checkpoint):
+    return shutil.copytree(made_checkpoint(), tmp_path_factory.mktemp("planned") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory, checkpoint_folder, triton_settings):
+    """A workspace whose model was optimized."""
+    home = tmp_path_factory.mktemp("optimized")
+    limits = Limits(timeout_s=240, memory_bytes=6 * 10**9)
+    workspace = Workspace(home / "home", home / "models.yaml", limits=limits, triton=triton_settings)
+    add_entry(workspace, entry_for(checkpoint_folder, **FIELDS))
+    outcome = run_job(workspace, "tiny", whole=True)
+    assert outcome.success, outcome.messages
+    return workspace
+
+
+@pytest.fixture
+def copy(optimized, tmp_path):
+    """The same, to be changed. Times of files are kept, so that nothing is read again."""
+    home = shutil.copytree(optimized.home, tmp_path / "home", symlinks=True)
+    catalog = shutil.copyfile(optimized.catalog_path, tmp_path / "models.yaml")
+    return replace(optimized, home=home, catalog_path=catalog)
+
+
+def another_tokenizer(workspace, folder, monkeypatch):
+    """Capitals are not made small any more. The vocabulary is as it was."""
+    path = folder / "tokenizer.json"
+    text = path.read_text()
+    data = json.loads(text)
+    assert data["normalizer"]["lowercase"]
+    data["normalizer"]["lowercase"] = False
+    path.write_text(json.dumps(data))
+    return lambda: path.write_text(text)
+
+
+def another_gate(workspace, folder, monkeypatch):
+    add_entry(workspace, entry_for(folder, **{**FIELDS, "gates": {**FIELDS["gates"], "cosine_mean": 0.91}}))
+
+
+def another_onnxruntime(workspace, folder, monkeypatch):
+    """As fingerprints see it: the one that builds is the same."""
+    version = fingerprints._version
+    names = ("onnxruntime", "onnxruntime-gpu")
+    monkeypatch.setattr(fingerprints, "_version", lambda name: "9.9.9" if name in names else version(name))
+    fingerprints.library_versions.cache_clear()
+    return fingerprints.library_versions.cache_clear
+
+
+def lost_bits(workspace, folder, monkeypatch):
+    """Of the same size, so that the digest alone tells."""
+    graph = next((workspace.store.root / "onnx_graph").iterdir()) / "model.onnx"
+    data = bytearray(graph.read_bytes())
+    data[len(data) // 2] ^= 1
+    graph.write_bytes(data)
+
+
+#: What was changed, with what the plan says of it, and everything that is made again because of it. The graph knows of
+#: a tokenizer how many ids there are and nothing else; PyTorch and fp32 engines are built of the weights alone.
+CASES = {
+    "tokenizer": (
+        another_tokenizer,
+        {"checkpoint": "the tokenizer's files (tokenizer.json)"},
+        SOURCES | engines("onnxruntime_int8") | benchmarks(*(spec.name for spec in ENGINES)) | CHOSEN | RELEASED,
+    ),
+    "gate": (
+        another_gate,
+        {
+            "engines/cpu/onnxruntime_int8": "gates.cosine_mean 0.9 -> 0.91",
+            "champion/cpu": "once benchmarks/cpu/onnxruntime_int8 is made",
+        },
+        engines("onnxruntime_int8") | benchmarks("onnxruntime_int8") | CHOSEN,
+    ),
+    "onnxruntime": (
+        another_onnxruntime,
+        {"engines/cpu/onnxruntime_fp32": "onnxruntime-gpu 1.31.1 -> 9.9.9"},
+        engines(*BUILT) | benchmarks(*BUILT) | CHOSEN,
+    ),
+    "damage": (lost_bits, {"onnx_graph": "model.onnx is damaged"}, {"onnx_graph"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_makes_again_what_depends_on_the_change_and_the_plan_says_so(copy, checkpoint_folder, monkeypatch, case):
+    change, reasons, expected = CASES[case]
+    restore = change(copy, checkpoint_folder, monkeypatch)
+    try:
+        found = plan_model(copy, copy.entry("tiny"))
+        assert found.error == ""
+        outcome = run_job(copy, "tiny", whole=True)
+    finally:
+        if restore is not None:
+            restore()
+    assert outcome.success, outcome.messages
+    made = {name for name in outcome.materialized() if not outcome.metadata(*name.split("/"))["reused"]}
+    assert made == expected
+    states = {step.step: step.state for step in found.steps}
+    assert set(states) == outcome.materialized()
+    surely = {name for name, state in states.items() if state == "run"}
+    perhaps = {name for name, state in states.items() if state == "follows"}
+    assert surely <= made <= surely | perhaps, (surely - made, made - surely - perhaps)
+    said = {step.step: "; ".join(step.reasons) for step in found.steps}
+    assert {name: said[name] for name in reasons} == reasons
+    if case == "damage":
+        assert outcome.metadata("onnx_graph")["damaged"] == "model.onnx"
+    # And then everything is as it is wanted, but for what was restored above.
+    if restore is None:
+        assert plan_model(copy, copy.entry("tiny")).differing == ()
+
+
+def test_nothing_differs_and_nothing_is_written(copy):
+    before = {path: path.stat().st_mtime_ns for path in copy.home.rglob("*")}
+    found = plan_model(copy, copy.entry("tiny"))
+    assert {step.state for step in found.steps} == {"reused"}
+    assert {path: path.stat().st_mtime_ns for path in copy.home.rglob("*")} == before
+
+
+def test_what_was_there_before_is_taken_up_again_without_being_made(copy, checkpoint_folder):
+    """Someone tries a smaller batch, and goes back."""
+    first = copy.entry("tiny")
+    digest = copy.store.pointed("engines/cpu/onnxruntime_int8/tiny")
+    other = copy.store.get_or_make(Engine, "e" * 64, lambda folder: _engine("e" * 64)).record
+    copy.store.point("engines/cpu/onnxruntime_int8/tiny", other)
+    found = {step.step: step for step in plan_model(copy, first).steps}
+    step = found["engines/cpu/onnxruntime_int8"]
+    assert (step.state, step.digest) == ("found", digest)
+    assert {name for name, one in found.items() if one.state != "reused"} == {step.step}
+
+
+def test_an_engine_that_failed_is_tried_again_by_runs_and_starts_none(copy, monkeypatch):
+    """Nor does what follows from it."""
+    store, entry = copy.store, copy.entry("tiny")
+    stored = store.current(Engine, "engines/cpu/onnxruntime_int8/tiny")
+    store.remove(stored)
+    made_of = Fingerprint("engine", stored.digest, stored.made_of)
+    failed = stored.model_copy(update={"status": "failed", "reason": "out of memory", "files": {}})
+    store.get_or_make(Engine, made_of, lambda folder: failed)
+    found = {step.step: step for step in plan_model(copy, entry).steps}
+    step = found["engines/cpu/onnxruntime_int8"]
+    assert (step.state, step.reasons) == ("retry", ("failed before: out of memory",))
+
+
+def test_a_source_that_is_gone_is_said_and_nothing_is_planned_behind_it(copy, tmp_path):
+    add_entry(copy, entry_for(tmp_path / "nowhere", **FIELDS))
+    found = plan_model(copy, copy.entry("tiny"))
+    assert "nowhere does not exist" in found.error
+    assert found.steps == found.differing == ()
+
+
+def test_a_new_revision_on_the_hub_is_told_without_being_fetched(copy, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def model_info(self, repository, *, revision, timeout):
+            return type("Info", (), {"sha": "b" * 40})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    add_entry(copy, entry_for("org/no-such-model", **FIELDS))
+    found = plan_model(copy, copy.entry("tiny"))
+    first, *others = found.steps
+    assert (first.step, first.state) == ("checkpoint", "run")
+    assert first.reasons[0].endswith(" -> bbbbbbbbbbbb")
+    assert {step.state for step in others} == {"follows"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (
+            {"libraries": {"torch": "2.13.0", "onnx": "1"}},
+            {"libraries": {"torch": "2.14.0", "onnx": "1"}},
+            "torch 2.13.0 -> 2.14.0",
+        ),
+        ({"gates": {"cosine_mean": 0.995}}, {"gates": {"cosine_mean": 0.99}}, "gates.cosine_mean 0.995 -> 0.99"),
+        ({"code": {"a.b": "12", "a.c": "3"}}, {"code": {"a.b": "13", "a.c": "3"}}, "the code of a.b"),
+        (
+            {"files": {"vocab.txt": "a", "x.json": "b"}},
+            {"files": {"x.json": "c"}},
+            "the tokenizer's files (vocab.txt)|the checkpoint's files (x.json)",
+        ),
+        (
+            {"device": "NVIDIA H100, driver 550.1"},
+            {"device": "NVIDIA H100, driver 580.2"},
+            "driver 550.1 -> driver 580.2",
+        ),
+        (
+            {"device": "AMD EPYC, 2 cores"},
+            {"device": "NVIDIA H100, driver 580.2"},
+            "AMD EPYC, 2 cores -> NVIDIA H100, driver 580.2",
+        ),
+        ({"graph": "a" * 64}, {"graph": "b" * 64}, "onnx_graph changed"),
+        ({"weights": "a" * 64}, {"weights": "b" * 64}, "the weights or their configuration changed"),
+        ({"seconds": 45.0}, {"seconds": 30.0}, "seconds 45.0 -> 30.0"),
+        ({"sample": None}, {"sample": "a" * 64}, "the sample of requests changed"),
+        ({"shapes": ["1x16"]}, {"shapes": ["1x16", "8x128"]}, "shapes 1x16 -> 1x16, 8x128"),
+        ({"graph": "a" * 64}, {"graph": fingerprints.pending("onnx_graph")}, ""),
+        ({"a": 1}, {"a": 1}, ""),
+    ],
+)
+def test_what_differs_is_said_in_words(before, now, said):
+    assert "|".join(differences(before, now)) == said
+
+
+def _engine(digest, **fields):
+    given = {"model": "tiny", "name": "e", "target": "cpu", "runtime": "onnxruntime", "precision": "int8"}
+    return Engine(**{**given, "digest": digest, "status": "built", **fields})
+
+
+def tick(workspace, monkeypatch):
+    """One evaluation of the schedule, as Dagster's daemon has it."""
+    monkeypatch.setenv("REFINERY_HOME", str(workspace.home))
+    monkeypatch.setenv("REFINERY_CATALOG", str(workspace.catalog_path))
+    repository = make_definitions(workspace).get_repository_def()
+    with instance(workspace.home) as found:
+        context = dg.build_schedule_context(
+            instance=found, repository_def=repository, scheduled_execution_time=datetime(2026, 11, 27, 3, tzinfo=UTC)
+        )
+        return repository.get_schedule_def("reoptimize").evaluate_tick(context)
+
+
+def test_the_schedule_submits_what_would_differ_and_nothing_else(copy, checkpoint_folder, monkeypatch):
+    add_entry(copy, entry_for("/no/such/folder", name="lost"))
+    quiet = tick(copy, monkeypatch)
+    assert quiet.run_requests == []
+    assert "nothing differs for tiny: inputs, configuration" in quiet.skip_message
+    assert "lost: it would fail: lost: source: the folder /no/such/folder does not exist" in quiet.skip_message
+    another_gate(copy, checkpoint_folder, monkeypatch)
+    (request,) = tick(copy, monkeypatch).run_requests
+    assert request.partition_key == "tiny"
+    assert "gates.cosine_mean 0.9 -> 0.91" in request.tags[WHY_TAG]
+    names = {"/".join(key.path) for key in request.asset_selection}
+    assert engines("onnxruntime_int8") | benchmarks("onnxruntime_int8") | CHOSEN <= names
+    assert not names & (SOURCES | {"onnx_graph"} | engines("torch", "onnxruntime_fp32"))
+    # What fails again and again with the same inputs is left to people, and while a run is under way there is no other.
+    with instance(copy.home) as found:
+        for _ in range(MOST_ATTEMPTS):
+            assert len(tick(copy, monkeypatch).run_requests) == 1
+            run = found.create_run_for_job(
+                make_definitions(copy).resolve_job_def("optimize"),
+                tags=dict(request.tags) | {"dagster/partition": "tiny"},
+            )
+            assert "is under way" in tick(copy, monkeypatch).skip_message
+            found.report_run_failed(run)
+    assert f"{MOST_ATTEMPTS} runs failed" in tick(copy, monkeypatch).skip_message
+    # The run that was asked for is one of these assets alone, and then nothing is left to do.
+    with instance(copy.home) as found:
+        result = (
+            make_definitions(copy)
+            .resolve_job_def("optimize")
+            .execute_in_process(
+                partition_key="tiny", instance=found, asset_selection=request.asset_selection, tags={PLAN_TAG: "x"}
+            )
+        )
+    assert result.success
+    assert plan_model(copy, copy.entry("tiny")).differing == ()
+
+
+def test_a_cron_expression_that_is_none_is_named():
+    with pytest.raises(CatalogError, match="REFINERY_SCHEDULE: 'nightly' is no cron expression"):
+        reoptimization("nightly")
+
+
+def test_the_command_says_what_would_run_and_why(copy, checkpoint_folder, monkeypatch):
+    code, out, err = refinery(copy, "plan")
+    assert (code, err) == (0, "")
+    assert "tiny: 0 of" in out
+    assert "nothing differs" in out
+    another_gate(copy, checkpoint_folder, monkeypatch)
+    code, out, _ = refinery(copy, "plan", "tiny")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "engines/cpu/onnxruntime_int8 " in line]
+    assert "would run" in line
+    assert "gates.cosine_mean 0.9 -> 0.91" in line
+    code, out, _ = refinery(copy, "plan", "tiny", "--json")
+    data = json.loads(out)
+    assert data["model"] == "tiny"
+    assert "engines/cpu/onnxruntime_int8" in data["differing"]
+    code, _, err = refinery(copy, "plan", "other")
+    assert code == 1
+    assert "There is no model named 'other'" in err

@@ -14,7 +14,7 @@ from resources.engines import BASELINE, EngineSpec
 from resources.errors import ArtifactError
 from resources.evaluation.champion import make_champion
 from resources.evaluation.shapes import shapes_of
-from resources.reporting import candidate_table, latency_plot, markdown, markdown_image
+from resources.reporting import candidate_table, latency_plot, markdown, markdown_image, remembered
 from resources.tracking import Tracker
 from resources.workspace import Workspace
 
@@ -44,7 +44,8 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
         folder = remember(store, f"champion/{target}/{entry.name}", made)
         record = made.record
         table = markdown(*candidate_table(reports, record.verdicts))
-        plot = latency_plot(reports, f"{entry.name} on {target}: {reports[0].device}")
+        title = f"{entry.name} on {target}: {reports[0].device}"
+        plot = remembered(store.caches, record.digest, lambda: latency_plot(reports, title))
         metadata: dict[str, object] = {
             "champion": record.engine,
             "reason": record.reason,
@@ -54,7 +55,7 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
         }
         if plot is not None:
             metadata["latency"] = dg.MetadataValue.md(markdown_image(plot, "median latency by shape"))
-        metadata |= length_metadata(store.current(Checkpoint, f"checkpoint/{entry.name}"))
+        metadata |= length_metadata(store, store.current(Checkpoint, f"checkpoint/{entry.name}"))
         link = tracker.champion(context.run.run_id, record, reports, table, plot)
         if link is not None:
             metadata["mlflow_run"] = dg.MetadataValue.url(link.url)

@@ -12,7 +12,7 @@ from resources.artifacts.records import (
     ServingConfiguration,
     ServingReport,
 )
-from resources.reporting import load_plot, load_table, markdown, markdown_image, trial_table
+from resources.reporting import load_plot, load_table, markdown, markdown_image, remembered, trial_table
 from resources.tracking import Tracker
 from resources.triton.search import make_serving_configuration
 from resources.triton.serving_report import make_serving_report
@@ -83,9 +83,11 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
         metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–"}
         if record.levels:
             title = f"{entry.name} on {target}, release {record.release}: {record.device}"
+            plot = remembered(store.caches, record.digest, lambda: load_plot(record, title))
+            assert plot is not None, "a load can always be drawn"
             metadata |= {
                 "load": dg.MetadataValue.md(markdown(*load_table(record.levels))),
-                "plot": dg.MetadataValue.md(markdown_image(load_plot(record, title), "latency by throughput")),
+                "plot": dg.MetadataValue.md(markdown_image(plot, "latency by throughput")),
                 "throughput_per_s": round(max(level.throughput_per_s for level in record.levels), 1),
                 "p50_ms_of_one_client": round(record.levels[0].p50_ms, 3),
             }

@@ -24,12 +24,17 @@ def signature(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def write_json(path: Path, data: object) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(json.dumps(data), encoding="utf-8")
+    draft.write_bytes(data)
     draft.replace(path)
+
+
+def write_json(path: Path, data: object) -> None:
+    """The same of what JSON can say."""
+    write_whole(path, json.dumps(data).encode())
 
 
 def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, str]:

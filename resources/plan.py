@@ -112,7 +112,7 @@ class ModelPlan:
 
 
 def plan_model(workspace: Workspace, entry: ModelEntry) -> ModelPlan:
-    """What optimizing the entry's model for the workspace's targets would do. Builds, downloads and writes nothing."""
+    """What optimizing the entry's model for the workspace's targets would do. Builds and downloads nothing."""
     with tempfile.TemporaryDirectory(prefix="refinery-plan-") as scratch:
         planner = _Planner(workspace, entry, Path(scratch))
         error = ""

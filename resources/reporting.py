@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from resources.artifacts.fingerprint import code_version, fingerprint
@@ -172,12 +170,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def remembered(caches: Path, digest: str, draw: Callable[[], bytes | None]) -> bytes | None:
-    """The plot of the record of that digest, drawn once: importing what draws takes longer than all else that a run does
-    which changes nothing. None where there is nothing to draw.
+    """The plot of the record of that digest, drawn once: importing what draws takes longer than all else of a run that
+    changes nothing. None where there is nothing to draw.
     """
     path = caches / "plots" / f"{fingerprint('plot', record=digest, code=code_version('resources.reporting'))[:32]}.png"
-    with suppress(OSError):
-        os.utime(path)  # it is of use: see resources.artifacts.gc
+    if path.is_file():
         return path.read_bytes()
     plot = draw()
     if plot is not None:

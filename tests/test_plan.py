@@ -11,15 +11,15 @@ import pytest
 from orchestration.definitions import make_definitions
 from orchestration.schedules import MOST_ATTEMPTS, PLAN_TAG, WHY_TAG, reoptimization
 from resources.artifacts import fingerprint as fingerprints
-from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.records import Engine
 from resources.engines import ENGINES
-from resources.errors import CatalogError
+from resources.engines import make as engine_making
+from resources.errors import CatalogError, EngineError
 from resources.isolation import Limits
 from resources.plan import differences, plan_model
 from resources.workspace import Workspace
 from tests.conftest import entry_for
-from tests.pipeline import add_entry, instance, run_job
+from tests.pipeline import add_entry, instance, run_assets, run_job
 from tests.test_cli import refinery
 
 #: By size the smaller engine wins whatever this machine's mood is.
@@ -173,16 +173,21 @@ def test_what_was_there_before_is_taken_up_again_without_being_made(copy, checkp
 
 
 def test_an_engine_that_failed_is_tried_again_by_runs_and_starts_none(copy, monkeypatch):
-    """Nor does what follows from it."""
-    store, entry = copy.store, copy.entry("tiny")
-    stored = store.current(Engine, "engines/cpu/onnxruntime_int8/tiny")
-    store.remove(stored)
-    made_of = Fingerprint("engine", stored.digest, stored.made_of)
-    failed = stored.model_copy(update={"status": "failed", "reason": "out of memory", "files": {}})
-    store.get_or_make(Engine, made_of, lambda folder: failed)
-    found = {step.step: step for step in plan_model(copy, entry).steps}
-    step = found["engines/cpu/onnxruntime_int8"]
-    assert (step.state, step.reasons) == ("retry", ("failed before: out of memory",))
+    def fail(*arguments, **options):
+        raise EngineError("Out of memory.")
+
+    copy.store.remove(copy.store.current(Engine, "engines/cpu/onnxruntime_int8/tiny"))
+    monkeypatch.setattr(engine_making, "run_isolated", fail)
+    steps = engines("onnxruntime_int8") | benchmarks("onnxruntime_int8") | CHOSEN
+    outcome = run_assets(copy, "tiny", sorted(steps))
+    assert outcome.success, outcome.messages
+    found = plan_model(copy, copy.entry("tiny"))
+    tried = {step.step: step.reasons[0] for step in found.steps if step.state == "retry"}
+    assert set(tried) == engines("onnxruntime_int8") | benchmarks("onnxruntime_int8")
+    assert all("Out of memory." in reason for reason in tried.values())
+    # What was not asked for above is left: the release, of the other engine now.
+    assert {step.step for step in found.differing} == RELEASED
+    assert "engine onnxruntime_int8 -> onnxruntime_fp32" in found.differing[0].reasons
 
 
 def test_a_source_that_is_gone_is_said_and_nothing_is_planned_behind_it(copy, tmp_path):

@@ -24,7 +24,7 @@ from resources.artifacts.store import RECORD_FILE, STALE_STAGING_SECONDS, Artifa
 from resources.locks import file_lock
 
 DAY_SECONDS = 24 * 3600.0
-#: What saves work is read long after it was written, and only where something is made again.
+#: What saves work may be read long after it was written; file systems note reading once a day, or not at all.
 CACHE_SECONDS = 90 * DAY_SECONDS
 _DIGEST = re.compile(rb"\b[0-9a-f]{64}\b")
 #: Files of an artifact that name others: see resources.engines.rebuild.

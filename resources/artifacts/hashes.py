@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from resources.artifacts.records import sha256_file
@@ -47,7 +48,6 @@ def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, st
     notes = memory / f"{key}.json"
     try:
         known: dict[str, list[object]] = json.loads(notes.read_text(encoding="utf-8"))
-        os.utime(notes)  # somebody needs it: see resources.artifacts.gc
     except (OSError, ValueError):
         known = {}
     found: dict[str, str] = {}
@@ -63,8 +63,13 @@ def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, st
             if time.time() - max(now[1:]) / 1e9 < _SETTLED_SECONDS or signature(path) != now:
                 continue
         fresh[name] = [*now, found[name]]
-        if before is None and now[0] > _LARGE_BYTES:
-            write_json(notes, {**known, **fresh})
+        if now[0] > _LARGE_BYTES and before != fresh[name]:
+            _note(notes, {**known, **fresh})
     if fresh != known:
-        write_json(notes, fresh)
+        _note(notes, fresh)
     return found
+
+
+def _note(path: Path, data: object) -> None:
+    with suppress(OSError):  # it saves work, and nothing rests on it
+        write_json(path, data)

@@ -66,7 +66,12 @@ def collect_checkpoint(
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{entry.name}: {error}") from error
-    found = validate(entry, located.folder)
+    try:
+        found = validate(entry, located.folder)
+    except CheckpointError:
+        if not fetch and located.revision is not None:  # of the Hub, and perhaps not whole yet
+            raise UnfetchedError(entry.source, located.revision) from None
+        raise
     try:
         hashes = hash_files(located.folder, found.files, store.caches / "sources")
     except OSError as error:

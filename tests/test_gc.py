@@ -1,6 +1,8 @@
 """Cleaning the store up: what anybody needs stays, and what is used in the meantime."""
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -159,3 +161,41 @@ def test_what_runs_under_way_use_stays_and_the_job_says_what_went(published):
         result = definitions.get_job_def("gc").execute_in_process(run_config=given, instance=instance)
         assert result.success
     assert there(published.store) == set()
+
+
+USER = """
+import random, sys, time
+from pathlib import Path
+from resources.artifacts.records import Engine
+from resources.artifacts.store import ArtifactStore
+store, made = ArtifactStore(Path(sys.argv[1])), 0
+def write(digest):
+    def make(folder):
+        (folder / "model.onnx").write_bytes(digest.encode() * 100)
+        return Engine(digest=digest, model="m", name="e", target="cpu", runtime="onnxruntime", precision="fp32",
+            status="built")
+    return make
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    digest = random.choice("abcdef") * 64
+    found = store.get_or_make(Engine, digest, write(digest))
+    made += not found.reused
+    time.sleep(random.random() / 20)
+    assert (store.folder(found.record) / "model.onnx").read_bytes() == digest.encode() * 100
+print(made)
+"""
+
+
+def test_cleaning_up_beside_runs_loses_nothing_that_they_use(store, monkeypatch):
+    """What nobody has used for a fifth of a second goes; the others look and take within milliseconds."""
+    monkeypatch.setattr(gc, "DAY_SECONDS", 0.2)
+    command = [sys.executable, "-c", USER, str(store.root)]
+    users = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()) for _ in range(2)]
+    removed = 0
+    while any(user.poll() is None for user in users):
+        done = collect(store, (), used_since=time.time() - 0.2)
+        removed += done.removed["engine"].count if "engine" in done.removed else 0
+    made = [int(user.communicate(timeout=30)[0]) for user in users]
+    assert [user.returncode for user in users] == [0, 0]
+    assert sum(made) > 6
+    assert removed > 6

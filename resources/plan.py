@@ -39,6 +39,7 @@ from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import make_champion
 from resources.evaluation.reference import make_evaluation_set
 from resources.export.make import make_graph
+from resources.triton.environment import is_installed
 from resources.triton.layout import current_release
 from resources.triton.make import is_provable, plan_release
 from resources.triton.publish import unchanged_release, waiting_release
@@ -338,7 +339,10 @@ class _Planner:
         if unchanged_release(plan, repository, waiting, provable=is_provable(settings)) is not None:
             self._note(step, "reused", digest=content.digest)
             return True
-        self._note(step, "run", tuple(self._release_reasons(plan)), digest=content.digest)
+        reasons = list(self._release_reasons(plan))
+        if is_provable(settings) and not settings.driven and not is_installed(settings.environment):
+            reasons.append("refinery setup has to come first: the embedded Triton is not what is wanted")
+        self._note(step, "run", tuple(reasons), digest=content.digest)
         return False
 
     def _release_reasons(self, plan: ReleasePlan) -> Iterator[str]:

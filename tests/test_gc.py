@@ -123,13 +123,13 @@ def test_leftovers_and_caches_that_nobody_reads_go(store):
     assert {path.name for path in (store.root / "caches" / "sources").iterdir()} == {"new.json"}
 
 
-@pytest.fixture
-def published(tmp_path, triton_settings):
-    """A workspace with a release, whose champion is not current any more."""
+@pytest.fixture(params=[Steps(prove=unasked), Steps()], ids=["published", "waiting"])
+def published(tmp_path, triton_settings, request):
+    """A workspace with a release, or one that waits for its proof, whose champion is not current any more."""
     workspace = Workspace(tmp_path / "home", tmp_path / "models.yaml", triton=triton_settings)
     plan = make_plan(tmp_path / "plans")
     plan = replace(plan, lineage={"refinery_champion": digest("9")})
-    release = publish(plan, workspace.repository("cpu"), Steps(prove=unasked)).release
+    release = publish(plan, workspace.repository("cpu"), request.param).release
     made = Champion(
         digest=digest("9"), model="tiny", target="cpu", engine="e", engine_digest=release.engine_digest,
         evaluation_digest=digest("8"), objective="p50", score=1.0, reason="", verdicts=(),

@@ -23,6 +23,7 @@ _SAID: dict[State, str] = {
     "run": "would run",
     "follows": "may run",
     "retry": "tried again",
+    "elsewhere": "not known here",
 }
 
 

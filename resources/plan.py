@@ -32,6 +32,7 @@ from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
 from resources.checkpoints.collect import expected_checkpoint
 from resources.checkpoints.sources import UnfetchedError
+from resources.device import why_not_here
 from resources.engines import BASELINE, ENGINES, Sources
 from resources.engines.make import make_engine
 from resources.errors import RefineryError
@@ -53,8 +54,11 @@ R = TypeVar("R", bound=Record)
 #: `reused`: it is there, and current. `found`: it is there, and something else is current, so that a run takes it up in
 #: milliseconds. `run`: it would be made. `follows`: whether it would be is known once something else is made.
 #: `retry`: it failed with just these inputs before; a run tries again, and is not made for that alone.
-State = Literal["reused", "found", "run", "follows", "retry"]
+#: `elsewhere`: it was made on a machine with another device than this one, which alone can tell.
+State = Literal["reused", "found", "run", "follows", "retry", "elsewhere"]
 
+#: Steps that no target has for itself.
+_COMMON = ("checkpoint", "evaluation_set", "onnx_graph")
 _NEVER = "it was never made"
 #: How parts of fingerprints are called, where their names do not say it.
 _WORDS = {
@@ -239,16 +243,18 @@ class _Planner:
     def _whole_run(self) -> None:
         """Nothing is known but that there is another checkpoint."""
         first = self.steps[0].reasons == (_NEVER,)
-        names = ["evaluation_set", "onnx_graph"]
-        for target in self._workspace.targets:
-            names += [f"{kind}/{target}/{spec.name}" for kind in ("engines", "benchmarks") for spec in ENGINES]
-            names += [f"{kind}/{target}" for kind in ("champion", "serving_configuration")]
-            names += [f"{kind}/{target}" for kind in ("triton_repository", "serving_benchmark")]
-        for name in names:
+        of_targets = [name for target in self._workspace.targets for name in _steps_of(target)]
+        for name in (*_COMMON[1:], *of_targets):
             self._note(name, "run" if first else "follows", (_NEVER,) if first else _after("checkpoint"))
 
     def _target(self, target: str, checkpoint: Checkpoint, evaluation: EvaluationSet, graph: OnnxGraph) -> None:
         workspace, entry, store = self._workspace, self._entry, self._store
+        elsewhere, baseline = why_not_here(target), store.known(Engine, f"engines/{target}/{BASELINE}/{entry.name}")
+        if elsewhere is not None and baseline is not None and baseline.status == "built":
+            changed = [step.step for step in self.steps if step.state != "reused" and step.step in _COMMON]
+            for name in _steps_of(target):
+                self._note(name, "follows" if changed else "elsewhere", _after(*changed) if changed else (elsewhere,))
+            return
         there = store.known(Checkpoint, f"checkpoint/{entry.name}")
         # Where the files of a checkpoint are that is not copied yet: those of the one before say what is asked here.
         folder = store.folder(checkpoint if there is None or store.folder(checkpoint).is_dir() else there)
@@ -412,6 +418,13 @@ class _Planner:
     ) -> None:
         seconds = now.build_seconds if now is not None else 0.0
         self.steps.append(PlannedStep(step, state, reasons, "" if is_pending(digest) else digest, seconds))
+
+
+def _steps_of(target: str) -> list[str]:
+    """All steps that are a target's own."""
+    engines = [f"{kind}/{target}/{spec.name}" for kind in ("engines", "benchmarks") for spec in ENGINES]
+    kinds = ("champion", "serving_configuration", "triton_repository", "serving_benchmark")
+    return [*engines, *(f"{kind}/{target}" for kind in kinds)]
 
 
 def _told(now: Checkpoint | None) -> Checkpoint:

@@ -190,6 +190,21 @@ def test_an_engine_that_failed_is_tried_again_by_runs_and_starts_none(copy, monk
     assert "engine onnxruntime_int8 -> onnxruntime_fp32" in found.differing[0].reasons
 
 
+def test_what_another_machine_made_is_left_to_it(copy, monkeypatch, checkpoint_folder):
+    """One without the target's GPU cannot tell, and would have every engine unsupported."""
+    both = replace(copy, targets=("cpu", "cuda_sm90"))
+    baseline = copy.store.current(Engine, "engines/cpu/torch/tiny")
+    copy.store.point("engines/cuda_sm90/torch/tiny", baseline)
+    found = plan_model(both, both.entry("tiny"))
+    assert found.differing == ()
+    of_gpu = [step for step in found.steps if "cuda_sm90" in step.step]
+    assert {step.state for step in of_gpu} == {"elsewhere"}
+    assert "needs an NVIDIA GPU of compute capability 9.0" in of_gpu[0].reasons[0]
+    lost_bits(both, checkpoint_folder, monkeypatch)
+    found = plan_model(both, both.entry("tiny"))
+    assert {step.state for step in found.steps if "cuda_sm90" in step.step} == {"follows"}
+
+
 def test_a_source_that_is_gone_is_said_and_nothing_is_planned_behind_it(copy, tmp_path):
     add_entry(copy, entry_for(tmp_path / "nowhere", **FIELDS))
     found = plan_model(copy, copy.entry("tiny"))

@@ -7,9 +7,8 @@ both and the median of their ratios, pair by pair; with `--profile`, where the u
 Its home is that of REFINERY_HOME, where the model was optimized before.
 """
 
-from __future__ import annotations
-
 import json
+import logging
 import os
 import pstats
 import statistics
@@ -73,14 +72,21 @@ def run_empty(wanted: dict[str, Any]) -> int:
 
         return nothing
 
+    @dg.logger(config_schema={})
+    def silent(context: dg.InitLoggerContext) -> logging.Logger:
+        return logging.Logger("silent", logging.CRITICAL)
+
     job = dg.Definitions(
+        loggers={"silent": silent},
         assets=[asset(name, before) for name, before in wanted["assets"].items()],
         asset_checks=[check(name, title) for name, title in wanted["checks"]],
         jobs=[dg.define_asset_job("empty", dg.AssetSelection.all(), executor_def=dg.in_process_executor)],
     ).resolve_job_def("empty")
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions("model", ["nothing"])
-        result = job.execute_in_process(partition_key="nothing", instance=instance)
+        result = job.execute_in_process(
+            partition_key="nothing", instance=instance, run_config={"loggers": {"silent": {}}}
+        )
     assert result.success
     return len(result.get_step_success_events())
 

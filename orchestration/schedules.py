@@ -66,7 +66,7 @@ def _reoptimization(cron: str) -> dg.ScheduleDefinition:
             context.log.warning(sentence)
         if requests:
             return requests
-        same = [name for name, plan in plans.items() if not plan["differing"]]
+        same = [name for name, plan in plans.items() if not plan["differing"] and not plan["error"]]
         unchanged = [f"nothing differs for {', '.join(same)}: {_COMPARED}"] if same else []
         return dg.SkipReason("; ".join([*unchanged, *said]) or "the catalog holds no model")
 

@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.evaluation_set import evaluation_set
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.engines import BASELINE, EngineSpec
@@ -31,6 +31,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         description=f"Accuracy of {spec.name} on real text, and its latency in turns with PyTorch's at every shape.",
         tags={"target": target, "device": device_of(target)},
     )
+    @closing_tracking
     def benchmark(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],

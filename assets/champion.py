@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.checkpoint import length_metadata
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet
 from resources.catalog import ModelEntry
@@ -32,6 +32,7 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
         description="The best engine, by the catalog's objective, among those that kept the accuracy gates.",
         tags={"target": target},
     )
+    @closing_tracking
     def champion(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
 from resources.artifacts.records import (
     Champion,
@@ -32,6 +32,7 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         description="Instances and queue delay for the champion, found under load on a real Triton server.",
         tags={"target": target},
     )
+    @closing_tracking
     def serving_configuration(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],
@@ -67,6 +68,7 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
         description="Throughput and latency of the release that serves, by the number of clients, on a real Triton.",
         tags={"target": target},
     )
+    @closing_tracking
     def serving_benchmark(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],

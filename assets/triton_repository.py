@@ -4,7 +4,7 @@ import shlex
 
 import dagster as dg
 
-from assets.materialization import OWNERS
+from assets.materialization import OWNERS, closing_tracking
 from assets.partitions import models
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
@@ -26,6 +26,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
         description="The champion as a numbered, immutable release that answers text, proven on a real Triton server.",
         tags={"target": target},
     )
+    @closing_tracking
     def triton_repository(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],

@@ -20,9 +20,9 @@ _LARGE_BYTES = 2**28
 
 
 def signature(path: Path) -> list[int]:
-    """Size and times of a file: what changes with its bytes, unless somebody forges the clock."""
+    """Size, times and number of a file: what changes with its bytes, unless somebody forges the clock."""
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -56,11 +56,11 @@ def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, st
         path = folder / name
         now = signature(path)
         before = known.get(name)
-        if before is not None and before[:3] == now:
-            found[name] = str(before[3])
+        if before is not None and before[:-1] == now:
+            found[name] = str(before[-1])
         else:
             found[name] = sha256_file(path)
-            if time.time() - max(now[1:]) / 1e9 < _SETTLED_SECONDS or signature(path) != now:
+            if time.time() - max(now[1:3]) / 1e9 < _SETTLED_SECONDS or signature(path) != now:
                 continue
         fresh[name] = [*now, found[name]]
         if now[0] > _LARGE_BYTES and before != fresh[name]:

@@ -162,7 +162,8 @@ class ArtifactStore:
 
     def point(self, name: str, record: Record) -> None:
         """Remember the record as the newest that the named step made."""
-        write_json(self.root / "current" / f"{name}.json", {"kind": record.kind, "digest": record.digest})
+        if self.pointed(name) != record.digest:
+            write_json(self.root / "current" / f"{name}.json", {"kind": record.kind, "digest": record.digest})
 
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""

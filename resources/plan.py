@@ -156,7 +156,7 @@ class PlanningStore(ArtifactStore):
     ) -> Made[R]:
         """Raises _WouldMakeError for what is not there. What failed before is answered as it is."""
         assert isinstance(made_of, Fingerprint), "only what is named part by part can be planned"
-        found, damaged = self._look(kind, made_of.digest)
+        found, damaged = self.look(kind, made_of.digest)
         if found is not None:
             return Made(found, reused=True)
         made = make(self._scratch).model_copy(update={"made_of": made_of.parts}) if light else None

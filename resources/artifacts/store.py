@@ -76,7 +76,23 @@ class ArtifactStore:
 
     def find(self, kind: type[R], digest: str) -> R | None:
         """The stored record, or None. An unreadable one (an older version's, say) and damage count as not there."""
-        return self._look(kind, digest)[0]
+        return self.look(kind, digest)[0]
+
+    def look(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
+        """The record; or None, and the files for which it counts as not there."""
+        folder = self._folder(kind.kind, digest)
+        try:
+            # Before anything is read: what was used just now is not removed.
+            self._touch(folder / RECORD_FILE)
+            record = kind.model_validate_json((folder / RECORD_FILE).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None, (RECORD_FILE,) if folder.is_dir() else ()
+        except ValidationError as error:  # of an older version, or no JSON at all
+            return None, (RECORD_FILE,) if error.errors()[0]["type"] == "json_invalid" else ()
+        if record.digest != digest:  # folders are named by half of the digest
+            return None, ()
+        damaged = tuple(self.damaged(record))
+        return (None, damaged) if damaged else (record, ())
 
     def damaged(self, record: Record, *, every_byte: bool = False) -> list[str]:
         """Files of the artifact that are missing or not, byte for byte, what the record says.
@@ -135,11 +151,11 @@ class ArtifactStore:
         """
         del light
         digest, parts = (made_of, {}) if isinstance(made_of, str) else (made_of.digest, made_of.parts)
-        found, _ = self._look(kind, digest)
+        found, _ = self.look(kind, digest)
         if found is not None and found.reusable:
             return Made(found, reused=True)
         with file_lock(self.lock_of(kind.kind, digest)):
-            found, damaged = self._look(kind, digest)
+            found, damaged = self.look(kind, digest)
             if found is not None and found.reusable:
                 return Made(found, reused=True)
             with self.staging() as folder:
@@ -155,7 +171,8 @@ class ArtifactStore:
                         f"{record.model}: one of its files is called {taken[0]}, which the artifact store keeps for "
                         "its own. Rename or remove that file in the source."
                     )
-                self._note_verified(folder, {name: signature(folder / name) for name in record.files})
+                if record.files:
+                    self._note_verified(folder, {name: signature(folder / name) for name in record.files})
                 (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
                 self._put(folder, self.folder(record))
         return Made(record, reused=False, damaged=damaged)
@@ -171,7 +188,7 @@ class ArtifactStore:
         record = self.find(kind, digest) if digest else None
         if digest and record is None:
             with file_lock(self.lock_of(kind.kind, digest)):  # see resources.artifacts.gc: it may be put back just now
-                record, damaged = self._look(kind, digest)
+                record, damaged = self.look(kind, digest)
             if damaged:
                 raise ArtifactError(
                     f"{name}: {', '.join(damaged)} in {self._folder(kind.kind, digest)} changed on the disk since it "
@@ -204,22 +221,6 @@ class ArtifactStore:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _look(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
-        """The record; or None, and the files for which it counts as not there."""
-        folder = self._folder(kind.kind, digest)
-        try:
-            # Before anything is read: what was used just now is not removed.
-            self._touch(folder / RECORD_FILE)
-            record = kind.model_validate_json((folder / RECORD_FILE).read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return None, (RECORD_FILE,) if folder.is_dir() else ()
-        except ValidationError as error:  # of an older version, or no JSON at all
-            return None, (RECORD_FILE,) if error.errors()[0]["type"] == "json_invalid" else ()
-        if record.digest != digest:  # folders are named by half of the digest
-            return None, ()
-        damaged = tuple(self.damaged(record))
-        return (None, damaged) if damaged else (record, ())
 
     def _touch(self, file: Path) -> None:
         with suppress(OSError):  # it is not there; or another user's, or on a disk that is only read

@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.evaluation_set import evaluation_set
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
@@ -33,6 +33,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         tags={"target": target, "device": device_of(target)},
         op_tags=placement(target),
     )
+    @closing_tracking
     def benchmark(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],

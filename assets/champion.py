@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.checkpoint import length_metadata
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, EvaluationSet
@@ -16,7 +16,7 @@ from resources.errors import ArtifactError
 from resources.evaluation.champion import make_champion
 from resources.evaluation.choosing import tell
 from resources.evaluation.shapes import shapes_of
-from resources.reporting import candidate_table, latency_plot, markdown, markdown_image
+from resources.reporting import candidate_table, latency_plot, markdown, markdown_image, remembered
 from resources.tracking import Tracker
 from resources.triton.served import current_engines, find_incumbent
 from resources.workspace import Workspace
@@ -36,6 +36,7 @@ def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.Assets
         tags={"target": target},
         op_tags=placement(target),
     )
+    @closing_tracking
     def champion(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],
@@ -51,7 +52,8 @@ def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.Assets
         folder = remember(store, f"champion/{target}/{entry.name}", made)
         record = made.record
         table = markdown(*candidate_table(reports, record.verdicts))
-        plot = latency_plot(reports, f"{entry.name} on {target}: {reports[0].device}")
+        title = f"{entry.name} on {target}: {reports[0].device}"
+        plot = remembered(store.caches, record.digest, lambda: latency_plot(reports, title))
         metadata: dict[str, object] = {
             "champion": record.engine,
             "reason": record.reason,
@@ -61,7 +63,7 @@ def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.Assets
         }
         if plot is not None:
             metadata["latency"] = dg.MetadataValue.md(markdown_image(plot, "median latency by shape"))
-        metadata |= length_metadata(checkpoint)
+        metadata |= length_metadata(store, checkpoint)
         link = tracker.champion(context.run.run_id, record, reports, table, plot)
         if link is not None:
             metadata["mlflow_run"] = dg.MetadataValue.url(link.url)

@@ -6,8 +6,9 @@ from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import Checkpoint
+from resources.artifacts.store import ArtifactStore
 from resources.checkpoints import collect_checkpoint
-from resources.reporting import length_plot, markdown_image, padding_table
+from resources.reporting import length_plot, markdown_image, padding_table, remembered
 from resources.workspace import Workspace
 
 
@@ -39,19 +40,21 @@ def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
             "tokenizer_digest": record.tokenizer_digest,
             "allow_pickle": dg.MetadataValue.bool(record.allow_pickle),
             "trust_remote_code": dg.MetadataValue.bool(record.trust_remote_code),
-            **length_metadata(record),
+            **length_metadata(workspace.store, record),
         },
     )
 
 
-def length_metadata(record: Checkpoint) -> dict[str, object]:
+def length_metadata(store: ArtifactStore, record: Checkpoint) -> dict[str, object]:
     """Histogram and padding of the sample's rows, where the catalog has a sample."""
     lengths = record.lengths
     if lengths is None:
         return {}
     title = f"{record.model}: {lengths.rows} rows of {lengths.requests} sampled requests"
+    plot = remembered(store.caches, record.digest, lambda: length_plot(lengths, title))
+    assert plot is not None, "lengths can always be drawn"
     return {
-        "lengths": dg.MetadataValue.md(markdown_image(length_plot(lengths, title), "rows by tokens")),
+        "lengths": dg.MetadataValue.md(markdown_image(plot, "rows by tokens")),
         "padding": dg.MetadataValue.md(padding_table(lengths)),
         "padding_share": lengths.padding,
     }

@@ -1,6 +1,7 @@
 """What every materialization says, in one place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,24 @@ from resources.artifacts.store import ArtifactStore, Made
 OWNERS = ["team:refinery"]
 
 
+def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[..., dg.MaterializeResult]:
+    """No MLflow run stays open because a step failed that writes to it.
+
+    Not a hook of Dagster's: that writes an event for every step of every run, a fifth of all that there are.
+    """
+
+    @wraps(step)
+    def closing(context: dg.AssetExecutionContext, **resources: Any) -> dg.MaterializeResult:
+        try:
+            return step(context, **resources)
+        except Exception as error:
+            why = f"{context.asset_key.to_user_string()} failed: {error}"
+            resources["tracker"].abandon(context.run.run_id, context.partition_key, why)
+            raise
+
+    return closing
+
+
 def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> dg.MaterializeResult:
     """The result of a step: its record's own metadata, then what all have; versioned by content, not by time."""
     record: Record = made.record
@@ -20,6 +39,8 @@ def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> 
         "digest": record.digest,
         "build_seconds": dg.MetadataValue.float(round(record.build_seconds, 2)),
     }
+    if made.damaged:
+        common["damaged"] = ", ".join(made.damaged)
     if record.peak_memory_bytes:
         common["peak_memory_bytes"] = dg.MetadataValue.int(record.peak_memory_bytes)
     if record.files:
@@ -29,6 +50,9 @@ def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> 
 
 
 def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:
-    """Point the step's name at what it made; the folder it lies in."""
+    """Point the step's name at what it made; the folder it lies in. What was damaged is said in the step's log."""
     store.point(name, made.record)
-    return store.folder(made.record)
+    folder = store.folder(made.record)
+    if made.damaged:
+        dg.get_dagster_logger().warning(f"{name}: {', '.join(made.damaged)} in {folder} was damaged: made again")
+    return folder

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import (
@@ -13,7 +13,7 @@ from resources.artifacts.records import (
     ServingConfiguration,
     ServingReport,
 )
-from resources.reporting import load_plot, load_table, markdown, markdown_image, trial_table
+from resources.reporting import load_plot, load_table, markdown, markdown_image, remembered, trial_table
 from resources.tracking import Tracker
 from resources.triton.search import make_serving_configuration
 from resources.triton.serving_report import make_serving_report
@@ -34,6 +34,7 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         tags={"target": target},
         op_tags=placement(target),
     )
+    @closing_tracking
     def serving_configuration(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],
@@ -70,6 +71,7 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
         tags={"target": target},
         op_tags=placement(target),
     )
+    @closing_tracking
     def serving_benchmark(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],
@@ -86,9 +88,11 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
         metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–"}
         if record.levels:
             title = f"{entry.name} on {target}, release {record.release}: {record.device}"
+            plot = remembered(store.caches, record.digest, lambda: load_plot(record, title))
+            assert plot is not None, "a load can always be drawn"
             metadata |= {
                 "load": dg.MetadataValue.md(markdown(*load_table(record.levels))),
-                "plot": dg.MetadataValue.md(markdown_image(load_plot(record, title), "latency by throughput")),
+                "plot": dg.MetadataValue.md(markdown_image(plot, "latency by throughput")),
                 "throughput_per_s": round(max(level.throughput_per_s for level in record.levels), 1),
                 "p50_ms_of_one_client": round(record.levels[0].p50_ms, 3),
             }

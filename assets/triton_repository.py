@@ -4,7 +4,7 @@ import shlex
 
 import dagster as dg
 
-from assets.materialization import OWNERS
+from assets.materialization import OWNERS, closing_tracking
 from assets.partitions import models
 from assets.placement import placement
 from resources.tracking import Tracker
@@ -28,6 +28,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
         tags={"target": target},
         op_tags=placement(target),
     )
+    @closing_tracking
     def triton_repository(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],

@@ -54,6 +54,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
     command.set_defaults(command=_optimize)
 
+    command = commands.add_parser("plan", help="show what optimizing would do, and why, without doing it")
+    command.add_argument("models", metavar="MODEL", nargs="*", help="names of the catalog (default: all)")
+    command.add_argument("--target", help="only this target (default: all of REFINERY_TARGETS)")
+    command.add_argument("--json", action="store_true", help="one JSON document a model, each on a line")
+    command.set_defaults(command=_plan)
+
+    command = commands.add_parser("gc", help="remove what no release, run or recent step needs from the artifact store")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    command.add_argument(
+        "--keep-days",
+        type=_days,
+        default=7.0,
+        metavar="N",
+        help="what was used within N days stays, one at least (default: %(default)g)",
+    )
+    command.set_defaults(command=_gc)
+
     command = commands.add_parser("bench", help="compare a model's engines with each other, outside the pipeline")
     command.add_argument("model", metavar="MODEL", help="as for optimize: a name, a folder or a Hub id")
     command.add_argument("--name", help="for a folder or Hub id: its name in the catalog")
@@ -221,10 +238,29 @@ def _positive(text: str) -> float:
     return number
 
 
+def _days(text: str) -> float:
+    number = _positive(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than a day, and a step may take one")
+    return number
+
+
 def _optimize(options: argparse.Namespace) -> int:
     from orchestration.optimize import optimize
 
     return optimize(options)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from orchestration.plan import plan
+
+    return plan(options)
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from orchestration.gc import collect_garbage
+
+    return collect_garbage(options)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -19,13 +19,16 @@ from orchestration.executors import Execution, make_executor
 from orchestration.jobs import close_tracking_of_killed_runs, optimize
 from orchestration.notifications import failure_sensor
 from orchestration.progress import progress_logger
+from orchestration.schedules import DEFAULT_CRON, reoptimization
 from orchestration.settings import read_execution, read_workspace, tracker_of, webhook_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
 
-def make_definitions(workspace: Workspace, execution: Execution | None = None) -> dg.Definitions:
-    """The whole code location, working in that workspace."""
+def make_definitions(
+    workspace: Workspace, execution: Execution | None = None, cron: str = DEFAULT_CRON
+) -> dg.Definitions:
+    """The whole code location, working in that workspace. cron: when models are looked at again."""
     assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, onnx_graph]
     checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
     for target, spec in product(workspace.targets, ENGINES):
@@ -42,6 +45,7 @@ def make_definitions(workspace: Workspace, execution: Execution | None = None) -
         assets=assets,
         asset_checks=checks,
         jobs=[optimize, *upkeep.JOBS],
+        schedules=[reoptimization(cron)],
         sensors=[
             failure_sensor(webhook_of(os.environ), os.environ.get("REFINERY_DAGSTER_UI") or None),
             close_tracking_of_killed_runs,
@@ -52,4 +56,6 @@ def make_definitions(workspace: Workspace, execution: Execution | None = None) -
     )
 
 
-defs = make_definitions(read_workspace(os.environ), read_execution(os.environ))
+defs = make_definitions(
+    read_workspace(os.environ), read_execution(os.environ), os.environ.get("REFINERY_SCHEDULE") or DEFAULT_CRON
+)

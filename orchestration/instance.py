@@ -74,14 +74,19 @@ load_from:
 """
 
 
+def instance_folder(workspace: Workspace) -> Path:
+    """Where the instance lies, or would."""
+    given = os.environ.get("DAGSTER_HOME")
+    return Path(given).resolve() if given else workspace.home / "dagster"
+
+
 def prepare_instance(workspace: Workspace) -> Path:
     """The instance's folder, made if it is not there, and named to Dagster through DAGSTER_HOME.
 
     Its dagster.yaml follows the settings as long as nobody else has changed it. Raises CatalogError where Postgres is
     asked for and cannot be had.
     """
-    given = os.environ.get("DAGSTER_HOME")
-    folder = Path(given).resolve() if given else workspace.home / "dagster"
+    folder = instance_folder(workspace)
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "dagster.yaml"
     url = os.environ.get(POSTGRES_VARIABLE, "")

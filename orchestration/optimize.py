@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from orchestration.definitions import make_definitions
+from orchestration.definitions import defs, make_definitions
 from orchestration.entries import find_or_add
 from orchestration.instance import prepare_instance
 from orchestration.launcher import HOST_TAG
@@ -43,7 +43,9 @@ def optimize(options: Namespace) -> int:
     workspace = _workspace(options)
     entry = find_or_add(workspace, options)
     prepare_instance(workspace)
-    job = make_definitions(workspace).resolve_job_def("optimize")
+    # Those of the environment are there already.
+    definitions = defs if workspace == read_workspace(os.environ) else make_definitions(workspace)
+    job = definitions.resolve_job_def("optimize")
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions("model", [entry.name])
         result = job.execute_in_process(

@@ -33,7 +33,7 @@ def print_step(console: Console, elapsed_s: float, name: str, text: str, colour:
 def print_table(
     console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], bold: str | None = None
 ) -> None:
-    """A table whose first column names engines, the row of `bold` standing out."""
+    """A table whose first column names engines or steps, the row of `bold` standing out."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")

@@ -1,10 +1,15 @@
-"""Jobs for releases that exist: going back, cleaning up, checking. What they did is seen on the release's asset."""
+"""Jobs for what exists: releases, which are rolled back, removed or checked, and the store, which is cleaned up.
+
+What was done to a release is seen on its asset.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
+from orchestration.gc import clean_store, oldest_run_under_way, summary
+from resources.reporting import size_text
 from resources.tracking import Tracker
 from resources.triton import promote as promoting
 from resources.triton import retain as cleaning
@@ -30,6 +35,13 @@ class Retention(Which):
     """keep: the newest so many stay."""
 
     keep: int = 3
+
+
+class Cleaning(dg.Config):
+    """keep_days: what was used within so many days stays. dry_run: only say what would go."""
+
+    keep_days: float = 7.0
+    dry_run: bool = False
 
 
 class Verification(Which):
@@ -87,6 +99,14 @@ def verify_one_release(
     _seen(context, config, {"verified": release.number, "files": len(release.files), "asked": server})
 
 
+@dg.op(description="Remove from the artifact store what no release, run or recent step needs.")
+def collect_garbage(context: dg.OpExecutionContext, config: Cleaning, workspace: dg.ResourceParam[Workspace]) -> None:
+    under_way = oldest_run_under_way(context.instance, but=context.run_id)
+    done = clean_store(workspace, config.keep_days, under_way, dry_run=config.dry_run)
+    context.log.info(f"{'would free' if config.dry_run else 'freed'} {size_text(done.freed_bytes)}: {summary(done)}")
+    context.add_output_metadata({"freed_bytes": done.freed_bytes, "removed": dg.MetadataValue.json(summary(done))})
+
+
 def _seen(context: dg.OpExecutionContext, config: Which, metadata: Mapping[str, Any]) -> None:
     key = dg.AssetKey(["triton_repository", config.target])
     context.log_event(dg.AssetObservation(asset_key=key, partition=config.model, metadata=metadata))
@@ -112,4 +132,9 @@ def verify() -> None:
     verify_one_release()
 
 
-JOBS = [rollback, promote, retain, verify]
+@dg.job(description="Clean the artifact store up; see `refinery gc`.", executor_def=dg.in_process_executor)
+def gc() -> None:
+    collect_garbage()
+
+
+JOBS = [rollback, promote, retain, verify, gc]

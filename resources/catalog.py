@@ -7,12 +7,14 @@ field and the remedy named, before any work begins.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from resources.artifacts.hashes import signature
 from resources.errors import CatalogError
 from resources.tasks import TASKS, Gates, Options
 
@@ -274,6 +276,16 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read(path: Path) -> tuple[ModelEntry, ...]:
+    try:
+        now = tuple(signature(path))
+    except OSError:
+        now = ()
+    return _parse(path, now)
+
+
+@lru_cache(maxsize=1024)
+def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
+    """What the file holds, as it is now: every step of a run asks."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
+from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.hashes import write_whole
 from resources.artifacts.records import (
     BenchmarkReport,
     CandidateVerdict,
@@ -164,6 +167,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     lines += [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def remembered(caches: Path, digest: str, draw: Callable[[], bytes | None]) -> bytes | None:
+    """The plot of the record of that digest, drawn once: importing what draws takes longer than all else of a run that
+    changes nothing. None where there is nothing to draw.
+    """
+    path = caches / "plots" / f"{fingerprint('plot', record=digest, code=code_version('resources.reporting'))[:32]}.png"
+    if path.is_file():
+        return path.read_bytes()
+    plot = draw()
+    if plot is not None:
+        write_whole(path, plot)
+    return plot
 
 
 def latency_plot(reports: Sequence[BenchmarkReport], title: str, inaccurate: Collection[str] = ()) -> bytes | None:

@@ -64,7 +64,12 @@ class Workspace:
 
     def repository(self, target: str) -> Location:
         """The Triton model repository of a target."""
-        return (self.triton.repositories or self.home / "triton_models") / target
+        return self.repositories / target
+
+    @property
+    def repositories(self) -> Location:
+        """Where the repositories of all targets lie."""
+        return self.triton.repositories or self.home / "triton_models"
 
     def mlflow_uri(self) -> str:
         return self.tracking_uri or f"sqlite:///{self.home.resolve() / 'mlflow.db'}"

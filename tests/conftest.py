@@ -28,6 +28,7 @@ from tests.checkpoints import make_checkpoint
 LONGEST = (
     "test_pipeline",
     "test_cli",
+    "test_plan",
     "test_served_tasks",
     "test_export",
     "test_fusion",

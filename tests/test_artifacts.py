@@ -9,9 +9,18 @@ import time
 import pytest
 
 from resources.artifacts import fingerprint as fingerprints
-from resources.artifacts.fingerprint import code_version, digest_of_files, fingerprint, library_versions
+from resources.artifacts import hashes
+from resources.artifacts import store as stores
+from resources.artifacts.fingerprint import (
+    Fingerprint,
+    code_version,
+    digest_of_files,
+    fingerprint,
+    library_versions,
+    pending,
+)
 from resources.artifacts.records import Accuracy, BenchmarkReport, Engine, Record
-from resources.artifacts.store import STALE_STAGING_SECONDS, ArtifactStore
+from resources.artifacts.store import STALE_STAGING_SECONDS, VERIFY_AGAIN_SECONDS, ArtifactStore
 from resources.catalog import Shape
 from resources.engines import ENGINES
 from resources.errors import ArtifactError
@@ -109,6 +118,86 @@ def test_damaged_artifacts_are_made_again(store, damage):
     assert (store.folder(record) / "sub" / "model.onnx").read_text() == "hello"
     assert store.get_or_make(Engine, "a" * 64, never).reused
     assert list((store.root / "staging").iterdir()) == []
+
+
+def flip(store, record, *, unseen=False):
+    """One bit of the file. unseen: as a disk loses it, without another time or size."""
+    file = store.folder(record) / "sub" / "model.onnx"
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    if unseen:
+        store._note_verified(store.folder(record), {"sub/model.onnx": hashes.signature(file)})
+
+
+def test_a_changed_bit_is_seen_by_its_digest_and_said(store):
+    record = store.get_or_make(Engine, "a" * 64, writer()).record
+    store.point("engines/cpu/e/m", record)
+    flip(store, record)
+    with pytest.raises(ArtifactError, match=r"engines/cpu/e/m: sub/model.onnx in .* changed on the disk"):
+        store.current(Engine, "engines/cpu/e/m")
+    made = store.get_or_make(Engine, "a" * 64, writer())
+    assert (made.reused, made.damaged) == (False, ("sub/model.onnx",))
+    assert store.get_or_make(Engine, "a" * 64, never).damaged == ()
+
+
+def test_files_are_read_when_they_changed_and_once_a_week(store, monkeypatch):
+    record = store.get_or_make(Engine, "a" * 64, writer()).record
+    read = []
+    monkeypatch.setattr(stores, "sha256_file", lambda path: read.append(path.name) or hashes.sha256_file(path))
+    assert store.find(Engine, "a" * 64) == record
+    assert read == []
+    file = store.folder(record) / "sub" / "model.onnx"
+    os.utime(file, (1, 1))
+    assert store.find(Engine, "a" * 64) == store.find(Engine, "a" * 64) == record
+    assert read == ["model.onnx"]
+    flip(store, record, unseen=True)
+    assert store.find(Engine, "a" * 64) == record
+    old = time.time() - VERIFY_AGAIN_SECONDS - 1
+    os.utime(store.folder(record) / ".verified", (old, old))
+    assert store.find(Engine, "a" * 64) is None
+    assert read == ["model.onnx"] * 2
+
+
+def test_what_something_is_made_from_is_read_whole_first(store, monkeypatch):
+    record = store.get_or_make(Engine, "a" * 64, writer()).record
+    other = store.get_or_make(Engine, "b" * 64, writer(record=engine("b" * 64))).record
+    store.require_whole(record)
+    read = []
+    monkeypatch.setattr(stores, "sha256_file", lambda path: read.append(path.name) or hashes.sha256_file(path))
+    store.require_whole(record)  # once a process
+    assert read == []
+    flip(store, other, unseen=True)
+    with pytest.raises(ArtifactError, match=r"m: sub/model.onnx of the engine in .* optimize again"):
+        store.require_whole(record, other)
+    assert not store.get_or_make(Engine, "b" * 64, writer(record=engine("b" * 64))).reused
+
+
+def test_digests_of_files_outside_are_remembered_while_they_do_not_change(tmp_path, monkeypatch):
+    folder, memory = tmp_path / "checkpoint", tmp_path / "memory"
+    folder.mkdir()
+    old = time.time() - 60
+    for name in ("old", "new"):
+        (folder / name).write_text(name)
+    os.utime(folder / "old", (old, old))
+    # A file's time of change is the file system's: the clock is set ahead in place of waiting.
+    later = time.time() + 60
+    monkeypatch.setattr(hashes.time, "time", lambda: later)
+    read = []
+    monkeypatch.setattr(hashes, "sha256_file", lambda path: read.append(path.name) or path.read_text().ljust(64, "0"))
+    first = hashes.hash_files(folder, ["old", "new"], memory)
+    assert hashes.hash_files(folder, ["old", "new"], memory) == first
+    assert read == ["old", "new"]
+    (folder / "old").write_text("odd")
+    os.utime(folder / "old", (old, old))  # of the same size and time: the time of its change tells
+    assert hashes.hash_files(folder, ["old", "new"], memory)["old"].startswith("odd")
+    assert read == ["old", "new", "old"]
+    # What changed just now may change again within the same tick of the clock.
+    later = (folder / "old").stat().st_ctime + 1
+    (memory / next(memory.iterdir()).name).unlink()
+    hashes.hash_files(folder, ["old"], memory)
+    hashes.hash_files(folder, ["old"], memory)
+    assert read[3:] == ["old", "old"]
 
 
 def test_damage_stays_where_it_is_until_there_is_something_better(store):
@@ -243,6 +332,26 @@ def test_a_killed_maker_leaves_no_artifact_and_no_lock(store, tmp_path):
     assert [path.name for path in next((store.root / "staging").iterdir()).iterdir()] == ["model.onnx"]
     assert store.find(Engine, "a" * 64) is None
     assert not store.get_or_make(Engine, "a" * 64, writer()).reused
+
+
+def test_what_an_artifact_is_made_of_is_kept_part_by_part(store):
+    made_of = Fingerprint.of("engine", spec=ENGINES[0], items=["long"] * 100, files={"\udcff": "a"}, text="\ud83d")
+    assert made_of.digest == fingerprint(
+        "engine", spec=ENGINES[0], items=["long"] * 100, files={"\udcff": "a"}, text="\ud83d"
+    )
+    assert made_of.parts["spec"]["name"] == "torch"
+    assert made_of.parts["items"].startswith("sha256:")
+    store.get_or_make(Engine, made_of, lambda folder: engine(made_of.digest))
+    found = store.find(Engine, made_of.digest)
+    assert found.made_of == made_of.parts
+    # Records of older versions have none, and can be read.
+    assert engine().made_of == {}
+
+
+def test_a_fingerprint_knows_what_it_waits_for():
+    waiting = Fingerprint.of("k", a=1, b=[pending("x"), {"c": pending("y")}], d=["long"] * 100 + [pending("z")])
+    assert waiting.awaits == ("x", "y", "z")
+    assert Fingerprint.of("k", a="x").awaits == ()
 
 
 def test_fingerprints_do_not_depend_on_order_and_do_on_everything_else():

@@ -292,7 +292,7 @@ def test_a_shape_longer_than_the_checkpoint_takes(made_checkpoint, ready):
     ]
 
 
-def test_damage_in_the_store_is_seen_and_mended_by_the_next_run(made_checkpoint, begun):
+def test_damage_in_the_store_is_seen_mended_and_said_by_the_next_run(made_checkpoint, begun):
     add_entry(begun, entry_for(made_checkpoint(), **QUICK))
     assert run_job(begun, "tiny").success
     stored = begun.store.folder(begun.store.current(Checkpoint, "checkpoint/tiny")) / "model.safetensors"
@@ -300,12 +300,12 @@ def test_damage_in_the_store_is_seen_and_mended_by_the_next_run(made_checkpoint,
     data[-1] ^= 1  # of the same size, so that only the bytes tell
     stored.write_bytes(data)
     outcome = run_job(begun, "tiny")
-    assert outcome.checks()["checkpoint:required_files"] is False
-    (message,) = outcome.messages
-    assert "tiny, revision" in message
-    assert "model.safetensors of the stored copy" in message
-    assert "optimize again" in message
-    assert run_job(begun, "tiny").checks()["checkpoint:required_files"]
+    assert outcome.success, outcome.messages
+    assert outcome.checks()["checkpoint:required_files"]
+    assert outcome.metadata("checkpoint")["damaged"] == "model.safetensors"
+    reused = {name for name in outcome.materialized() if outcome.metadata(*name.split("/"))["reused"]}
+    assert outcome.materialized() - reused == {"checkpoint"}
+    assert not begun.store.damaged(begun.store.current(Checkpoint, "checkpoint/tiny"), every_byte=True)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,66 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+#: Longer parts are kept by their digest: a record is there to be read.
+_LONGEST_PART = 200
+_PENDING = "pending:"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an artifact is made of, part by part, and the digest that names it.
+
+    parts: JSON values, what is long by its own digest. They are kept with the record, so that it can be said later
+    which of them is another. awaits: of a plan's, the steps that have to be done before all of it is known.
+    """
+
+    kind: str
+    digest: str
+    parts: dict[str, Any]
+    awaits: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, kind: str, **inputs: Any) -> Self:
+        """See `fingerprint`, which is its digest."""
+        values: dict[str, Any] = json.loads(json.dumps(inputs, default=_fields))
+        parts = {name: _part(value) for name, value in values.items()}
+        return cls(kind, fingerprint(kind, **inputs), parts, tuple(sorted(_awaited(values))))
+
+
+def _part(value: Any) -> Any:
+    if isinstance(value, dict):
+        # Names of files may be any bytes, and a record holds text.
+        return {name.encode("utf-8", "backslashreplace").decode(): _part(inner) for name, inner in value.items()}
+    text = json.dumps(value, sort_keys=True)
+    if len(text) <= _LONGEST_PART and not re.search(r"\\ud[89ab]", text):
+        return value
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def pending(step: str) -> str:
+    """Stands in a plan for a digest that is known once the step is done, and not before."""
+    return f"{_PENDING}{step}"
+
+
+def is_pending(text: str) -> bool:
+    """Whether it is what `pending` gives."""
+    return text.startswith(_PENDING)
+
+
+def _awaited(value: Any) -> set[str]:
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return {step for one in inner for step in _awaited(one)}
+    return {value.removeprefix(_PENDING)} if isinstance(value, str) and is_pending(value) else set()
 
 
 def fingerprint(kind: str, **inputs: Any) -> str:
@@ -44,6 +96,12 @@ def code_version(*modules: str) -> str:
             name = source.relative_to(_PACKAGE_ROOT).as_posix()
             files.append((name, hashlib.sha256(source.read_bytes()).hexdigest()))
     return digest_of_files(files)[:16]
+
+
+@cache
+def code_versions(*modules: str) -> dict[str, str]:
+    """The same of each of the modules alone, by name: a part of a fingerprint that can say which of them changed."""
+    return {module: code_version(module) for module in modules}
 
 
 @cache

@@ -31,6 +31,9 @@ class Record(BaseModel):
     files: dict[str, StoredFile] = Field(default_factory=dict)
     build_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    made_of: dict[str, Any] = Field(
+        default_factory=dict, description="What the digest is of, part by part. Empty: an older version's record."
+    )
 
     @property
     def reusable(self) -> bool:
@@ -119,6 +122,7 @@ class Checkpoint(Record):
     tokenizer_digest: str
     labels_digest: str
     pipeline_digest: str = Field(description="Of what makes answers of the engine's numbers: resources.pipelines.")
+    ids_digest: str = Field(default="", description="Of which token ids the model gets, how many, in which arrays.")
     labels: tuple[str, ...] = ()
     output: str = Field(description="What the engine's output is called.")
     settings: dict[str, Any] = Field(description="The pipeline's.")

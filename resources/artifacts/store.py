@@ -1,15 +1,20 @@
 """A content-addressed store: one folder an artifact, named by the digest of everything that made it.
 
-    <root>/<kind>/<digest>/record.json    the typed record; written last, so a folder without it is not an artifact
+    <root>/<kind>/<digest>/record.json    the typed record; written last, so a folder without it is not an artifact.
+                                          When it was last used is the time of this file: see resources.artifacts.gc
     <root>/<kind>/<digest>/...            its files
+    <root>/<kind>/<digest>/.verified      their sizes and times when their bytes were read last
     <root>/current/<name>.json            what a step of the pipeline made last (kind and digest)
     <root>/staging/<random>/              work under way; renamed into place when whole
-    <root>/caches/                        what makes builds faster and is no artifact: TensorRT's timings
+    <root>/caches/                        what saves work and is no artifact: timings, digests, plots
 
 Nothing is ever edited in place, so readers need no lock, and a killed writer leaves only a staging folder behind.
 
 Where several machines share artifacts through object storage, this folder is each one's own copy of what it has made
 or asked for, and `current` lies there alone: see resources.artifacts.remote.
+
+Bytes are compared with their digest whenever a file is another than it was by size and times, once a week, and before
+something is made from them. Damage counts as not there: the step that needs the artifact makes it again, and says so.
 """
 
 from __future__ import annotations
@@ -23,10 +28,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
 
+from resources.artifacts.fingerprint import Fingerprint
+from resources.artifacts.hashes import signature, write_json
 from resources.artifacts.records import Record, sha256_file
 from resources.artifacts.remote import RemoteArtifacts
 from resources.errors import ArtifactError
@@ -37,18 +44,27 @@ R = TypeVar("R", bound=Record)
 RECORD_FILE = "record.json"
 #: A staging folder older than this belongs to nobody: no step may run that long (see isolation.Limits).
 STALE_STAGING_SECONDS = 24 * 3600
+#: A disk may lose bits without touching a file's times; bytes that were read so long ago are read again.
+VERIFY_AGAIN_SECONDS = 7 * 24 * 3600
+_VERIFIED_FILE = ".verified"
 
 
 @dataclass(frozen=True)
 class Made(Generic[R]):
-    """A record, and whether it was there already."""
+    """A record, and whether it was there already. damaged: files of the one that was there before, for which it was
+    made again.
+    """
 
     record: R
     reused: bool
+    damaged: tuple[str, ...] = ()
 
 
 class ArtifactStore:
     """See the module's text. All methods may be used by several processes at once."""
+
+    #: What this process has read whole: a folder, with its files' sizes and times.
+    _read: ClassVar[set[tuple[Path, str]]] = set()
 
     def __init__(self, root: Path, remote: RemoteArtifacts | None = None) -> None:
         self.root, self._remote = root, remote
@@ -63,57 +79,101 @@ class ArtifactStore:
         return self._folder(record.kind, record.digest)
 
     def find(self, kind: type[R], digest: str) -> R | None:
-        """The stored record, or None. An unreadable one (an older version's, say) counts as not there."""
-        found = self._find_here(kind, digest)
+        """The stored record, or None. An unreadable one (an older version's, say) and damage count as not there."""
+        found, _ = self.look(kind, digest)
         if self._remote is None or (found is not None and found.reusable):
             return found
-        with file_lock(self._lock(kind.kind, digest)):
-            return self._newest(kind, digest)
+        with file_lock(self.lock_of(kind.kind, digest)):
+            return self._newest(kind, digest)[0]
 
-    def _newest(self, kind: type[R], digest: str) -> R | None:
+    def _newest(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
         """What is here, or there: what failed here may have been made elsewhere since. The caller holds its lock."""
-        found = self._find_here(kind, digest)
-        return found if found is not None and found.reusable else self._pull(kind, digest) or found
+        found, damaged = self.look(kind, digest)
+        if found is not None and found.reusable:
+            return found, damaged
+        return self._pull(kind, digest) or found, damaged
 
-    def _find_here(self, kind: type[R], digest: str) -> R | None:
+    def look(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
+        """The record that is here; or None, and the files for which it counts as not there."""
         folder = self._folder(kind.kind, digest)
         try:
+            # Before anything is read: what was used just now is not removed.
+            self._touch(folder / RECORD_FILE)
             record = kind.model_validate_json((folder / RECORD_FILE).read_bytes())
-            # Sizes only: hashing gigabytes on every look would cost more than the work it saves.
-            whole = all((folder / name).stat().st_size == file.size_bytes for name, file in record.files.items())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
-            return None
-        return record if whole and record.digest == digest else None  # folders are named by half of the digest
+        except (FileNotFoundError, NotADirectoryError):
+            return None, (RECORD_FILE,) if folder.is_dir() else ()
+        except ValidationError as error:  # of an older version, or no JSON at all
+            return None, (RECORD_FILE,) if error.errors()[0]["type"] == "json_invalid" else ()
+        if record.digest != digest:  # folders are named by half of the digest
+            return None, ()
+        damaged = tuple(self.damaged(record))
+        return (None, damaged) if damaged else (record, ())
 
-    def damaged(self, record: Record) -> list[str]:
-        """Files of the artifact that are missing or not, byte for byte, what the record says."""
+    def damaged(self, record: Record, *, every_byte: bool = False) -> list[str]:
+        """Files of the artifact that are missing or not, byte for byte, what the record says.
+
+        Bytes are read where a file's size or times are others than when they were read last, or that is long ago; with
+        `every_byte` always.
+        """
         folder = self.folder(record)
-        return [
-            name
-            for name, file in sorted(record.files.items())
-            if not (folder / name).is_file() or sha256_file(folder / name) != file.sha256
-        ]
+        verified = {} if every_byte else self._verified(folder)
+        wrong, seen = [], dict[str, list[int]]()
+        for name, file in sorted(record.files.items()):
+            try:
+                seen[name] = signature(folder / name)
+                as_it_was = verified.get(name) == seen[name]
+                if seen[name][0] != file.size_bytes or (not as_it_was and sha256_file(folder / name) != file.sha256):
+                    wrong.append(name)
+            except OSError:
+                wrong.append(name)
+        if not wrong and seen != verified:
+            self._note_verified(folder, seen)
+        return wrong
+
+    def require_whole(self, *records: Record) -> None:
+        """Read every byte of what something is about to be made from, once a process. Raises ArtifactError: what is
+        damaged is removed then, so that it is made again when it is asked for.
+        """
+        for record in records:
+            key = (self.folder(record), json.dumps(self._verified(self.folder(record))))
+            if key in self._read:
+                continue
+            damaged = self.damaged(record, every_byte=True)
+            if damaged:
+                self.remove(record)
+                raise ArtifactError(
+                    f"{record.model}: {', '.join(damaged)} of the {record.kind.replace('_', ' ')} in "
+                    f"{self.folder(record)} changed on the disk since it was made. It was removed; optimize again, and "
+                    "it is made anew."
+                )
+            self._read.add((self.folder(record), json.dumps(self._verified(self.folder(record)))))
 
     def remove(self, record: Record) -> None:
         """Take an artifact out of the store, whole, so that it is made anew when it is asked for again."""
         folder = self.folder(record)
-        with file_lock(self._lock(record.kind, record.digest)), self.staging() as aside:
+        with file_lock(self.lock_of(record.kind, record.digest)), self.staging() as aside:
             if self._remote is not None:
                 self._remote.remove(record)
             with suppress(FileNotFoundError):
                 folder.rename(aside / folder.name)
 
-    def get_or_make(self, kind: type[R], digest: str, make: Callable[[Path], R]) -> Made[R]:
-        """The artifact of that digest; `make` fills an empty folder and returns the record if it is not there.
+    def get_or_make(
+        self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R], *, light: bool = False
+    ) -> Made[R]:
+        """The artifact of that fingerprint, or digest alone; `make` fills an empty folder and returns the record if it
+        is not there.
 
-        Two processes asking for the same one do the work once. If `make` raises, nothing is left behind.
-        Raises ArtifactError where the maker's files include one that is called as the store's own record.
+        light: making it starts no process and takes milliseconds, so that a plan may do it too. Two processes asking
+        for the same one do the work once. If `make` raises, nothing is left behind. Raises ArtifactError where the
+        maker's files include one that is called as the store's own.
         """
-        found = self.find(kind, digest)
+        del light
+        digest, parts = (made_of, {}) if isinstance(made_of, str) else (made_of.digest, made_of.parts)
+        found, _ = self.look(kind, digest)
         if found is not None and found.reusable:
             return Made(found, reused=True)
-        with file_lock(self._lock(kind.kind, digest)):
-            found = self._newest(kind, digest)
+        with file_lock(self.lock_of(kind.kind, digest)):
+            found, damaged = self._newest(kind, digest)
             if found is not None and found.reusable:
                 return Made(found, reused=True)
             with self.staging() as folder:
@@ -122,31 +182,30 @@ class ArtifactStore:
                 if record.build_seconds == 0.0:
                     record = record.model_copy(update={"build_seconds": time.monotonic() - started})
                 assert record.digest == digest, "a record under another digest than was asked for is never found"
-                record = record.with_files(folder)
-                if RECORD_FILE in record.files:
+                record = record.with_files(folder).model_copy(update={"made_of": parts})
+                taken = sorted({RECORD_FILE, _VERIFIED_FILE} & record.files.keys())
+                if taken:
                     raise ArtifactError(
-                        f"{record.model}: one of its files is called {RECORD_FILE}, which the artifact store keeps for "
-                        "its own record. Rename or remove that file in the source."
+                        f"{record.model}: one of its files is called {taken[0]}, which the artifact store keeps for "
+                        "its own. Rename or remove that file in the source."
                     )
+                if record.files:
+                    self._note_verified(folder, {name: signature(folder / name) for name in record.files})
                 (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
                 self._put(folder, self.folder(record))
             if self._remote is not None:
                 self._remote.push(record, self.folder(record))
-        return Made(record, reused=False)
+        return Made(record, reused=False, damaged=damaged)
 
     def point(self, name: str, record: Record) -> None:
         """Remember the record as the newest that the named step made."""
-        pointer = json.dumps({"kind": record.kind, "digest": record.digest})
         if self._remote is not None:
             if not self._remote.has(record):  # it was made when the store did not answer, or its maker was killed
                 self._remote.push(record, self.folder(record))
-            self._remote.point(name, pointer)
-            return
-        path = self._pointer(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        draft.write_text(pointer, encoding="utf-8")
-        draft.replace(path)
+            if self.pointed(name) != record.digest:
+                self._remote.point(name, json.dumps({"kind": record.kind, "digest": record.digest}))
+        elif self.pointed(name) != record.digest:
+            write_json(self._pointer(name), {"kind": record.kind, "digest": record.digest})
 
     def forget(self, name: str) -> None:
         """The named step made nothing this time."""
@@ -157,19 +216,32 @@ class ArtifactStore:
 
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
-        try:
-            remote, path = self._remote, self._pointer(name)
-            pointer = path.read_text(encoding="utf-8") if remote is None else remote.pointer(name)
-            digest = json.loads(pointer)["digest"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            digest = ""
+        digest = self.pointed(name)
         record = self.find(kind, digest) if digest else None
+        if digest and record is None:
+            with file_lock(self.lock_of(kind.kind, digest)):  # see resources.artifacts.gc: it may be put back just now
+                record, damaged = self.look(kind, digest)
+            if damaged:
+                raise ArtifactError(
+                    f"{name}: {', '.join(damaged)} in {self._folder(kind.kind, digest)} changed on the disk since it "
+                    "was made. Optimize again: it is made anew."
+                )
         if record is None:
             raise ArtifactError(
                 f"{name} has not been made yet, or its files are gone. Materialize it first: run the job "
                 "'optimize' for this model, or choose the asset together with everything upstream of it."
             )
         return record
+
+    def pointed(self, name: str) -> str:
+        """The digest of the newest record that the named step made; empty if there is none."""
+        try:
+            remote, path = self._remote, self._pointer(name)
+            return str(
+                json.loads(path.read_text(encoding="utf-8") if remote is None else remote.pointer(name))["digest"]
+            )
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return ""
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -198,10 +270,30 @@ class ArtifactStore:
     def _pointer(self, name: str) -> Path:
         return self.root / "current" / f"{name}.json"
 
+    def _touch(self, file: Path) -> None:
+        with suppress(OSError):  # it is not there; or another user's, or on a disk that is only read
+            os.utime(file)
+
+    def _verified(self, folder: Path) -> dict[str, list[int]]:
+        """Sizes and times of the files whose bytes were read, by name; nothing where that is too long ago."""
+        path = folder / _VERIFIED_FILE
+        try:
+            if time.time() - path.stat().st_mtime > VERIFY_AGAIN_SECONDS:
+                return {}
+            verified: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return verified
+
+    def _note_verified(self, folder: Path, seen: dict[str, list[int]]) -> None:
+        with suppress(OSError):  # a disk that is only read: bytes are read again then
+            write_json(folder / _VERIFIED_FILE, seen)
+
     def _folder(self, kind: str, digest: str) -> Path:
         return self.root / kind / digest[:32]
 
-    def _lock(self, kind: str, digest: str) -> Path:
+    def lock_of(self, kind: str, digest: str) -> Path:
+        """The lock of whoever makes or removes the artifact; of its digest the beginning is enough, as in `_folder`."""
         return self.root / "locks" / f"{kind}-{digest[:32]}.lock"
 
     def _put(self, staged: Path, place: Path) -> None:

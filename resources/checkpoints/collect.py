@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resources.artifacts.fingerprint import code_version, digest_of_files, fingerprint, library_versions
+from resources.artifacts.fingerprint import (
+    Fingerprint,
+    code_versions,
+    digest_of_files,
+    fingerprint,
+    library_versions,
+    pending,
+)
+from resources.artifacts.hashes import hash_files
 from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
-from resources.checkpoints.sources import first_line, locate
+from resources.checkpoints.sources import UnfetchedError, first_line, locate
 from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
 from resources.errors import CatalogError, CheckpointError
 from resources.evaluation.requests import sampled_requests
@@ -25,6 +33,8 @@ from resources.tasks import TASKS, CheckpointFiles, SpecialTokens
 ENCODER_FILE = "encoder.json"
 #: A larger sample says nothing more about lengths.
 _MOST_SAMPLED = 20_000
+#: How names of weights end.
+_WEIGHTS = (".safetensors", ".bin")
 #: Fields of config.json that say nothing about what the model computes; labels have a digest of their own.
 _NOT_WEIGHTS = ("id2label", "label2id", "_name_or_path", "transformers_version")
 
@@ -33,38 +43,54 @@ _NOT_WEIGHTS = ("id2label", "label2id", "_name_or_path", "transformers_version")
 class _Signature:
     inputs: tuple[str, ...]
     pad_id: int
+    vocabulary_size: int
     tokens: SpecialTokens
 
 
 def collect_checkpoint(
-    entry: ModelEntry, store: ArtifactStore, limits: Limits, log: Path | None = None
+    entry: ModelEntry, store: ArtifactStore, limits: Limits, log: Path | None = None, *, fetch: bool = True
 ) -> Made[Checkpoint]:
-    """The checkpoint of a catalog entry, copied into the store. Raises CheckpointError.
+    """The checkpoint of a catalog entry, copied into the store. Raises CheckpointError; without `fetch` UnfetchedError
+    where it would have to be downloaded first.
 
     Copied, never linked: a folder that is trained into goes on changing, and what was measured must be what serves.
     """
     try:
-        located = locate(entry.source, allow_pickle=entry.allow_pickle, trust_remote_code=entry.trust_remote_code)
+        located = locate(
+            entry.source,
+            allow_pickle=entry.allow_pickle,
+            trust_remote_code=entry.trust_remote_code,
+            fetch=fetch,
+        )
+    except UnfetchedError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{entry.name}: {error}") from error
-    found = validate(entry, located.folder)
     try:
-        hashes = {name: sha256_file(located.folder / name) for name in found.files}
+        found = validate(entry, located.folder)
+    except CheckpointError:
+        if not fetch and located.revision is not None:  # of the Hub, and perhaps not whole yet
+            raise UnfetchedError(entry.source, located.revision) from None
+        raise
+    try:
+        hashes = hash_files(located.folder, found.files, store.caches / "sources")
     except OSError as error:
         raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
     content = digest_of_files(hashes.items())
-    digest = fingerprint(
+    weights = _weights_digest(found.config, found.files, hashes)
+    made_of = Fingerprint.of(
         "checkpoint",
         model=entry.name,
         source=entry.source,
         revision=located.revision,
-        content=content,
+        weights=weights,
+        files={name: sha256 for name, sha256 in hashes.items() if not name.endswith(_WEIGHTS)},
         task=entry.task,
         options=entry.task_options().model_dump(),
         sample=_content_of(entry),
         allow_pickle=entry.allow_pickle,
         trust_remote_code=entry.trust_remote_code,
-        code=code_version(
+        code=code_versions(
             "resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests"
         ),
         libraries=library_versions("transformers", "tokenizers"),
@@ -111,18 +137,25 @@ def collect_checkpoint(
             )
             (folder / ENCODER_FILE).write_text(json.dumps({**encoder, "buckets": lengths.buckets}), encoding="utf-8")
         return Checkpoint(
-            digest=digest,
+            digest=made_of.digest,
             model=entry.name,
             source=entry.source,
             revision=located.revision or content[:12],
             task=entry.task,
             architecture=files.architecture,
             model_type=str(found.config.get("model_type", "")),
-            weights_digest=_weights_digest(folder, found.config, found.files, hashes),
+            weights_digest=weights,
             weights_bytes=sum((folder / name).stat().st_size for name in found.weights),
             tokenizer_digest=digest_of_files((name, sha256_file(folder / name)) for name in (TOKENIZER, ENCODER_FILE)),
             labels_digest=fingerprint("labels", labels=labels, problem=found.config.get("problem_type")),
             pipeline_digest=fingerprint("pipeline", task=entry.task, settings=settings),
+            ids_digest=fingerprint(
+                "ids",
+                inputs=signature.inputs,
+                vocabulary=signature.vocabulary_size,
+                pad_id=signature.pad_id,
+                max_tokens=max_tokens,
+            ),
             labels=labels,
             output=task.output(files),
             settings=settings,
@@ -133,7 +166,28 @@ def collect_checkpoint(
             peak_memory_bytes=peak,
         )
 
-    return store.get_or_make(Checkpoint, digest, make)
+    return store.get_or_make(Checkpoint, made_of, make)
+
+
+def expected_checkpoint(made_of: Fingerprint, now: Checkpoint) -> Checkpoint:
+    """What will be known of a checkpoint before it is made, told from the one that is there now. Digests that depend on
+    what its tokenizer will be like are pending.
+    """
+    parts, before = made_of.parts, now.made_of
+    changed = {name for name in parts if parts[name] != before.get(name)}
+    record = now.model_copy(update={"digest": made_of.digest, "weights_digest": parts["weights"], "made_of": parts})
+    if changed <= {"weights", "source", "revision", "allow_pickle"}:
+        return record
+    unknown = ["labels_digest", "pipeline_digest"]
+    # Of the configuration everything else is in the weights' digest: what is left are labels' names.
+    if not (changed <= {"files", "source", "revision"} and _changed_files(parts, before) == {"config.json"}):
+        unknown += ["tokenizer_digest", "ids_digest"]
+    return record.model_copy(update=dict.fromkeys(unknown, pending("checkpoint")))
+
+
+def _changed_files(parts: dict[str, Any], before: dict[str, Any]) -> set[str]:
+    now, then = parts["files"], before.get("files", {})
+    return {name for name in {*now, *then} if now.get(name) != then.get(name)}
 
 
 def _profile(folder: Path, items: list[dict[str, str]], max_tokens: int) -> LengthProfile:
@@ -170,13 +224,11 @@ def copy_unchanged(model: str, source: Path, place: Path, sha256: str) -> None:
         )
 
 
-def _weights_digest(folder: Path, config: dict[str, Any], names: tuple[str, ...], hashes: dict[str, str]) -> str:
+def _weights_digest(config: dict[str, Any], names: tuple[str, ...], hashes: dict[str, str]) -> str:
     """Of everything that decides what the model computes: weights, configuration, pooling, its own code."""
     computing = {key: value for key, value in config.items() if key not in _NOT_WEIGHTS}
     parts = [("config.json", hashlib.sha256(json.dumps(computing, sort_keys=True).encode()).hexdigest())]
-    pooling = (
-        {"modules.json", *(name for name in names if "/" in name)} if (folder / "modules.json").is_file() else set()
-    )
+    pooling = {"modules.json", *(name for name in names if "/" in name)} if "modules.json" in names else set()
     parts += [
         (name, hashes[name])
         for name in names
@@ -228,7 +280,12 @@ def _prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool) -> _Si
         mask_id=tokenizer.mask_token_id,
         mask_token=tokenizer.mask_token,
     )
-    return _Signature(inputs=inputs, pad_id=_pad_id(model, config, tokenizer), tokens=tokens)
+    return _Signature(
+        inputs=inputs,
+        pad_id=_pad_id(model, config, tokenizer),
+        vocabulary_size=tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True),
+        tokens=tokens,
+    )
 
 
 def _pad_id(model: str, config: Any, tokenizer: Any) -> int:

@@ -21,12 +21,22 @@ WANTED_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 WANTED = ("*.json", "*.txt", "*.model", *WANTED_WEIGHTS)
 WANTED_PICKLE = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 WANTED_CODE = ("*.py",)
+#: What the Hub has to say which commit a branch is at.
+_ASK_SECONDS = 10.0
 UNWANTED = ["onnx/*", "openvino/*", "coreml/*", "gguf/*", "checkpoint-*/*"]
 
 PICKLE_REMEDY = (
     "Unpickling runs whatever code is in it. Convert it to safetensors (save_pretrained), or set allow_pickle: true in "
     "its catalog entry if you trust its author"
 )
+
+
+class UnfetchedError(CheckpointError):
+    """A checkpoint of the Hub is not on this machine. revision: the commit that would be fetched."""
+
+    def __init__(self, source: str, revision: str) -> None:
+        super().__init__(f"source: {source} at {revision[:12]} is not on this machine yet.")
+        self.revision = revision
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,10 @@ class Located:
     revision: str | None
 
 
-def locate(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Located:
+def locate(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False, fetch: bool = True) -> Located:
     """Find a source, downloading it where it is the Hub's. Raises CheckpointError with the remedy.
+
+    Without `fetch` the Hub is asked for the commit alone, and UnfetchedError is raised where that is not in the cache.
 
     `package:NAME/path`: a folder inside an installed Python package. An absolute path: that folder. Anything else: a
     Hub id, `org/name`, with `@revision` (a branch, tag or commit) if not the default branch.
@@ -54,6 +66,8 @@ def locate(source: str, *, allow_pickle: bool = False, trust_remote_code: bool =
     match = _HUB_ID.fullmatch(source)
     if match is None:
         raise CheckpointError(f"source: {source_forms(source)}")
+    if not fetch:
+        return _hub_cached(match["id"], match["revision"])
     return _hub_snapshot(match["id"], match["revision"], allow_pickle, trust_remote_code)
 
 
@@ -114,6 +128,21 @@ def _hub_snapshot(repository: str, revision: str | None, allow_pickle: bool, tru
             f"source: {named} is not in the Hub cache and cannot be fetched: {first_line(error)} Check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from error
+    return Located(folder, folder.name)
+
+
+def _hub_cached(repository: str, revision: str | None) -> Located:
+    """The snapshot in the Hub cache of the commit that the Hub names; where it does not answer, of the last one."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        commit = HfApi().model_info(repository, revision=revision, timeout=_ASK_SECONDS).sha
+    except Exception:  # the run itself goes on with what the cache holds, and says what is wrong where it holds nothing
+        commit = None
+    try:
+        folder = Path(snapshot_download(repository, revision=commit or revision, local_files_only=True))
+    except Exception as error:
+        raise UnfetchedError(repository, commit or revision or "its default branch") from error
     return Located(folder, folder.name)
 
 

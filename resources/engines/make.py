@@ -7,13 +7,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.device import describe_device
 from resources.engines import EngineSpec, Sources, build, unsupported_reason
-from resources.engines.presence import tensorrt_packages
+from resources.engines.presence import cuda_packages, tensorrt_packages
 from resources.engines.rebuild import CODE, SCRIPT, recipe_of, write_script
 from resources.engines.tuning import Tuning, profiles_of
 from resources.errors import EngineError, ExportError
@@ -21,7 +21,7 @@ from resources.evaluation.goal import Goal
 from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
 from resources.locks import building
-from resources.targets import device_of
+from resources.targets import Device, device_of
 from resources.workspace import Workspace
 
 #: What engines of a runtime are built and run with.
@@ -35,9 +35,13 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 _BUILDING_SHARE = 0.9
 
 
-def built_with(spec: EngineSpec) -> dict[str, str]:
-    """The versions of all that an engine of the spec is built and run with."""
-    return {**library_versions(*LIBRARIES[spec.runtime]), **(tensorrt_packages() if spec.tuned else {})}
+def built_with(spec: EngineSpec, device: Device) -> dict[str, str]:
+    """The versions of all that an engine of the spec is built and run with on the device."""
+    return {
+        **library_versions(*LIBRARIES[spec.runtime]),
+        **(cuda_packages() if device == "cuda" else {}),
+        **(tensorrt_packages() if spec.tuned else {}),
+    }
 
 
 def sources_of(workspace: Workspace, checkpoint: Checkpoint, graph: OnnxGraph) -> Sources:
@@ -92,8 +96,22 @@ def make_engine(
     graph = sources.graph
     if graph.problems:
         raise ExportError(f"{entry.name}: no engine is built from a graph that is wrong: {' '.join(graph.problems)}")
+    record = Engine(
+        digest="",
+        model=entry.name,
+        name=spec.name,
+        target=target,
+        runtime=spec.runtime,
+        precision=spec.precision,
+        status="unsupported",
+    )
+    reason = unsupported_reason(spec, target)
+    if reason is None and not entry.competes(spec.name):
+        reason = f"Not among the engines that the catalog lists for {entry.name}."
+    if reason is not None:
+        return _unsupported(workspace, record, reason)
     goal, examined = None, {}
-    if spec.examined and unsupported_reason(spec, target) is None:
+    if spec.examined:
         assert evaluation is not None, f"{spec.name} is judged while it is built"
         goal = goal_of(workspace, entry, evaluation)
         examined = {
@@ -101,15 +119,15 @@ def make_engine(
             "gates": entry.accuracy_gates().model_dump(),
             "batch": entry.max_batch_size,
             "ladder": entry.ladder.model_dump(),
-            "examiner": code_version("resources.evaluation", "resources.pipelines"),
+            "examiner": code_versions("resources.evaluation", "resources.pipelines"),
         }
         if spec.tuned:
             tuning = tuning_of(workspace, entry, sources)
             goal = replace(goal, tuning=tuning)
             examined["profiles"] = [str(profile) for profile in tuning.profiles]
             examined["tensorrt"] = entry.tensorrt.model_dump()
-    libraries = built_with(spec)
-    digest = fingerprint(
+    libraries = built_with(spec, device_of(target))
+    made_of = Fingerprint.of(
         "engine",
         model=entry.name,
         graph=graph.digest,
@@ -119,32 +137,17 @@ def make_engine(
         target=target,
         # What runs on one GPU was tried on that one; a processor is asked only when it is measured.
         device=describe_device(target) if device_of(target) == "cuda" else "",
-        competes=entry.competes(spec.name),
-        code=code_version(*CODE),
+        code=code_versions(*CODE),
         libraries=libraries,
         **examined,
     )
-    record = Engine(
-        digest=digest,
-        model=entry.name,
-        name=spec.name,
-        target=target,
-        runtime=spec.runtime,
-        precision=spec.precision,
-        status="built",
-        inputs=graph.inputs,
-        output=graph.output,
-        width=graph.width,
-    )
+    taken = {"inputs": graph.inputs, "output": graph.output, "width": graph.width}
+    record = record.model_copy(update={"digest": made_of.digest, "status": "built", **taken})
 
     def make(folder: Path) -> Engine:
-        reason = unsupported_reason(spec, target)
-        if reason is None and not entry.competes(spec.name):
-            reason = f"Not among the engines that the catalog lists for {entry.name}."
-        if reason is not None:
-            return record.model_copy(update={"status": "unsupported", "reason": reason})
         if spec.runtime == "torch":  # nothing to build, so no child either
             return record
+        workspace.store.require_whole(sources.checkpoint, graph, *([evaluation] if evaluation and goal else []))
         try:
             with building():
                 built, peak = run_isolated(
@@ -178,4 +181,11 @@ def make_engine(
         }
         return record.model_copy(update=update)
 
-    return workspace.store.get_or_make(Engine, digest, make)
+    return workspace.store.get_or_make(Engine, made_of, make, light=spec.runtime == "torch")
+
+
+def _unsupported(workspace: Workspace, record: Engine, reason: str) -> Made[Engine]:
+    """The record of an engine that there is none of. It depends on the reason alone, whatever changes meanwhile."""
+    made_of = Fingerprint.of("engine", model=record.model, spec=record.name, target=record.target, unsupported=reason)
+    unsupported = record.model_copy(update={"digest": made_of.digest, "reason": reason})
+    return workspace.store.get_or_make(Engine, made_of, lambda _: unsupported, light=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _REMEDY = "Install it: pip install 'transformer-refinery[tensorrt]'."
 #: The GPUs of TensorRT-RTX 1.7; on one of 9.0 it refuses its own plans.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+#: Packages of the vendor that no engine is built or run with.
+_NO_TOOLKIT = ("nvidia-pytriton",)
 #: The first GPUs whose tensor cores know the format.
 _FIRST = {"bf16": (8, 0), "fp8": (8, 9)}
 
@@ -54,6 +56,13 @@ def tensorrt_packages() -> dict[str, str]:
     library = _provider_library()
     found = {name: metadata.version(name) for name in held}
     return {**found, "libnvinfer": library.resolve().name if library is not None else "absent"}
+
+
+@functools.cache
+def cuda_packages() -> dict[str, str]:
+    """The CUDA toolkit's libraries (cuBLAS, cuDNN), as far as they are Python packages, by name and version."""
+    found = ((str(one.metadata["Name"]), one.version) for one in metadata.distributions())
+    return {name: version for name, version in sorted(found) if name.startswith("nvidia-") and name not in _NO_TOOLKIT}
 
 
 def _holders(module: str) -> list[str]:

@@ -237,17 +237,18 @@ def _read_goal(recipe: Recipe, task: str, evaluation_folder: Path, caches: Path)
 def _stored(store: ArtifactStore, kind: type[R], digest: str, recipe: Recipe) -> R:
     """What the engine was made from. Raises ArtifactError where it is not there, byte for byte."""
     what = f"{recipe.model}: the {kind.kind.replace('_', ' ')} {digest[:32]} (revision {recipe.revision})"
-    record = store.find(kind, digest)
+    record, damaged = store.look(kind, digest)
+    if record is not None:
+        damaged = tuple(store.damaged(record, every_byte=True))
+    if damaged:
+        raise ArtifactError(
+            f"{what} in {store.root} is damaged: {', '.join(damaged)} changed since. Remove "
+            f"{store.root / kind.kind / digest[:32]} and optimize {recipe.model} again."
+        )
     if record is None:
         raise ArtifactError(
             f"{what} is not in {store.root}, or not whole. Give --artifacts the store in which the engine was built "
             f"($REFINERY_HOME/artifacts); `refinery optimize {recipe.model}` makes what is missing there again."
-        )
-    damaged = store.damaged(record)
-    if damaged:
-        raise ArtifactError(
-            f"{what} in {store.root} is damaged: {', '.join(damaged)} changed since. Remove {store.folder(record)} and "
-            f"optimize {recipe.model} again."
         )
     return record
 

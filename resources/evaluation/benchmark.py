@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import (
     Accuracy,
     BenchmarkReport,
@@ -59,7 +59,7 @@ def make_benchmark(
     """
     threads, device = workspace.threads(entry), describe_device(engine.target)
     shapes = shapes_of(entry, sources.checkpoint)
-    digest = fingerprint(
+    made_of = Fingerprint.of(
         "benchmark",
         model=entry.name,
         # Built again of the same, an engine may be another: the ladder has a limit of time.
@@ -72,11 +72,11 @@ def make_benchmark(
         threads=[threads, workspace.baseline_threads(entry), physical_cores()],
         device=device,
         **({"beside": sorted(beside)} if beside else {}),
-        code=code_version("resources.evaluation", "resources.isolation", "resources.tasks", "resources.pipelines"),
+        code=code_versions("resources.evaluation", "resources.isolation", "resources.tasks", "resources.pipelines"),
         libraries=library_versions("numpy", "tokenizers"),
     )
     record = BenchmarkReport(
-        digest=digest,
+        digest=made_of.digest,
         model=entry.name,
         engine=engine.name,
         engine_digest=engine.digest,
@@ -94,12 +94,13 @@ def make_benchmark(
             # Not `skipped` for a failed build: that is tried again, and then this must be measured again too.
             status = "failed" if engine.status == "failed" else "skipped"
             return record.model_copy(update={"status": status, "reason": f"{engine.status}: {engine.reason}"})
+        workspace.store.require_whole(engine, evaluation, sources.checkpoint)
         try:
             return _measure(workspace, entry, engine, baseline, evaluation, sources, shapes, record, folder)
         except EngineError as error:
             return record.model_copy(update={"status": "failed", "reason": str(error)})
 
-    return workspace.store.get_or_make(BenchmarkReport, digest, make)
+    return workspace.store.get_or_make(BenchmarkReport, made_of, make, light=engine.status != "built")
 
 
 def _measure(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import BenchmarkReport, Champion, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
@@ -62,21 +62,21 @@ def make_champion(
     # A candidate that serves and is the best has nobody to be compared with: an unchanged run has the same champion.
     if served is not None and serving is not None and (serving == SERVED or serving != best.engine):
         met = contest(reports, verdicts, entry.objective, serving, served.release)
-    digest = fingerprint(
+    made_of = Fingerprint.of(
         "champion",
         # What was measured, and not only what it was measured of: one that failed is measured again.
         # Why another was not measured is told in other words every time: how much memory it had, say.
-        reports=sorted(
-            report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes"})
+        reports={
+            report.engine: report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes", "made_of"})
             if report.status == "measured"
-            else f"{report.engine} {report.engine_digest} {report.status}"
+            else f"{report.engine_digest} {report.status}"
             for report in reports
-        ),
+        },
         evaluation=evaluation.digest,
         gates=entry.accuracy_gates().model_dump(),
         objective=entry.objective,
         **({"contest": met.model_dump()} if met is not None else {}),
-        code=code_version("resources.evaluation.choosing", "resources.evaluation.champion"),
+        code=code_versions("resources.evaluation.choosing", "resources.evaluation.champion"),
     )
 
     def make(folder: Path) -> Champion:
@@ -88,7 +88,7 @@ def make_champion(
         )
         story = f" {tell(met)}" if met is not None else ""
         return Champion(
-            digest=digest,
+            digest=made_of.digest,
             model=entry.name,
             target=target,
             engine=chosen.engine,
@@ -103,4 +103,4 @@ def make_champion(
             contest=met,
         )
 
-    return workspace.store.get_or_make(Champion, digest, make)
+    return workspace.store.get_or_make(Champion, made_of, make, light=True)

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
@@ -43,7 +43,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
     """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a reference."""
     shapes_of(entry, checkpoint)  # before any work: it refuses what the checkpoint cannot take
     items, right = evaluation_requests(entry, checkpoint.settings)
-    digest = fingerprint(
+    made_of = Fingerprint.of(
         "evaluation_set",
         model=entry.name,
         items=items,
@@ -52,7 +52,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
         tokenizer=checkpoint.tokenizer_digest,
         pipeline=checkpoint.pipeline_digest,
         task=checkpoint.task,
-        code=code_version(
+        code=code_versions(
             "resources.evaluation.reference",
             "resources.evaluation.answering",
             "resources.evaluation.batches",
@@ -64,6 +64,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
     )
 
     def make(folder: Path) -> EvaluationSet:
+        workspace.store.require_whole(checkpoint)
         with building():
             found, peak = run_isolated(
                 _answer,
@@ -78,7 +79,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
                 log=workspace.log(entry.name, "evaluation_set"),
             )
         return EvaluationSet(
-            digest=digest,
+            digest=made_of.digest,
             model=entry.name,
             items=len(items),
             rows=found.rows,
@@ -88,7 +89,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
             peak_memory_bytes=peak,
         )
 
-    return workspace.store.get_or_make(EvaluationSet, digest, make)
+    return workspace.store.get_or_make(EvaluationSet, made_of, make)
 
 
 @dataclass(frozen=True)

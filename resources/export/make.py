@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import Checkpoint, OnnxGraph
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
@@ -25,19 +25,21 @@ def _export(checkpoint: Checkpoint, source: Path, folder: Path, external_data_th
 
 def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[OnnxGraph]:
     """The exported graph of a checkpoint, exported in a child process with limits. Raises ExportError."""
-    digest = fingerprint(
+    made_of = Fingerprint.of(
         "onnx_graph",
         model=entry.name,
         weights=checkpoint.weights_digest,
-        # Parity is checked with ids of this vocabulary, up to this checkpoint's longest text.
-        tokenizer=checkpoint.tokenizer_digest,
+        # Parity is checked with ids of such a vocabulary, up to this checkpoint's longest text; with which text they
+        # stand for it has nothing to do.
+        ids=checkpoint.ids_digest,
         task=checkpoint.task,
         threshold=workspace.external_data_threshold_bytes,
-        code=code_version("resources.export", "resources.tasks", "resources.pipelines.tokenization"),
+        code=code_versions("resources.export", "resources.tasks", "resources.pipelines.tokenization"),
         libraries=library_versions("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
     )
 
     def make(folder: Path) -> OnnxGraph:
+        workspace.store.require_whole(checkpoint)
         what = f"{entry.name}, revision {checkpoint.revision}: exporting to ONNX"
         try:
             with building():
@@ -55,11 +57,11 @@ def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) 
             log = workspace.log(entry.name, "onnx_graph")
             raise ExportError(f"{what}: {error} The exporter's own words are in {log}.") from error
         return OnnxGraph(
-            digest=digest,
+            digest=made_of.digest,
             model=entry.name,
             weights_digest=checkpoint.weights_digest,
             peak_memory_bytes=peak,
             **asdict(exported),
         )
 
-    return workspace.store.get_or_make(OnnxGraph, digest, make)
+    return workspace.store.get_or_make(OnnxGraph, made_of, make)

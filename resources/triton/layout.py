@@ -125,6 +125,38 @@ def damaged_files(repository: Location, release: Release) -> list[str]:
 
 
 @_reading()
+def artifacts_of_releases(root: Location) -> set[str]:
+    """Digests of the artifacts that the releases of all repositories below the root were made of, those that wait for
+    their proof too. Raises ReleaseError where nobody can tell.
+    """
+    found: set[str] = set()
+    for repository in _folders(root):
+        if repository.name == "unverified":
+            for target in _folders(repository):
+                found |= {digest for waiting in _folders(target) for digest in _artifacts_of(waiting)}
+        else:
+            found |= _artifacts_of(repository)
+    return found
+
+
+def _artifacts_of(repository: Location) -> set[str]:
+    models = [path.name for path in _folders(repository) if parse_internal(path.name) is None]
+    read = (
+        read_release(repository, model, number) for model in models for number in release_numbers(repository, model)
+    )
+    return {
+        digest
+        for release in read
+        if release is not None
+        for digest in (release.engine_digest, release.checkpoint_digest, release.lineage.get("refinery_champion", ""))
+    }
+
+
+def _folders(place: Location) -> list[Location]:
+    return [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."] if place.is_dir() else []
+
+
+@_reading()
 def release_numbers(repository: Location, model: str) -> list[int]:
     """The numbers of a model's releases, whole or not, oldest first."""
     return [

@@ -21,6 +21,7 @@ from resources.triton.proof import ODD_TEXTS, Exam, Proof, prove
 from resources.triton.publish import Published, Steps, publish
 from resources.triton.release import RESULT, Release, ReleasePlan
 from resources.triton.server import EmbeddedServer
+from resources.triton.settings import TritonSettings
 from resources.triton.stage import stage_alias
 from resources.triton.storage import Location
 from resources.triton.verify import ask
@@ -46,22 +47,11 @@ def make_release(
 ) -> Published:
     """Publish the champion's engine, proven. Raises ReleaseError, ServerError; what served before serves on."""
     store, settings = workspace.store, workspace.triton
-    plan = ReleasePlan(
-        model=entry.name,
-        target=champion.target,
-        flavour=settings.flavour,
-        checkpoint=checkpoint,
-        checkpoint_folder=store.folder(checkpoint),
-        engine=engine,
-        engine_folder=store.folder(engine),
-        max_batch_size=entry.max_batch_size,
-        serving=configuration.setting,
-        response_cache=entry.serving.response_cache,
-        rate_limiter=entry.serving.rate_limiter,
-        lineage={"refinery_dagster_run": dagster_run, "refinery_champion": champion.digest},
-    )
+    lineage = {"refinery_dagster_run": dagster_run, "refinery_champion": champion.digest}
+    plan = plan_release(workspace, entry, checkpoint, engine, champion, configuration, lineage)
 
     def exam() -> Exam:
+        store.require_whole(evaluation)
         known = read_evaluation_set(store.folder(evaluation))
         return make_exam(plan, entry.accuracy_gates(), known.items, known.reference)
 
@@ -75,12 +65,43 @@ def make_release(
         with Fleet(settings) as fleet:
             return publish(plan, repository, fleet_steps(fleet, exam, repository, http=settings.servers_http))
     # Triton's own backends are not embedded, so there is nobody to prove such a release on.
-    steps = Steps(prove=prove_embedded) if settings.flavour == "python" else Steps()
+    steps = Steps(prove=prove_embedded) if is_provable(settings) else Steps()
     published = publish(plan, repository, steps)
     if settings.servers and published.release.status == "published":
         advice = f"{' and '.join(settings.servers)}, without model control, serves it once it is started anew."
         return replace(published, advice=f"{published.advice} {advice}".strip())
     return published
+
+
+def plan_release(
+    workspace: Workspace,
+    entry: ModelEntry,
+    checkpoint: Checkpoint,
+    engine: Engine,
+    champion: Champion,
+    configuration: ServingConfiguration,
+    lineage: dict[str, str],
+) -> ReleasePlan:
+    """What the champion's release is to hold."""
+    return ReleasePlan(
+        model=entry.name,
+        target=champion.target,
+        flavour=workspace.triton.flavour,
+        checkpoint=checkpoint,
+        checkpoint_folder=workspace.store.folder(checkpoint),
+        engine=engine,
+        engine_folder=workspace.store.folder(engine),
+        max_batch_size=entry.max_batch_size,
+        serving=configuration.setting,
+        response_cache=entry.serving.response_cache,
+        rate_limiter=entry.serving.rate_limiter,
+        lineage=lineage,
+    )
+
+
+def is_provable(settings: TritonSettings) -> bool:
+    """Whether a server proves what is published: the embedded one, or those that are configured."""
+    return bool(settings.driven) or settings.flavour == "python"
 
 
 def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference: Sequence[Any]) -> Exam:

@@ -6,14 +6,20 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resources.artifacts.records import Checkpoint
+    from resources.artifacts.records import Checkpoint, EvaluationSet
     from resources.pipelines.base import Item
 
 #: Requests of one round of a load; the rarest lengths that it can hold are one in so many.
 ROUND = 256
+
+
+def load_of(evaluation: EvaluationSet, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the mix depends on, for fingerprints."""
+    lengths = checkpoint.lengths
+    return {"evaluation": evaluation.digest, "lengths": None if lengths is None else lengths.model_dump()}
 
 
 def request_mix(items: Sequence[Item], checkpoint: Checkpoint, folder: Path) -> list[Item]:

@@ -93,6 +93,10 @@ class Steps:
     ready: Callable[[], None] | None = None
     retire: Callable[[list[str]], None] | None = None
 
+    @property
+    def provable(self) -> bool:
+        return self.prove is not None or self.prove_inside is not None
+
 
 def unverified_root(repository: Location, model: str) -> Location:
     """Where a release waits that nobody could prove: a repository of its own, which a person's server can try."""
@@ -113,7 +117,7 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
         with repository_lock(repository):
             if steps.ready is not None:
                 steps.ready()
-            waiting = _waiting(repository, plan.model)
+            waiting = waiting_release(repository, plan.model)
             highest = max(
                 highest_number(repository, plan.model),
                 waiting.number if waiting else 0,
@@ -124,7 +128,7 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
             removed = sweep(repository)
             if steps.retire is not None and removed:
                 steps.retire(removed)
-            unchanged = _unchanged(plan, repository, steps, waiting)
+            unchanged = unchanged_release(plan, repository, waiting, provable=steps.provable)
             if unchanged is None:
                 return _publish_next(plan, repository, steps, highest + 1)
             if steps.announce is not None and unchanged.release.status == "published":
@@ -132,7 +136,13 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
             return unchanged
 
 
-def _unchanged(plan: ReleasePlan, repository: Location, steps: Steps, waiting: Release | None) -> Published | None:
+def unchanged_release(
+    plan: ReleasePlan, repository: Location, waiting: Release | None, *, provable: bool
+) -> Published | None:
+    """What publishing the plan leaves as it is; None where it would make a release.
+
+    waiting: the model's unverified release. provable: whether a server would prove the release.
+    """
     digest = content_digest(plan)
     same = [release.number for release in list_releases(repository, plan.model) if release.content_digest == digest]
     if same:
@@ -141,7 +151,6 @@ def _unchanged(plan: ReleasePlan, repository: Location, steps: Steps, waiting: R
         # newer one: somebody rolled back, and that stays.
         if current is not None and max(same) >= current.number:
             return Published(current, changed=False, current=current.content_digest == digest)
-    provable = steps.prove is not None or steps.prove_inside is not None
     if waiting is not None and waiting.content_digest == digest and not provable:
         return Published(waiting, changed=False, advice=_advice(repository, plan.model))
     return None
@@ -154,7 +163,7 @@ def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number:
             prove = steps.prove
             release = _accept(release, lambda: prove(staged, release))
         sync_tree(staged)
-        if steps.prove is None and steps.prove_inside is None:
+        if not steps.provable:
             _set_aside(release, staged, unverified_root(repository, plan.model))
             return Published(release, changed=True, advice=_advice(repository, plan.model))
         release = _bring_in(plan, release, staged, repository, steps)
@@ -295,7 +304,7 @@ def _write_manifest(release: Release, root: Path) -> None:
     sync(folder)
 
 
-def _waiting(repository: Location, model: str) -> Release | None:
+def waiting_release(repository: Location, model: str) -> Release | None:
     """The unverified release of a model, if there is one."""
     found = list_releases(unverified_root(repository, model), model)
     return found[-1] if found else None

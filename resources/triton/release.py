@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from resources.artifacts.fingerprint import code_version, fingerprint, library_versions
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import Checkpoint, Engine, ServingSetting, StoredFile, sha256_file
 from resources.catalog import RateLimiter
 from resources.errors import ReleaseError
@@ -153,9 +153,9 @@ def check_copies(plan: ReleasePlan, files: dict[str, StoredFile]) -> None:
                 )
 
 
-def content_digest(plan: ReleasePlan) -> str:
-    """Of everything a server would do differently: not of numbers, times, or where the release came from."""
-    return fingerprint(
+def content_of(plan: ReleasePlan) -> Fingerprint:
+    """Everything a server would do differently: not numbers, times, or where the release came from."""
+    return Fingerprint.of(
         "release",
         model=plan.model,
         target=plan.target,
@@ -170,7 +170,7 @@ def content_digest(plan: ReleasePlan) -> str:
         serving=plan.serving.model_dump(),
         response_cache=plan.response_cache,
         rate_limiter=plan.rate_limiter.model_dump() if plan.rate_limiter is not None else None,
-        code=code_version(
+        code=code_versions(
             "resources.triton.python_models",
             "resources.triton.config",
             "resources.triton.release",
@@ -181,6 +181,11 @@ def content_digest(plan: ReleasePlan) -> str:
         ),
         tokenizers=library_versions("tokenizers"),
     )
+
+
+def content_digest(plan: ReleasePlan) -> str:
+    """The digest of `content_of`."""
+    return content_of(plan).digest
 
 
 def new_release(plan: ReleasePlan, number: int) -> Release:

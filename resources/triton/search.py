@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import (
     Champion,
     Checkpoint,
@@ -38,7 +38,7 @@ from resources.triton.config import front_config, write_config
 from resources.triton.environment import is_installed, requirements
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
-from resources.triton.mix import request_mix
+from resources.triton.mix import load_of, request_mix
 from resources.triton.release import ReleasePlan
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
@@ -217,7 +217,7 @@ def make_serving_configuration(
     )
     embedded = workspace.triton.flavour == "python" and is_installed(workspace.triton.environment)
     searched = len(tried) > 1 and serving.search_seconds > 0 and embedded
-    digest = fingerprint(
+    made_of = Fingerprint.of(
         "serving_configuration",
         model=entry.name,
         target=champion.target,
@@ -229,10 +229,10 @@ def make_serving_configuration(
         if searched
         else None,
         server=requirements() if searched else None,
-        load=[evaluation.digest, checkpoint.lengths and checkpoint.lengths.model_dump()] if searched else None,
+        load=load_of(evaluation, checkpoint) if searched else None,
         device=device,
         flavour=workspace.triton.flavour,
-        code=code_version(
+        code=code_versions(
             "resources.triton.search",
             "resources.triton.load",
             "resources.triton.mix",
@@ -245,7 +245,7 @@ def make_serving_configuration(
         ),
     )
     record = ServingConfiguration(
-        digest=digest,
+        digest=made_of.digest,
         model=entry.name,
         target=champion.target,
         engine=engine.name,
@@ -268,6 +268,7 @@ def make_serving_configuration(
                 else "search_seconds is 0"
             )
             return record.model_copy(update={"reason": f"{tried[0]}: {why}"})
+        workspace.store.require_whole(engine, checkpoint, evaluation)
         plan = ReleasePlan(
             model=entry.name,
             target=champion.target,
@@ -303,7 +304,7 @@ def make_serving_configuration(
         reason += f" ({count} of {len(tried)} settings tried)"
         return record.model_copy(update={"setting": setting, "reason": reason, "trials": tuple(trials)})
 
-    return workspace.store.get_or_make(ServingConfiguration, digest, make)
+    return workspace.store.get_or_make(ServingConfiguration, made_of, make, light=not searched)
 
 
 @contextmanager

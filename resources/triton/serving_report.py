@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resources.artifacts.fingerprint import code_version, fingerprint
+from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import Checkpoint, EvaluationSet, LoadLevel, ServingReport
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
@@ -19,8 +19,9 @@ from resources.triton.environment import is_installed, requirements
 from resources.triton.layout import current_release
 from resources.triton.load import closed_loop, server_statistics, statistics_since
 from resources.triton.mirror import served_folder
-from resources.triton.mix import request_mix
+from resources.triton.mix import load_of, request_mix
 from resources.triton.perf_analyzer import find_perf_analyzer, run_perf_analyzer
+from resources.triton.release import Release
 from resources.triton.server import EmbeddedServer
 from resources.workspace import Workspace
 
@@ -97,17 +98,17 @@ def make_serving_report(
     repository = workspace.repository(target)
     release, serving = current_release(repository, entry.name), entry.serving
     levels = levels_of(serving.clients)
-    digest = fingerprint(
+    made_of = Fingerprint.of(
         "serving_report",
         model=entry.name,
         release=[release.number, release.content_digest] if release is not None else None,
-        load=[evaluation.digest, checkpoint.lengths and checkpoint.lengths.model_dump()],
+        load=load_of(evaluation, checkpoint),
         levels=levels,
         seconds=serving.benchmark_seconds,
         device=describe_device(target),
         perf_analyzer=str(find_perf_analyzer() or ""),
         server=requirements(),
-        code=code_version(
+        code=code_versions(
             "resources.triton.serving_report",
             "resources.triton.load",
             "resources.triton.mix",
@@ -115,7 +116,7 @@ def make_serving_report(
         ),
     )
     record = ServingReport(
-        digest=digest,
+        digest=made_of.digest,
         model=entry.name,
         target=target,
         release=release.number if release is not None else 0,
@@ -124,15 +125,13 @@ def make_serving_report(
         device=describe_device(target),
     )
 
+    why_not = _why_not(workspace, release, serving.benchmark_seconds)
+
     def make(folder: Path) -> ServingReport:
         del folder
-        if release is None:
-            return record.model_copy(update={"reason": "no release is published yet"})
-        if serving.benchmark_seconds == 0:
-            return record.model_copy(update={"reason": "benchmark_seconds is 0"})
-        if release.flavour != "python" or not is_installed(workspace.triton.environment):
-            why = "there is no embedded server with its backend; measure one of yours with `refinery load --url`"
-            return record.model_copy(update={"reason": why})
+        if why_not:
+            return record.model_copy(update={"reason": why_not})
+        workspace.store.require_whole(evaluation)
         known = read_evaluation_set(workspace.store.folder(evaluation))
         items = request_mix(known.items, checkpoint, workspace.store.folder(checkpoint))
         log = workspace.log(entry.name, f"load-{target}")
@@ -153,4 +152,15 @@ def make_serving_report(
             update={"status": "measured", "reason": reason, "server": version, "levels": tuple(found)}
         )
 
-    return workspace.store.get_or_make(ServingReport, digest, make)
+    return workspace.store.get_or_make(ServingReport, made_of, make, light=bool(why_not))
+
+
+def _why_not(workspace: Workspace, release: Release | None, seconds: float) -> str:
+    """Why the release cannot be measured; empty where it can."""
+    if release is None:
+        return "no release is published yet"
+    if seconds == 0:
+        return "benchmark_seconds is 0"
+    if release.flavour != "python" or not is_installed(workspace.triton.environment):
+        return "there is no embedded server with its backend; measure one of yours with `refinery load --url`"
+    return ""

@@ -1,0 +1,73 @@
+"""`refinery gc`, and what the job of that name does."""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+
+import dagster as dg
+
+from orchestration.instance import instance_folder, prepare_instance
+from orchestration.settings import read_workspace
+from orchestration.terminal import print_table, table_console
+from resources.artifacts.gc import DAY_SECONDS, Collected, collect
+from resources.reporting import size_text
+from resources.triton.layout import artifacts_of_releases
+from resources.workspace import Workspace
+
+_NOT_FINISHED = [status for status in dg.DagsterRunStatus if status.value not in ("SUCCESS", "FAILURE", "CANCELED")]
+
+
+def collect_garbage(options: Namespace) -> int:
+    """Remove, and say what went."""
+    workspace = read_workspace(os.environ)
+    under_way: dg.RunRecord | None = None
+    if instance_folder(workspace).is_dir():
+        prepare_instance(workspace)
+        with dg.DagsterInstance.get() as instance:
+            under_way = oldest_run_under_way(instance)
+    done = clean_store(workspace, options.keep_days, under_way, dry_run=options.dry_run)
+    if under_way is not None:
+        print(
+            f"Run {under_way.dagster_run.run_id} is under way since {under_way.create_timestamp:%Y-%m-%d %H:%M}; what "
+            "was used since stays. If its process is gone, cancel it on Dagster's page."
+        )
+    kinds = sorted({*done.removed, *done.kept})
+    rows = [[kind.replace("_", " "), *_counts(done, kind)] for kind in kinds]
+    title = f"{'Would free' if options.dry_run else 'Freed'} {size_text(done.freed_bytes)} of {workspace.store.root}"
+    print_table(table_console(), title, ("kind", "removed", "size", "kept", "size"), rows)
+    return 0
+
+
+def clean_store(
+    workspace: Workspace, keep_days: float, under_way: dg.RunRecord | None, *, dry_run: bool = False
+) -> Collected:
+    """Remove from the workspace's store what no release, step or run needs. Raises ReleaseError where a repository
+    cannot be read: nobody knows then what its releases need, and nothing is removed.
+    """
+    used_since = time.time() - max(keep_days, 1.0) * DAY_SECONDS
+    if under_way is not None:
+        used_since = min(used_since, under_way.create_timestamp.timestamp())
+    wanted = artifacts_of_releases(workspace.repositories)
+    return collect(workspace.store, wanted, used_since=used_since, dry_run=dry_run)
+
+
+def oldest_run_under_way(instance: dg.DagsterInstance, but: str = "") -> dg.RunRecord | None:
+    """The oldest run that is not finished, other than the one of that id."""
+    records = instance.get_run_records(dg.RunsFilter(statuses=_NOT_FINISHED))
+    records = [record for record in records if record.dagster_run.run_id != but]
+    return min(records, key=lambda record: record.create_timestamp, default=None)
+
+
+def summary(done: Collected) -> dict[str, str]:
+    """What was removed by kind, in words."""
+    return {kind: f"{amount.count} ({size_text(amount.size_bytes)})" for kind, amount in sorted(done.removed.items())}
+
+
+def _counts(done: Collected, kind: str) -> list[str]:
+    cells = []
+    for amounts in (done.removed, done.kept):
+        amount = amounts.get(kind)
+        cells += [str(amount.count), size_text(amount.size_bytes)] if amount is not None else ["–", "–"]
+    return cells

@@ -1,0 +1,122 @@
+"""When models are looked at again: a run of one is submitted where its plan says that something would differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from orchestration.jobs import optimize
+from orchestration.settings import read_workspace
+from resources.errors import CatalogError
+
+DEFAULT_CRON = "0 3 * * *"
+#: Dagster gives up on a tick after 60 s.
+PLAN_SECONDS = 45.0
+#: A run that failed as often with just these inputs is not submitted again: a person has to look.
+MOST_ATTEMPTS = 2
+#: Tags of the runs that are submitted.
+PLAN_TAG, WHY_TAG = "refinery/plan", "refinery/why"
+_LONGEST_TAG = 250
+_COMPARED = (
+    "inputs, configuration, code, library, driver and device versions were compared with what made what is there"
+)
+_NOT_FINISHED = [status for status in dg.DagsterRunStatus if status.value not in ("SUCCESS", "FAILURE", "CANCELED")]
+
+
+def reoptimization(cron: str) -> dg.ScheduleDefinition:
+    """The schedule. Raises CatalogError for what is no cron expression."""
+    try:
+        return _reoptimization(cron)
+    except dg.DagsterInvalidDefinitionError as error:
+        raise CatalogError(f"REFINERY_SCHEDULE: {cron!r} is no cron expression, such as '{DEFAULT_CRON}'.") from error
+
+
+def _reoptimization(cron: str) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name="reoptimize",
+        job=optimize,
+        cron_schedule=cron,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Optimizes the models of the catalog of which something would differ; see `refinery plan`.",
+    )
+    def reoptimize(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+        names = read_workspace(os.environ).catalog().names
+        # Where there is no time for all of them, others come first the next time.
+        turn = context.scheduled_execution_time.toordinal() % max(1, len(names))
+        plans = read_plans([*names[turn:], *names[:turn]], PLAN_SECONDS)
+        context.instance.add_dynamic_partitions("model", names)
+        requests, said = [], [f"{name}: there was no time to plan it" for name in names if name not in plans]
+        for name, plan in plans.items():
+            if plan["error"]:
+                said.append(f"{name}: it would fail: {plan['error']}")
+            why_not = _why_not(context.instance, name, plan["digest"]) if plan["differing"] else ""
+            if why_not:
+                said.append(f"{name}: {why_not}")
+            elif plan["differing"]:
+                requests.append(_request(name, plan))
+        for sentence in said:
+            context.log.warning(sentence)
+        if requests:
+            return requests
+        same = [name for name, plan in plans.items() if not plan["differing"] and not plan["error"]]
+        unchanged = [f"nothing differs for {', '.join(same)}: {_COMPARED}"] if same else []
+        return dg.SkipReason("; ".join([*unchanged, *said]) or "the catalog holds no model")
+
+    return reoptimize
+
+
+def read_plans(names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
+    """What `refinery plan --json` says of the models, as far as it comes in so many seconds. Raises CatalogError.
+
+    In a process of its own: this one may have been there before a library was upgraded, and knows the old version.
+    """
+    command = [sys.executable, "-m", "orchestration.cli", "plan", "--json", *names]
+    with tempfile.TemporaryDirectory(prefix="refinery-plan-") as folder:
+        said, wrong = Path(folder) / "said", Path(folder) / "wrong"
+        with said.open("wb") as output, wrong.open("wb") as errors:
+            try:
+                subprocess.run(command, stdout=output, stderr=errors, timeout=seconds, check=False)
+                ended = True
+            except subprocess.TimeoutExpired:
+                ended = False
+        # What was being written when the time was over is no line.
+        lines = [line for line in said.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        if ended and len(lines) < len(names):
+            raise CatalogError(f"The models could not be planned: {wrong.read_text(encoding='utf-8').strip()}")
+    plans: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    return {plan["model"]: plan for plan in plans}
+
+
+def _why_not(instance: dg.DagsterInstance, model: str, digest: str) -> str:
+    """Why the model is not submitted although something differs; empty where it is."""
+    of_model = {"dagster/partition": model}
+    busy = instance.get_runs(dg.RunsFilter(job_name=optimize.name, tags=of_model, statuses=_NOT_FINISHED), limit=1)
+    if busy:
+        return f"run {busy[0].run_id} of it is under way"
+    failed = instance.get_runs(
+        dg.RunsFilter(tags={**of_model, PLAN_TAG: digest}, statuses=[dg.DagsterRunStatus.FAILURE]), limit=MOST_ATTEMPTS
+    )
+    if len(failed) < MOST_ATTEMPTS:
+        return ""
+    return (
+        f"{len(failed)} runs failed that began from just what is there now, the last being {failed[0].run_id}; it is "
+        f"submitted again once something else changes. Look at the run, or try by hand: refinery optimize {model}"
+    )
+
+
+def _request(model: str, plan: dict[str, Any]) -> dg.RunRequest:
+    steps = [step for step in plan["steps"] if step["step"] in plan["differing"]]
+    why = "; ".join(dict.fromkeys(reason for step in steps if step["state"] != "follows" for reason in step["reasons"]))
+    return dg.RunRequest(
+        partition_key=model,
+        asset_selection=[dg.AssetKey(step["step"].split("/")) for step in steps],
+        tags={PLAN_TAG: plan["digest"], WHY_TAG: why[:_LONGEST_TAG]},
+    )

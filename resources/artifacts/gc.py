@@ -1,0 +1,174 @@
+"""Removing from the artifact store what nobody needs any more.
+
+An artifact stays while it is what a step of the pipeline made last, or is named by somebody outside the store (releases
+are), or was used not long ago: every step touches what it takes and what it makes, so this covers runs under way and
+what newer materializations name. With each stays what its record, and the recipe beside an engine, names by digest:
+what it was made from. Other processes may work in the store meanwhile. What is used just before it would be removed is
+put back; who comes a moment later finds that it is not there and makes it again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from resources.artifacts.records import Record
+from resources.artifacts.store import RECORD_FILE, STALE_STAGING_SECONDS, ArtifactStore
+from resources.locks import file_lock
+
+DAY_SECONDS = 24 * 3600.0
+#: What saves work may be read long after it was written; file systems note reading once a day, or not at all.
+CACHE_SECONDS = 90 * DAY_SECONDS
+_DIGEST = re.compile(rb"\b[0-9a-f]{64}\b")
+#: Files of an artifact that name others: see resources.engines.rebuild.
+_NAMING = (RECORD_FILE, "rebuild.py")
+_KEY_LENGTH = 32
+
+
+@dataclass
+class Amount:
+    """So many artifacts or files, and what they take on the disk."""
+
+    count: int = 0
+    size_bytes: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        self.count += 1
+        self.size_bytes += size_bytes
+
+
+@dataclass
+class Collected:
+    """What was removed, or would be, and what stays, by kind."""
+
+    removed: dict[str, Amount] = field(default_factory=dict)
+    kept: dict[str, Amount] = field(default_factory=dict)
+
+    @property
+    def freed_bytes(self) -> int:
+        return sum(amount.size_bytes for amount in self.removed.values())
+
+
+@dataclass(frozen=True)
+class _Entry:
+    kind: str
+    folder: Path
+
+    @property
+    def used(self) -> float:
+        """When it was used last, in seconds since the epoch."""
+        record = self.folder / RECORD_FILE
+        return (record if record.exists() else self.folder).stat().st_mtime
+
+
+def collect(store: ArtifactStore, wanted: Collection[str], *, used_since: float, dry_run: bool = False) -> Collected:
+    """Remove what is not needed.
+
+    wanted: digests that somebody outside the store names. used_since: in seconds since the epoch; what was used after
+    that stays. It must be a day ago at least, since a step may take as long. dry_run: only say what would go.
+    """
+    assert used_since <= time.time() - DAY_SECONDS, "what a step uses that is under way must stay"
+    entries = {entry.folder.name: entry for entry in _entries(store)}
+    kept = _reachable(entries, {*_current(store), *wanted}, used_since)
+    done = Collected()
+    for name, entry in entries.items():
+        try:
+            size = _size(entry.folder)
+            gone = name not in kept and (dry_run or _remove(store, entry, used_since))
+        except FileNotFoundError:  # another process removed it, or makes it again
+            continue
+        (done.removed if gone else done.kept).setdefault(entry.kind, Amount()).add(size)
+    for kind, path in _leftovers(store):
+        with suppress(FileNotFoundError):
+            size = _size(path)
+            if not dry_run:
+                _discard(path)
+            done.removed.setdefault(kind, Amount()).add(size)
+    return done
+
+
+def _entries(store: ArtifactStore) -> Iterator[_Entry]:
+    for kind in sorted(record.kind for record in Record.__subclasses__()):
+        root = store.root / kind
+        if root.is_dir():
+            yield from (_Entry(kind, path) for path in sorted(root.iterdir()) if path.is_dir())
+
+
+def _current(store: ArtifactStore) -> set[str]:
+    """Digests of what every step made last, whatever the model: other catalogs may share the store."""
+    found: set[str] = set()
+    for pointer in (store.root / "current").rglob("*.json"):
+        with suppress(FileNotFoundError):
+            found |= {digest.decode() for digest in _DIGEST.findall(pointer.read_bytes())}
+    return found
+
+
+def _reachable(entries: dict[str, _Entry], wanted: set[str], used_since: float) -> set[str]:
+    """Names of the entries that are wanted or were used, and of all that they were made from."""
+    open_names = {digest[:_KEY_LENGTH] for digest in wanted} & entries.keys()
+    for name, entry in entries.items():
+        with suppress(FileNotFoundError):
+            if entry.used >= used_since:
+                open_names.add(name)
+    reached: set[str] = set()
+    while open_names:
+        name = open_names.pop()
+        reached.add(name)
+        named = {digest.decode()[:_KEY_LENGTH] for digest in _named_by(entries[name].folder)}
+        open_names |= (named & entries.keys()) - reached
+    return reached
+
+
+def _named_by(folder: Path) -> set[bytes]:
+    found: set[bytes] = set()
+    for file in _NAMING:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found |= set(_DIGEST.findall((folder / file).read_bytes()))
+    return found
+
+
+def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:
+    """Take the entry out, unless it is used just now."""
+    lock, aside = store.lock_of(entry.kind, entry.folder.name), store.root / "staging" / uuid.uuid4().hex
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(lock):
+        entry.folder.rename(aside)
+        # Whoever takes an artifact touches it before looking at it. From here on it is not there to be touched.
+        if _Entry(entry.kind, aside).used >= used_since:
+            aside.rename(entry.folder)
+            return False
+        lock.unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    return True
+
+
+def _leftovers(store: ArtifactStore) -> Iterator[tuple[str, Path]]:
+    """What killed processes left, and what saved nobody any work for long, each with what it is called."""
+    now = time.time()
+    for name, kind, age in (("staging", "unfinished work", STALE_STAGING_SECONDS), ("caches", "caches", CACHE_SECONDS)):
+        root = store.root / name
+        for path in sorted(root.iterdir() if name == "staging" else root.rglob("*")) if root.is_dir() else []:
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if (name == "staging" or path.is_file()) and now - max(status.st_mtime, status.st_atime) > age:
+                    yield kind, path
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum((Path(folder) / name).lstat().st_size for folder, _, names in os.walk(path) for name in names)

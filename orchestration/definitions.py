@@ -16,6 +16,7 @@ from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.jobs import EXECUTOR, optimize
 from orchestration.progress import progress_logger
+from orchestration.sensors import checkpoint_sensor
 from orchestration.settings import read_workspace, tracker_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
@@ -38,6 +39,7 @@ def make_definitions(workspace: Workspace) -> dg.Definitions:
         assets=assets,
         asset_checks=checks,
         jobs=[optimize, *upkeep.JOBS],
+        sensors=[checkpoint_sensor(workspace.watch_seconds)],
         executor=EXECUTOR,  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},

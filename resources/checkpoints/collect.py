@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from resources.artifacts.fingerprint import code_version, digest_of_files, finge
 from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
+from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import first_line, locate
 from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
 from resources.errors import CatalogError, CheckpointError
@@ -36,29 +38,48 @@ class _Signature:
     tokens: SpecialTokens
 
 
+def content_hashes(entry: ModelEntry, folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Hex SHA-256 of each of the checkpoint's files. Raises CheckpointError."""
+    try:
+        return {name: sha256_file(folder / name) for name in names}
+    except OSError as error:
+        raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
+
+
+def content_revision(hashes: Mapping[str, str]) -> str:
+    """The revision of a source that has no name for its own: its content's."""
+    return digest_of_files(hashes.items())[:12]
+
+
 def collect_checkpoint(
-    entry: ModelEntry, store: ArtifactStore, limits: Limits, log: Path | None = None
+    entry: ModelEntry,
+    store: ArtifactStore,
+    limits: Limits,
+    log: Path | None = None,
+    *,
+    settings: SourceSettings | None = None,
 ) -> Made[Checkpoint]:
     """The checkpoint of a catalog entry, copied into the store. Raises CheckpointError.
 
     Copied, never linked: a folder that is trained into goes on changing, and what was measured must be what serves.
     """
     try:
-        located = locate(entry.source, allow_pickle=entry.allow_pickle, trust_remote_code=entry.trust_remote_code)
+        located = locate(
+            entry.source,
+            allow_pickle=entry.allow_pickle,
+            trust_remote_code=entry.trust_remote_code,
+            settings=settings,
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{entry.name}: {error}") from error
     found = validate(entry, located.folder)
-    try:
-        hashes = {name: sha256_file(located.folder / name) for name in found.files}
-    except OSError as error:
-        raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
-    content = digest_of_files(hashes.items())
+    hashes = content_hashes(entry, located.folder, found.files)
     digest = fingerprint(
         "checkpoint",
         model=entry.name,
         source=entry.source,
         revision=located.revision,
-        content=content,
+        content=digest_of_files(hashes.items()),
         task=entry.task,
         options=entry.task_options().model_dump(),
         sample=_content_of(entry),
@@ -114,7 +135,7 @@ def collect_checkpoint(
             digest=digest,
             model=entry.name,
             source=entry.source,
-            revision=located.revision or content[:12],
+            revision=located.revision or content_revision(hashes),
             task=entry.task,
             architecture=files.architecture,
             model_type=str(found.config.get("model_type", "")),

@@ -15,7 +15,7 @@ from resources.catalog import Catalog, ModelEntry
 from resources.checkpoints.sources import kind_of
 from resources.errors import ArtifactError, CheckpointError
 from resources.revisions import Looks, Seen, look
-from resources.revisions.look import REMOTE
+from resources.revisions.source import REMOTE
 from resources.workspace import Workspace
 
 #: A tick's, of which Dagster ends one after 60.
@@ -191,7 +191,13 @@ class _Tick:
             dg.RunRequest(
                 run_key=f"{entry.name}:{memory.asked}:{attempt}",
                 partition_key=entry.name,
-                tags={REVISION_TAG: memory.asked, REASON_TAG: reason, ATTEMPT_TAG: attempt},
+                # With the partition's own tag Dagster does not look for the partition, which this tick may add.
+                tags={
+                    PARTITION_TAG: entry.name,
+                    REVISION_TAG: memory.asked,
+                    REASON_TAG: reason,
+                    ATTEMPT_TAG: attempt,
+                },
             )
         )
         self.lines.append(f"{entry.name}: {reason}: revision {memory.asked} is optimized")

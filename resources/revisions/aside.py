@@ -1,7 +1,7 @@
 """Looks that take longer than a tick may, by a process of its own that leaves its answer for a later one.
 
-Digesting gigabytes, and MLflow's client, which alone can read its databases. `python -m resources.revisions.aside` is
-that process: its job comes on its standard input, its answer goes to a file below the workspace's home. It waits for
+Digesting gigabytes, and MLflow's client, which alone can read its databases. `python -m resources.revisions` is that
+process: its job comes on its standard input, its answer goes to a file below the workspace's home. It waits for
 benchmarks, as builds do, and outlives whoever started it.
 """
 
@@ -41,6 +41,7 @@ _START_SECONDS = 20.0
 #: For gigabytes from a slow disk; MLflow answers or not.
 _LONGEST_SECONDS = {"registry": 120, "folder": 2 * 3600, "package": 2 * 3600}
 
+_starting = threading.Lock()
 _started: list[subprocess.Popen[bytes]] = []
 
 
@@ -85,17 +86,18 @@ def ask(entry: ModelEntry, settings: SourceSettings, key: str, *, now: float, re
             f"are in {path.with_suffix('.log')}. Another is tried within the hour."
         )
     rest_s = max(rest_s, _START_SECONDS if tries else 0.0)
-    _started[:] = [process for process in _started if process.poll() is None]
-    if recent_s >= rest_s and len(_started) < _MOST and not _is_held(path.with_suffix(".lock")):
-        _write(path, last.model_copy(update={"asked": key, "at": now, "tries": tries % _TRIES + 1}))
-        _start(entry, settings, key)
+    with _starting:
+        _started[:] = [process for process in _started if process.poll() is None]
+        if recent_s >= rest_s and len(_started) < _MOST and not _is_held(path.with_suffix(".lock")):
+            _write(path, last.model_copy(update={"asked": key, "at": now, "tries": tries % _TRIES + 1}))
+            _start(entry, settings, key)
     return last if last.key else None
 
 
 def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
     path = _answer_file(settings, entry)
     job = _Job(
-        entry=entry.model_dump(mode="json"),
+        entry=entry.fields(),
         folder=settings.folder.resolve(),
         tracking_uri=settings.tracking_uri,
         key=key,
@@ -103,7 +105,7 @@ def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
     )
     with path.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "resources.revisions.aside"],
+            [sys.executable, "-m", "resources.revisions"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -168,7 +170,3 @@ def _revision(entry: ModelEntry, settings: SourceSettings, key: str) -> str:
     folder = local_folder(entry.source)
     hashes = content_hashes(entry, folder, validate(entry, folder).files)
     return content_revision(hashes) if stat_folder(entry, folder).digest == key else ""
-
-
-if __name__ == "__main__":
-    main()

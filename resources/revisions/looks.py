@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from resources.errors import CheckpointError, RefineryError, first_line
-from resources.revisions.look import Seen
+from resources.revisions.source import Seen
 
 #: Threads that look. Most of a look is waiting for a server.
 WORKERS = 16
@@ -39,12 +39,10 @@ class Looks:
         found: dict[Key, Outcome] = {}
         while self._collect(found, block_s=0.0):
             pass
-        for key, began in self._under_way.items():
+        for key, began in [*self._under_way.items()]:
             late_s = time.monotonic() - began
             if key in jobs and late_s > LATE_SECONDS:
-                found[key] = CheckpointError(
-                    f"source: there has been no answer for {late_s:.0f} s. See that it is there."
-                )
+                found[key] = CheckpointError("source: there is no answer, nor an error. See that it is there.")
         todo: queue.SimpleQueue[tuple[Key, Callable[[], Seen]]] = queue.SimpleQueue()
         wanted = {key for key in jobs if key not in found and key not in self._under_way}
         for key, job in jobs.items():

@@ -88,15 +88,16 @@ def _look_at_folder(
         return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
     try:
         found = validate(entry, folder)
-        if sum((folder / name).stat().st_size for name in found.files) > SMALL_BYTES:
-            return _digested_aside(entry, seen, settings, now)
-        hashes = content_hashes(entry, folder, found.files)
+        small = sum((folder / name).stat().st_size for name in found.files) <= SMALL_BYTES
+        hashes = content_hashes(entry, folder, found.files) if small else {}
         if stat_folder(entry, folder).digest != stat.digest:
             return _waits(seen, "it changed while it was read")
     except CheckpointError as error:
         return _incomplete(seen, str(error), quiet_s, interval_s)
     except OSError as error:
         raise CheckpointError(f"{entry.name}: {folder} cannot be read: {error}. Make it readable.") from error
+    if not small:
+        return _digested_aside(entry, seen, settings, now)
     return seen.model_copy(update={"revision": content_revision(hashes)})
 
 

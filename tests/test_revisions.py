@@ -9,10 +9,12 @@ import shutil
 import socket
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_access
 from resources.checkpoints import Access, SourceSettings, locate
 from resources.checkpoints.registry import parse_reference
@@ -381,6 +383,23 @@ def test_versions_that_are_no_checkpoint(code, document, expected):
 
 
 @pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("models:/Bert base@live", "bert-base"),
+        ("models:/bert/latest", "bert"),
+        ("models:/bert/3", "bert"),
+        ("s3://http://host:9000/bucket/trained/bert/", "bert"),
+        ("gs://bucket/bert", "bert"),
+    ],
+)
+def test_a_source_on_the_command_line_is_an_entry(workspace, source, name):
+    workspace.catalog_path.write_text("models: []\n")
+    given = dict.fromkeys(ENTRY_OPTIONS) | {"model": source, "task": "embedding"}
+    assert find_or_add(workspace, Namespace(**given)).source == source
+    assert workspace.entry(name).source == source
+
+
+@pytest.mark.parametrize(
     "source", ["models:/bert", "models:/bert/Production", "models:/a/b/1", "models:/bert/0", "models:/@x"]
 )
 def test_references_that_name_no_version(source):
@@ -467,6 +486,7 @@ def test_object_storage(s3, folder, settings, tmp_path):
     place = s3.place("trained/bert", tmp_path)
     put(place, folder)
     (place / "onnx/model.onnx").write_bytes(b"of another runtime")
+    (place / "../evil.json").write_bytes(b"{}")
     entry = entry_for(str(place))
     fresh = at(0, entry, settings)
     assert "was written to" in fresh.waiting
@@ -481,6 +501,8 @@ def test_object_storage(s3, folder, settings, tmp_path):
         "model.safetensors",
         "tokenizer.json",
     ]
+    assert "../evil.json" in place.sizes()
+    assert not [*settings.folder.rglob("evil.json")]
     s3.requests.clear()
     assert locate(entry.source, settings=settings) == found
     assert len(s3.requests) == 1  # nothing is downloaded again

@@ -52,6 +52,7 @@ def list_objects(source: str, settings: SourceSettings, *, allow_pickle: bool, t
             for name, one in found.items()
             if any(fnmatch(name, pattern) for pattern in wanted)
             and not any(fnmatch(name, pattern) for pattern in UNWANTED)
+            and ".." not in name.split("/")  # a key may hold that, and a file's path would lead outside
         },
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +160,7 @@ def fetch_version(source: str, settings: SourceSettings) -> tuple[Path, str]:
                 f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(error)}. See "
                 "that MLflow's artifact store can be reached from here, with its credentials."
             ) from error
+        _join_tokenizers(folder)
 
     copy = kept_copy(settings.folder / "registry", f"{settings.tracking_uri} {source}", version.revision, fetch)
     return _checkpoint_in(source, copy), version.revision
@@ -173,12 +175,9 @@ def _client(uri: str) -> MlflowClient:
 
 def _checkpoint_in(source: str, folder: Path) -> Path:
     """The folder that transformers can read, in what was downloaded of a version. Raises CheckpointError."""
-    flavors = [flavor for path in sorted(folder.rglob("MLmodel")) for flavor in _flavors(path)]
-    for root, name, fields in flavors:
+    for root, name, fields in _flavors(folder):
         if name == "transformers" and fields.get("model_binary"):
-            model = root / str(fields["model_binary"])
-            _join(model, (root / "components" / str(part) for part in fields.get("components") or ()))
-            return model
+            return root / str(fields["model_binary"])
         if name == "transformers" and fields.get("source_model_name"):
             raise CheckpointError(
                 f"source: {source} holds no weights, but the name of a model of the Hub. Give that as the source "
@@ -195,17 +194,19 @@ def _checkpoint_in(source: str, folder: Path) -> Path:
     return found[0]
 
 
-def _flavors(path: Path) -> Iterable[tuple[Path, str, Mapping[str, Any]]]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [(path.parent, str(name), dict(fields)) for name, fields in data["flavors"].items()]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
-        return []
+def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
+    """MLflow's own description of what was logged: where, as what, and how."""
+    for path in sorted(folder.rglob("MLmodel")):
+        with suppress(OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            yield from [(path.parent, str(name), dict(fields)) for name, fields in data["flavors"].items()]
 
 
-def _join(model: Path, parts: Iterable[Path]) -> None:
+def _join_tokenizers(folder: Path) -> None:
     """MLflow keeps the tokenizer apart from the model; transformers looks for both in one folder."""
-    for part in parts:
-        for path in part.iterdir() if part.is_dir() else ():
-            if path.is_file() and not (model / path.name).exists():
-                shutil.copyfile(path, model / path.name)
+    for root, name, fields in _flavors(folder):
+        model = root / str(fields.get("model_binary"))
+        for part in (fields.get("components") or ()) if name == "transformers" else ():
+            for path in (root / "components" / str(part)).glob("*"):
+                if path.is_file() and not (model / path.name).exists():
+                    shutil.copyfile(path, model / path.name)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 from uuid import uuid4
 
 if TYPE_CHECKING:
@@ -44,10 +45,8 @@ def run_ticks(home: Path, models: int = MODELS, new: int = NEW) -> tuple[Tick, T
     from tests.sources import COMMIT, serving, write_checkpoint
 
     keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    before = dict(os.environ)
     with ExitStack() as stack:
-        stack.callback(os.environ.update, before)
-        os.environ.update(keys)
+        stack.enter_context(patch.dict(os.environ, keys))
         hub, _ = stack.enter_context(serving(lambda path: (200, {"sha": COMMIT}, {})))
         mlflow, _ = stack.enter_context(serving(_registered))
         s3 = stack.enter_context(s3_server())

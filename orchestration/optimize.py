@@ -14,6 +14,7 @@ import dagster as dg
 from orchestration.definitions import make_definitions
 from orchestration.entries import find_or_add
 from orchestration.instance import prepare_instance
+from orchestration.runs import this_host
 from orchestration.settings import read_workspace, tracker_of
 from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
@@ -50,7 +51,7 @@ def optimize(options: Namespace) -> int:
             run_config={"loggers": {"progress": {}}},
             raise_on_error=False,
             # So that the job's page lists the run beside those that were started there.
-            tags={".dagster/repository": f"__repository__@{LOCATION}"},
+            tags={".dagster/repository": f"__repository__@{LOCATION}", **this_host()},
         )
     if not result.success:
         messages = failures(result)

@@ -9,6 +9,7 @@ import dagster as dg
 from assets.checkpoint import checkpoint
 from assets.partitions import models
 from orchestration.jobs import optimize
+from orchestration.runs import PARTITION_TAG, models_under_way
 from orchestration.watch import Cursor, Ended, Memory, Newest, decide, is_due, saw
 from resources.artifacts.records import Checkpoint
 from resources.catalog import Catalog, ModelEntry
@@ -27,11 +28,8 @@ _DECIDE_SECONDS = 2.0
 MOST_REMOTE = 40
 #: Runs asked for in one tick; what is left comes with the next.
 MOST_RUNS = 25
-#: A run that has said nothing for so long is dead, however its record stands: nobody notices a killed process. Steps
-#: say when they begin and end, and may wait hours for a benchmark.
-SILENCE_SECONDS = 6 * 3600.0
 REVISION_TAG, REASON_TAG, ATTEMPT_TAG = "refinery/revision", "refinery/reason", "refinery/attempt"
-PARTITION_TAG, _SENSOR_TAG = "dagster/partition", "dagster/sensor_name"
+_SENSOR_TAG = "dagster/sensor_name"
 SENSOR = "new_checkpoints"
 
 _ENDED: dict[dg.DagsterRunStatus, Ended] = {
@@ -39,7 +37,6 @@ _ENDED: dict[dg.DagsterRunStatus, Ended] = {
     dg.DagsterRunStatus.FAILURE: "failure",
     dg.DagsterRunStatus.CANCELED: "canceled",
 }
-_UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
 
 def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
@@ -54,8 +51,9 @@ def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
         description="Looks at every source of the catalog, and has a model optimized when its revision is new.",
     )
     def new_checkpoints(context: dg.SensorEvaluationContext, workspace: dg.ResourceParam[Workspace]) -> dg.SensorResult:
-        catalog = workspace.catalog()  # what is wrong with it fails the tick, and nobody is taken out
+        # The partitions first: `refinery optimize` makes an entry, then its partition.
         tick = _Tick(context.instance, workspace, Cursor.read(context.cursor), time.time())
+        catalog = workspace.catalog()  # what is wrong with it fails the tick, and nobody is taken out
         tick.retire(catalog)
         tick.look(catalog, looks)
         tick.decide(catalog)
@@ -72,7 +70,7 @@ class _Tick:
     def __init__(self, instance: dg.DagsterInstance, workspace: Workspace, cursor: Cursor, now: float) -> None:
         self._instance, self._workspace, self._now = instance, workspace, now
         self._began = time.monotonic()
-        self._before, self._models = cursor.models, dict(cursor.models)
+        self._models = dict(cursor.models)
         self._partitions = set(instance.get_dynamic_partitions(models.name or ""))
         self._retired: list[str] = []
         self._requests: list[dg.RunRequest] = []
@@ -112,7 +110,7 @@ class _Tick:
 
     def decide(self, catalog: Catalog) -> None:
         """Ask for runs of what is new, and tell what is wrong."""
-        busy = self._under_way()
+        busy = models_under_way(self._instance, self._now)
         for entry in sorted(catalog.models, key=lambda entry: self._models[entry.name].asked_at):
             memory = self._models[entry.name]
             undecided = memory.revision and not memory.done == memory.asked == memory.revision
@@ -148,30 +146,15 @@ class _Tick:
             return memory or Memory(source=entry.source)
         return Memory(source=entry.source, attempt=memory.attempt, problem=memory.problem)
 
-    def _under_way(self) -> set[str]:
-        """Models that are being optimized, whoever asked for it, or of which a part is made anew."""
-        records = self._instance.get_run_records(dg.RunsFilter(statuses=_UNDER_WAY))
-        return {
-            model
-            for record in records
-            if (model := record.dagster_run.tags.get(PARTITION_TAG)) is not None and not self._is_dead(record)
-        }
-
-    def _is_dead(self, record: dg.RunRecord) -> bool:
-        if self._now - record.update_timestamp.timestamp() < SILENCE_SECONDS:
-            return False
-        if record.start_time is None:  # it waits in the queue, which may be long
-            return False
-        last = self._instance.get_records_for_run(record.dagster_run.run_id, limit=1, ascending=False).records
-        return not last or self._now - last[0].timestamp >= SILENCE_SECONDS
-
     def _newest(self, model: str) -> Newest | None:
-        """The newest run of the job for the model; one that died counts as failed."""
+        """The newest run of the job for the model, where none is under way."""
         which = dg.RunsFilter(job_name=optimize.name, tags={PARTITION_TAG: model})
         for record in self._instance.get_run_records(which, limit=1):
             run, created = record.dagster_run, record.create_timestamp.timestamp()
-            ended = _ENDED.get(run.status, "failure")
-            return Newest(run_id=run.run_id, ended=ended, created=created, at=record.end_time or created)
+            if run.status in _ENDED:
+                return Newest(
+                    run_id=run.run_id, ended=_ENDED[run.status], created=created, at=record.end_time or created
+                )
         return None
 
     def _collected(self, entry: ModelEntry) -> str:

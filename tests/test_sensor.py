@@ -1,16 +1,21 @@
 """The sensor: what is new is optimized once, what failed is tried again, and nobody's trouble is anybody else's."""
 
 import json
+import os
 import shutil
+import subprocess
+import time
 from dataclasses import replace
 from itertools import pairwise
 from uuid import uuid4
 
 import dagster as dg
+import psutil
 import pytest
 
-from orchestration import sensors
+from orchestration import runs, sensors
 from orchestration.definitions import make_definitions
+from orchestration.runs import models_under_way, this_host
 from orchestration.settings import read_workspace
 from orchestration.watch import LAUNCH_SECONDS, RETRY_SECONDS, Cursor, Memory, Newest, decide, is_due, saw
 from resources.artifacts.records import Checkpoint
@@ -193,19 +198,48 @@ def test_a_model_that_is_being_optimized_is_not_submitted_twice(daemon, tmp_path
     assert len(daemon.run_keys()) == 1
 
 
-def test_a_run_that_has_long_said_nothing_is_dead(daemon, tmp_path, monkeypatch):
-    """A killed process leaves its run as it stood."""
-    write_catalog(daemon.workspace, {"a": write_checkpoint(tmp_path / "a")})
-    job = daemon.repository.get_job("optimize")
-    daemon.instance.add_dynamic_partitions("model", ["a"])
-    run = daemon.instance.create_run_for_job(job, tags={"dagster/partition": "a"})
-    daemon.instance.report_dagster_event(
-        dg.DagsterEvent(event_type_value="PIPELINE_START", job_name="optimize"), run_id=run.run_id
-    )
-    assert daemon.instance.get_run_by_id(run.run_id).status is RUN.STARTED
-    assert daemon.run_keys() == []
-    monkeypatch.setattr(sensors, "SILENCE_SECONDS", 0.0)
-    assert len(daemon.run_keys()) == 1
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """An instance whose runs are processes beside the code server."""
+    with dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))) as instance:
+        instance.add_dynamic_partitions("model", ["a"])
+        yield instance
+
+
+LAUNCHED = {".dagster/grpc_info": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("tags", "pid", "silent_s", "dead"),
+    [
+        (LAUNCHED, "gone", 61, True),
+        (this_host(), "gone", 61, True),
+        (this_host(), "gone", 59, False),
+        (this_host(), "alive", 7 * 3600, False),
+        ({"refinery/host": "another"}, "gone", 5 * 3600, False),
+        ({"refinery/host": "another"}, "gone", 7 * 3600, True),
+        (LAUNCHED, "unknown", 5 * 3600, False),
+        (LAUNCHED, "unknown", 7 * 3600, True),
+    ],
+)
+def test_a_run_whose_process_was_killed_is_ended(workspace, on_disk, tags, pid, silent_s, dead):
+    """Its record would say for ever that it is under way, and keep its model and a place of the queue."""
+    job = make_definitions(workspace).get_repository_def().get_job("optimize")
+    with subprocess.Popen(["/bin/true"]) as gone:
+        pass
+    process = {"gone": gone.pid, "alive": os.getpid(), "unknown": None}[pid]
+    run = on_disk.create_run_for_job(job, tags={"dagster/partition": "a", **tags})
+    started = dg.DagsterEvent(event_type_value="PIPELINE_START", job_name="optimize", pid=process)
+    on_disk.report_dagster_event(started, run_id=run.run_id)
+    assert models_under_way(on_disk, time.time() + silent_s) == (set() if dead else {"a"})
+    assert on_disk.get_run_by_id(run.run_id).status is (RUN.FAILURE if dead else RUN.STARTED)
+    on_disk.delete_run(run.run_id)
+
+
+def test_a_process_of_the_same_number_is_another():
+    began = psutil.Process().create_time()
+    assert runs._is_alive(os.getpid(), wrote=began + 1)
+    assert not runs._is_alive(os.getpid(), wrote=began - 1)
 
 
 def test_what_fails_is_told_where_people_look_and_costs_nobody_else(daemon, tmp_path):

@@ -77,7 +77,8 @@ def run_ticks(home: Path, models: int = MODELS, new: int = NEW) -> tuple[Tick, T
         (home / "dagster").mkdir()
         (home / "dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         time.sleep(1.1)  # until the folders are still
-        _in_a_process(environment, "prepare", str(new))
+        with patch.dict(os.environ, environment):
+            _optimize_all_but(new)
         return _tick(environment), _tick(environment)
 
 
@@ -87,17 +88,13 @@ def _registered(path: str) -> tuple[int, object, dict[str, str]]:
 
 
 def _tick(environment: dict[str, str]) -> Tick:
-    return Tick(**json.loads(_in_a_process(environment, "tick")))
-
-
-def _in_a_process(environment: dict[str, str], *arguments: str) -> str:
-    command = [sys.executable, "-m", "tests.performance.ticks", *arguments]
+    command = [sys.executable, "-m", "tests.performance.ticks", "tick"]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
-    return done.stdout
+    return Tick(**json.loads(done.stdout))
 
 
-def prepare(new: int) -> None:
-    """Have all but the last `new` models optimized: what a run leaves in the store, and its record."""
+def _optimize_all_but(new: int) -> None:
+    """Leave behind what runs would, for all but the last `new` models: a checkpoint in the store, and their records."""
     import dagster as dg
 
     from orchestration.settings import read_workspace
@@ -177,9 +174,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["prepare"]:
-        prepare(int(sys.argv[2]))
-    elif sys.argv[1:2] == ["tick"]:
+    if sys.argv[1:] == ["tick"]:
         tick()
     else:
         sys.exit(main())

@@ -198,14 +198,6 @@ def test_a_model_that_is_being_optimized_is_not_submitted_twice(daemon, tmp_path
     assert len(daemon.run_keys()) == 1
 
 
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory):
-    """An instance whose runs are processes beside the code server."""
-    with dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))) as instance:
-        instance.add_dynamic_partitions("model", ["a"])
-        yield instance
-
-
 LAUNCHED = {".dagster/grpc_info": "{}"}
 
 
@@ -218,22 +210,26 @@ LAUNCHED = {".dagster/grpc_info": "{}"}
         (this_host(), "alive", 7 * 3600, False),
         ({"refinery/host": "another"}, "gone", 5 * 3600, False),
         ({"refinery/host": "another"}, "gone", 7 * 3600, True),
-        (LAUNCHED, "unknown", 5 * 3600, False),
-        (LAUNCHED, "unknown", 7 * 3600, True),
+        (this_host(), "unknown", 5 * 3600, False),
+        (this_host(), "unknown", 7 * 3600, True),
+        (LAUNCHED, "gone", 5 * 3600, False),  # by a launcher that starts runs who knows where
     ],
 )
-def test_a_run_whose_process_was_killed_is_ended(workspace, on_disk, tags, pid, silent_s, dead):
+def test_a_run_whose_process_was_killed_is_ended(workspace, tmp_path, tags, pid, silent_s, dead):
     """Its record would say for ever that it is under way, and keep its model and a place of the queue."""
-    job = make_definitions(workspace).get_repository_def().get_job("optimize")
-    with subprocess.Popen(["/bin/true"]) as gone:
-        pass
-    process = {"gone": gone.pid, "alive": os.getpid(), "unknown": None}[pid]
-    run = on_disk.create_run_for_job(job, tags={"dagster/partition": "a", **tags})
-    started = dg.DagsterEvent(event_type_value="PIPELINE_START", job_name="optimize", pid=process)
-    on_disk.report_dagster_event(started, run_id=run.run_id)
-    assert models_under_way(on_disk, time.time() + silent_s) == (set() if dead else {"a"})
-    assert on_disk.get_run_by_id(run.run_id).status is (RUN.FAILURE if dead else RUN.STARTED)
-    on_disk.delete_run(run.run_id)
+    on_disk = tags is LAUNCHED and dead
+    with dg.DagsterInstance.local_temp(str(tmp_path)) if on_disk else dg.DagsterInstance.ephemeral() as instance:
+        assert isinstance(instance.run_launcher, dg.DefaultRunLauncher) == on_disk
+        instance.add_dynamic_partitions("model", ["a"])
+        job = make_definitions(workspace).get_repository_def().get_job("optimize")
+        run = instance.create_run_for_job(job, tags={"dagster/partition": "a", **tags})
+        with subprocess.Popen(["/bin/true"]) as gone:
+            pass
+        process = {"gone": gone.pid, "alive": os.getpid(), "unknown": None}[pid]
+        started = dg.DagsterEvent(event_type_value="PIPELINE_START", job_name="optimize", pid=process)
+        instance.report_dagster_event(started, run_id=run.run_id)
+        assert models_under_way(instance, time.time() + silent_s) == (set() if dead else {"a"})
+        assert instance.get_run_by_id(run.run_id).status is (RUN.FAILURE if dead else RUN.STARTED)
 
 
 def test_a_process_of_the_same_number_is_another():

@@ -28,6 +28,8 @@ _DECIDE_SECONDS = 2.0
 MOST_REMOTE = 40
 #: Runs asked for in one tick; what is left comes with the next.
 MOST_RUNS = 25
+#: Of what is waited for, in a tick's summary.
+_MOST_LINES = 20
 REVISION_TAG, REASON_TAG, ATTEMPT_TAG = "refinery/revision", "refinery/reason", "refinery/attempt"
 _SENSOR_TAG = "dagster/sensor_name"
 SENSOR = "new_checkpoints"
@@ -207,7 +209,7 @@ class _Tick:
         ]
         wrong = sum(bool(memory.problem) for memory in self._models.values())
         said = f"{len(catalog.models)} models, nothing new"
-        return "\n".join([f"{said}; something is wrong with {wrong}" if wrong else said, *waiting])
+        return "\n".join([f"{said}; something is wrong with {wrong}" if wrong else said, *waiting[:_MOST_LINES]])
 
 
 def _is_remote(entry: ModelEntry) -> bool:

@@ -627,6 +627,19 @@ def test_a_defect_costs_one_look():
     assert found["b", ""].revision == "b"
 
 
+def test_a_problem_is_looked_at_again_after_a_while(folder, settings, monkeypatch):
+    """It may have been that of a moment."""
+    started = []
+    monkeypatch.setattr(aside, "_start", lambda entry, settings, key: started.append(key))
+    entry = entry_for(folder)
+    problem = aside.Answer(key="key", asked="key", problem="database is locked", at=1000.0)
+    aside._write(aside._answer_file(settings, entry), problem)
+    assert aside.ask(entry, settings, "key", now=1599.0) == problem
+    assert started == []
+    aside.ask(entry, settings, "key", now=1601.0)
+    assert started == ["key"]
+
+
 def test_processes_of_two_sources_at_once_and_no_more(folder, settings, monkeypatch):
     class Running:
         def poll(self):

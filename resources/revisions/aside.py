@@ -36,6 +36,8 @@ _MOST = 2
 #: Processes that ended without an answer before that is said, and how long it is then left alone.
 _TRIES = 3
 _PAUSE_SECONDS = 3600.0
+#: A problem may have been another's: a database that was locked.
+_PROBLEM_SECONDS = 600.0
 #: A new process needs a moment until its lock says that it is there.
 _START_SECONDS = 20.0
 #: For gigabytes from a slow disk; MLflow answers or not.
@@ -76,7 +78,7 @@ def ask(entry: ModelEntry, settings: SourceSettings, key: str, *, now: float, re
     """
     path = _answer_file(settings, entry)
     last = _read(path)
-    if last.key == key:
+    if last.key == key and (last.revision or now - last.at < _PROBLEM_SECONDS):
         return last
     tries = last.tries if last.asked == key else 0
     recent_s = now - last.at

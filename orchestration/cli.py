@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -90,10 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--labels", metavar="L[,L]", help="what the texts may be (zero-shot-classification)")
     command.add_argument(
         "--url",
-        help="gRPC address of a Triton server (default: the first of REFINERY_TRITON_GRPC; else 127.0.0.1:8001, or one "
-        "started for the question)",
+        help="gRPC address of a Triton server (default: the first of REFINERY_TRITON_GRPC that has the model; "
+        "without that variable 127.0.0.1:8001, or one started for the question)",
     )
-    command.add_argument("--target", default="cpu", help="whose repository to serve where no server answers")
+    command.add_argument("--target", default="cpu", help="whose repository to serve where a server is started")
     command.add_argument("--json", action="store_true", help="print the whole answers, one JSON document a line")
     command.set_defaults(command=_query)
 
@@ -108,11 +109,21 @@ def _parser() -> argparse.ArgumentParser:
         help="how new releases are taken up: at once (default), when Triton looks by itself, or not",
     )
     command.add_argument("--cache-mb", type=_megabytes, default=0, metavar="N", help="for models with response_cache")
+    command.add_argument(
+        "--resource",
+        type=_resource,
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="how many there are of what rate limiters name (default: as many as the largest need of one instance)",
+    )
     command.set_defaults(command=_serve)
 
     command = commands.add_parser("load", help="put load on a served model, and measure what it does")
     command.add_argument("model", metavar="MODEL", help="the name it is served under")
-    command.add_argument("--url", help="gRPC address of a Triton server (default: one started for this)")
+    command.add_argument(
+        "--url", help="gRPC address of a Triton server (default: one started for this, never one of users)"
+    )
     command.add_argument(
         "--clients", type=_counts, default=(1, 4, 16), metavar="N[,N]", help="how many at once (default: 1,4,16)"
     )
@@ -189,6 +200,13 @@ def _megabytes(text: str) -> int:
     if not text.isdigit() or int(text) > 10**6:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of megabytes")
     return int(text)
+
+
+def _resource(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name) or not count.isdigit() or not 1 <= int(count) <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=N, such as cores=4")
+    return name, int(count)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
-from resources.triton.launch import caching
+from resources.triton.launch import caching, limited
 from resources.triton.layout import current_release, public_models
 from resources.triton.mirror import Mirror, served_folder
 from resources.triton.server import EmbeddedServer, serve_foreground
@@ -30,17 +30,16 @@ _FOLLOW_SECONDS = 5.0
 
 
 def query(options: Namespace) -> int:
-    """Ask the server at `--url`, or the first of REFINERY_TRITON_GRPC; without them the one on the usual port.
+    """Ask the server at `--url`, or the first of REFINERY_TRITON_GRPC that has the model.
 
-    Where none has the model there, one is started for this.
+    Where none is named: the one on the usual port, or, where that has it not, one that is started for this.
     """
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
     with ExitStack() as stack:
-        named = options.url or next(iter(workspace.triton.servers), None)
-        address = named or DEFAULT_ADDRESS
+        address = options.url or _configured(workspace.triton.servers, options.model) or DEFAULT_ADDRESS
         # Who names a server wants that one's answer and no other.
-        if named is None and not serves(address, options.model):
+        if options.url is None and not workspace.triton.servers and not serves(address, options.model):
             folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
             if current_release(folder, options.model) is None:
                 raise _nothing_served(options.model, repository, public_models(folder))
@@ -60,6 +59,17 @@ def query(options: Namespace) -> int:
     else:
         _show(options.text, answers, labels)
     return 0
+
+
+def _configured(servers: Sequence[str], model: str) -> str | None:
+    """The first of the configured servers that has the model; None where none is configured."""
+    found = next((address for address in servers if serves(address, model)), None)
+    if servers and found is None:
+        raise ServerError(
+            f"{model} is served by none of {', '.join(servers)} (REFINERY_TRITON_GRPC). Have one load it, name another "
+            "with --url, or unset the variable to have one started for this."
+        )
+    return found
 
 
 def _items(options: Namespace, inputs: Sequence[str]) -> list[dict[str, str]]:
@@ -121,6 +131,7 @@ def serve(options: Namespace) -> int:
     if not public_models(folder):
         raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
+    flags += limited(dict(options.resource))
     log = workspace.home / "logs" / f"triton-{options.target}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     serve_foreground(

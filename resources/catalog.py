@@ -90,7 +90,9 @@ class RateLimiter(_Strict):
     resources: dict[str, Annotated[int, Field(ge=1, le=10**6)]] = Field(
         default_factory=dict, description="Copies that one execution holds, by name."
     )
-    priority: int = Field(default=1, ge=1, le=1000, description="Its share of turns is 1 / priority.")
+    priority: int = Field(
+        default=1, ge=1, le=1000, description="Where resources are scarce, of turns it gets 1 / priority."
+    )
 
 
 class ServingSettings(_Strict):

@@ -117,6 +117,10 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
         assert "--http-port" in err
         named = {"REFINERY_TRITON_GRPC": f"127.0.0.1:{ports[1]}"}
         assert refinery(empty, "query", "tiny", "hello", **named)[2] == ""  # it was asked, and none was started
+        code, _, err = refinery(empty, "query", "other", "hello", **named)
+        assert code == 1
+        assert "other is served by none of" in err
+        assert "REFINERY_TRITON_GRPC" in err
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0
@@ -192,6 +196,12 @@ def test_wrong_settings_are_named(empty, variables, expected):
     code, _, err = refinery(empty, "models", **variables)
     assert code == 1
     assert expected in err
+
+
+def test_a_resource_has_a_name_and_a_number(empty):
+    code, _, err = refinery(empty, "serve", "--resource", "cores")
+    assert code == 2
+    assert "--resource: 'cores' is not NAME=N, such as cores=4" in err
 
 
 def test_a_mistyped_hub_id_can_be_put_right(empty):

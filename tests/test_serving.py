@@ -1,5 +1,6 @@
 """How a release is served best, and what it does under load: choosing is pure, the figures are a real server's."""
 
+import itertools
 import json
 import os
 import stat
@@ -18,7 +19,8 @@ from resources.reporting import load_plot, load_table
 from resources.tasks.samples import sample_texts
 from resources.tracking import last_of_each
 from resources.triton.client import TextClient
-from resources.triton.launch import caching
+from resources.triton.config import engine_config, front_config
+from resources.triton.launch import caching, limited
 from resources.triton.load import closed_loop, server_statistics
 from resources.triton.mix import mix
 from resources.triton.perf_analyzer import find_perf_analyzer, read_report, run_perf_analyzer
@@ -158,7 +160,7 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
         plan,
         serving=ServingSetting(instances=3, threads=1, queue_delay_us=700),
         response_cache=True,
-        rate_limiter=RateLimiter(resources={"cores": 1}, priority=2),
+        rate_limiter=RateLimiter(priority=2),
     )
     repository = tmp_path / "cpu"
     release = publish(chosen, repository, Steps(prove=unasked)).release
@@ -167,8 +169,6 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     text_format.Parse((repository / "tiny__r1__pipeline" / "config.pbtxt").read_text(), config)
     assert config.dynamic_batching.max_queue_delay_microseconds == 700
     assert [(group.count, group.rate_limiter.priority) for group in config.instance_group] == [(1, 2), (2, 20_000)]
-    for group in config.instance_group:
-        assert [(one.name, one.count) for one in group.rate_limiter.resources] == [("cores", 1)]
     options = caching(triton_settings.environment, 8)
     names = ["tiny", "tiny__r1__pipeline"]
     with (
@@ -184,10 +184,12 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     np.testing.assert_allclose(answers[0], answers_of(plan, ["the same text"]), rtol=0, atol=1e-6)
 
 
-#: Put at the end of an engine's model.py: it writes one line a run, with the shape that it was given, or its process.
-SHAPE, PROCESS = "'x'.join(map(str, feed['input_ids'].shape))", "os.getpid()"
+#: Put at the end of an engine's model.py: it writes one line a run, with the shape that it was given, or its process
+#: and when it began and ended.
+SHAPE = "'x'.join(map(str, feed['input_ids'].shape))"
+PROCESS = "os.getpid()} {started} {time.monotonic()"
 COUNTING = """
-import os
+import os, time
 
 _initialize = TritonPythonModel.initialize
 
@@ -197,9 +199,12 @@ def _initialize_and_count(self, args):
     run = self._engine.run
 
     def counted(feed):
+        started = time.monotonic()
+        found = run(feed)
+        time.sleep({pause})
         with open({path!r}, "a") as log:
             log.write(f"{{{what}}}\\n")
-        return run(feed)
+        return found
 
     self._engine.run = counted
 
@@ -223,7 +228,7 @@ def test_length_buckets_let_the_engine_run_less_often(plan, triton_settings, tmp
             made = replace(made, checkpoint=made.checkpoint.with_files(made.checkpoint_folder))
         publish(made, repository, Steps(prove=unasked))
         code, log = repository / "tiny__r1__pipeline" / "1" / "model.py", folder / "runs"
-        code.write_text(code.read_text() + COUNTING.format(path=str(log), what=SHAPE))
+        code.write_text(code.read_text() + COUNTING.format(path=str(log), what=SHAPE, pause=0))
         with EmbeddedServer(repository, triton_settings, models=["tiny"], log=folder / "log") as server:
             log.write_text("")
             before = server_statistics(server.grpc_address, ["tiny", "tiny__r1__pipeline"])
@@ -248,22 +253,72 @@ def test_the_first_instance_has_what_is_alone_and_others_help(triton_settings, t
     made = make_plan(tmp_path / "plan", serving=ServingSetting(instances=2, threads=1))
     publish(made, tmp_path / "cpu", Steps(prove=unasked))
     code, log = tmp_path / "cpu" / "tiny__r1__pipeline" / "1" / "model.py", tmp_path / "runs"
-    code.write_text(code.read_text() + COUNTING.format(path=str(log), what=PROCESS))
+    code.write_text(code.read_text() + COUNTING.format(path=str(log), what=PROCESS, pause=0.002))
     with EmbeddedServer(tmp_path / "cpu", triton_settings, models=["tiny"], log=tmp_path / "log") as server:
         log.write_text("")
         with TextClient(server.grpc_address) as client:
             for _ in range(50):
                 ask_together(client, ["one"])
-        alone = Counter(log.read_text().split())
+                time.sleep(0.01)  # an instance is free a moment after its answer
+        alone = Counter(line.split()[0] for line in log.read_text().splitlines())
         log.write_text("")
         assert not closed_loop(
             server.grpc_address, "tiny", CONTRACT, ITEMS, concurrency=16, seconds=1.5, warm_up_seconds=0
         ).failures
-        together = Counter(log.read_text().split())
-    # An instance that has had no turn comes first; that is the only request that the second one gets.
-    assert sorted(alone.values()) in ([50], [1, 49])
+        together = Counter(line.split()[0] for line in log.read_text().splitlines())
+    assert list(alone.values()) == [50]
     assert len(together) == 2
     assert min(together.values()) > 0.2 * max(together.values())
+
+
+def test_instances_that_share_a_resource_never_run_together(triton_settings, tmp_path):
+    limiter = RateLimiter(resources={"cores": 1})
+    made = make_plan(tmp_path / "plan", max_batch_size=4, serving=ServingSetting(instances=2, threads=1))
+    made = replace(made, rate_limiter=limiter)
+    publish(made, tmp_path / "cpu", Steps(prove=unasked))
+    code, log = tmp_path / "cpu" / "tiny__r1__pipeline" / "1" / "model.py", tmp_path / "runs"
+    code.write_text(code.read_text() + COUNTING.format(path=str(log), what=PROCESS, pause=0.002))
+    names = ["tiny", "tiny__r1__pipeline"]
+    spans = {}
+    for there in (1, 2):
+        options = limited({"cores": there})
+        server = EmbeddedServer(
+            tmp_path / "cpu", triton_settings, models=["tiny"], log=tmp_path / "log", options=options
+        )
+        with server:
+            log.write_text("")
+            before = server_statistics(server.grpc_address, names)
+            result = closed_loop(
+                server.grpc_address, "tiny", CONTRACT, ITEMS, concurrency=16, seconds=1.0, warm_up_seconds=0
+            )
+            counted(server.grpc_address, before, result.requests)
+        assert not result.failures
+        runs = [line.split() for line in log.read_text().splitlines()]
+        assert len({process for process, _, _ in runs}) == 2, "both take part"
+        spans[there] = sorted((float(start), float(end)) for _, start, end in runs)
+
+    def overlapping(found):
+        return sum(later < end for (_, end), (later, _) in itertools.pairwise(found))
+
+    assert overlapping(spans[1]) == 0
+    assert overlapping(spans[2]) > 10
+
+
+@pytest.mark.parametrize(
+    ("instances", "limiter", "groups"),
+    [
+        (1, None, [(1, 0)]),
+        (2, None, [(1, 1), (1, 10_000)]),
+        (4, RateLimiter(priority=3), [(1, 3), (3, 30_000)]),
+        (4, RateLimiter(resources={"cores": 1}, priority=3), [(4, 3)]),  # a helper would wait for ever longer
+    ],
+)
+def test_the_first_instance_comes_first(plan, instances, limiter, groups):
+    given = replace(plan, serving=ServingSetting(instances=instances), rate_limiter=limiter)
+    found = front_config(given, 1).instance_group
+    assert [(group.count, group.rate_limiter.priority) for group in found] == groups
+    assert {group.kind for group in found} == {found[0].kind}
+    assert [group.count for group in engine_config(replace(given, flavour="native"), 1).instance_group] == [instances]
 
 
 def test_a_release_under_load(plan, triton_settings, tmp_path):

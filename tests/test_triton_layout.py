@@ -145,7 +145,7 @@ def test_on_a_cpu_instances_share_the_cores_while_several_compute(plan, threads,
     )
     assert {(one.instances, one.threads, one.threads_beside) for one in tried} == found
     last = front_config(replace(plan, serving=tried[-1]), 1)
-    assert last.instance_group[0].count == tried[-1].instances
+    assert sum(group.count for group in last.instance_group) == tried[-1].instances
     values = [last.parameters[name].string_value for name in ("threads", "threads_beside")]
     assert values == [str(threads), str(tried[-1].threads_beside or threads)]
 
@@ -156,9 +156,10 @@ def test_rows_are_padded_less_where_batches_save_little(plan):
 
 
 def test_instances_know_of_each_other():
+    groups = [{"count": 1}, {"count": 2}]
     first, second = (
-        Neighbours({"model_name": "tiny__r1__engine" * 20, "model_instance_name": f"tiny__r1__engine_0_{number}"}, 2)
-        for number in range(2)
+        Neighbours({"model_name": "tiny__r1__engine" * 20, "model_instance_name": f"tiny__r1__engine_{place}"}, groups)
+        for place in ("0_0", "1_1")
     )
     assert not first.at_work()
     with second:
@@ -170,8 +171,12 @@ def test_instances_know_of_each_other():
     time.sleep(0.1)
     assert not first.at_work()
     assert not second.at_work()
-    with Neighbours({"model_name": "alone", "model_instance_name": "alone_0_0"}, 1) as alone:
-        assert not alone.at_work()
+    third = Neighbours({"model_name": "tiny__r1__engine" * 20, "model_instance_name": "tiny__r1__engine_1_0"}, groups)
+    other = Neighbours({"model_name": "other", "model_instance_name": "other_1_0"}, groups)
+    with other:
+        assert not first.at_work()
+    with third:
+        assert first.at_work()
 
 
 def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):

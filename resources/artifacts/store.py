@@ -121,6 +121,10 @@ class ArtifactStore:
         draft.write_text(json.dumps({"kind": record.kind, "digest": record.digest}), encoding="utf-8")
         draft.replace(path)
 
+    def forget(self, name: str) -> None:
+        """The named step made nothing this time."""
+        (self.root / "current" / f"{name}.json").unlink(missing_ok=True)
+
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         try:

@@ -18,11 +18,11 @@ _WARM_UP_TOKENS = 16
 #: What padding is for are batches. On a CPU they save little: 8 rows of 32 tokens took 0.80 of the time of 8 single
 #: ones, and 4 of 128 all of it; and a ninth of all work was padding. So rows are padded there to the next eight.
 _CPU_LENGTH_STEP = 8
-#: While Triton heeds rate limiters, an instance with priority n gets a turn where the one with priority 1 gets n. So
-#: the first instance has every request that is alone, and the others help while it is busy. In turns, as Triton gives
-#: them by itself, each process would find the other's data in the caches, and on a GPU the other's context: a lone
-#: request took 1.22 to 1.54 ms on an H100 where one instance took 0.96 to 1.36.
-_BESIDE = 10_000
+#: While Triton heeds rate limiters, an instance with priority n gets one turn where the one with priority 1 gets n, of
+#: those that are free. So the first instance has nearly every request that is alone, and the others help while it is
+#: busy. In turns, as Triton gives them by itself, each process would find the other's data in the caches, and on a GPU
+#: the other's context (README, "Served under load").
+_HELPER_PRIORITY = 10_000
 #: Of an engine's parameters, what its `model.py` has to know: where a plan runs, and what computes.
 _BUILT = ("flavour", "tensorrt", "compute_capability", "provider")
 
@@ -175,19 +175,19 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
 def _instances(config: ModelConfig, plan: ReleasePlan) -> None:
     """What was found for the engine, and what the catalog says of it."""
     config.dynamic_batching.max_queue_delay_microseconds = plan.serving.queue_delay_us
-    group = config.instance_group[0]
+    group, limiter = config.instance_group[0], plan.rate_limiter
     group.count = plan.serving.instances
-    if plan.rate_limiter is not None:
-        group.rate_limiter.priority = plan.rate_limiter.priority
-        for name, count in plan.rate_limiter.resources.items():
+    if limiter is not None:
+        group.rate_limiter.priority = limiter.priority
+        for name, count in limiter.resources.items():
             group.rate_limiter.resources.add(name=name, count=count)
-    if plan.whole and group.count > 1:
-        group.count = 1
-        beside = config.instance_group.add()
-        beside.CopyFrom(group)
-        beside.count = plan.serving.instances - 1
-        group.rate_limiter.priority = group.rate_limiter.priority or 1
-        beside.rate_limiter.priority = group.rate_limiter.priority * _BESIDE
+    # Where instances wait for resources, a batch is bound to one before it has them: a helper's would wait for ever
+    # longer behind every other model's first instance (0.9 s were seen).
+    if plan.whole and group.count > 1 and not (limiter and limiter.resources):
+        first = limiter.priority if limiter is not None else 1
+        group.count, group.rate_limiter.priority = 1, first
+        helpers = config.instance_group.add(kind=group.kind, count=plan.serving.instances - 1)
+        helpers.rate_limiter.priority = first * _HELPER_PRIORITY
 
 
 def _accelerator(config: ModelConfig, plan: ReleasePlan) -> None:

@@ -9,7 +9,7 @@ import socket
 import sys
 import sysconfig
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -123,6 +123,14 @@ def caching(environment: Path, megabytes: int) -> list[str]:
     """Options of a server that keeps answers, so many megabytes of them, of models that ask for it."""
     folder = _package(environment) / "tritonserver" / "caches"
     return [f"--cache-directory={folder}", f"--cache-config=local,size={megabytes * 2**20}"]
+
+
+def limited(resources: Mapping[str, int]) -> list[str]:
+    """Options of a server that has so many of each resource that rate limiters name.
+
+    Triton's default is as many as the largest need of any one instance: then one of them runs at a time.
+    """
+    return [f"--rate-limit-resource={name}:{count}" for name, count in sorted(resources.items())]
 
 
 def variables(environment: Path) -> dict[str, str]:

@@ -122,9 +122,7 @@ def closed_loop(
     was asked in the `seconds` after the warm-up, and every failure. Not to be called where an event loop runs.
     Raises ServerError where nothing at all is answered.
     """
-    return asyncio.run(
-        _over_grpc(address, model, contract, items, concurrency, seconds, warm_up_seconds=warm_up_seconds, seed=seed)
-    )
+    return asyncio.run(_over_grpc(address, model, contract, items, concurrency, seconds, warm_up_seconds, seed))
 
 
 #: One request, by the number of its item; raises where it is not answered.
@@ -227,7 +225,8 @@ async def _over_grpc(
     items: Sequence[Mapping[str, str]],
     concurrency: int,
     seconds: float,
-    **others: Any,
+    warm_up_seconds: float,
+    seed: int,
 ) -> LoadResult:
     """The clients on one connection, with requests that were made before."""
     import tritonclient.grpc as api
@@ -242,7 +241,9 @@ async def _over_grpc(
             if not answer.get_response().raw_output_contents:
                 raise ServerError(f"{model} answered with nothing.")
 
-        result = await closed(ask, len(items), concurrency=concurrency, seconds=seconds, **others)
+        result = await closed(
+            ask, len(items), concurrency=concurrency, seconds=seconds, warm_up_seconds=warm_up_seconds, seed=seed
+        )
     if not result.requests:
         why = result.first_error or f"none came within {result.seconds:g} s"
         raise ServerError(f"The server at {address} (gRPC) answered no request to {model}: {why}.")

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 QUEUE_DELAYS_US = (0, 500, 2000)
 #: More instances than this share the machine's memory bandwidth and the GPU's multiprocessors without winning.
 MOST_INSTANCES = 4
-#: Two instances on a CPU hold an engine's weights four times, a gigabyte of these.
-LARGEST_SHARED_BYTES = 2**28
+#: What all instances on a CPU may hold of weights; each holds the engine's twice.
+MOST_WEIGHTS_BYTES = 2**30
 #: Within this share of the best settings are equal, and the simplest is taken: the same setting, measured twice for
 #: some seconds on a machine that others use too, differed by up to ten percent.
 NOISE = 0.1
@@ -78,7 +78,8 @@ def settings_to_try(
     """
     counts = [2**power for power in range(MOST_INSTANCES.bit_length())]
     if device == "cpu":
-        counts = [count for count in counts if count <= cores and (count == 1 or engine_bytes <= LARGEST_SHARED_BYTES)]
+        fitting = max(1, MOST_WEIGHTS_BYTES // max(1, 2 * engine_bytes))
+        counts = [count for count in counts if count <= min(cores, fitting)]
     counts = counts if serving.instances is None else [serving.instances]
     delays = QUEUE_DELAYS_US if serving.queue_delay_us is None else (serving.queue_delay_us,)
     return tuple(
@@ -236,6 +237,7 @@ def make_serving_configuration(
             "resources.triton.load",
             "resources.triton.mix",
             "resources.triton.config",
+            "resources.triton.launch",
             "resources.triton.python_models",
             "resources.pipelines",
             "resources.engines.sessions",

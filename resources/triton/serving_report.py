@@ -107,7 +107,12 @@ def make_serving_report(
         device=describe_device(target),
         perf_analyzer=str(find_perf_analyzer() or ""),
         server=requirements(),
-        code=code_version("resources.triton.serving_report", "resources.triton.load", "resources.triton.mix"),
+        code=code_version(
+            "resources.triton.serving_report",
+            "resources.triton.load",
+            "resources.triton.mix",
+            "resources.triton.launch",
+        ),
     )
     record = ServingReport(
         digest=digest,

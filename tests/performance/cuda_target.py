@@ -134,6 +134,7 @@ def main() -> int:
     parser.add_argument("--target", default="cuda_sm90", type=check_target)
     parser.add_argument("--shapes", nargs="*", default=["1x16", "1x128", "32x128"])
     parser.add_argument("--seconds", type=float, default=20.0, help="of one benchmark")
+    parser.add_argument("--instances", type=int, help="of the release; default: what the search finds")
     parser.add_argument("--triton", type=Path, default=TritonSettings().environment)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
@@ -150,6 +151,7 @@ def main() -> int:
                 "task": "embedding",
                 "shapes": given.shapes,
                 "benchmark": {"seconds": given.seconds},
+                "serving": {"instances": given.instances, "clients": max(CLIENTS)},
             }
         )
         return 0 if run(workspace, entry, given.target) else 1

@@ -10,7 +10,6 @@ Its version folder also holds answering.py, aside.py, engine.py with what that n
 `pipelines`, what that reads (pipeline.json, encoder.json, tokenizer.json) and a copy of the `tokenizers` package.
 """
 
-import gc
 import json
 import sys
 import time
@@ -56,7 +55,6 @@ class TritonPythonModel(AnsweringModel):
         except Exception as error:
             raise pb_utils.TritonModelException(f"{args['model_name']} cannot be served here: {error}") from error
         self._warm([name for name in parameters["extra_inputs"].split(",") if name])
-        gc.freeze()  # what is there now stays: the collector need not look at it while somebody waits
 
     def _infer(self, arrays):
         return self._engine.run({name: arrays[name] for name in self._engine.inputs})

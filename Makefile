@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-ui: setup  ## Dagster and MLflow on loopback, until Ctrl-C
+ui: setup  ## Dagster, with what it does by itself, and MLflow, on loopback, until Ctrl-C
 	$(BIN)/refinery ui
 
 serve: setup  ## the embedded Triton on this repository, until Ctrl-C

@@ -17,13 +17,13 @@ from resources.workspace import Workspace
     group_name="sources",
     kinds={"huggingface"},
     owners=OWNERS,
-    description="A Hugging Face checkpoint from a folder, a Python package or the Hub, complete and fit for its task.",
+    description="A Hugging Face checkpoint, copied from wherever the catalog says, complete and fit for its task.",
     op_tags=placement(),
 )
 def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
     entry = workspace.entry(context.partition_key)
     log = workspace.log(entry.name, "checkpoint")
-    made = collect_checkpoint(entry, workspace.store, workspace.limits, log)
+    made = collect_checkpoint(entry, workspace.store, workspace.limits, log, settings=workspace.sources)
     folder = remember(workspace.store, f"checkpoint/{entry.name}", made)
     record = made.record
     return materialized(

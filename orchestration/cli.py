@@ -41,9 +41,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("optimize", help="optimize a model and publish the result")
     command.add_argument(
-        "model", metavar="MODEL", help="a name of the catalog, a folder, or a Hub id (org/name[@revision])"
+        "model",
+        metavar="MODEL",
+        help="a name of the catalog, a folder, a Hub id (org/name[@revision]), or another source",
     )
-    new = command.add_argument_group("for a folder or Hub id, which becomes a catalog entry of its own")
+    new = command.add_argument_group("for a source, which becomes a catalog entry of its own")
     new.add_argument("--name", help="its name in the catalog (default: the last part of MODEL)")
     new.add_argument("--task", help="what it is for (default: told from the checkpoint)")
     new.add_argument("--seq-len", metavar="N[,N]", help="tokens to optimize for")
@@ -72,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_gc)
 
     command = commands.add_parser("bench", help="compare a model's engines with each other, outside the pipeline")
-    command.add_argument("model", metavar="MODEL", help="as for optimize: a name, a folder or a Hub id")
-    command.add_argument("--name", help="for a folder or Hub id: its name in the catalog")
-    command.add_argument("--task", help="for a folder or Hub id: what it is for")
+    command.add_argument("model", metavar="MODEL", help="as for optimize: a name, or a source")
+    command.add_argument("--name", help="for a source: its name in the catalog")
+    command.add_argument("--task", help="for a source: what it is for")
     command.add_argument(
         "--engines", metavar="E[,E]", help="only these, beside PyTorch (default: all that can compete)"
     )

@@ -20,6 +20,7 @@ from orchestration.jobs import close_tracking_of_killed_runs, optimize
 from orchestration.notifications import failure_sensor
 from orchestration.progress import progress_logger
 from orchestration.schedules import DEFAULT_CRON, reoptimization
+from orchestration.sensors import checkpoint_sensor
 from orchestration.settings import read_execution, read_workspace, tracker_of, webhook_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
@@ -47,6 +48,7 @@ def make_definitions(
         jobs=[optimize, *upkeep.JOBS],
         schedules=[reoptimization(cron)],
         sensors=[
+            checkpoint_sensor(workspace.watch_seconds),
             failure_sensor(webhook_of(os.environ), os.environ.get("REFINERY_DAGSTER_UI") or None),
             close_tracking_of_killed_runs,
         ],

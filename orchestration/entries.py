@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from resources.artifacts.records import Checkpoint
 from resources.catalog import DEFAULT_SHAPES, ModelEntry, explain, load_catalog, write_entry
-from resources.checkpoints import locate
+from resources.checkpoints import SourceSettings, locate
+from resources.checkpoints.registry import parse_reference
 from resources.errors import ArtifactError, CatalogError
 from resources.workspace import Workspace
 
@@ -29,7 +30,7 @@ ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds")
 
 
 def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = True) -> ModelEntry:
-    """The catalog's entry for `options.model`, added below the workspace's home if it is a folder or a Hub id.
+    """The catalog's entry for `options.model`, added below the workspace's home if it is a source.
 
     rewrite: whether an entry that was added from the same source is written anew; else it stays as it is, unless
     something is said about it. Raises CatalogError, CheckpointError.
@@ -62,7 +63,7 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
                 f"{name!r} is in the catalog for {earlier.task}; leave --task out, or give another name with --name."
             )
         return earlier
-    entry = _entry(name, source, options)
+    entry = _entry(name, source, options, workspace.sources)
     if earlier is not None and earlier.source != entry.source and _was_collected(workspace, name):
         raise CatalogError(
             f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with --name, "
@@ -92,16 +93,18 @@ def _source(model: str) -> str | None:
 
 
 def _name_from(source: str) -> str:
+    if source.startswith("models:"):
+        source = parse_reference(source).name
     last = source.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._").lower()
 
 
-def _entry(name: str, source: str, options: Namespace) -> ModelEntry:
+def _entry(name: str, source: str, options: Namespace, settings: SourceSettings) -> ModelEntry:
     for option in ("seq_len", "batch_size"):
         for number in (getattr(options, option) or "1").split(","):
             if not number.strip().isdigit() or int(number) < 1:
                 raise CatalogError(f"--{option.replace('_', '-')}: {number!r} is not a number from 1 up.")
-    fields: dict[str, Any] = {"name": name, "source": source, "task": options.task or _guess_task(source)}
+    fields: dict[str, Any] = {"name": name, "source": source, "task": options.task or _guess_task(source, settings)}
     if options.seq_len or options.batch_size:
         lengths = (
             options.seq_len or ",".join(str(n) for n in dict.fromkeys(s.sequence for s in DEFAULT_SHAPES))
@@ -120,9 +123,9 @@ def _entry(name: str, source: str, options: Namespace) -> ModelEntry:
         raise CatalogError(f"{options.model}: {explain(error, ModelEntry)}") from None
 
 
-def _guess_task(source: str) -> str:
+def _guess_task(source: str, settings: SourceSettings) -> str:
     """By the class the checkpoint was saved from; what has no head of its own embeds."""
-    folder = locate(source, allow_pickle=False, trust_remote_code=False).folder
+    folder = locate(source, allow_pickle=False, trust_remote_code=False, settings=settings).folder
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
     except (OSError, ValueError, AttributeError):

@@ -16,6 +16,7 @@ from pathlib import Path
 import dagster as dg
 
 from orchestration.instance import WORKSPACE, prepare_instance
+from orchestration.sensors import SENSOR
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
 from resources.triton.launch import supervised
@@ -65,6 +66,7 @@ def serve_pages(options: Namespace) -> int:
         for name, process in processes.items():
             _await(name, process, ports[name], folder / f"{name}.log")
             print(f"{name:8} http://{_LOOPBACK}:{ports[name]}", flush=True)
+        print(f"What is new in the catalog is optimized, while the sensor {SENSOR} is on.", flush=True)
         print("Ctrl-C stops both.", flush=True)
         while all(process.poll() is None for process in processes.values()):
             time.sleep(0.5)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import cast, get_args
 
 import orchestration
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
+from resources.checkpoints.settings import HUB, Access
 from resources.errors import CatalogError
 from resources.isolation import Limits
 from resources.targets import check_target
 from resources.tracking import Tracker
 from resources.triton.settings import Control, Flavour, TritonSettings
 from resources.triton.storage import Location, parse_location
-from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, Workspace
+from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, WATCH_SECONDS, Workspace
 
 DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")
 DEFAULT_MLFLOW_UI = "http://127.0.0.1:5000"
@@ -64,6 +66,29 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         tracking_uri=environment.get("REFINERY_MLFLOW_URI") or None,
         tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
         triton=triton,
+        access=read_access(environment),
+        watch_seconds=max(1, round(_number(environment, "REFINERY_WATCH_SECONDS", WATCH_SECONDS))),
+    )
+
+
+def read_access(environment: Mapping[str, str]) -> Access:
+    """Where sources are asked and as whom, by the variables of huggingface_hub, MLflow and Azure."""
+    cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
+    home = Path(environment.get("HF_HOME") or cache / "huggingface").expanduser()
+    offline = environment.get("HF_HUB_OFFLINE") or environment.get("TRANSFORMERS_OFFLINE") or ""
+    token = environment.get("HF_TOKEN")
+    if not token:
+        with suppress(OSError, UnicodeDecodeError):
+            token = Path(environment.get("HF_TOKEN_PATH") or home / "token").read_text().strip()
+    return Access(
+        hub_endpoint=(environment.get("HF_ENDPOINT") or HUB).rstrip("/"),
+        hub_token=token or None,
+        hub_cache=Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),
+        hub_offline=offline.upper() in ("1", "ON", "YES", "TRUE"),
+        mlflow_username=environment.get("MLFLOW_TRACKING_USERNAME"),
+        mlflow_password=environment.get("MLFLOW_TRACKING_PASSWORD"),
+        mlflow_token=environment.get("MLFLOW_TRACKING_TOKEN"),
+        azure_key=environment.get("AZURE_STORAGE_KEY"),
     )
 
 

@@ -176,6 +176,13 @@ class ModelEntry(_Strict):
         except ValidationError as error:
             raise ValueError(explain(error, options, prefix="options.")) from None
 
+    def fields(self) -> dict[str, Any]:
+        """What a models file would say of it, defaults left out: the same entry, once it is read again."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        if self.shapes is not None:
+            data["shapes"] = [str(shape) for shape in self.shapes]
+        return data
+
     def competes(self, engine: str) -> bool:
         """Whether the engine of that name is a candidate here. The PyTorch baseline is always measured."""
         return self.engines is None or engine in self.engines or engine == "torch"
@@ -345,10 +352,7 @@ def write_entry(entry: ModelEntry, folder: Path) -> Path:
     """Write one entry as a models file of its own, named as the model; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{entry.name}.yaml"
-    data = entry.model_dump(mode="json", exclude_defaults=True)
-    if entry.shapes is not None:
-        data["shapes"] = [str(shape) for shape in entry.shapes]
     draft = path.with_suffix(".tmp")
-    draft.write_text(yaml.safe_dump({"models": [data]}, sort_keys=False), encoding="utf-8")
+    draft.write_text(yaml.safe_dump({"models": [entry.fields()]}, sort_keys=False), encoding="utf-8")
     draft.replace(path)
     return path

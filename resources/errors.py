@@ -23,6 +23,14 @@ class CheckpointError(RefineryError):
     """A checkpoint cannot be had, is incomplete, or does not fit its task."""
 
 
+class UnfetchedError(CheckpointError):
+    """A checkpoint is not on this machine. revision: what would be fetched."""
+
+    def __init__(self, source: str, revision: str) -> None:
+        super().__init__(f"source: {source} at {revision[:12]} is not on this machine yet.")
+        self.revision = revision
+
+
 class ExportError(RefineryError):
     """PyTorch's model could not be turned into an ONNX graph that computes the same."""
 

@@ -31,11 +31,10 @@ from resources.artifacts.store import RECORD_FILE, ArtifactStore, Made
 from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
 from resources.checkpoints.collect import expected_checkpoint
-from resources.checkpoints.sources import UnfetchedError
 from resources.device import why_not_here
 from resources.engines import BASELINE, ENGINES, Sources
 from resources.engines.make import make_engine
-from resources.errors import RefineryError
+from resources.errors import RefineryError, UnfetchedError
 from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import make_champion
 from resources.evaluation.reference import make_evaluation_set
@@ -224,7 +223,9 @@ class _Planner:
 
         def collect() -> Made[Checkpoint]:
             try:
-                return collect_checkpoint(self._entry, self._store, self._workspace.limits, fetch=False)
+                return collect_checkpoint(
+                    self._entry, self._store, self._workspace.limits, settings=self._workspace.sources, fetch=False
+                )
             except _WouldMakeError as would:
                 unlike.append(would.made_of)
                 raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import Catalog, ModelEntry, load_catalog
+from resources.checkpoints.settings import Access, SourceSettings
 from resources.device import physical_cores
 from resources.isolation import Limits
 from resources.triton.settings import TritonSettings
@@ -17,6 +18,8 @@ from resources.triton.storage import Location, RemotePath
 #: Protobuf cannot serialize a message of 2 GiB or more, so larger graphs keep their weights in a file beside them.
 #: A little below, because the graph itself takes room too.
 EXTERNAL_DATA_THRESHOLD_BYTES = 2**31 - 64 * 2**20
+#: Between two looks of the sensor at the same source, and how long a folder must have been still.
+WATCH_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ class Workspace:
     tracking_uri: str | None = None
     tracking_ui: str | None = None
     triton: TritonSettings = field(default_factory=TritonSettings)
+    access: Access = Access()
+    watch_seconds: int = WATCH_SECONDS
+
+    @property
+    def sources(self) -> SourceSettings:
+        """How checkpoints are looked for and fetched."""
+        return SourceSettings(self.home / "sources", self.mlflow_uri(), self.access)
 
     @property
     def store(self) -> ArtifactStore:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import threading
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,10 @@ def s3_server() -> Iterator[S3Server]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        with suppress(FileExistsError):  # moto remembers for as long as the process lasts
-            s3.place("x", Path()).store.filesystem().mkdir(BUCKET)
+        # moto keeps what it holds by process, and another test may have had a server in this one.
+        reset = urllib.request.Request(f"http://{s3.address}/moto-api/reset", method="POST")
+        urllib.request.urlopen(reset, timeout=10).close()  # noqa: S310
+        s3.place("x", Path()).store.filesystem().mkdir(BUCKET)
         yield s3
     finally:
         server.shutdown()

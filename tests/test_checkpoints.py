@@ -9,12 +9,13 @@ from hashlib import sha256
 import pytest
 
 from resources.artifacts.store import ArtifactStore
-from resources.checkpoints import collect_checkpoint
+from resources.checkpoints import SourceSettings, collect_checkpoint
 from resources.checkpoints.collect import copy_unchanged
 from resources.checkpoints.validation import largest_token_id, validate
 from resources.errors import CheckpointError
 from resources.isolation import Limits
 from resources.pipelines.tokenization import TextEncoder
+from resources.revisions import look
 from tests.checkpoints import MINILM_PACKAGE, edit_json
 from tests.conftest import entry_for
 
@@ -54,6 +55,7 @@ def test_the_real_checkpoint_is_collected_once(store):
     entry = entry_for("x", name="minilm", source=MINILM_PACKAGE, shapes=["1x16"])
     first = collect_checkpoint(entry, store, LIMITS)
     assert not first.reused
+    assert look(entry, None, SourceSettings(), interval_s=0).revision == first.record.revision
     assert first.record.max_tokens == 256  # sentence_bert_config.json, though the model has 512 positions
     assert first.record.weights_bytes == 90868376
     settings = json.loads((store.folder(first.record) / "encoder.json").read_text())

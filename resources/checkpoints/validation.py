@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from resources.catalog import ModelEntry
-from resources.checkpoints.sources import PICKLE_REMEDY, WANTED, WANTED_CODE, is_hub_id
+from resources.checkpoints.sources import (
+    PICKLE_REMEDY,
+    WANTED,
+    WANTED_CODE,
+    WANTED_PICKLE,
+    WANTED_WEIGHTS,
+    is_hub_id,
+)
 from resources.errors import CheckpointError
 from resources.tasks import TASKS, CheckpointFiles
 
@@ -118,6 +125,16 @@ def _files(entry: ModelEntry, folder: Path) -> list[str]:
     ]
     indices = {INDEX, PICKLE_INDEX}  # they come with the weights, or not at all
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns) and name not in indices]
+
+
+def candidate_files(entry: ModelEntry, folder: Path) -> list[str]:
+    """Files that may belong to the checkpoint, whole or not: what is worth asking whether it has changed."""
+    weights = [*WANTED_WEIGHTS, INDEX, *((*WANTED_PICKLE, PICKLE_INDEX) if entry.allow_pickle else ())]
+    names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in weights)]
+    try:
+        return [*names, *_files(entry, folder)]
+    except CheckpointError:  # modules.json is half written, or names folders that are elsewhere
+        return [*names, "modules.json"]
 
 
 def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:

@@ -93,7 +93,9 @@ def compare(
     Unsupported and failed engines are part of the result, with their reason. Raises CatalogError, CheckpointError and
     ExportError before anything is built, and EngineError where PyTorch cannot run or nothing is left beside it.
     """
-    checkpoint = _said(say, "checkpoint", collect_checkpoint(entry, workspace.store, workspace.limits))
+    checkpoint = _said(
+        say, "checkpoint", collect_checkpoint(entry, workspace.store, workspace.limits, settings=workspace.sources)
+    )
     measured_at = _checked(entry, checkpoint, shapes) if shapes else shapes_of(entry, checkpoint)
     evaluation = _said(say, "evaluation_set", make_evaluation_set(workspace, entry, checkpoint))
     graph = _said(say, "onnx_graph", make_graph(workspace, entry, checkpoint))

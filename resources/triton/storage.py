@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +50,17 @@ _REFUSED = re.compile(
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a store says of an object. tag: its ETag, another one for other bytes. modified: seconds since 1970, 0 where
+    it does not say.
+    """
+
+    size_bytes: int
+    tag: str
+    modified: float
+
+
 class RefusedError(ReleaseError):
     """The store answers, and that this user may not."""
 
@@ -64,16 +76,17 @@ class Held(Protocol):
 class Store:
     """One service with its buckets. scratch: a folder on this machine where releases are made and looked at.
 
-    shown: what comes before the bucket's name in a path as a person writes it. variable: which named it. leases: of who
-    changes what lies at or below a key right now.
+    shown: what comes before the bucket's name in a path as a person writes it. leases: of who changes what lies at or
+    below a key right now. setting, rights: where the address stands, and what its credentials have to allow.
     """
 
     protocol: str
     shown: str
     scratch: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    variable: str = "REFINERY_TRITON_REPOSITORIES"
     leases: dict[str, Held] = field(default_factory=dict)
+    setting: str = "REFINERY_TRITON_REPOSITORIES"
+    rights: str = "list, read, write and delete"
 
     def filesystem(self) -> AbstractFileSystem:
         """fsspec's, which it keeps by process and thread. Raises ReleaseError where its package is missing."""
@@ -162,6 +175,10 @@ class RemotePath:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file below, by its path from here. One question, however many there are."""
+        return {name: one.size_bytes for name, one in self.listing().items()}
+
+    def listing(self) -> dict[str, Listed]:
+        """The same, with what tells one content from another."""
         try:
             with self._asking("list") as (files, bound):
                 found = files.find(self.key, detail=True, **bound)
@@ -170,7 +187,7 @@ class RemotePath:
         # Some tools make an object of no bytes stand for a folder.
         names = {name.strip("/").removeprefix(f"{self.key}/"): one for name, one in found.items()}
         return {
-            name: int(one["size"])
+            name: Listed(int(one["size"]), _tag(one), _modified(one))
             for name, one in sorted(names.items())
             if one["type"] == "file" and name != self.key and not str(one["name"]).endswith("/")
         }
@@ -256,14 +273,14 @@ class RemotePath:
         if _NO_BUCKET.search(said) or (gone and what == "write"):
             raise ReleaseError(
                 f"{self.store.shown}{self.key.split('/')[0]} is not there. Make the bucket, or correct "
-                f"{self.store.variable}."
+                f"{self.store.setting}."
             ) from error
         if gone or getattr(error, "errno", None) in _DISK:
             return
         if isinstance(error, PermissionError) or _REFUSED.search(said):
             raise RefusedError(
                 f"{self}: the store refuses to {what} it: {first_line(error)}. Set {self.store.variables}, as for "
-                "Triton, to credentials that may list, read, write and delete there."
+                f"Triton, to credentials that may {self.store.rights} there."
             ) from error
         reason = first_line(error) if str(error) else "no answer in time"
         raise ReleaseError(
@@ -278,6 +295,18 @@ Location = Path | RemotePath
 def _whole(files: AbstractFileSystem, size_bytes: int) -> dict[str, float]:
     """What bounds a whole file's way."""
     return {"timeout": _FILE_SECONDS + size_bytes / _FILE_BYTES_PER_SECOND} if files.async_impl else {}
+
+
+def _tag(one: Mapping[str, Any]) -> str:
+    """As S3's, Google's and Azure's file systems call it."""
+    return str(one.get("ETag") or one.get("etag") or one.get("md5Hash") or "").strip('"')
+
+
+def _modified(one: Mapping[str, Any]) -> float:
+    said = one.get("LastModified") or one.get("last_modified") or one.get("mtime") or one.get("updated")
+    with suppress(ValueError):
+        said = datetime.fromisoformat(said) if isinstance(said, str) else said
+    return said.timestamp() if isinstance(said, datetime) else 0.0
 
 
 def contents(folder: Location) -> list[Location]:
@@ -313,14 +342,14 @@ def parse_location(
             shown, parts = f"s3://{match[1] or ''}{match[2]}/", match[3]
         elif ":" in parts:
             raise ValueError(f"{text!r} is neither s3://bucket/prefix nor s3://http://host:port/bucket/prefix")
-        store = Store("s3", shown, scratch, {**options, **_s3_options(server)}, variable)
+        store = Store("s3", shown, scratch, {**options, **_s3_options(server)}, setting=variable)
         return RemotePath(store, _key(text, parts))
     if scheme == "gs":
-        return RemotePath(Store("gs", shown, scratch, options, variable), _key(text, parts))
+        return RemotePath(Store("gs", shown, scratch, options, setting=variable), _key(text, parts))
     if scheme == "as":
         account, _, parts = parts.partition("/")
         options |= {"account_name": account, "account_key": environment.get("AZURE_STORAGE_KEY")}
-        store = Store("abfs", f"as://{account}/", scratch, options, variable)
+        store = Store("abfs", f"as://{account}/", scratch, options, setting=variable)
         return RemotePath(store, _key(text, parts))
     raise ValueError(f"{text!r} is neither a folder nor a path that Triton reads (s3://, gs://, as://)")
 

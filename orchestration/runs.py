@@ -1,0 +1,18 @@
+"""Runs that are under way."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+PARTITION_TAG = "dagster/partition"
+ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+_UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in ENDED]
+
+
+def models_under_way(instance: dg.DagsterInstance) -> set[str]:
+    """Models that are being optimized, whoever asked for it, or of which a part is made anew.
+
+    A run whose process was killed is one of them until Dagster's run monitoring has failed it (orchestration.launcher).
+    """
+    runs = instance.get_runs(dg.RunsFilter(statuses=_UNDER_WAY))
+    return {run.tags[PARTITION_TAG] for run in runs if PARTITION_TAG in run.tags}

@@ -1,0 +1,219 @@
+"""The sensor that looks at every source of the catalog, and has optimized what is new there."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import dagster as dg
+
+from assets.checkpoint import checkpoint
+from assets.partitions import models
+from orchestration.jobs import optimize
+from orchestration.runs import PARTITION_TAG, models_under_way
+from orchestration.watch import Cursor, Ended, Memory, Newest, decide, is_due, saw
+from resources.artifacts.records import Checkpoint
+from resources.catalog import Catalog, ModelEntry
+from resources.checkpoints.sources import kind_of
+from resources.errors import ArtifactError, CheckpointError
+from resources.revisions import Looks, Seen, look
+from resources.revisions.source import REMOTE
+from resources.workspace import Workspace
+
+#: A tick's, of which Dagster ends one after 60.
+TICK_SECONDS = 8.0
+#: Of these, what is kept for deciding once everybody has been asked.
+_DECIDE_SECONDS = 2.0
+#: Servers asked in one tick: at every half minute the Hub, which answers five minutes' questions of somebody without
+#: an account 500 times, is asked 400 times.
+MOST_REMOTE = 40
+#: Runs asked for in one tick; what is left comes with the next.
+MOST_RUNS = 25
+#: Of what is waited for, in a tick's summary.
+_MOST_LINES = 20
+REVISION_TAG, REASON_TAG, ATTEMPT_TAG = "refinery/revision", "refinery/reason", "refinery/attempt"
+_SENSOR_TAG = "dagster/sensor_name"
+SENSOR = "new_checkpoints"
+
+_ENDED: dict[dg.DagsterRunStatus, Ended] = {
+    dg.DagsterRunStatus.SUCCESS: "success",
+    dg.DagsterRunStatus.FAILURE: "failure",
+    dg.DagsterRunStatus.CANCELED: "canceled",
+}
+
+
+def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
+    """The sensor, looking again after `interval_s` at the soonest."""
+    looks = Looks()
+
+    @dg.sensor(
+        name=SENSOR,
+        job=optimize,
+        minimum_interval_seconds=interval_s,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Looks at every source of the catalog, and has a model optimized when its revision is new.",
+    )
+    def new_checkpoints(context: dg.SensorEvaluationContext, workspace: dg.ResourceParam[Workspace]) -> dg.SensorResult:
+        # The partitions first: `refinery optimize` makes an entry, then its partition.
+        tick = _Tick(context.instance, workspace, Cursor.read(context.cursor), time.time())
+        catalog = workspace.catalog()  # what is wrong with it fails the tick, and nobody is taken out
+        tick.retire(catalog)
+        tick.look(catalog, looks)
+        tick.decide(catalog)
+        for line in tick.lines:
+            context.log.info(line)
+        return tick.result(catalog)
+
+    return new_checkpoints
+
+
+class _Tick:
+    """One evaluation. lines: what happened, for people."""
+
+    def __init__(self, instance: dg.DagsterInstance, workspace: Workspace, cursor: Cursor, now: float) -> None:
+        self._instance, self._workspace, self._now = instance, workspace, now
+        self._began = time.monotonic()
+        self._models = dict(cursor.models)
+        self._partitions = set(instance.get_dynamic_partitions(models.name or ""))
+        self._retired: list[str] = []
+        self._requests: list[dg.RunRequest] = []
+        self._events: list[dg.AssetObservation] = []
+        self.lines: list[str] = []
+
+    def retire(self, catalog: Catalog) -> None:
+        """Forget models that are not in the catalog any more. Their releases stay, and are served."""
+        gone = self._partitions.union(self._models) - {*catalog.names}
+        for name in sorted(gone):
+            memory = self._models.pop(name, None)
+            if name in self._partitions:
+                self._retired.append(name)
+                source = memory.source if memory is not None else "unknown"
+                self._tell(name, source, "Taken out of the catalog. Its releases stay, and are served.")
+
+    def look(self, catalog: Catalog, looks: Looks) -> None:
+        """Look at as many sources as there is time for; those that were not reached are the first of the next tick."""
+        jobs: dict[tuple[str, str], Callable[[], Seen]] = {}
+        remote = 0
+        for entry in sorted(catalog.models, key=lambda entry: self._memory(entry).looked):
+            memory = self._models[entry.name] = self._memory(entry)
+            if _is_remote(entry):
+                if remote == MOST_REMOTE or not is_due(memory, self._now, self._workspace.watch_seconds):
+                    continue
+                remote += 1
+            jobs[entry.name, entry.source] = partial(
+                look,
+                entry,
+                memory.seen,
+                self._workspace.sources,
+                interval_s=self._workspace.watch_seconds,
+                now=self._now,
+            )
+        for (name, _), outcome in looks.take(jobs, self._began + TICK_SECONDS - _DECIDE_SECONDS).items():
+            self._models[name] = saw(self._models[name], outcome, self._now)
+
+    def decide(self, catalog: Catalog) -> None:
+        """Ask for runs of what is new, and tell what is wrong."""
+        busy = models_under_way(self._instance)
+        for entry in sorted(catalog.models, key=lambda entry: self._models[entry.name].asked_at):
+            memory = self._models[entry.name]
+            undecided = memory.revision and not memory.done == memory.asked == memory.revision
+            if undecided and entry.name not in busy and time.monotonic() < self._began + TICK_SECONDS:
+                decision = decide(memory, self._newest(entry.name), self._collected(entry), self._now)
+                if not decision.reason:
+                    memory = decision.memory
+                elif len(self._requests) < MOST_RUNS:
+                    memory = self._ask(entry, decision.memory, decision.reason)
+            self._models[entry.name] = self._told(entry, memory)
+
+    def result(self, catalog: Catalog) -> dg.SensorResult:
+        """What Dagster is to do."""
+        new = [name for name in catalog.names if name not in self._partitions]
+        changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
+        if new:
+            changes.append(models.build_add_request(new))
+        if self._retired:
+            changes.append(models.build_delete_request(self._retired))
+        return dg.SensorResult(
+            run_requests=self._requests,
+            # Shown with the tick, where nothing else would be.
+            skip_reason=None if self._requests else "\n".join(self.lines) or self._quiet(catalog),
+            cursor=Cursor(models=self._models).text(),
+            dynamic_partitions_requests=changes,
+            asset_events=self._events,
+        )
+
+    def _memory(self, entry: ModelEntry) -> Memory:
+        """What is known of the entry's source. Of another source nothing is, but run keys must not come back."""
+        memory = self._models.get(entry.name)
+        if memory is None or memory.source == entry.source:
+            return memory or Memory(source=entry.source)
+        return Memory(source=entry.source, attempt=memory.attempt, problem=memory.problem)
+
+    def _newest(self, model: str) -> Newest | None:
+        """The newest run of the job for the model, where none is under way."""
+        which = dg.RunsFilter(job_name=optimize.name, tags={PARTITION_TAG: model})
+        for record in self._instance.get_run_records(which, limit=1):
+            run, created = record.dagster_run, record.create_timestamp.timestamp()
+            if run.status in _ENDED:
+                return Newest(
+                    run_id=run.run_id, ended=_ENDED[run.status], created=created, at=record.end_time or created
+                )
+        return None
+
+    def _collected(self, entry: ModelEntry) -> str:
+        """The revision of this source that the newest run took; empty: none."""
+        try:
+            record = self._workspace.store.current(Checkpoint, f"checkpoint/{entry.name}")
+        except ArtifactError:
+            return ""
+        return record.revision if record.source == entry.source else ""
+
+    def _ask(self, entry: ModelEntry, memory: Memory, reason: str) -> Memory:
+        if memory.attempt == 1:  # not what was asked before the cursor was lost, or the model was away
+            which = dg.RunsFilter(tags={_SENSOR_TAG: SENSOR, PARTITION_TAG: entry.name})
+            memory = memory.model_copy(update={"attempt": 1 + self._instance.get_runs_count(which)})
+        attempt = str(memory.attempt)
+        self._requests.append(
+            dg.RunRequest(
+                run_key=f"{entry.name}:{memory.asked}:{attempt}",
+                partition_key=entry.name,
+                # With the partition's own tag Dagster does not look for the partition, which this tick may add.
+                tags={
+                    PARTITION_TAG: entry.name,
+                    REVISION_TAG: memory.asked,
+                    REASON_TAG: reason,
+                    ATTEMPT_TAG: attempt,
+                },
+            )
+        )
+        self.lines.append(f"{entry.name}: {reason}: revision {memory.asked} is optimized")
+        return memory
+
+    def _told(self, entry: ModelEntry, memory: Memory) -> Memory:
+        """Say what is wrong once, and once that it is right again."""
+        problem = memory.error or memory.stuck
+        if problem == memory.problem:
+            return memory
+        self._tell(entry.name, entry.source, problem or "What was wrong is right again.", problem)
+        return memory.model_copy(update={"problem": problem})
+
+    def _tell(self, model: str, source: str, text: str, problem: str = "") -> None:
+        metadata = {"source": source, "problem": problem or "none"}
+        self._events.append(dg.AssetObservation(checkpoint.key, partition=model, description=text, metadata=metadata))
+        self.lines.append(f"{model}: {text}")
+
+    def _quiet(self, catalog: Catalog) -> str:
+        waiting = [
+            f"{name}: {memory.seen.waiting}"
+            for name, memory in sorted(self._models.items())
+            if memory.seen is not None and memory.seen.waiting
+        ]
+        wrong = sum(bool(memory.problem) for memory in self._models.values())
+        said = f"{len(catalog.models)} models, nothing new"
+        return "\n".join([f"{said}; something is wrong with {wrong}" if wrong else said, *waiting[:_MOST_LINES]])
+
+
+def _is_remote(entry: ModelEntry) -> bool:
+    try:
+        return kind_of(entry.source) in REMOTE
+    except CheckpointError:  # of no kind: looking at it says so
+        return False

@@ -1,0 +1,214 @@
+"""Checkpoints in an MLflow model registry: `models:/name@alias`, `models:/name/latest`, `models:/name/3`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from resources.artifacts.fingerprint import fingerprint
+from resources.checkpoints.settings import SourceSettings
+from resources.checkpoints.staging import kept, kept_copy
+from resources.errors import CheckpointError, UnfetchedError, first_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_FORM = re.compile(r"models:/(?P<name>[^/:@'\"]+)(@(?P<alias>[^/:@]+)|/(?P<version>[1-9]\d*|latest))")
+#: What resources.tracking writes: the address and the tags of engines that this project registered itself.
+_OWN_ADDRESS, _OWN_TAG = "refinery:", "refinery."
+#: Of a version's status; the others are still being registered, or could not be.
+_READY = "READY"
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a source names: one version, or the one that an alias points to, or (neither) the latest."""
+
+    source: str
+    name: str
+    version: str | None = None
+    alias: str | None = None
+
+    @property
+    def pinned(self) -> bool:
+        return self.version is not None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model. made: when, in milliseconds, as MLflow says it."""
+
+    name: str
+    number: str
+    address: str
+    status: str
+    made: int
+    tags: Mapping[str, str]
+
+    @property
+    def revision(self) -> str:
+        """`v3-` and a digest: a model that was deleted and registered anew begins at 1 again, and is another."""
+        return f"v{self.number}-{fingerprint('version', address=self.address, made=self.made)[:8]}"
+
+
+def parse_reference(source: str) -> Reference:
+    """Raises CheckpointError where it is of another form."""
+    match = _FORM.fullmatch(source)
+    if match is None:
+        raise CheckpointError(
+            f"source: {source!r} names no version of a registered model. Write models:/name@alias, models:/name/latest "
+            "or models:/name/3."
+        )
+    version = match["version"]
+    return Reference(source, match["name"], None if version == "latest" else version, match["alias"])
+
+
+def checked(reference: Reference, version: Version) -> Version:
+    """The version, if it can be a checkpoint. Raises CheckpointError where this project made it, or it is not ready."""
+    if version.address.startswith(_OWN_ADDRESS) or any(tag.startswith(_OWN_TAG) for tag in version.tags):
+        raise CheckpointError(
+            f"source: {reference.source}: version {version.number} of {version.name!r} is an engine that this project "
+            "registered itself, not a checkpoint. Register the checkpoint under another name than the catalog's, or "
+            "give an alias of its own."
+        )
+    if version.status != _READY:
+        raise CheckpointError(
+            f"source: {reference.source}: version {version.number} of {version.name!r} is {version.status}, not "
+            f"{_READY}. Wait until it is registered, or register it again."
+        )
+    return version
+
+
+def missing(reference: Reference, tracking_uri: str) -> CheckpointError:
+    """There is no such version."""
+    return CheckpointError(
+        f"source: {reference.source}: the registry at {tracking_uri} has no such version. Check its name, and the "
+        "alias or version, on MLflow's page; another registry is named by REFINERY_MLFLOW_URI."
+    )
+
+
+def unanswered(reference: Reference, tracking_uri: str, error: Exception) -> CheckpointError:
+    """The registry could not be asked."""
+    return CheckpointError(
+        f"source: {reference.source}: the registry at {tracking_uri} could not be asked: {first_line(error)}. Start "
+        "that server, or mend REFINERY_MLFLOW_URI or MLFLOW_TRACKING_TOKEN."
+    )
+
+
+def find_version(source: str, settings: SourceSettings) -> Version:
+    """The version that the source names now, by MLflow's own client, which takes seconds to import.
+
+    Raises CheckpointError.
+    """
+    from mlflow.exceptions import MlflowException
+
+    reference, uri = parse_reference(source), settings.tracking_uri
+    try:
+        client = _client(uri)
+        if reference.alias is not None:
+            found = client.get_model_version_by_alias(reference.name, reference.alias)
+        elif reference.version is not None:
+            found = client.get_model_version(reference.name, reference.version)
+        else:
+            newest = client.search_model_versions(
+                f"name = '{reference.name}'", max_results=1, order_by=["version_number DESC"]
+            )
+            if not newest:
+                raise missing(reference, uri)
+            found = newest[0]
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if isinstance(error, MlflowException) and error.error_code in _MISSING:
+            raise missing(reference, uri) from error
+        raise unanswered(reference, uri, error) from error
+    version = Version(
+        name=found.name,
+        number=str(found.version),
+        address=str(found.source),
+        status=str(found.status),
+        made=int(found.creation_timestamp),
+        tags=dict(found.tags),
+    )
+    return checked(reference, version)
+
+
+def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) -> tuple[Path, str]:
+    """The folder of the version's checkpoint on this machine, downloaded unless it is there, and its revision.
+
+    Raises CheckpointError; without `fetch` UnfetchedError where it is not there.
+    """
+    version, what = find_version(source, settings), f"{settings.tracking_uri} {source}"
+    if not fetch and kept(settings.folder / "registry", what, version.revision) is None:
+        raise UnfetchedError(source, version.revision)
+
+    def download(folder: Path) -> None:
+        from mlflow.artifacts import download_artifacts
+
+        uri = settings.tracking_uri
+        try:
+            address = _client(uri).get_model_version_download_uri(version.name, version.number)
+            download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri)
+        except Exception as error:
+            raise CheckpointError(
+                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(error)}. See "
+                "that MLflow's artifact store can be reached from here, with its credentials."
+            ) from error
+        _join_tokenizers(folder)
+
+    copy = kept_copy(settings.folder / "registry", what, version.revision, download)
+    return _checkpoint_in(source, copy), version.revision
+
+
+def _client(uri: str) -> MlflowClient:
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)  # addresses such as models:/m-1234 are looked up where this says
+    return mlflow.MlflowClient(uri)
+
+
+def _checkpoint_in(source: str, folder: Path) -> Path:
+    """The folder that transformers can read, in what was downloaded of a version. Raises CheckpointError."""
+    for root, name, fields in _flavors(folder):
+        if name == "transformers" and fields.get("model_binary"):
+            return root / str(fields["model_binary"])
+        if name == "transformers" and fields.get("source_model_name"):
+            raise CheckpointError(
+                f"source: {source} holds no weights, but the name of a model of the Hub. Give that as the source "
+                f"({fields['source_model_name']}), or log it with save_pretrained=True."
+            )
+        if name == "sentence_transformers" and fields.get("data"):
+            return root / str(fields["data"])
+    found = sorted({path.parent for path in folder.rglob("config.json")}, key=lambda path: len(path.parts))
+    if not found:
+        raise CheckpointError(
+            f"source: {source} holds no Hugging Face checkpoint: there is no config.json among its files. Log it with "
+            "mlflow.transformers, or log the folder that save_pretrained wrote."
+        )
+    return found[0]
+
+
+def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
+    """MLflow's own description of what was logged: where, as what, and how."""
+    for path in sorted(folder.rglob("MLmodel")):
+        with suppress(OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            yield from [(path.parent, str(name), dict(fields)) for name, fields in data["flavors"].items()]
+
+
+def _join_tokenizers(folder: Path) -> None:
+    """MLflow keeps the tokenizer apart from the model; transformers looks for both in one folder."""
+    for root, name, fields in _flavors(folder):
+        model = root / str(fields.get("model_binary"))
+        for part in (fields.get("components") or ()) if name == "transformers" else ():
+            for path in (root / "components" / str(part)).glob("*"):
+                if path.is_file() and not (model / path.name).exists():
+                    shutil.copyfile(path, model / path.name)

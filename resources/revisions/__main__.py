@@ -1,0 +1,5 @@
+"""The process that looks aside."""
+
+from resources.revisions.aside import main
+
+main()

@@ -1,0 +1,45 @@
+"""What a folder's directory entries say: enough to know whether its content has to be read."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from resources.artifacts.fingerprint import fingerprint
+from resources.catalog import ModelEntry
+from resources.checkpoints.sources import PACKAGE_PREFIX, package_version
+from resources.checkpoints.validation import candidate_files
+from resources.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class FolderStat:
+    """digest: of names, sizes and times. newest: of the files' times of change, in seconds since 1970."""
+
+    digest: str
+    newest: float
+
+
+def stat_folder(entry: ModelEntry, folder: Path) -> FolderStat:
+    """Of every file that may belong to the checkpoint, none of them opened but modules.json.
+
+    The times of change (st_ctime) too, which a copy cannot take over from its original. Raises CheckpointError.
+    """
+    stats = {}
+    try:
+        for name in candidate_files(entry, folder):
+            with suppress(FileNotFoundError):  # being replaced
+                stats[name] = (folder / name).stat()
+        newest = max((stat.st_ctime for stat in stats.values()), default=folder.stat().st_ctime)
+    except OSError as error:
+        raise CheckpointError(f"{entry.name}: {folder} cannot be read: {error}. Make it readable.") from error
+    options = entry.task_options().model_dump()
+    digest = fingerprint(
+        "stat",
+        files=sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats.items()),
+        # What else decides whether it is a whole checkpoint.
+        entry=[entry.source, entry.task, entry.allow_pickle, entry.trust_remote_code, options],
+        version=package_version(entry.source) if entry.source.startswith(PACKAGE_PREFIX) else "",
+    )
+    return FolderStat(digest[:16], newest)

@@ -1,0 +1,376 @@
+"""The sensor: what is new is optimized once, what failed is tried again, and nobody's trouble is anybody else's."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from uuid import uuid4
+
+import dagster as dg
+import pytest
+
+from orchestration import sensors
+from orchestration.definitions import make_definitions
+from orchestration.settings import read_workspace
+from orchestration.watch import LAUNCH_SECONDS, RETRY_SECONDS, Cursor, Memory, Newest, decide, is_due, saw
+from resources.artifacts.records import Checkpoint
+from resources.checkpoints import Access
+from resources.errors import CatalogError, CheckpointError
+from resources.revisions import Seen
+from tests.performance.ticks import run_ticks
+from tests.pipeline import instance as real_instance
+from tests.sources import COMMIT, serving, write_checkpoint, write_weights
+
+RUN = dg.DagsterRunStatus
+
+
+class Daemon:
+    """Evaluates the sensor and does with the result what Dagster's daemon does, but for starting runs."""
+
+    def __init__(self, workspace, instance):
+        self.workspace, self.instance = workspace, instance
+        self.restart()
+        self.cursor = None
+
+    def restart(self):
+        self.repository = make_definitions(self.workspace).get_repository_def()
+
+    def tick(self):
+        context = dg.build_sensor_context(
+            instance=self.instance,
+            cursor=self.cursor,
+            repository_def=self.repository,
+            sensor_name=sensors.SENSOR,
+            resources={"workspace": self.workspace},
+        )
+        result = self.repository.get_sensor_def(sensors.SENSOR).evaluate_tick(context)
+        for event in result.asset_events:
+            self.instance.report_runless_asset_event(event)
+        for request in result.dynamic_partitions_requests:
+            if isinstance(request, dg.AddDynamicPartitionsRequest):
+                self.instance.add_dynamic_partitions("model", request.partition_keys)
+            else:
+                for name in request.partition_keys:
+                    self.instance.delete_dynamic_partition("model", name)
+        self.cursor = result.cursor
+        self.said = result.skip_message
+        return list(result.run_requests or ())
+
+    def run_keys(self):
+        return [request.run_key for request in self.tick()]
+
+    def run(self, request, status):
+        """A run as the daemon makes it of a request, which has come to that."""
+        tags = {**request.tags, "dagster/run_key": request.run_key}
+        run = dg.DagsterRun(job_name="optimize", run_id=str(uuid4()), status=status, tags=tags)
+        self.instance.add_run(run)
+        return run
+
+    def observed(self, model):
+        """What the model's partition of the asset was told, newest first."""
+        records = self.instance.fetch_observations(
+            dg.AssetRecordsFilter(asset_key=dg.AssetKey("checkpoint"), asset_partitions=[model]), limit=20
+        ).records
+        return [record.asset_observation.description for record in records]
+
+
+@pytest.fixture
+def daemon(workspace):
+    """With an empty catalog; folders need not be still."""
+    write_catalog(workspace, {})
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Daemon(replace(workspace, watch_seconds=0), instance)
+
+
+def write_catalog(workspace, sources):
+    entries = [{"name": name, "source": str(source), "task": "embedding"} for name, source in sources.items()]
+    workspace.catalog_path.write_text(json.dumps({"models": entries}))
+
+
+def collect(workspace, model, source, revision):
+    """What the step `checkpoint` leaves behind."""
+    record = Checkpoint(
+        digest=uuid4().hex,
+        model=model,
+        source=str(source),
+        revision=revision,
+        task="embedding",
+        architecture="BertModel",
+        weights_digest="w",
+        weights_bytes=8,
+        tokenizer_digest="t",
+        labels_digest="l",
+        pipeline_digest="p",
+        output="sentence_embedding",
+        settings={},
+        max_tokens=64,
+    )
+    store = workspace.store
+    store.point(f"checkpoint/{model}", store.get_or_make(Checkpoint, record.digest, lambda folder: record).record)
+
+
+def succeed(daemon, request, source):
+    collect(daemon.workspace, request.partition_key, source, request.tags[sensors.REVISION_TAG])
+    return daemon.run(request, RUN.SUCCESS)
+
+
+def test_the_sensor_is_on_unless_it_is_turned_off(daemon):
+    sensor = daemon.repository.get_sensor_def(sensors.SENSOR)
+    assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
+    assert [target.job_name for target in sensor.targets] == ["optimize"]
+    workspace = read_workspace({"REFINERY_WATCH_SECONDS": "90"})
+    sensor = make_definitions(workspace).get_repository_def().get_sensor_def(sensors.SENSOR)
+    assert sensor.minimum_interval_seconds == 90
+
+
+def test_a_new_model_is_a_partition_and_optimized_in_the_same_tick(daemon, tmp_path):
+    assert daemon.run_keys() == []
+    folder = write_checkpoint(tmp_path / "a")
+    write_catalog(daemon.workspace, {"a": folder})
+    (request,) = daemon.tick()
+    revision = request.tags[sensors.REVISION_TAG]
+    assert daemon.instance.get_dynamic_partitions("model") == ["a"]
+    assert (request.run_key, request.partition_key) == (f"a:{revision}:1", "a")
+    assert request.tags["dagster/partition"] == "a"
+    assert request.tags[sensors.REASON_TAG] == "new"
+    assert daemon.run_keys() == []
+    succeed(daemon, request, folder)
+    assert daemon.run_keys() == []
+    assert "1 models, nothing new" in daemon.said
+
+
+def test_what_was_optimized_before_there_was_a_sensor_is_not_again(daemon, tmp_path):
+    folder = write_checkpoint(tmp_path / "a")
+    write_catalog(daemon.workspace, {"a": folder})
+    (request,) = daemon.tick()
+    succeed(daemon, request, folder)
+    daemon.cursor = None
+    assert daemon.run_keys() == []
+    # What another source's checkpoint is called says nothing about this one's.
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    write_catalog(daemon.workspace, {"a": moved})
+    assert [request.run_key for request in daemon.tick()] == [f"a:{request.tags[sensors.REVISION_TAG]}:2"]
+
+
+def test_a_new_revision_and_an_older_one_again(daemon, tmp_path):
+    """Dagster remembers run keys for ever, so the older revision needs another one."""
+    folder = write_checkpoint(tmp_path / "a", seed=1)
+    write_catalog(daemon.workspace, {"a": folder})
+    asked = []
+    for seed in (1, 2, 1):
+        write_weights(folder, seed)
+        (request,) = daemon.tick()
+        asked.append(request)
+        succeed(daemon, request, folder)
+    revisions = [request.tags[sensors.REVISION_TAG] for request in asked]
+    assert revisions[0] == revisions[2] != revisions[1]
+    assert [request.run_key for request in asked] == [f"a:{one}:{n}" for n, one in enumerate(revisions, start=1)]
+    assert asked[2].tags[sensors.REASON_TAG] == f"{revisions[1]} -> {revisions[0]}"
+
+
+def test_an_older_revision_again_after_the_newer_one_failed(daemon, tmp_path):
+    folder = write_checkpoint(tmp_path / "a", seed=1)
+    write_catalog(daemon.workspace, {"a": folder})
+    (first,) = daemon.tick()
+    succeed(daemon, first, folder)
+    write_weights(folder, 2)
+    (second,) = daemon.tick()
+    collect(daemon.workspace, "a", folder, second.tags[sensors.REVISION_TAG])
+    daemon.run(second, RUN.FAILURE)
+    write_weights(folder, 1)
+    (third,) = daemon.tick()
+    assert third.run_key == f"a:{first.tags[sensors.REVISION_TAG]}:3"
+
+
+@pytest.mark.parametrize("status", [RUN.NOT_STARTED, RUN.STARTED, RUN.CANCELING])
+def test_a_model_that_is_being_optimized_is_not_submitted_twice(daemon, tmp_path, status):
+    folder = write_checkpoint(tmp_path / "a")
+    write_catalog(daemon.workspace, {"a": folder})
+    by_hand = dg.DagsterRun(job_name="optimize", run_id=str(uuid4()), status=status, tags={"dagster/partition": "a"})
+    daemon.instance.add_run(by_hand)
+    assert daemon.run_keys() == []
+    daemon.instance.delete_run(by_hand.run_id)
+    assert len(daemon.run_keys()) == 1
+
+
+def test_what_fails_is_told_where_people_look_and_costs_nobody_else(daemon, tmp_path):
+    good, nowhere = write_checkpoint(tmp_path / "good"), tmp_path / "nowhere"
+    write_catalog(daemon.workspace, {"bad": nowhere, "good": good, "wrong": "no such: source"})
+    assert [request.partition_key for request in daemon.tick()] == ["good"]
+    assert daemon.tick() == []
+    (told,) = daemon.observed("bad")
+    assert f"the folder {nowhere} does not exist" in told
+    assert "is neither a folder" in daemon.observed("wrong")[0]
+    assert "something is wrong with 2" in daemon.said
+    write_checkpoint(nowhere)
+    assert [request.partition_key for request in daemon.tick()] == ["bad"]
+    assert daemon.observed("bad") == ["What was wrong is right again.", told]
+    assert daemon.observed("good") == []
+
+
+def test_a_model_that_is_taken_out_is_retired(daemon, tmp_path):
+    folder = write_checkpoint(tmp_path / "a")
+    write_catalog(daemon.workspace, {"a": folder, "b": write_checkpoint(tmp_path / "b", seed=1)})
+    for request in daemon.tick():
+        succeed(daemon, request, tmp_path / request.partition_key)
+    assert daemon.run_keys() == []
+    release = daemon.workspace.repository("cpu") / "a" / "config.pbtxt"
+    release.parent.mkdir(parents=True)
+    release.touch()
+    write_catalog(daemon.workspace, {"b": tmp_path / "b"})
+    assert daemon.run_keys() == []
+    assert daemon.instance.get_dynamic_partitions("model") == ["b"]
+    assert "a: Taken out of the catalog. Its releases stay, and are served." in daemon.said
+    assert daemon.observed("a") == ["Taken out of the catalog. Its releases stay, and are served."]
+    assert release.exists()
+    write_catalog(daemon.workspace, {"a": folder, "b": tmp_path / "b"})
+    assert daemon.run_keys() == []  # it is as it was
+    assert set(daemon.instance.get_dynamic_partitions("model")) == {"a", "b"}
+    write_catalog(daemon.workspace, {"b": tmp_path / "b"})
+    daemon.tick()
+    write_catalog(daemon.workspace, {"a": folder, "b": tmp_path / "b"})
+    write_weights(folder, seed=9)
+    assert [request.run_key[-2:] for request in daemon.tick()] == [":2"]
+
+
+def test_a_catalog_that_cannot_be_read_retires_nobody(daemon, tmp_path):
+    write_catalog(daemon.workspace, {"a": write_checkpoint(tmp_path / "a")})
+    daemon.tick()
+    before = daemon.cursor
+    daemon.workspace.catalog_path.write_text("models: [")
+    with pytest.raises(CatalogError, match=str(daemon.workspace.catalog_path)):
+        daemon.tick()
+    assert daemon.instance.get_dynamic_partitions("model") == ["a"]
+    assert daemon.cursor == before
+
+
+def test_a_lost_cursor_does_not_bring_back_a_run_key(daemon, tmp_path):
+    write_catalog(daemon.workspace, {"a": write_checkpoint(tmp_path / "a")})
+    (request,) = daemon.tick()
+    daemon.run(request, RUN.FAILURE)
+    for lost in (None, "of another version"):
+        daemon.cursor = lost
+        (again,) = daemon.tick()
+        assert again.run_key != request.run_key
+        daemon.run(again, RUN.FAILURE)
+        request = again
+
+
+def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemon, monkeypatch, tmp_path):
+    monkeypatch.setattr(sensors, "MOST_REMOTE", 3)
+    write_catalog(daemon.workspace, {f"m{number}": f"org/m{number}" for number in range(5)})
+    with serving(lambda path: (503 if "m0" in path else 200, {"sha": COMMIT}, {})) as (address, asked):
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address))
+        assert len(daemon.run_keys()) == 2
+        assert len(asked) == 3
+        assert [key.split(":")[0] for key in daemon.run_keys()] == ["m3", "m4"]
+        assert len({path for path, _ in asked}) == 5
+    assert "503" in daemon.observed("m0")[0]
+
+
+def test_so_many_runs_at_once_and_the_others_next(daemon, monkeypatch):
+    monkeypatch.setattr(sensors, "MOST_RUNS", 3)
+    write_catalog(daemon.workspace, {f"m{number}": f"org/m{number}@{COMMIT}" for number in range(5)})
+    assert [len(daemon.tick()) for _ in range(3)] == [3, 2, 0]
+
+
+def test_on_an_instance_on_disk(workspace, tmp_path):
+    """Two processes' worth of ticks: nothing but the cursor and the instance is remembered."""
+    workspace = replace(workspace, watch_seconds=0)
+    write_catalog(workspace, {"a": write_checkpoint(tmp_path / "a")})
+    with real_instance(workspace.home) as instance:
+        daemon = Daemon(workspace, instance)
+        (request,) = daemon.tick()
+        daemon.run(request, RUN.STARTED)
+        daemon.restart()
+        assert daemon.run_keys() == []
+        write_weights(tmp_path / "a", seed=1)
+        assert daemon.run_keys() == []
+        tag = {sensors.REVISION_TAG: request.tags[sensors.REVISION_TAG]}
+        assert len(instance.get_runs(dg.RunsFilter(tags=tag))) == 1
+
+
+def test_a_large_catalog_takes_one_short_tick(tmp_path):
+    """tests/performance/ticks.py, smaller: its figures are in README."""
+    first, second = run_ticks(tmp_path, models=40, new=5)
+    assert (first.runs, second.runs) == (5, 0)
+    assert first.seconds < 10
+    assert first.peak_bytes < 200e6
+
+
+# Deciding
+
+NOW = 1_000_000.0
+
+
+def memory(**changes):
+    seen = Seen(stat="s", since=NOW, revision=changes.pop("revision", "B"))
+    return Memory(source="x", **{"seen": seen, "asked": "B", "asked_at": NOW - 60, "tries": 1, "attempt": 4, **changes})
+
+
+def newest(ended="failure", ago=50.0):
+    return Newest(run_id="run", ended=ended, created=NOW - ago, at=NOW - ago)
+
+
+@pytest.mark.parametrize(
+    ("what", "last", "collected", "reason"),
+    [
+        (memory(asked="A", done="A"), newest("success"), "A", "A -> B"),
+        (memory(asked="A", done="A"), newest("success"), "B", ""),  # by hand, in the meantime
+        (memory(asked="", tries=0), None, "", "new"),
+        (memory(asked="", tries=0), newest("failure"), "A", "A -> B"),
+        (memory(asked="", tries=0), newest("success"), "B", ""),
+        (memory(asked="", tries=0), newest("failure"), "B", "B -> B"),
+        (memory(revision="", asked="", tries=0), None, "", ""),
+        (memory(error="away"), newest("failure", 9999), "", ""),
+        (memory(done="B"), newest("failure"), "", ""),
+        # Nothing was started yet; nothing ever was.
+        (memory(), newest("failure", 100), "A", ""),
+        (memory(asked_at=NOW - LAUNCH_SECONDS - 1), newest("failure", LAUNCH_SECONDS + 99), "A", "try 2 of 3"),
+        # It failed.
+        (memory(), newest("failure"), "B", ""),
+        (memory(asked_at=NOW - 9999), newest("failure", RETRY_SECONDS[0] - 1), "B", ""),
+        (memory(asked_at=NOW - 9999), newest("failure", RETRY_SECONDS[0] + 1), "B", "try 2 of 3"),
+        (memory(asked_at=NOW - 9999, tries=2), newest("failure", RETRY_SECONDS[1] - 1), "B", ""),
+        (memory(asked_at=NOW - 9999, tries=2), newest("failure", RETRY_SECONDS[1] + 1), "B", "try 3 of 3"),
+        (memory(asked_at=NOW - 9999, tries=3), newest("failure", 9000), "B", ""),
+        # Somebody ended it.
+        (memory(asked_at=NOW - 9999), newest("canceled", 9000), "B", ""),
+        # It went well, with what the source held by then.
+        (memory(asked_at=NOW - 9999), newest("success", 9000), "C", "try 2 of 3"),
+    ],
+)
+def test_when_a_run_is_wanted(what, last, collected, reason):
+    decision = decide(what, last, collected, NOW)
+    assert decision.reason == reason
+    if reason:
+        assert (decision.memory.asked, decision.memory.asked_at, decision.memory.attempt) == ("B", NOW, 5)
+
+
+def test_what_was_tried_often_enough_is_said_until_it_changes():
+    stuck = decide(memory(asked_at=NOW - 9999, tries=3), newest("failure", 9000), "B", NOW).memory
+    assert "3 runs did not optimize revision B, the last was run." in stuck.stuck
+    mended = decide(stuck, newest("success"), "B", NOW).memory
+    assert (mended.stuck, mended.done) == ("", "B")
+    changed = stuck.model_copy(update={"seen": Seen(stat="t", since=NOW, revision="C")})
+    assert decide(changed, newest("failure", 9000), "B", NOW).memory.stuck == ""
+
+
+def test_a_source_that_fails_is_asked_less_and_less():
+    failing, asked, now = Memory(source="x"), [], 0.0
+    while now < 3600:
+        if is_due(failing, now, interval_s=30):
+            failing = saw(failing, CheckpointError("away"), now)
+            asked.append(now)
+        now += 30
+    pauses = [after - before for before, after in pairwise(asked)]
+    assert pauses[0] == 30
+    assert pauses[-1] == 600
+    assert pauses == sorted(pauses)
+    assert is_due(saw(failing, Seen(stat="s", since=now, revision="A"), now), now, interval_s=30)
+
+
+def test_the_cursor_is_read_as_it_was_written():
+    cursor = Cursor(models={"a": memory(stuck="x", problem="x")})
+    assert Cursor.read(cursor.text()) == cursor
+    assert Cursor.read("{") == Cursor.read(None) == Cursor()

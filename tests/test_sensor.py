@@ -305,7 +305,7 @@ def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemo
     monkeypatch.setattr(sensors, "MOST_REMOTE", 3)
     write_catalog(daemon.workspace, {f"m{number}": f"org/m{number}" for number in range(5)})
     with serving(lambda path: (503 if "m0" in path else 200, {"sha": COMMIT}, {})) as (address, asked):
-        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address))
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address), watch_seconds=30)
         assert len(daemon.run_keys()) == 2
         assert len(asked) == 3
         assert [key.split(":")[0] for key in daemon.run_keys()] == ["m3", "m4"]
@@ -315,6 +315,7 @@ def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemo
 
 def test_so_many_runs_at_once_and_the_others_next(daemon, monkeypatch):
     monkeypatch.setattr(sensors, "MOST_RUNS", 3)
+    daemon.workspace = replace(daemon.workspace, watch_seconds=30)
     write_catalog(daemon.workspace, {f"m{number}": f"org/m{number}@{COMMIT}" for number in range(5)})
     assert [len(daemon.tick()) for _ in range(3)] == [3, 2, 0]
 

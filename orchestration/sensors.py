@@ -17,14 +17,13 @@ from resources.checkpoints.sources import kind_of
 from resources.errors import ArtifactError, CheckpointError
 from resources.revisions import Looks, Seen, look
 from resources.revisions.source import REMOTE
-from resources.workspace import Workspace
+from resources.workspace import WATCH_SECONDS, Workspace
 
 #: A tick's, of which Dagster ends one after 60.
 TICK_SECONDS = 8.0
 #: Of these, what is kept for deciding once everybody has been asked.
 _DECIDE_SECONDS = 2.0
-#: Servers asked in one tick: at every half minute the Hub, which answers five minutes' questions of somebody without
-#: an account 500 times, is asked 400 times.
+#: Sources of servers that are looked at in half a minute: the Hub answers who has no account 500 times in five.
 MOST_REMOTE = 40
 #: Runs asked for in one tick; what is left comes with the next.
 MOST_RUNS = 25
@@ -92,11 +91,12 @@ class _Tick:
     def look(self, catalog: Catalog, looks: Looks) -> None:
         """Look at as many sources as there is time for; those that were not reached are the first of the next tick."""
         jobs: dict[tuple[str, str], Callable[[], Seen]] = {}
-        remote = 0
+        interval_s, remote = self._workspace.watch_seconds, 0
+        most_remote = max(1, MOST_REMOTE * interval_s // WATCH_SECONDS)
         for entry in sorted(catalog.models, key=lambda entry: self._memory(entry).looked):
             memory = self._models[entry.name] = self._memory(entry)
             if _is_remote(entry):
-                if remote == MOST_REMOTE or not is_due(memory, self._now, self._workspace.watch_seconds):
+                if remote == most_remote or not is_due(memory, self._now, interval_s):
                     continue
                 remote += 1
             jobs[entry.name, entry.source] = partial(
@@ -104,7 +104,7 @@ class _Tick:
                 entry,
                 memory.seen,
                 self._workspace.sources,
-                interval_s=self._workspace.watch_seconds,
+                interval_s=interval_s,
                 now=self._now,
             )
         for (name, _), outcome in looks.take(jobs, self._began + TICK_SECONDS - _DECIDE_SECONDS).items():

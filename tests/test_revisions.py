@@ -29,6 +29,11 @@ from tests.sources import COMMIT, OLDER, serving, write_checkpoint, write_weight
 INTERVAL = 30.0
 
 
+@pytest.fixture(autouse=True)
+def no_processes_of_other_tests(monkeypatch):
+    monkeypatch.setattr(aside, "_started", [])
+
+
 @pytest.fixture
 def settings(tmp_path):
     return SourceSettings(tmp_path / "sources", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -145,15 +150,24 @@ def test_a_folder_that_is_not_there(tmp_path, settings):
         at(0, entry_for(tmp_path / "nowhere"), settings)
 
 
-def test_large_folders_are_digested_by_a_process_of_its_own(folder, settings, monkeypatch):
+@pytest.mark.parametrize("limit", ["SMALL_BYTES", "SMALL_TOKENIZER_BYTES"])
+def test_large_folders_are_digested_by_a_process_of_its_own(folder, settings, monkeypatch, limit):
     entry = entry_for(folder)
     expected = revision(entry, settings)
-    monkeypatch.setattr(looking, "SMALL_BYTES", 0)
+    monkeypatch.setattr(looking, limit, 10)
     began = time.monotonic()
     seen = at(31, entry, settings)
     assert "digested by a process" in seen.waiting
     assert time.monotonic() - began < 2
     assert wait_for(lambda before: at(31, entry, settings, before), seen).revision == expected
+
+
+def test_a_large_copy_in_progress_is_not_taken(folder, settings, monkeypatch):
+    monkeypatch.setattr(looking, "SMALL_BYTES", 0)
+    cut(folder)
+    entry = entry_for(folder)
+    seen = wait_for(lambda before: at(301, entry, settings, before), at(31, entry, settings))
+    assert "model.safetensors is damaged" in seen.problem
 
 
 def wait_for(again, seen=None):
@@ -645,7 +659,6 @@ def test_processes_of_two_sources_at_once_and_no_more(folder, settings, monkeypa
         def poll(self):
             return None
 
-    monkeypatch.setattr(aside, "_started", [])
     monkeypatch.setattr(aside, "_start", lambda entry, settings, key: aside._started.append(Running()))
     for name in ("a", "b", "c"):
         assert aside.ask(entry_for(folder, name=name), settings, "key", now=1000.0) is None

@@ -260,7 +260,7 @@ def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemo
     monkeypatch.setattr(sensors, "MOST_REMOTE", 3)
     write_catalog(daemon.workspace, {f"m{number}": f"org/m{number}" for number in range(5)})
     with serving(lambda path: (503 if "m0" in path else 200, {"sha": COMMIT}, {})) as (address, asked):
-        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address))
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address), watch_seconds=30)
         assert len(daemon.run_keys()) == 2
         assert len(asked) == 3
         assert [key.split(":")[0] for key in daemon.run_keys()] == ["m3", "m4"]
@@ -270,6 +270,7 @@ def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemo
 
 def test_so_many_runs_at_once_and_the_others_next(daemon, monkeypatch):
     monkeypatch.setattr(sensors, "MOST_RUNS", 3)
+    daemon.workspace = replace(daemon.workspace, watch_seconds=30)
     write_catalog(daemon.workspace, {f"m{number}": f"org/m{number}@{COMMIT}" for number in range(5)})
     assert [len(daemon.tick()) for _ in range(3)] == [3, 2, 0]
 
@@ -292,7 +293,7 @@ def test_on_an_instance_on_disk(workspace, tmp_path):
 
 def test_a_large_catalog_takes_one_short_tick(tmp_path):
     """tests/performance/ticks.py, smaller: its figures are in README."""
-    first, second = run_ticks(tmp_path, models=40, new=5)
+    first, second = run_ticks(tmp_path, models=40, new=5, few=1)
     assert (first.runs, second.runs) == (5, 0)
     assert first.seconds < 10
     assert first.peak_bytes < 200e6

@@ -9,16 +9,21 @@ from pathlib import Path
 from resources.artifacts.fingerprint import fingerprint
 from resources.catalog import ModelEntry
 from resources.checkpoints.sources import PACKAGE_PREFIX, package_version
-from resources.checkpoints.validation import candidate_files
+from resources.checkpoints.validation import TOKENIZER, candidate_files
 from resources.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class FolderStat:
-    """digest: of names, sizes and times. newest: of the files' times of change, in seconds since 1970."""
+    """digest: of names, sizes and times. newest: of the files' times of change, in seconds since 1970.
+
+    tokenizer_bytes: of tokenizer.json, 0 where there is none.
+    """
 
     digest: str
     newest: float
+    size_bytes: int
+    tokenizer_bytes: int
 
 
 def stat_folder(entry: ModelEntry, folder: Path) -> FolderStat:
@@ -42,4 +47,5 @@ def stat_folder(entry: ModelEntry, folder: Path) -> FolderStat:
         entry=[entry.source, entry.task, entry.allow_pickle, entry.trust_remote_code, options],
         version=package_version(entry.source) if entry.source.startswith(PACKAGE_PREFIX) else "",
     )
-    return FolderStat(digest[:16], newest)
+    sizes = {name: stat.st_size for name, stat in stats.items()}
+    return FolderStat(digest[:16], newest, sum(sizes.values()), sizes.get(TOKENIZER, 0))

@@ -24,6 +24,8 @@ from resources.revisions.registry import ask_version
 REMOTE: tuple[Kind, ...] = ("hub", "registry", "objects")
 #: What is digested at once; more is left to a child process. SHA-256 takes about a second for a gigabyte.
 SMALL_BYTES = 128 * 2**20
+#: The same, for a tokenizer, which takes several times its size of memory to read: RoBERTa's has 2 MB, XLM-R's 17.
+SMALL_TOKENIZER_BYTES = 4 * 2**20
 #: A folder that lacks something is one that is being filled, until it has been still for so many intervals: a download
 #: of several files puts one after the other there.
 INCOMPLETE_INTERVALS = 10
@@ -86,26 +88,22 @@ def _look_at_folder(
     quiet_s = max(now - seen.since, now - stat.newest)
     if quiet_s < interval_s:
         return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
+    if stat.size_bytes > SMALL_BYTES or stat.tokenizer_bytes > SMALL_TOKENIZER_BYTES:
+        answer = aside.ask(entry, settings, stat.digest, now=now)
+        if answer is None or answer.key != stat.digest:
+            return _waits(seen, "its content is being digested by a process of its own")
+        if answer.problem:
+            return _incomplete(seen, answer.problem, quiet_s, interval_s)
+        return seen.model_copy(update={"revision": answer.revision})
     try:
-        found = validate(entry, folder)
-        small = sum((folder / name).stat().st_size for name in found.files) <= SMALL_BYTES
-        hashes = content_hashes(entry, folder, found.files) if small else {}
-        if stat_folder(entry, folder).digest != stat.digest:
-            return _waits(seen, "it changed while it was read")
+        hashes = content_hashes(entry, folder, validate(entry, folder).files)
     except CheckpointError as error:
         return _incomplete(seen, str(error), quiet_s, interval_s)
     except OSError as error:
         raise CheckpointError(f"{entry.name}: {folder} cannot be read: {error}. Make it readable.") from error
-    if not small:
-        return _digested_aside(entry, seen, settings, now)
+    if stat_folder(entry, folder).digest != stat.digest:
+        return _waits(seen, "it changed while it was read")
     return seen.model_copy(update={"revision": content_revision(hashes)})
-
-
-def _digested_aside(entry: ModelEntry, seen: Seen, settings: SourceSettings, now: float) -> Seen:
-    answer = aside.ask(entry, settings, seen.stat, now=now)
-    if answer is None or answer.key != seen.stat:
-        return _waits(seen, "its content is being digested by a process of its own")
-    return seen.model_copy(update={"revision": answer.revision, "problem": answer.problem})
 
 
 def _look_at_registry(entry: ModelEntry, before: Seen | None, settings: SourceSettings, now: float) -> Seen:

@@ -39,8 +39,11 @@ class Tick:
     runs: int
 
 
-def run_ticks(home: Path, models: int = MODELS, new: int = NEW) -> tuple[Tick, Tick]:
-    """Two ticks, one after the other, over a catalog of which `new` models are not optimized yet."""
+def run_ticks(home: Path, models: int = MODELS, new: int = NEW, few: int = FEW) -> tuple[Tick, Tick]:
+    """Two ticks, one after the other, over a catalog of which `new` models are not optimized yet.
+
+    few: sources of each kind that a server is asked about.
+    """
     from tests.objects import BUCKET, s3_server
     from tests.sources import COMMIT, serving, write_checkpoint
 
@@ -51,7 +54,7 @@ def run_ticks(home: Path, models: int = MODELS, new: int = NEW) -> tuple[Tick, T
         mlflow, _ = stack.enter_context(serving(_registered))
         s3 = stack.enter_context(s3_server())
         sources: dict[str, str] = {}
-        for number in range(FEW):
+        for number in range(few):
             folder = write_checkpoint(home / "uploaded", number)
             for path in folder.iterdir():
                 (s3.place(f"m{number}", home) / path.name).write_bytes(path.read_bytes())
@@ -68,7 +71,8 @@ def run_ticks(home: Path, models: int = MODELS, new: int = NEW) -> tuple[Tick, T
             "REFINERY_HOME": str(home / "home"),
             "REFINERY_CATALOG": str(home / "models.yaml"),
             "REFINERY_MLFLOW_URI": mlflow,
-            "REFINERY_WATCH_SECONDS": "1",
+            # Of which all servers' sources are looked at in one tick.
+            "REFINERY_WATCH_SECONDS": str(3 * few),
             "DAGSTER_HOME": str(home / "dagster"),
             "HF_ENDPOINT": hub,
             "HF_TOKEN": "",
@@ -76,7 +80,7 @@ def run_ticks(home: Path, models: int = MODELS, new: int = NEW) -> tuple[Tick, T
         }
         (home / "dagster").mkdir()
         (home / "dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-        time.sleep(1.1)  # until the folders are still
+        time.sleep(3 * few + 0.1)  # until the folders are still
         with patch.dict(os.environ, environment):
             _optimize_all_but(new)
         return _tick(environment), _tick(environment)

@@ -32,11 +32,11 @@ from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
 from resources.checkpoints.collect import expected_checkpoint
 from resources.device import why_not_here
-from resources.engines import BASELINE, ENGINES, Sources
+from resources.engines import BASELINE, ENGINES, SERVED, Sources
 from resources.engines.make import make_engine
 from resources.errors import RefineryError, UnfetchedError
 from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.champion import make_champion
+from resources.evaluation.champion import Served, make_champion
 from resources.evaluation.reference import make_evaluation_set
 from resources.export.make import make_graph
 from resources.triton.environment import is_installed
@@ -45,6 +45,7 @@ from resources.triton.make import is_provable, plan_release
 from resources.triton.publish import unchanged_release, waiting_release
 from resources.triton.release import ReleasePlan, content_of
 from resources.triton.search import make_serving_configuration
+from resources.triton.served import find_incumbent
 from resources.triton.serving_report import make_serving_report
 from resources.workspace import Workspace
 
@@ -55,6 +56,8 @@ R = TypeVar("R", bound=Record)
 #: `retry`: it failed with just these inputs before; a run tries again, and is not made for that alone.
 #: `elsewhere`: it was made on a machine with another device than this one, which alone can tell.
 State = Literal["reused", "found", "run", "follows", "retry", "elsewhere"]
+#: What a step will have made is not known yet.
+_OPEN: tuple[State, ...] = ("run", "follows")
 
 #: Steps that no target has for itself.
 _COMMON = ("checkpoint", "evaluation_set", "onnx_graph")
@@ -284,7 +287,22 @@ class _Planner:
                 reports.append(self._ask(step, BenchmarkReport, partial(make_benchmark, *asked), None))
             except _UnknownError:
                 unknown.append(step)
-        self._serving(target, checkpoint, evaluation, engines, reports, unknown)
+        incumbent = find_incumbent(workspace, entry.name, target, checkpoint, [*engines.values()])
+        step = f"benchmarks/{target}/{SERVED}"
+        anew = [one.step for one in self.steps if one.step.startswith(f"engines/{target}/") and one.state in _OPEN]
+        if anew and incumbent.served is not None:  # built anew they may be what serves, byte for byte
+            self._note(step, "follows", _after(*anew))
+            unknown.append(step)
+        elif incumbent.engine is None:
+            self._note(step, "reused")
+        else:
+            beside = [one.digest for one in engines.values() if one.status == "built"]
+            asked = (workspace, entry, incumbent.engine, engines[BASELINE], evaluation, sources)
+            try:
+                reports.append(self._ask(step, BenchmarkReport, partial(make_benchmark, *asked, beside), None))
+            except _UnknownError:
+                unknown.append(step)
+        self._serving(target, checkpoint, evaluation, engines, reports, unknown, incumbent.served)
 
     def _serving(
         self,
@@ -294,6 +312,7 @@ class _Planner:
         engines: Mapping[str, Engine],
         reports: list[BenchmarkReport],
         unknown: list[str],
+        served: Served | None,
     ) -> None:
         workspace, entry = self._workspace, self._entry
         champion_step, repository = f"champion/{target}", f"triton_repository/{target}"
@@ -305,9 +324,10 @@ class _Planner:
                 self._note(step, "follows", _after(champion_step))
             return
         champion = self._ask(
-            champion_step, Champion, lambda: make_champion(workspace, entry, target, reports, evaluation), None
+            champion_step, Champion, lambda: make_champion(workspace, entry, target, reports, evaluation, served), None
         )
-        engine = engines[champion.engine]
+        engine = engines.get(champion.engine) or self._store.known(Engine, f"engines/{target}/{SERVED}/{entry.name}")
+        assert engine is not None, "what serves was measured, so it is there"
         try:
             configuration = self._ask(
                 configuration_step,
@@ -424,6 +444,7 @@ class _Planner:
 def _steps_of(target: str) -> list[str]:
     """All steps that are a target's own."""
     engines = [f"{kind}/{target}/{spec.name}" for kind in ("engines", "benchmarks") for spec in ENGINES]
+    engines.append(f"benchmarks/{target}/{SERVED}")
     kinds = ("champion", "serving_configuration", "triton_repository", "serving_benchmark")
     return [*engines, *(f"{kind}/{target}" for kind in kinds)]
 

@@ -11,7 +11,7 @@ import dagster as dg
 
 FOLDER = "WAITING_FOLDER"
 POOL = "machine"
-LONGEST_SECONDS = 120
+LONGEST_SECONDS = 300
 
 
 @dg.asset(pool=POOL)

@@ -47,20 +47,11 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         made = make_benchmark(workspace, entry, engine, baseline, evaluation, sources)
         record = made.record
         folder = remember(store, f"{name}/{entry.name}", made)
-        metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–", "device": record.device}
         missed = gates_missed(entry, record) if record.status == "measured" else []
+        metadata = report_metadata(record)
         link = tracker.candidate(context.run.run_id, checkpoint, engine, record, missed)
         if link is not None:
             metadata["mlflow_run"] = dg.MetadataValue.url(link.url)
-        if record.accuracy is not None:
-            metadata |= {
-                "latency": dg.MetadataValue.md(_latency_table(record)),
-                "accuracy": dg.MetadataValue.json(record.accuracy.metrics),
-                "worst_texts": dg.MetadataValue.md(_worst_table(record)),
-                "threads": str(record.setting),
-                **_thread_table(record),
-                **{f"speedup_{timing.shape}": round(timing.speedup, 3) for timing in record.timings},
-            }
         return materialized(made, folder, metadata)
 
     @dg.asset_check(asset=benchmark, partitions_def=models)
@@ -92,6 +83,21 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         )
 
     return benchmark, accuracy_gate
+
+
+def report_metadata(record: BenchmarkReport) -> dict[str, object]:
+    """What a person reads of a report."""
+    metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–", "device": record.device}
+    if record.accuracy is not None:
+        metadata |= {
+            "latency": dg.MetadataValue.md(_latency_table(record)),
+            "accuracy": dg.MetadataValue.json(record.accuracy.metrics),
+            "worst_texts": dg.MetadataValue.md(_worst_table(record)),
+            "threads": str(record.setting),
+            **_thread_table(record),
+            **{f"speedup_{timing.shape}": round(timing.speedup, 3) for timing in record.timings},
+        }
+    return metadata
 
 
 def _latency_table(record: BenchmarkReport) -> str:

@@ -7,24 +7,26 @@ import dagster as dg
 from assets.checkpoint import length_metadata
 from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
-from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet
+from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, EvaluationSet
 from resources.catalog import ModelEntry
 from resources.device import describe_device
-from resources.engines import BASELINE, EngineSpec
+from resources.engines import BASELINE, SERVED, EngineSpec
 from resources.errors import ArtifactError
 from resources.evaluation.champion import make_champion
+from resources.evaluation.choosing import tell
 from resources.evaluation.shapes import shapes_of
 from resources.reporting import candidate_table, latency_plot, markdown, markdown_image, remembered
 from resources.tracking import Tracker
+from resources.triton.served import current_engines, find_incumbent
 from resources.workspace import Workspace
 
 
-def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinition:
-    """The asset `champion/<target>`. It fails where no engine is accurate enough, and nothing is published then."""
+def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
+    """The asset `champion/<target>` and its check. Where no engine is accurate enough, it fails."""
 
     @dg.asset(
         key=["champion", target],
-        deps=[dg.AssetKey(["benchmarks", target, spec.name]) for spec in specs],
+        deps=[dg.AssetKey(["benchmarks", target, name]) for name in (*(spec.name for spec in specs), SERVED)],
         partitions_def=models,
         group_name="serving",
         kinds={"mlflow"},
@@ -41,7 +43,10 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
         entry, store = workspace.entry(context.partition_key), workspace.store
         evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
         reports = current_reports(workspace, specs, target, entry)
-        made = make_champion(workspace, entry, target, reports, evaluation)
+        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
+        candidates = current_engines(store, specs, target, entry.name)
+        incumbent = find_incumbent(workspace, entry.name, target, checkpoint, candidates)
+        made = make_champion(workspace, entry, target, reports, evaluation, incumbent.served)
         folder = remember(store, f"champion/{target}/{entry.name}", made)
         record = made.record
         table = markdown(*candidate_table(reports, record.verdicts))
@@ -56,13 +61,27 @@ def champion_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinit
         }
         if plot is not None:
             metadata["latency"] = dg.MetadataValue.md(markdown_image(plot, "median latency by shape"))
-        metadata |= length_metadata(store, store.current(Checkpoint, f"checkpoint/{entry.name}"))
+        metadata |= length_metadata(store, checkpoint)
         link = tracker.champion(context.run.run_id, record, reports, table, plot)
         if link is not None:
             metadata["mlflow_run"] = dg.MetadataValue.url(link.url)
         return materialized(made, folder, metadata)
 
-    return champion
+    @dg.asset_check(asset=champion, partitions_def=models)
+    def as_good_as_what_serves(
+        context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
+    ) -> dg.AssetCheckResult:
+        """What was built anew is as accurate and as fast as what serves. If not, that goes on serving."""
+        record = workspace.store.current(Champion, f"champion/{target}/{context.partition_key}")
+        met = record.contest
+        return dg.AssetCheckResult(
+            passed=met is None or met.outcome in ("replaced", "equal"),
+            severity=dg.AssetCheckSeverity.WARN,
+            description=tell(met) if met is not None else "nothing else of this checkpoint serves",
+            metadata={"contest": dg.MetadataValue.json(met.model_dump() if met is not None else {})},
+        )
+
+    return champion, as_good_as_what_serves
 
 
 def current_reports(
@@ -76,9 +95,9 @@ def current_reports(
     evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
     baseline = store.current(Engine, f"engines/{target}/{BASELINE}/{entry.name}")
     shapes = {str(shape) for shape in shapes_of(entry, store.current(Checkpoint, f"checkpoint/{entry.name}"))}
-    for spec in specs:
+    for name in (*(spec.name for spec in specs), SERVED):
         try:
-            report = store.current(BenchmarkReport, f"benchmarks/{target}/{spec.name}/{entry.name}")
+            report = store.current(BenchmarkReport, f"benchmarks/{target}/{name}/{entry.name}")
         except ArtifactError:
             continue
         same = report.evaluation_digest == evaluation.digest and report.baseline_digest == baseline.digest

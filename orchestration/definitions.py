@@ -6,18 +6,20 @@ from itertools import product
 import dagster as dg
 
 from assets.benchmarks import benchmark_assets
-from assets.champion import champion_asset
+from assets.champion import champion_assets
 from assets.checkpoint import checkpoint, required_files
 from assets.engines import engine_asset
 from assets.evaluation_set import evaluation_set
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
+from assets.served import served_benchmark_asset
 from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.jobs import EXECUTOR, optimize
+from orchestration.notifications import failure_sensor
 from orchestration.progress import progress_logger
 from orchestration.schedules import DEFAULT_CRON, reoptimization
-from orchestration.settings import read_workspace, tracker_of
+from orchestration.settings import read_workspace, tracker_of, webhook_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
@@ -32,14 +34,16 @@ def make_definitions(workspace: Workspace, cron: str = DEFAULT_CRON) -> dg.Defin
         checks.append(accuracy_gate)
     for target in workspace.targets:
         repository, served_answers_equal = triton_repository_assets(target)
-        assets += [champion_asset(ENGINES, target), serving_configuration_asset(target), repository]
+        champion, as_good_as_what_serves = champion_assets(ENGINES, target)
+        assets += [served_benchmark_asset(ENGINES, target), champion, serving_configuration_asset(target), repository]
         assets.append(serving_benchmark_asset(target))
-        checks.append(served_answers_equal)
+        checks += [as_good_as_what_serves, served_answers_equal]
     return dg.Definitions(
         assets=assets,
         asset_checks=checks,
         jobs=[optimize, *upkeep.JOBS],
         schedules=[reoptimization(cron)],
+        sensors=[failure_sensor(webhook_of(os.environ), os.environ.get("REFINERY_DAGSTER_UI") or None)],
         executor=EXECUTOR,  # also for assets that are materialized by hand
         resources={"workspace": workspace, "tracker": tracker_of(workspace)},
         loggers={"progress": progress_logger},

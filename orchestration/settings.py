@@ -66,6 +66,14 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
     )
 
 
+def webhook_of(environment: Mapping[str, str]) -> str | None:
+    """Where failed runs are told to. Raises CatalogError for what is no web address."""
+    given = environment.get("REFINERY_WEBHOOK") or None
+    if given is not None and not given.startswith(("http://", "https://")):
+        raise CatalogError("REFINERY_WEBHOOK is not an address that begins with http:// or https://.")
+    return given
+
+
 def tracker_of(workspace: Workspace) -> Tracker:
     """MLflow as the workspace says. A tracking server's pages are at its own address."""
     # MLflow's own seven retries of a server that is not there take four minutes.

@@ -53,3 +53,7 @@ class ArtifactError(RefineryError):
 
 class TrackingError(RefineryError):
     """MLflow could not be written."""
+
+
+class NotificationError(RefineryError):
+    """Nobody could be told of what happened."""

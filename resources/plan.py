@@ -33,11 +33,11 @@ from resources.checkpoints import collect_checkpoint
 from resources.checkpoints.collect import expected_checkpoint
 from resources.checkpoints.sources import UnfetchedError
 from resources.device import why_not_here
-from resources.engines import BASELINE, ENGINES, Sources
+from resources.engines import BASELINE, ENGINES, SERVED, Sources
 from resources.engines.make import make_engine
 from resources.errors import RefineryError
 from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.champion import make_champion
+from resources.evaluation.champion import Served, make_champion
 from resources.evaluation.reference import make_evaluation_set
 from resources.export.make import make_graph
 from resources.triton.environment import is_installed
@@ -46,6 +46,7 @@ from resources.triton.make import is_provable, plan_release
 from resources.triton.publish import unchanged_release, waiting_release
 from resources.triton.release import ReleasePlan, content_of
 from resources.triton.search import make_serving_configuration
+from resources.triton.served import find_incumbent
 from resources.triton.serving_report import make_serving_report
 from resources.workspace import Workspace
 
@@ -283,7 +284,28 @@ class _Planner:
                 reports.append(self._ask(step, BenchmarkReport, partial(make_benchmark, *asked), None))
             except _UnknownError:
                 unknown.append(step)
-        self._serving(target, checkpoint, evaluation, engines, reports, unknown)
+        incumbent = find_incumbent(workspace, entry.name, target, checkpoint, list(engines.values()))
+        step, measured_again = f"benchmarks/{target}/{SERVED}", incumbent.engine
+        made_anew = [
+            made.step for made in self.steps if made.state == "run" and made.step.startswith(f"engines/{target}/")
+        ]
+        if measured_again is None:
+            self._note(step, "reused")
+        elif made_anew:
+            # One of them may turn out to be what serves, byte for byte.
+            self._note(step, "follows", _after(*made_anew))
+            unknown.append(step)
+        else:
+            engines[SERVED] = measured_again
+            beside = [one.digest for name, one in engines.items() if name != SERVED and one.status == "built"]
+            again = partial(
+                make_benchmark, workspace, entry, measured_again, engines[BASELINE], evaluation, sources, beside
+            )
+            try:
+                reports.append(self._ask(step, BenchmarkReport, again, None))
+            except _UnknownError:
+                unknown.append(step)
+        self._serving(target, checkpoint, evaluation, engines, reports, unknown, incumbent.served)
 
     def _serving(
         self,
@@ -293,6 +315,7 @@ class _Planner:
         engines: Mapping[str, Engine],
         reports: list[BenchmarkReport],
         unknown: list[str],
+        served: Served | None,
     ) -> None:
         workspace, entry = self._workspace, self._entry
         champion_step, repository = f"champion/{target}", f"triton_repository/{target}"
@@ -304,7 +327,7 @@ class _Planner:
                 self._note(step, "follows", _after(champion_step))
             return
         champion = self._ask(
-            champion_step, Champion, lambda: make_champion(workspace, entry, target, reports, evaluation), None
+            champion_step, Champion, lambda: make_champion(workspace, entry, target, reports, evaluation, served), None
         )
         engine = engines[champion.engine]
         try:
@@ -424,7 +447,7 @@ def _steps_of(target: str) -> list[str]:
     """All steps that are a target's own."""
     engines = [f"{kind}/{target}/{spec.name}" for kind in ("engines", "benchmarks") for spec in ENGINES]
     kinds = ("champion", "serving_configuration", "triton_repository", "serving_benchmark")
-    return [*engines, *(f"{kind}/{target}" for kind in kinds)]
+    return [*engines, f"benchmarks/{target}/{SERVED}", *(f"{kind}/{target}" for kind in kinds)]
 
 
 def _told(now: Checkpoint | None) -> Checkpoint:

@@ -16,7 +16,7 @@ import dagster as dg
 from orchestration.definitions import make_definitions
 from orchestration.optimize import failures
 from resources.catalog import ModelEntry, write_entry
-from resources.engines import BASELINE
+from resources.engines import BASELINE, SERVED
 from resources.workspace import Workspace
 
 
@@ -95,7 +95,7 @@ def run_job(workspace: Workspace, model: str, *, whole: bool = False) -> Outcome
     if whole or named is None:
         return _run(workspace, model, "optimize", None)
     job = make_definitions(workspace).resolve_job_def("optimize")
-    wanted = {BASELINE, *named}
+    wanted = {BASELINE, SERVED, *named}
     keys = [key for key in job.asset_layer.executable_asset_keys if len(key.path) < 3 or key.path[-1] in wanted]
     return _run(workspace, model, "optimize", keys)
 

@@ -3,8 +3,9 @@
 import pytest
 
 from resources.artifacts.records import Accuracy, BenchmarkReport, EvaluationSet, ShapeTiming
+from resources.engines import SERVED
 from resources.errors import NoChampionError
-from resources.evaluation.choosing import judge, require_champion, score
+from resources.evaluation.choosing import EQUAL, contest, judge, margin, require_champion, score, tell
 from resources.evaluation.statistics import summarize
 
 
@@ -41,6 +42,52 @@ def report(engine, *speedups, status="measured", size=50, memory=100, reason="")
 
 def no_gates(_):
     return []
+
+
+def unsteady(engine, *windows):
+    """A report whose one shape had these ratios, window by window."""
+    middle = sorted(windows)[len(windows) // 2]
+    shape = timing(middle).model_copy(update={"window_speedups": windows})
+    return report(engine, middle).model_copy(update={"timings": (shape,)})
+
+
+@pytest.mark.parametrize(
+    ("challenger", "served", "outcome"),
+    [
+        ((3.2, 3.2, 3.2), (3.0, 3.0, 3.0), "replaced"),
+        ((3.1, 3.1, 3.1), (3.0, 3.0, 3.0), "equal"),  # measured well, but within what one engine differs from itself
+        ((2.4, 3.2, 4.3), (3.0, 3.0, 3.0), "equal"),  # nobody knows
+        ((2.9, 2.9, 2.9), (3.0, 3.0, 3.0), "equal"),
+        ((2.5, 2.5, 2.5), (3.0, 3.0, 3.0), "slower"),
+    ],
+)
+def test_what_serves_stays_unless_another_is_better_by_more_than_the_noise(challenger, served, outcome):
+    reports = [unsteady("new", *challenger), unsteady(SERVED, *served)]
+    verdicts = judge(reports, no_gates, "p50", 100, SERVED)
+    assert verdicts[0].engine == ("new" if outcome == "replaced" else SERVED)
+    met = contest(reports, verdicts, "p50", SERVED, release=7)
+    assert (met.outcome, met.challenger, met.release) == (outcome, "new", 7)
+    assert "release 7 serves" in tell(met)
+    # Without a release it is the best that counts, by however little.
+    assert judge(reports, no_gates, "p50", 100)[0].engine == max(reports, key=lambda one: one.timings[0].speedup).engine
+
+
+def test_accuracy_comes_before_what_serves():
+    reports = [report("new", 2.0), report(SERVED, 3.0)]
+    verdicts = judge(reports, lambda item: ["too far off"] if item.engine == SERVED else [], "p50", 100, SERVED)
+    met = contest(reports, verdicts, "p50", SERVED, release=1)
+    assert (verdicts[0].engine, met.outcome) == ("new", "replaced")
+    assert tell(met) == "What release 1 serves is not accurate any more."
+    verdicts = judge(reports, lambda item: ["too far off"] if item.engine == "new" else [], "p50", 100, SERVED)
+    met = contest(reports, verdicts, "p50", SERVED, release=1)
+    assert (verdicts[0].engine, met.outcome, met.challenger) == (SERVED, "inaccurate", None)
+    assert "stays: nothing new is accurate" in tell(met)
+
+
+def test_bytes_have_no_noise():
+    small, large = unsteady("small", 1.0, 2.0, 4.0), unsteady("large", 1.0, 2.0, 4.0)
+    assert margin(small, large, "size") == EQUAL
+    assert margin(small, large, "p50") > 2
 
 
 def test_best_geometric_mean_wins_over_best_single_shape():

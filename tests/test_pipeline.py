@@ -12,7 +12,9 @@ import pytest
 from orchestration.settings import tracker_of
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, OnnxGraph, ServingConfiguration
 from resources.artifacts.store import Made
+from resources.engines import SERVED
 from resources.errors import ReleaseError, ServerError
+from resources.evaluation import choosing
 from resources.isolation import Limits
 from resources.triton import make
 from resources.triton.layout import current_number, current_release, list_releases
@@ -205,6 +207,49 @@ def test_a_killed_build_costs_that_candidate_alone(made_checkpoint, begun):
     # Nobody kills it this time, and then it takes part.
     assert run_job(begun, "tiny").success
     assert begun.store.current(BenchmarkReport, "benchmarks/cpu/onnxruntime_int8/tiny").status == "measured"
+
+
+def test_what_serves_is_measured_again_beside_what_is_built_anew(made_checkpoint, begun, monkeypatch):
+    add_entry(begun, entry_for(made_checkpoint(), **QUICK))
+    first = run_job(begun, "tiny")
+    assert first.success, first.messages
+    assert first.metadata("benchmarks", "cpu", SERVED)["reason"] == "no release serves yet"
+    before = begun.store.current(Engine, "engines/cpu/onnxruntime_fp32/tiny")
+
+    # Built of the same checkpoint with its weights beside the graph. It differs in nothing but the noise, which is made
+    # larger than any.
+    begun = replace(begun, external_data_threshold_bytes=1000)
+    monkeypatch.setattr(choosing, "EQUAL", 1000.0)
+    second = run_job(begun, "tiny")
+    assert second.success, second.messages
+    after = begun.store.current(Engine, "engines/cpu/onnxruntime_fp32/tiny")
+    assert after.content_digest != before.content_digest
+    assert second.metadata("benchmarks", "cpu", SERVED)["serves"] == "onnxruntime_fp32 of release 1"
+    champion = begun.store.current(Champion, "champion/cpu/tiny")
+    assert (champion.engine, champion.engine_digest) == (SERVED, before.digest)
+    assert (champion.contest.challenger, champion.contest.outcome) == ("onnxruntime_fp32", "equal")
+    assert second.checks()["champion/cpu:as_good_as_what_serves"]
+    assert [release.number for release in list_releases(begun.repository("cpu"), "tiny")] == [1]
+    third = run_job(begun, "tiny")
+    assert all(third.metadata(*name.split("/"))["reused"] for name in third.materialized())
+
+    # Worse than what serves: a warning, and that goes on serving.
+    worse = {"tiny": 0.001}
+    score = choosing.score
+    monkeypatch.setattr(
+        choosing, "score", lambda one, *rest: score(one, *rest) * (1 if one.engine == SERVED else worse["tiny"])
+    )
+    monkeypatch.setattr(choosing, "EQUAL", 1.05)
+    fourth = run_job(begun, "tiny")
+    assert fourth.success, fourth.messages
+    assert not fourth.checks()["champion/cpu:as_good_as_what_serves"]
+    assert current_release(begun.repository("cpu"), "tiny").engine_digest == before.digest
+    # And better by more than any noise: it is released.
+    worse["tiny"] = 1000.0
+    fifth = run_job(begun, "tiny")
+    assert fifth.success, fifth.messages
+    assert current_release(begun.repository("cpu"), "tiny").engine_digest == after.digest
+    assert begun.store.current(Champion, "champion/cpu/tiny").contest.outcome == "replaced"
 
 
 def test_a_checkpoint_that_answers_nan_is_refused(own_checkpoint, ready):

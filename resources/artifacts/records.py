@@ -329,8 +329,25 @@ class CandidateVerdict(BaseModel):
     verdict: str
 
 
+class Contest(BaseModel):
+    """What serves, measured again, against the best of what was built anew.
+
+    margin: the factor by which scores have to differ; within it they are equal. challenger: None where nothing new is
+    accurate. served_score: None where what serves is not accurate any more.
+    """
+
+    model_config = _CONFIG
+    release: int
+    engine: str = Field(description="The report on what serves.")
+    served_score: float | None
+    challenger: str | None
+    challenger_score: float | None
+    margin: float
+    outcome: Literal["replaced", "equal", "slower", "inaccurate"]
+
+
 class Champion(Record):
-    """The engine that is to be served."""
+    """The engine that is to be served. contest: None where nothing else of that checkpoint serves."""
 
     kind: ClassVar[str] = "champion"
     target: str
@@ -342,6 +359,7 @@ class Champion(Record):
     score: float
     reason: str
     verdicts: tuple[CandidateVerdict, ...]
+    contest: Contest | None = None
 
 
 class ServingSetting(BaseModel):

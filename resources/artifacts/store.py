@@ -182,6 +182,10 @@ class ArtifactStore:
         if self.pointed(name) != record.digest:
             write_json(self.root / "current" / f"{name}.json", {"kind": record.kind, "digest": record.digest})
 
+    def forget(self, name: str) -> None:
+        """The named step made nothing this time."""
+        (self.root / "current" / f"{name}.json").unlink(missing_ok=True)
+
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         digest = self.pointed(name)

@@ -28,6 +28,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 #: What candidates are compared with: PyTorch as transformers loads it, fp32. Measured like them, never eligible.
 BASELINE = "torch"
+#: What serves now, measured again beside the candidates: the name of that benchmark, and of the engine while it stays.
+SERVED = "served"
 #: Runtimes whose threads can be told to sleep while they wait for the next operator.
 SPINNING: tuple[Runtime, ...] = ("onnxruntime",)
 

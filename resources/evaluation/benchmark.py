@@ -51,8 +51,12 @@ def make_benchmark(
     baseline: Engine,
     evaluation: EvaluationSet,
     sources: Sources,
+    beside: Sequence[str] = (),
 ) -> Made[BenchmarkReport]:
-    """The report on one engine. An engine that was not built is skipped; one that breaks is recorded as failed."""
+    """The report on one engine. An engine that was not built is skipped; one that breaks is recorded as failed.
+
+    beside: digests of the engines that it is to be compared with; it is measured again when they are others.
+    """
     threads, device = workspace.threads(entry), describe_device(engine.target)
     shapes = shapes_of(entry, sources.checkpoint)
     made_of = Fingerprint.of(
@@ -67,6 +71,7 @@ def make_benchmark(
         seconds=entry.benchmark.seconds,
         threads=[threads, workspace.baseline_threads(entry), physical_cores()],
         device=device,
+        **({"beside": sorted(beside)} if beside else {}),
         code=code_versions("resources.evaluation", "resources.isolation", "resources.tasks", "resources.pipelines"),
         libraries=library_versions("numpy", "tokenizers"),
     )

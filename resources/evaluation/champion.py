@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import BenchmarkReport, Champion, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
-from resources.engines import BASELINE
+from resources.engines import BASELINE, SERVED
 from resources.evaluation.benchmark import missed_gates
-from resources.evaluation.choosing import OBJECTIVES, judge, require_champion
+from resources.evaluation.choosing import OBJECTIVES, contest, judge, require_champion, tell
 from resources.tasks import TASKS
 from resources.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves now: the release's number, and the digest of the engine that it was made of."""
+
+    release: int
+    engine_digest: str
 
 
 def gates_missed(entry: ModelEntry, report: BenchmarkReport) -> list[str]:
@@ -23,17 +32,36 @@ def gates_missed(entry: ModelEntry, report: BenchmarkReport) -> list[str]:
 
 
 def make_champion(
-    workspace: Workspace, entry: ModelEntry, target: str, reports: Sequence[BenchmarkReport], evaluation: EvaluationSet
+    workspace: Workspace,
+    entry: ModelEntry,
+    target: str,
+    reports: Sequence[BenchmarkReport],
+    evaluation: EvaluationSet,
+    served: Served | None = None,
 ) -> Made[Champion]:
     """The best accurate engine by the entry's objective. Raises NoChampionError.
 
     Gates are applied here and not when measuring, so that a changed gate costs no new benchmark. All reports are on
-    that evaluation set, at the same shapes and on the same machine.
+    that evaluation set, at the same shapes and on the same machine. served: what serves the same checkpoint now stays,
+    if it is accurate, unless another is better by more than the noise.
     """
     sizes = [report.engine_size_bytes for report in reports if report.engine == BASELINE]
-    verdicts = judge(reports, lambda report: gates_missed(entry, report), entry.objective, sizes[0] if sizes else 1)
+    # Measured again under its own name, or one of the candidates.
+    ours = [item for item in reports if served is not None and item.engine_digest == served.engine_digest]
+    serving = next((item.engine for item in ours if item.status == "measured"), None)
+    verdicts = judge(
+        reports,
+        lambda report: gates_missed(entry, report),
+        entry.objective,
+        sizes[0] if sizes else 1,
+        serving,
+    )
     best = require_champion(entry.name, target, verdicts)
     chosen = next(report for report in reports if report.engine == best.engine)
+    met = None
+    # A candidate that serves and is the best has nobody to be compared with: an unchanged run has the same champion.
+    if served is not None and serving is not None and (serving == SERVED or serving != best.engine):
+        met = contest(reports, verdicts, entry.objective, serving, served.release)
     made_of = Fingerprint.of(
         "champion",
         # What was measured, and not only what it was measured of: one that failed is measured again.
@@ -47,13 +75,18 @@ def make_champion(
         evaluation=evaluation.digest,
         gates=entry.accuracy_gates().model_dump(),
         objective=entry.objective,
+        **({"contest": met.model_dump()} if met is not None else {}),
         code=code_versions("resources.evaluation.choosing", "resources.evaluation.champion"),
     )
 
     def make(folder: Path) -> Champion:
         del folder
         assert best.score is not None, "an eligible engine was measured"
-        gain = f"{best.score:.2f} times better than PyTorch"
+        gain, count = f"{best.score:.2f} times better than PyTorch", sum(verdict.eligible for verdict in verdicts)
+        place = (
+            "the best" if best.score == max(verdict.score or 0 for verdict in verdicts if verdict.eligible) else "one"
+        )
+        story = f" {tell(met)}" if met is not None else ""
         return Champion(
             digest=made_of.digest,
             model=entry.name,
@@ -65,8 +98,9 @@ def make_champion(
             objective=entry.objective,
             score=best.score,
             reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "
-            f"{len(chosen.timings)} shapes), the best of {sum(v.eligible for v in verdicts)} accurate engines.",
+            f"{len(chosen.timings)} shapes), {place} of {count} accurate engines.{story}",
             verdicts=verdicts,
+            contest=met,
         )
 
     return workspace.store.get_or_make(Champion, made_of, make, light=True)

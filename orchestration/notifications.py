@@ -1,0 +1,65 @@
+"""Telling people of a run that failed: in the daemon's log, and to a webhook where one is configured."""
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+import dagster as dg
+
+from resources.errors import NotificationError, first_line
+
+_TIMEOUT_SECONDS = 10.0
+#: Chats cut long messages, or refuse them.
+_LONGEST = 3000
+
+
+def failure_sensor(webhook: str | None, pages: str | None) -> dg.SensorDefinition:
+    """The sensor `failed_runs`. webhook: takes a POST of JSON; pages: the address of Dagster's, for links.
+
+    A webhook that does not answer fails the sensor's tick, which Dagster's page shows; the run stays as it is.
+    """
+
+    @dg.run_failure_sensor(
+        name="failed_runs",
+        description="Tells of a run that failed: model, step, reason, and a link.",
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        minimum_interval_seconds=30,
+    )
+    def failed_runs(context: dg.RunFailureSensorContext) -> None:
+        said = message(context, pages)
+        context.log.error(said["text"])
+        if webhook is not None:
+            _post(webhook, said)
+
+    return failed_runs
+
+
+def message(context: dg.RunFailureSensorContext, pages: str | None) -> dict[str, Any]:
+    """What a webhook gets: `text`, which chats show (Slack, Mattermost, Teams' workflows), and its parts by name."""
+    run = context.dagster_run
+    model = run.tags.get("dagster/partition", "")
+    steps = {}
+    for event in context.get_step_failure_events():
+        error = event.step_failure_data.error
+        cause = error.cause if error is not None and error.cause is not None else error
+        steps[str(event.step_key).replace("__", "/")] = cause.message.strip() if cause is not None else "failed"
+    url = f"{pages.rstrip('/')}/runs/{run.run_id}" if pages else None
+    reasons = "; ".join(f"{step}: {reason}" for step, reason in steps.items()) or context.failure_event.message
+    text = f"{run.job_name} failed{f' for {model}' if model else ''} (run {run.run_id[:8]}): {reasons}"
+    text = text[:_LONGEST] + (f" {url}" if url else "")
+    return {"text": text, "job": run.job_name, "model": model, "run_id": run.run_id, "steps": steps, "url": url}
+
+
+def _post(webhook: str, said: dict[str, Any]) -> None:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(webhook, json.dumps(said).encode(), headers)  # noqa: S310 - http(s), see settings
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):  # noqa: S310
+            pass
+    except (OSError, urllib.error.URLError) as error:
+        host = urllib.request.Request(webhook).host  # noqa: S310 - the rest of the address is often a secret
+        raise NotificationError(
+            f"Nobody was told of failed run {said['run_id']}: the webhook at {host} did not take it "
+            f"({first_line(error)}). Look at REFINERY_WEBHOOK."
+        ) from None

@@ -1,0 +1,65 @@
+"""What serves now, so that it can be measured again beside what was built anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resources.artifacts.records import Checkpoint, Engine
+from resources.artifacts.store import ArtifactStore
+from resources.engines import SERVED, EngineSpec
+from resources.errors import ArtifactError, ReleaseError
+from resources.evaluation.champion import Served
+from resources.triton.layout import current_release
+from resources.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """What serves. `served`: its release, and the engine that it is measured by; None: no rival of the candidates.
+
+    `engine`: what is to be measured again; None where one of the candidates is the same, or nothing can be measured.
+    `story`: which it is, or why there is none.
+    """
+
+    served: Served | None
+    engine: Engine | None
+    story: str
+
+
+def find_incumbent(
+    workspace: Workspace, model: str, target: str, checkpoint: Checkpoint, candidates: Sequence[Engine]
+) -> Incumbent:
+    """What the target's repository points to. What serves another checkpoint is no rival: it answers otherwise."""
+    try:
+        release = current_release(workspace.repository(target), model)
+    except ReleaseError as error:
+        return Incumbent(None, None, f"what serves cannot be read: {error}")
+    if release is None:
+        return Incumbent(None, None, "no release serves yet")
+    named = f"release {release.number}"
+    if release.checkpoint_digest != checkpoint.digest:
+        return Incumbent(None, None, f"{named} serves another checkpoint, revision {release.revision}")
+    engine = workspace.store.find(Engine, release.engine_digest)
+    for one in candidates:
+        # Built by another toolkit, an engine may still be the same, byte for byte.
+        if one.digest == release.engine_digest or (engine and one.content_digest == engine.content_digest):
+            return Incumbent(Served(release.number, one.digest), None, f"{named} serves {one.name}, a candidate")
+    if engine is None:
+        return Incumbent(None, None, f"the engine of {named}, {release.engine}, is not in the store any more")
+    return Incumbent(
+        Served(release.number, engine.digest),
+        engine.model_copy(update={"name": SERVED}),
+        f"{release.engine} of {named}",
+    )
+
+
+def current_engines(store: ArtifactStore, specs: Sequence[EngineSpec], target: str, model: str) -> list[Engine]:
+    """The newest of every spec, as far as there is one: a run of some engines only makes no others."""
+    found = []
+    for spec in specs:
+        try:
+            found.append(store.current(Engine, f"engines/{target}/{spec.name}/{model}"))
+        except ArtifactError:
+            continue
+    return found

@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets.benchmarks import report_metadata
 from assets.evaluation_set import evaluation_set
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, EvaluationSet, OnnxGraph
@@ -35,6 +35,7 @@ def served_benchmark_asset(specs: Sequence[EngineSpec], target: str) -> dg.Asset
         tags={"target": target, "device": device_of(target)},
         op_tags=placement(target),
     )
+    @closing_tracking
     def benchmark(
         context: dg.AssetExecutionContext,
         workspace: dg.ResourceParam[Workspace],

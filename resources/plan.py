@@ -56,8 +56,6 @@ R = TypeVar("R", bound=Record)
 #: `retry`: it failed with just these inputs before; a run tries again, and is not made for that alone.
 #: `elsewhere`: it was made on a machine with another device than this one, which alone can tell.
 State = Literal["reused", "found", "run", "follows", "retry", "elsewhere"]
-#: What a step will have made is not known yet.
-_OPEN: tuple[State, ...] = ("run", "follows")
 
 #: Steps that no target has for itself.
 _COMMON = ("checkpoint", "evaluation_set", "onnx_graph")
@@ -287,19 +285,25 @@ class _Planner:
                 reports.append(self._ask(step, BenchmarkReport, partial(make_benchmark, *asked), None))
             except _UnknownError:
                 unknown.append(step)
-        incumbent = find_incumbent(workspace, entry.name, target, checkpoint, [*engines.values()])
-        step = f"benchmarks/{target}/{SERVED}"
-        anew = [one.step for one in self.steps if one.step.startswith(f"engines/{target}/") and one.state in _OPEN]
-        if anew and incumbent.served is not None:  # built anew they may be what serves, byte for byte
-            self._note(step, "follows", _after(*anew))
-            unknown.append(step)
-        elif incumbent.engine is None:
+        incumbent = find_incumbent(workspace, entry.name, target, checkpoint, list(engines.values()))
+        step, measured_again = f"benchmarks/{target}/{SERVED}", incumbent.engine
+        made_anew = [
+            made.step for made in self.steps if made.state == "run" and made.step.startswith(f"engines/{target}/")
+        ]
+        if measured_again is None:
             self._note(step, "reused")
+        elif made_anew:
+            # One of them may turn out to be what serves, byte for byte.
+            self._note(step, "follows", _after(*made_anew))
+            unknown.append(step)
         else:
-            beside = [one.digest for one in engines.values() if one.status == "built"]
-            asked = (workspace, entry, incumbent.engine, engines[BASELINE], evaluation, sources)
+            engines[SERVED] = measured_again
+            beside = [one.digest for name, one in engines.items() if name != SERVED and one.status == "built"]
+            again = partial(
+                make_benchmark, workspace, entry, measured_again, engines[BASELINE], evaluation, sources, beside
+            )
             try:
-                reports.append(self._ask(step, BenchmarkReport, partial(make_benchmark, *asked, beside), None))
+                reports.append(self._ask(step, BenchmarkReport, again, None))
             except _UnknownError:
                 unknown.append(step)
         self._serving(target, checkpoint, evaluation, engines, reports, unknown, incumbent.served)
@@ -326,8 +330,7 @@ class _Planner:
         champion = self._ask(
             champion_step, Champion, lambda: make_champion(workspace, entry, target, reports, evaluation, served), None
         )
-        engine = engines.get(champion.engine) or self._store.known(Engine, f"engines/{target}/{SERVED}/{entry.name}")
-        assert engine is not None, "what serves was measured, so it is there"
+        engine = engines[champion.engine]
         try:
             configuration = self._ask(
                 configuration_step,
@@ -444,9 +447,8 @@ class _Planner:
 def _steps_of(target: str) -> list[str]:
     """All steps that are a target's own."""
     engines = [f"{kind}/{target}/{spec.name}" for kind in ("engines", "benchmarks") for spec in ENGINES]
-    engines.append(f"benchmarks/{target}/{SERVED}")
     kinds = ("champion", "serving_configuration", "triton_repository", "serving_benchmark")
-    return [*engines, *(f"{kind}/{target}" for kind in kinds)]
+    return [*engines, f"benchmarks/{target}/{SERVED}", *(f"{kind}/{target}" for kind in kinds)]
 
 
 def _told(now: Checkpoint | None) -> Checkpoint:

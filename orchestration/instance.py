@@ -21,6 +21,10 @@ telemetry:
   enabled: false
 nux:
   enabled: false
+# Of the runs that wait, so many are begun at once: they share this machine, and their benchmarks take turns.
+concurrency:
+  runs:
+    max_concurrent_runs: 2
 # Steps print nothing: what their libraries print is in $REFINERY_HOME/logs.
 compute_logs:
   module: dagster._core.storage.noop_compute_log_manager
@@ -58,10 +62,6 @@ telemetry:
   enabled: false
 nux:
   enabled: false
-# Of the runs that wait, so many are begun at once: they share this machine, and their benchmarks take turns.
-concurrency:
-  runs:
-    max_concurrent_runs: 2
 # Steps print nothing: what their libraries print is in $REFINERY_HOME/logs.
 compute_logs:
   module: dagster._core.storage.noop_compute_log_manager

@@ -65,6 +65,12 @@ def _configured(servers: Sequence[str], model: str) -> str | None:
     """The first of the configured servers that has the model; None where none is configured."""
     found = next((address for address in servers if serves(address, model)), None)
     if servers and found is None:
+        for address in servers:
+            with TextClient(address) as client:
+                if client.is_live():
+                    break
+        else:
+            raise ServerError(f"No Triton answers gRPC at {' or '.join(servers)} (REFINERY_TRITON_GRPC). Start one.")
         raise ServerError(
             f"{model} is served by none of {', '.join(servers)} (REFINERY_TRITON_GRPC). Have one load it, name another "
             "with --url, or unset the variable to have one started for this."
@@ -132,7 +138,7 @@ def serve(options: Namespace) -> int:
         raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
     flags += limited(dict(options.resource))
-    log = workspace.home / "logs" / f"triton-{options.target}.log"
+    log = workspace.home / "logs" / f"triton-{options.target}-{options.grpc_port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     serve_foreground(
         folder,

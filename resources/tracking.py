@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 #: MLflow's codes for something that does not exist.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _TAG = "refinery."
+#: Of a version: before the number of each release that was made of it.
+_RELEASES = f"{_TAG}release_"
 #: MLflow cuts parameters there, and refuses longer ones in some stores.
 _LONGEST_PARAMETER = 6000
 ALIAS = "champion"
@@ -201,13 +203,14 @@ class Tracker:
     def release_runs(self, model: str, target: str) -> dict[int, RunLink]:
         """The run that measured the engine of each release, by the release's number, as far as MLflow knows them."""
         with _clear_errors(self._uri):
-            client, found = self._client(), {}
+            client, found = self._client(), dict[int, RunLink]()
             for version in client.search_model_versions(f"name = '{model}'"):
-                number = version.tags.get(f"{_TAG}release", "")
-                if version.tags.get(f"{_TAG}target") != target or not number.isdigit() or not version.run_id:
+                numbers = [key.removeprefix(_RELEASES) for key in version.tags if key.startswith(_RELEASES)]
+                if version.tags.get(f"{_TAG}target") != target or not numbers or not version.run_id:
                     continue
                 experiment = client.get_run(version.run_id).info.experiment_id
-                found[int(number)] = RunLink(version.run_id, self._url(experiment, version.run_id))
+                link = RunLink(version.run_id, self._url(experiment, version.run_id))
+                found |= {int(number): link for number in numbers if number.isdigit()}
         return found
 
     def release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> None:
@@ -241,7 +244,12 @@ class Tracker:
         version = self._champion_version(name, champion.target)
         if version is None or version.tags.get(f"{_TAG}engine") != champion.engine_digest:
             return None
-        tags = {f"{_TAG}release": str(number), f"{_TAG}revision": checkpoint.revision}
+        # The newest by one name, and all of them: one champion may be released again, served in another way.
+        tags = {
+            f"{_TAG}release": str(number),
+            f"{_RELEASES}{number}": champion.digest,
+            f"{_TAG}revision": checkpoint.revision,
+        }
         for key, value in tags.items():
             client.set_model_version_tag(name, version.version, key, value)
         if not version.run_id:

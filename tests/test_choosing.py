@@ -161,6 +161,12 @@ def test_an_engine_that_was_measured_after_all_is_judged_anew(workspace):
 
     assert champion([slow, killed]) == "slow"
     assert champion([slow, fast]) == "fast"
+    # Three pairs of one shape: whoever reads the score is told.
+    reason = make_champion(workspace, entry, "cpu", [slow, fast], evaluation).record.reason
+    assert "only 3 pairs of samples" in reason
+    many = tuple(one.model_copy(update={"pairs": 5}) for one in fast.timings)
+    sure = [slow, fast.model_copy(update={"timings": many})]
+    assert "pairs" not in make_champion(workspace, entry, "cpu", sure, evaluation).record.reason
 
 
 def test_the_worse_of_two_ways_counts():

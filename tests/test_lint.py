@@ -449,6 +449,21 @@ def test_the_server_refuses_what_is_an_error(repository, triton_settings, tmp_pa
         pass
 
 
+def test_what_is_no_repository_is_not_passed(tmp_path):
+    """A wrong path in somebody's CI would be green for ever."""
+    (tmp_path / "cpu" / "tiny" / "1").mkdir(parents=True)
+    (tmp_path / "cpu" / "tiny" / "config.pbtxt").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path, said in (
+        (tmp_path / "empty", "holds no model"),
+        (tmp_path / "cpu" / "tiny", f"is the folder of one model. Give the one that holds it: {tmp_path / 'cpu'}"),
+        (tmp_path, f"holds repositories, and no models. Give one of them: {tmp_path / 'cpu'}"),
+    ):
+        with pytest.raises(ReleaseError, match=re.escape(said)):
+            lint(path)
+    assert lint(tmp_path / "cpu")
+
+
 def test_formats_and_exit_codes(repository, capsys):
     assert main(["lint", str(repository)]) == 0
     assert capsys.readouterr().out == "nothing found\n"

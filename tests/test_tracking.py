@@ -82,7 +82,8 @@ def test_one_optimization_is_a_parent_with_children(tracker, tmp_path):
 
     reports = [report("torch", 1.0), report("onnxruntime_fp32", 2.0), report("gpu", status="skipped", reason="no GPU")]
     parent = write_all(tracker, "run-1", reports)
-    tracker.release(CHECKPOINT, champion_of(reports), 7)
+    tracker.release(CHECKPOINT, champion_of(reports), 6)
+    tracker.release(CHECKPOINT, champion_of(reports), 7)  # the same engine, served in another way
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("m").experiment_id])}
@@ -103,6 +104,8 @@ def test_one_optimization_is_a_parent_with_children(tracker, tmp_path):
     assert {"candidates.md", "latency.png", "verdicts.json"} <= names
     version = client.get_model_version_by_alias("m", "champion-cpu")
     assert version.tags["refinery.release"] == "7"
+    runs = tracker.release_runs(version.name, "cpu")
+    assert {number: link.run_id for number, link in runs.items()} == {6: version.run_id, 7: version.run_id}
     assert version.run_id == child.info.run_id
     assert parent.url == f"http://127.0.0.1:5000/#/experiments/{closed.info.experiment_id}/runs/{parent.run_id}"
 

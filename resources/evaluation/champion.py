@@ -16,6 +16,9 @@ from resources.evaluation.choosing import OBJECTIVES, contest, judge, require_ch
 from resources.tasks import TASKS
 from resources.workspace import Workspace
 
+#: A median of fewer pairs says little.
+FEW_PAIRS = 5
+
 
 @dataclass(frozen=True)
 class Served:
@@ -29,6 +32,17 @@ def gates_missed(entry: ModelEntry, report: BenchmarkReport) -> list[str]:
     """The accuracy gates of the model's catalog entry that a measured report misses."""
     assert report.accuracy is not None, "only measured reports have gates to miss"
     return missed_gates(TASKS[entry.task], report.accuracy, entry.accuracy_gates())
+
+
+def _doubt(report: BenchmarkReport) -> str:
+    """What the reader of a score has to know of the samples behind it."""
+    fewest = min((timing.pairs for timing in report.timings), default=FEW_PAIRS)
+    if fewest >= FEW_PAIRS:
+        return ""
+    return (
+        f" Of one shape only {fewest} pair{'' if fewest == 1 else 's'} of samples could be taken: the machine was slow "
+        "or busy. Raise benchmark.seconds in the models file, or measure on a quiet one, before you rely on it."
+    )
 
 
 def make_champion(
@@ -98,7 +112,7 @@ def make_champion(
             objective=entry.objective,
             score=best.score,
             reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "
-            f"{len(chosen.timings)} shapes), {place} of {count} accurate engines.{story}",
+            f"{len(chosen.timings)} shapes), {place} of {count} accurate engines.{story}{_doubt(chosen)}",
             verdicts=verdicts,
             contest=met,
         )

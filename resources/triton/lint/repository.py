@@ -90,9 +90,8 @@ class Model:
 
 
 def lint(root: Path) -> list[Finding]:
-    """Everything that is wrong, by path and line. Raises ReleaseError where there is no folder."""
-    if not root.is_dir():
-        raise ReleaseError(f"{root} is no folder. Give the folder that holds the models' folders.")
+    """Everything that is wrong, by path and line. Raises ReleaseError where there is no folder of models."""
+    _require_repository(root)
     findings: list[Finding] = []
     models: dict[str, Model] = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
@@ -116,6 +115,20 @@ def lint(root: Path) -> list[Finding]:
         if model.is_ensemble:
             findings += ensemble_findings(model, models)
     return sorted(findings, key=lambda finding: (finding.path, finding.line, finding.rule, finding.message))
+
+
+def _require_repository(root: Path) -> None:
+    """Raise ReleaseError for what is no model repository at all: nothing wrong in it would say nothing."""
+    if not root.is_dir():
+        raise ReleaseError(f"{root} is no folder. Give the folder that holds the models' folders.")
+    if (root / CONFIG).is_file():
+        raise ReleaseError(f"{root} is the folder of one model. Give the one that holds it: {root.parent}.")
+    if not any(path.is_dir() for path in root.iterdir()):
+        raise ReleaseError(f"{root} holds no model. Give the folder that holds the models' folders.")
+    if not any(root.glob(f"*/{CONFIG}")):
+        inside = sorted({path.parent.parent for path in root.glob(f"*/*/{CONFIG}")})
+        if inside:
+            raise ReleaseError(f"{root} holds repositories, and no models. Give one of them: {inside[0]}.")
 
 
 def _read(root: Path, folder: Path) -> tuple[Model, list[Finding]]:

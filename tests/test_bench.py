@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from orchestration.cli import main
-from resources.artifacts.records import Engine
+from resources.artifacts.records import Engine, StoredFile, sha256_file
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import write_entry
 from resources.engines import engine_spec
@@ -186,7 +186,7 @@ def test_wrong_command_lines_exit_with_2(home, monkeypatch, capsys, wrong):
 
 
 def test_one_that_breaks_is_out_and_the_others_go_on(benched, home, tmp_path):
-    """Its file is replaced by garbage of the same size, so that only loading it tells."""
+    """Its file is replaced by garbage, and its record says so, so that only loading it tells."""
     workspace = Workspace(home, home / "models.yaml")
     store = ArtifactStore(home / "artifacts")
     records = [Engine.model_validate_json(path.read_bytes()) for path in (store.root / "engine").glob("*/record.json")]
@@ -194,6 +194,10 @@ def test_one_that_breaks_is_out_and_the_others_go_on(benched, home, tmp_path):
     model = store.folder(int8) / "model.onnx"
     whole = model.read_bytes()
     model.write_bytes(b"x" * len(whole))
+    stored = model.with_name("record.json")
+    record = stored.read_text()
+    files = {**int8.files, "model.onnx": StoredFile(sha256=sha256_file(model), size_bytes=len(whole))}
+    stored.write_text(int8.model_copy(update={"files": files}).model_dump_json())
     said = []
     try:
         comparison = compare(
@@ -207,6 +211,7 @@ def test_one_that_breaks_is_out_and_the_others_go_on(benched, home, tmp_path):
         )
     finally:
         model.write_bytes(whole)
+        stored.write_text(record)
     assert comparison.measured == ENGINES[:2]
     (report,) = [report for report in comparison.reports if report.engine == "onnxruntime_int8"]
     assert report.status == "failed"

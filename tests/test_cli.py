@@ -148,7 +148,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
     assert all(
         (folder / "record.json").exists()
         for kind in store.iterdir()
-        if kind.name not in ("current", "staging", "locks")
+        if kind.name not in ("current", "staging", "locks", "caches")
         for folder in kind.iterdir()
     )
     assert not (empty.home / "triton_models").exists()

@@ -15,7 +15,7 @@ from resources.artifacts.records import Checkpoint
 from resources.catalog import DEFAULT_SHAPES, ModelEntry, explain, load_catalog, write_entry
 from resources.checkpoints import SourceSettings, locate
 from resources.checkpoints.registry import parse_reference
-from resources.errors import ArtifactError, CatalogError
+from resources.errors import ArtifactError, CatalogError, CheckpointError
 from resources.workspace import Workspace
 
 #: What a checkpoint saved from such a class is for. Those for sequences may also rerank or judge labels; that only
@@ -47,9 +47,12 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
     source = _source(options.model)
     if source is None:
         return catalog.get(options.model)  # raises, naming what there is
-    if source.startswith("/"):
-        locate(source)  # a folder that is not there is no model; the Hub may be asked again later
     name = options.name or _name_from(source)
+    # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
+    if source.startswith("/") and not (locate(source).folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{name}: config.json is missing from {source}. Give the folder that save_pretrained wrote, whole."
+        )
     # Only the models file can hold that name for another purpose; an earlier entry of our own is written anew.
     for known in load_catalog(workspace.catalog_path).models:
         if known.name == name:

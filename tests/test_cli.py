@@ -161,6 +161,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "./no-such-folder"], "does not exist"),
         (["optimize", "./no-such-folder", "--task", "embedding"], "does not exist"),
         (["optimize", "/dev/null"], "not a folder"),
+        (["optimize", "/usr", "--task", "embedding"], "usr: config.json is missing from /usr"),
         (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
         (["optimize", "x/y", "--task", "embedding", "--seq-len", "16,long"], "--seq-len: 'long' is not a number"),
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
@@ -237,8 +238,15 @@ def test_a_failed_run_ends_in_one_message(empty, tmp_path):
     (tmp_path / "hollow").mkdir()
     code, out, err = refinery(empty, "optimize", str(tmp_path / "hollow"), "--task", "embedding")
     assert code == 1
-    assert len(out.splitlines()) == 1
+    assert out == ""
     assert err.startswith("refinery: hollow: config.json is missing")
+    assert len(err.splitlines()) == 1
+    assert not list((empty.home / "models.d").glob("*")), "what is no checkpoint is not left for the sensor"
+    (tmp_path / "hollow" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    code, out, err = refinery(empty, "optimize", str(tmp_path / "hollow"), "--task", "embedding")
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert err.startswith("refinery: hollow: there are no weights")
     assert len(err.splitlines()) == 1
 
 

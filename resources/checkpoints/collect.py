@@ -23,9 +23,9 @@ from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
 from resources.checkpoints.settings import SourceSettings
-from resources.checkpoints.sources import first_line, locate
+from resources.checkpoints.sources import locate
 from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
-from resources.errors import CatalogError, CheckpointError, UnfetchedError
+from resources.errors import CatalogError, CheckpointError, UnfetchedError, first_line
 from resources.evaluation.requests import sampled_requests
 from resources.isolation import Limits, run_isolated
 from resources.locks import building

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from resources.checkpoints.settings import SourceSettings
-from resources.errors import CheckpointError, UnfetchedError
+from resources.errors import CheckpointError, UnfetchedError, first_line
 
 Kind = Literal["folder", "package", "hub", "registry", "objects"]
 
@@ -228,8 +228,3 @@ def source_forms(source: str) -> str:
         f"{source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id (org/name or "
         "org/name@revision), nor models:/name@alias, nor s3://, gs:// or as://."
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another library's message, which may be a page long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -9,12 +9,13 @@ import dagster as dg
 
 from resources.artifacts.records import Record
 from resources.artifacts.store import ArtifactStore, Made
+from resources.tracking import RunLink
 
 OWNERS = ["team:refinery"]
 
 
 def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[..., dg.MaterializeResult]:
-    """No MLflow run stays open because a step failed that writes to it.
+    """No MLflow run stays open because a step failed that writes to it. For assets of a target: `<kind>/<target>/...`.
 
     Not a hook of Dagster's: that writes an event for every step of every run, a fifth of all that there are.
     """
@@ -25,7 +26,8 @@ def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[...,
             return step(context, **resources)
         except Exception as error:
             why = f"{context.asset_key.to_user_string()} failed: {error}"
-            resources["tracker"].abandon(context.run.run_id, context.partition_key, why)
+            target = context.asset_key.path[1]
+            resources["tracker"].abandon(context.run.run_id, context.partition_key, why, target)
             raise
 
     return closing
@@ -47,6 +49,17 @@ def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> 
         common["size_bytes"] = dg.MetadataValue.int(record.size_bytes)
         common["files"] = dg.MetadataValue.path(folder)
     return dg.MaterializeResult(metadata={**metadata, **common}, data_version=dg.DataVersion(record.content_digest))
+
+
+def linked(**links: RunLink | None) -> dict[str, dg.UrlMetadataValue]:
+    """Metadata that leads to MLflow's pages, as far as there are any."""
+    return {name: dg.MetadataValue.url(link.url) for name, link in links.items() if link is not None}
+
+
+def began_s(context: dg.AssetExecutionContext) -> float:
+    """When the step's run began, in seconds since the epoch."""
+    record = context.instance.get_run_record_by_id(context.run.run_id)
+    return (record.start_time if record is not None else None) or 0.0
 
 
 def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:

@@ -114,6 +114,7 @@ def tracker_of(workspace: Workspace) -> Tracker:
     """MLflow as the workspace says. A tracking server's pages are at its own address."""
     # MLflow's own seven retries of a server that is not there take four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
     uri = workspace.mlflow_uri()
     ui = workspace.tracking_ui or (uri if uri.startswith("http") else DEFAULT_MLFLOW_UI)
     return Tracker(uri, ui=ui.rstrip("/"), folder=workspace.home / "tracking", dagster_ui=workspace.dagster_ui)

@@ -26,10 +26,12 @@ PAGE = "report.html"
 #: What the page is made from; see resources.report.optimization.
 DATA = "report.json"
 PARETO, LATENCY, LENGTHS, LOAD = "pareto.png", "latency.png", "lengths.png", "load.png"
+#: Cells of so many characters are not broken into lines.
+_SHORT = 24
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 1.5em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin: .8em 0; display: block; overflow-x: auto; }
+table { font-size: 13px; border-collapse: collapse; margin: .8em 0; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: .25em .8em .25em 0; vertical-align: top; border-bottom: 1px solid #eee; }
 td { font-variant-numeric: tabular-nums; } .figure { white-space: nowrap; } img { max-width: 100%; }
 .champion td { font-weight: 600; background: #f2f7fb; } .missed { color: #b34700; } .aside { color: #666; }
@@ -200,8 +202,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], champion: str |
         lines.append(f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>")
     for row in rows:
         kind = ' class="champion"' if champion in row[:2] else ""
-        lines.append(f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
+        lines.append(f"<tr{kind}>{''.join(map(_cell, row))}</tr>")
     return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _cell(text: str) -> str:
+    kind = ' class="figure"' if len(text) <= _SHORT else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _picture(pictures: dict[str, bytes], name: str, caption: str) -> str:

@@ -15,6 +15,7 @@ from resources.reporting import colour_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: One for each engine, so that colours are never all that tells them apart.
 _MARKERS = "osD^vPXhp<>d"
@@ -48,8 +49,18 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def pareto_plot(report: OptimizationReport) -> bytes | None:
-    """A PNG: score by accuracy, a panel for each gated metric, better always up and to the right. The gate is a line,
-    engines that miss any gate are hollow, the champion has a ring. None where nothing can be drawn.
+    """A PNG of `pareto_figure`; None where there is none."""
+    figure = pareto_figure(report)
+    if figure is None:
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def pareto_figure(report: OptimizationReport) -> Figure | None:
+    """Score by accuracy, a panel for each gated metric, better always up and to the right. The gate is a line, engines
+    that miss any gate are hollow, the champion has a ring. None where nothing can be drawn.
     """
     measured = [
         one
@@ -85,9 +96,7 @@ def pareto_plot(report: OptimizationReport) -> bytes | None:
     }
     figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(f"{report.title}\n{OBJECTIVES[report.objective]} against accuracy", fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _draw(axes: Axes, gate: Gate, points: Sequence[Point], report: OptimizationReport) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from resources.artifacts.fingerprint import library_versions
@@ -44,11 +43,6 @@ def checkpoint_tags(checkpoint: Checkpoint) -> dict[str, str]:
 def note(*sentences: str) -> dict[str, str]:
     """The tag that is a description, a paragraph a sentence; empty ones are left out."""
     return {NOTE: "\n\n".join(filter(None, sentences))[:_LONGEST_NOTE]}
-
-
-def tagged(values: Mapping[str, str]) -> dict[str, str]:
-    """The tags of those names."""
-    return {f"{TAG}{name}": value for name, value in values.items()}
 
 
 def yes(value: bool) -> str:

@@ -14,7 +14,7 @@ from resources.report.optimization import Before, OptimizationReport
 from resources.report.page import DATA, LATENCY, LENGTHS, LOAD, PAGE, PARETO, render
 from resources.reporting import length_plot
 from resources.tracking.candidates import remembered_as, speedups
-from resources.tracking.names import NOTE, PARENT, TAG, checkpoint_tags, run_name, tagged
+from resources.tracking.names import NOTE, PARENT, TAG, checkpoint_tags, run_name
 from resources.tracking.store import RunLink, TrackingStore
 
 
@@ -74,12 +74,9 @@ def close(
     parent: RunLink,
     report: OptimizationReport,
     pictures: Mapping[str, bytes],
-    version: str,
-    note: Mapping[str, str],
+    tags: Mapping[str, str],
 ) -> None:
-    """Write the verdict and the report, and end the parent run. pictures: those that are drawn already. version: of
-    the registered model.
-    """
+    """Write the verdict and the report, and end the parent run. pictures: those that are drawn already."""
     client, champion = store.client, report.champion
     best = next(one for one in report.reports if one.engine == champion.engine)
     lengths = store.read_file(parent.run_id, LENGTHS) if report.lengths is not None else None
@@ -89,8 +86,7 @@ def close(
     store.log_files(parent.run_id, files)
     metrics = {"champion_score": champion.score, **speedups(best)}
     store.log(parent.run_id, {"objective": champion.objective}, metrics)
-    said = {"champion": champion.engine, "champion_reason": champion.reason, "model_version": version}
-    for name, value in {**tagged(said), **note}.items():
+    for name, value in {f"{TAG}champion": champion.engine, **tags}.items():
         client.set_tag(parent.run_id, name, value)
     client.set_terminated(parent.run_id)
 

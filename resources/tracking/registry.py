@@ -49,6 +49,11 @@ def register(store: TrackingStore, champion: Champion, run: RunLink, chosen_by: 
     return str(version.version)
 
 
+def version_address(store: TrackingStore, model: str, version: str) -> str:
+    """The page of a registered version."""
+    return store.address(f"models/{model}/versions/{version}")
+
+
 def champion_version(store: TrackingStore, model: str, target: str) -> ModelVersion | None:
     """The version that has the champion's alias; None where there is none."""
     try:
@@ -76,10 +81,13 @@ def tag_release(store: TrackingStore, checkpoint: Checkpoint, champion: Champion
     }
     for key, value in tags.items():
         client.set_model_version_tag(name, version.version, key, value)
+    told, said = version.description or "", f"Triton release {number}."
+    if said not in told:  # tags are far down on its page
+        client.update_model_version(name, version.version, f"{told}\n\n{said}".strip())
     if not version.run_id:
         return None
     client.set_tag(version.run_id, f"{TAG}release", str(number))
-    return RunLink(version.run_id, store.address(f"models/{name}/versions/{version.version}"))
+    return RunLink(version.run_id, version_address(store, name, str(version.version)))
 
 
 def release_runs(store: TrackingStore, model: str, target: str) -> dict[int, RunLink]:

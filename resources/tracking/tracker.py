@@ -25,7 +25,7 @@ from resources.tracking.candidates import (
     remembered_as,
 )
 from resources.tracking.names import PARENT, TAG, note
-from resources.tracking.registry import champion_version, register, release_runs, tag_release
+from resources.tracking.registry import champion_version, register, release_runs, tag_release, version_address
 from resources.tracking.serving import log_load, log_trials
 from resources.tracking.store import RunLink, TrackingStore
 from resources.tracking.system_metrics import BATCH, system_metrics
@@ -92,9 +92,12 @@ class Tracker:
                     update={"dagster_run": dagster_run, "dagster_url": self._dagster_page(dagster_run)}
                 )
                 version = self._register(dagster_run, champion, store.recall(remembered_as(best)) or parent)
-                said = note(champion.reason, self._by(dagster_run))
-                optimizations.close(store, parent, whole, pictures, version, said)
-                store.remember(f"report-{champion.digest}", optimizations.report_address(parent))
+                page = optimizations.report_address(parent)
+                registered = version_address(store, champion.model, version)
+                seen = f"[Report]({page.url}), [registered as version {version}]({registered})"
+                tags = {f"{TAG}model_version": version, **note(champion.reason, seen, self._by(dagster_run))}
+                optimizations.close(store, parent, whole, pictures, tags)
+                store.remember(f"report-{champion.digest}", page)
             elif known is not None and store.recall(current, champion.digest) is not None:
                 return known
             else:

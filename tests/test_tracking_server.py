@@ -6,7 +6,7 @@ from orchestration.settings import read_workspace, tracker_of
 from resources.tracking import Tracker
 from tests import servers
 from tests.test_choosing import report
-from tests.test_tracking import CHECKPOINT, LATER, champion_of, engine, mlflow_json, seen, write_all
+from tests.test_tracking import CHECKPOINT, LATER, champion_of, engine, mlflow_json, optimization, seen, write_all
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,15 @@ def test_an_optimization_is_written_to_a_server_and_found_there(server, tmp_path
     # Another machine, that knows the server alone: the parent is found, and the report says what changed.
     elsewhere = Tracker(server, ui=server, folder=tmp_path / "elsewhere")
     later = [one.model_copy(update={"digest": f"{one.digest}, later"}) for one in reports]
-    second = write_all(elsewhere, "run-2", later, LATER, champion=champion.model_copy(update={"digest": "later"}))
+    for item in later:
+        elsewhere.candidate("run-2", LATER, engine(item.engine), item, [])
+    third = Tracker(server, ui=server, folder=tmp_path / "third")
+    assert third.candidate("run-2", LATER, built, report("other", 1.5), []) is not None
+    chosen = champion.model_copy(update={"digest": "later"})
+    second = third.champion("run-2", optimization("run-2", later, chosen, revision=LATER.revision), {})
     assert mlflow_json(client, second.run_id, "report.json")["before"]["run_id"] == first.run_id
-    here = Tracker(server, ui=server, folder=tmp_path / "third")
-    assert here.candidate("run-2", LATER, built, report("other", 1.5), []) is not None
+    measured = client.get_run(client.get_model_version_by_alias("m", "champion-cpu").run_id)
+    assert measured.info.run_name == "int8 @ 0123456789ab (cpu)"
     parents = client.search_runs([parent.info.experiment_id], "tags.`refinery.parent` = 'true'")
     assert {run.info.run_id for run in parents} == {first.run_id, second.run_id}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "home", "third"]

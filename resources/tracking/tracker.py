@@ -91,7 +91,7 @@ class Tracker:
                 whole = report.model_copy(
                     update={"dagster_run": dagster_run, "dagster_url": self._dagster_page(dagster_run)}
                 )
-                version = self._register(dagster_run, champion, store.recall(remembered_as(best)) or parent)
+                version = self._register(dagster_run, champion, self._measured(best) or parent)
                 page = optimizations.report_address(parent)
                 registered = version_address(store, champion.model, version)
                 seen = f"[Report]({page.url}), [registered as version {version}]({registered})"
@@ -101,7 +101,7 @@ class Tracker:
             elif known is not None and store.recall(current, champion.digest) is not None:
                 return known
             else:
-                measured = store.recall(remembered_as(best))
+                measured = self._measured(best)
                 parent = known or measured
                 if parent is None:
                     return None
@@ -228,6 +228,15 @@ class Tracker:
             client.log_dict(run_id, {"timings": [timing.model_dump() for timing in report.timings]}, "timings.json")
         client.set_terminated(run_id, "FINISHED" if report.status == "measured" else "FAILED")
         return store.link(run)
+
+    def _measured(self, report: BenchmarkReport) -> RunLink | None:
+        """The candidate's run; also one that another machine wrote."""
+        known = self._store.recall(remembered_as(report))
+        if known is not None:
+            return known
+        query = f"tags.`{TAG}kind` = 'candidate' and tags.`{TAG}report` = '{report.digest}'"
+        run = self._store.find(report.model, query)
+        return self._store.link(run) if run is not None else None
 
     def _log_usage(self, run_id: str, usage: Sequence[Usage | None], since_s: float = 0.0) -> None:
         metrics = system_metrics(usage, since_s)

@@ -23,7 +23,7 @@ import psutil
 
 from resources.artifacts.records import Usage, UsageSample
 
-#: Between two samples. A sample of a processor takes a fifth of a millisecond, one of a GPU a tenth of a second.
+#: Between two samples. A sample of a processor takes a fifth of a millisecond, one of an H100 30 milliseconds.
 INTERVAL_SECONDS = 5.0
 #: When the first is taken: most builds end before the second.
 FIRST_SECONDS = 1.0

@@ -28,12 +28,14 @@ DATA = "report.json"
 PARETO, LATENCY, LENGTHS, LOAD = "pareto.png", "latency.png", "lengths.png", "load.png"
 #: Cells of so many characters are not broken into lines.
 _SHORT = 24
+#: As part of their own width, how small pictures may become before one has to scroll: their labels have to be read.
+_SMALLEST = 0.65
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 1.5em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 table { font-size: 13px; border-collapse: collapse; margin: .8em 0; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: .25em .8em .25em 0; vertical-align: top; border-bottom: 1px solid #eee; }
-td { font-variant-numeric: tabular-nums; } .figure { white-space: nowrap; } img { max-width: 100%; }
+td { font-variant-numeric: tabular-nums; } .figure { white-space: nowrap; } .picture { overflow-x: auto; } img { max-width: 100%; }
 .champion td { font-weight: 600; background: #f2f7fb; } .missed { color: #b34700; } .aside { color: #666; }
 """
 
@@ -214,7 +216,11 @@ def _cell(text: str) -> str:
 def _picture(pictures: dict[str, bytes], name: str, caption: str) -> str:
     if name not in pictures:
         return ""
-    return f'<img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(pictures[name]).decode()}">'
+    png = pictures[name]
+    # A PNG's width is in its header (ISO/IEC 15948, 11.2.2).
+    least = round(_SMALLEST * int.from_bytes(png[16:20], "big"))
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<div class="picture"><img alt="{escape(caption)}" style="min-width: {least}px" src="{source}"></div>'
 
 
 def _aside(text: str) -> str:

@@ -164,7 +164,9 @@ def load_plot(report: ServingReport, title: str) -> bytes:
             axes.plot(rates, values, marker=marker, color=colour, label=f"{name}, {tool}")
         for level in levels:
             many = f"{level.clients} client{'' if level.clients == 1 else 's'}"
-            axes.annotate(many, (level.throughput_per_s, level.p99_ms), ha="center", va="bottom", fontsize=7)
+            place, offset = (level.throughput_per_s, level.p99_ms), (0, 6)
+            how = "offset points"
+            axes.annotate(many, place, offset, textcoords=how, ha="center", va="bottom", fontsize=7)
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
     axes.set_xlabel("requests a second")

@@ -194,9 +194,8 @@ def test_the_setting_goes_from_the_benchmark_to_the_release(made_checkpoint, sha
     assert tried[1:2] in ([], [setting(1)])  # on a busy machine there may be no time for it
     assert all(set(trial.speedups) == {"1x16", "2x32"} for trial in report.thread_trials[1:])
     assert report.setting == choose(report.thread_trials)
-    parameters = thread_parameters(report)
-    assert parameters["threads"] == report.setting.threads
-    assert parameters["baseline_threads"] == 2
+    assert thread_parameters(report)["threads"] == report.setting.threads
+    assert report.baseline_threads == 2
     # Written and read back.
     champion = make_champion(sharing, entry, "cpu", reports, evaluation).record
     assert champion.engine == "onnxruntime_fp32"

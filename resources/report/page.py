@@ -35,7 +35,8 @@ body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1060px; ma
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 table { font-size: 13px; border-collapse: collapse; margin: .8em 0; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: .25em .8em .25em 0; vertical-align: top; border-bottom: 1px solid #eee; }
-td { font-variant-numeric: tabular-nums; } .figure { white-space: nowrap; } .picture { overflow-x: auto; } img { max-width: 100%; }
+td { font-variant-numeric: tabular-nums; } .figure { white-space: nowrap; }
+.picture { overflow-x: auto; } img { max-width: 100%; } summary { color: #666; }
 .champion td { font-weight: 600; background: #f2f7fb; } .missed { color: #b34700; } .aside { color: #666; }
 """
 
@@ -154,10 +155,14 @@ def _accuracy(report: OptimizationReport) -> str:
             cells.append(f'<td class="figure{" missed" if missed else ""}">{text}</td>')
         said = one.accuracy.broken or verdicts.get(one.engine, "")
         lines.append(_row(one, report, f"{''.join(cells)}<td>{escape(said)}</td>"))
-    for one in report.reports:
-        if one.accuracy is None:
-            lines.append(_row(one, report, f'<td colspan="{len(names)}">–</td><td>{escape(one.reason)}</td>'))
-    return f"<table><tr><th>engine</th>{head}<th>verdict</th></tr>\n{''.join(lines)}</table>"
+    table = f"<table><tr><th>engine</th>{head}<th>verdict</th></tr>\n{''.join(lines)}</table>"
+    unmeasured = [[one.engine, one.reason] for one in report.reports if one.accuracy is None]
+    if not unmeasured:
+        return table
+    # Closed: most of them are of another kind of device.
+    return (
+        f"{table}\n<details><summary>{len(unmeasured)} not measured</summary>{_table(['', ''], unmeasured)}</details>"
+    )
 
 
 def _row(one: BenchmarkReport, report: OptimizationReport, cells: str) -> str:
@@ -169,7 +174,8 @@ def _serving(report: OptimizationReport, pictures: dict[str, bytes]) -> Iterator
     if report.release is not None:
         yield f"<p>Triton serves {escape(report.model)} as release {report.release}.</p>"
     if report.serving is not None:
-        yield f"<p>{escape(str(report.serving.setting))}: {escape(report.serving.reason)}</p>"
+        setting, reason = str(report.serving.setting), report.serving.reason
+        yield f"<p>{escape(reason if reason.startswith(setting) else f'{setting}: {reason}')}</p>"
         if report.serving.trials:
             yield _table(*trial_table(report.serving))
     if report.load is not None and report.load.levels:

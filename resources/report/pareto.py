@@ -77,6 +77,7 @@ def pareto_figure(report: OptimizationReport) -> Figure | None:
     lines = -(-len(gates) // columns)
     figure = Figure(figsize=(4.4 * columns + 2.4, 3.1 * lines + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]  # of a constrained layout
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     for axes, gate in zip(panels, gates, strict=False):
         points = []

@@ -16,9 +16,6 @@ from resources.errors import ArtifactError
 from resources.evaluation.champion import make_champion
 from resources.evaluation.choosing import tell
 from resources.evaluation.shapes import shapes_of
-from resources.report.optimization import make_report
-from resources.report.page import LATENCY, PARETO
-from resources.report.pareto import pareto_plot
 from resources.reporting import candidate_table, latency_plot, markdown, markdown_image, remembered
 from resources.tracking import Tracker
 from resources.triton.served import current_engines, find_incumbent
@@ -45,6 +42,11 @@ def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.Assets
         workspace: dg.ResourceParam[Workspace],
         tracker: dg.ResourceParam[Tracker],
     ) -> dg.MaterializeResult:
+        # Here, because definitions are loaded again for every step.
+        from resources.report.optimization import make_report
+        from resources.report.page import LATENCY, PARETO
+        from resources.report.pareto import pareto_plot
+
         entry, store = workspace.entry(context.partition_key), workspace.store
         evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
         reports = current_reports(workspace, specs, target, entry)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from resources.artifacts.records import BenchmarkReport, Checkpoint
-from resources.report.changes import changes
-from resources.report.optimization import Before, OptimizationReport
-from resources.report.page import DATA, LATENCY, LENGTHS, LOAD, PAGE, PARETO, render
 from resources.reporting import length_plot
 from resources.tracking.candidates import remembered_as, speedups
 from resources.tracking.names import NOTE, PARENT, TAG, checkpoint_tags, run_name
 from resources.tracking.store import RunLink, TrackingStore
+
+# resources.report is imported where a report is written: definitions are loaded again for every step.
+if TYPE_CHECKING:
+    from resources.report.optimization import Before, OptimizationReport
 
 
 def parent_query(dagster_run: str, target: str) -> str:
@@ -27,6 +28,8 @@ def parent_query(dagster_run: str, target: str) -> str:
 
 def begin(store: TrackingStore, checkpoint: Checkpoint, report: BenchmarkReport, tags: Mapping[str, str]) -> RunLink:
     """Make the parent run. report: its first candidate's. tags: of all runs of that optimization."""
+    from resources.report.page import LENGTHS
+
     said = {
         f"{TAG}parent": "true",
         f"{TAG}kind": "optimization",
@@ -77,6 +80,8 @@ def close(
     tags: Mapping[str, str],
 ) -> None:
     """Write the verdict and the report, and end the parent run. pictures: those that are drawn already."""
+    from resources.report.page import LENGTHS, render
+
     client, champion = store.client, report.champion
     best = next(one for one in report.reports if one.engine == champion.engine)
     lengths = store.read_file(parent.run_id, LENGTHS) if report.lengths is not None else None
@@ -93,6 +98,8 @@ def close(
 
 def amend(store: TrackingStore, parent: RunLink, **known: Any) -> None:
     """Add what became known later to the report of a run that has one: fields of OptimizationReport."""
+    from resources.report.page import LATENCY, LENGTHS, LOAD, PARETO, render
+
     report = _read(store, parent.run_id)
     if report is None:
         return
@@ -106,6 +113,8 @@ def amend(store: TrackingStore, parent: RunLink, **known: Any) -> None:
 
 def report_address(parent: RunLink) -> RunLink:
     """Where the parent's report is seen."""
+    from resources.report.page import PAGE
+
     return RunLink(parent.run_id, f"{parent.url}/artifacts/{PAGE}")
 
 
@@ -117,6 +126,9 @@ def fail(store: TrackingStore, parent: RunLink, note: Mapping[str, str]) -> None
 
 def _before(store: TrackingStore, report: OptimizationReport) -> Before | None:
     """The parent that was finished last, of the same model and target, and what is otherwise now."""
+    from resources.report.changes import changes
+    from resources.report.optimization import Before
+
     query = (
         f"tags.`{TAG}parent` = 'true' and tags.`{TAG}target` = '{report.target}' and attributes.status = 'FINISHED' "
         f"and tags.`{TAG}dagster_run` != '{report.dagster_run}'"
@@ -131,6 +143,9 @@ def _before(store: TrackingStore, report: OptimizationReport) -> Before | None:
 
 def _read(store: TrackingStore, run_id: str) -> OptimizationReport | None:
     """What a run's report was made from; None where it has none, or one of another version of this project."""
+    from resources.report.optimization import OptimizationReport
+    from resources.report.page import DATA
+
     data = store.read_file(run_id, DATA)
     try:
         return OptimizationReport.model_validate_json(data) if data is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resources.artifacts.records import (
     BenchmarkReport,
@@ -15,7 +16,6 @@ from resources.artifacts.records import (
     Usage,
 )
 from resources.locks import file_lock
-from resources.report.optimization import OptimizationReport
 from resources.tracking import optimizations
 from resources.tracking.candidates import (
     candidate_metrics,
@@ -29,6 +29,9 @@ from resources.tracking.registry import champion_version, register, release_runs
 from resources.tracking.serving import log_load, log_trials
 from resources.tracking.store import RunLink, TrackingStore
 from resources.tracking.system_metrics import BATCH, system_metrics
+
+if TYPE_CHECKING:
+    from resources.report.optimization import OptimizationReport
 
 
 class Tracker:

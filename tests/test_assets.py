@@ -100,7 +100,7 @@ def test_owners_and_freshness_are_configured():
     assert specs(replace(policies, fresh_days=float("inf")))  # never
 
 
-@pytest.mark.parametrize("owner", ["ml-platform", "team:", "someone@", "team:a;b"])
+@pytest.mark.parametrize("owner", ["ml-platform", "team:", "someone@"])
 def test_what_is_no_owner_is_refused(owner):
     with pytest.raises(CatalogError, match=f"REFINERY_OWNERS: '{re.escape(owner)}'"):
         read_policies({"REFINERY_OWNERS": f"team:fine,{owner}"})

@@ -18,7 +18,7 @@ from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.executors import Execution, make_executor
-from orchestration.freshness import freshness_sensor
+from orchestration.freshness import freshness_job, freshness_sensor
 from orchestration.jobs import close_tracking_of_killed_runs, optimize
 from orchestration.notifications import failure_sensor
 from orchestration.policies import Policies
@@ -49,11 +49,11 @@ def make_definitions(
         champion, as_good_as_what_serves = champion_assets(ENGINES, target)
         assets += [served_benchmark_asset(ENGINES, target), champion, serving_configuration_asset(target), repository]
         assets.append(serving_benchmark_asset(target))
-        checks += [as_good_as_what_serves, served_answers_equal, release_check(target)]
+        checks += [as_good_as_what_serves, served_answers_equal, release_check(target, policies.warn_days)]
     return dg.Definitions(
         assets=dg.map_asset_specs(lambda spec: policies.applied(documented(spec)), assets),
         asset_checks=checks,
-        jobs=[optimize, *upkeep.JOBS],
+        jobs=[optimize, freshness_job(workspace.targets), *upkeep.JOBS],
         schedules=[reoptimization(cron, policies.fresh_days)],
         sensors=[
             checkpoint_sensor(workspace.watch_seconds),

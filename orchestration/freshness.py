@@ -1,104 +1,106 @@
-"""The sensor that tells, without a run, which releases are not up to date: what is forgotten runs nowhere."""
+"""Looking between runs at whether releases are up to date: what is forgotten is in no run that could say so.
+
+A sensor cannot report a partition's check itself: Dagster 1.13 stores one report without a run for each partition, ever
+(a unique index over asset, check, run and partition), and a second one fails the tick. So where the verdict is another
+than the last one told, a run of the check alone is asked for.
+"""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 import dagster as dg
+from pydantic import BaseModel
 
-from assets.checkpoint import checkpoint
-from assets.freshness import CHECK, Known, judge
-from orchestration import sensors
-from orchestration.jobs import optimize
+from assets.freshness import CHECK, confirmed_at, judge, release_key
+from assets.partitions import models
 from orchestration.runs import PARTITION_TAG, models_under_way
-from resources.artifacts.records import Checkpoint
-from resources.errors import ArtifactError, RefineryError, first_line
+from orchestration.sensors import MOST_RUNS, TICK_SECONDS
+from resources.errors import RefineryError, first_line
 from resources.workspace import Workspace
 
 SENSOR = "release_freshness"
+JOB = "check_releases"
 #: Nothing here changes faster, and repositories in object storage are asked over the network.
 INTERVAL_SECONDS = 300
 
 
+class Told(BaseModel):
+    """What a run of the check was asked to tell of a model. wrong: empty where all is well. at: when, since 1970."""
+
+    wrong: str = ""
+    at: float = 0.0
+
+
+class Cursor(BaseModel):
+    """By model, as far as something was told."""
+
+    told: dict[str, Told] = {}
+
+
+def freshness_job(targets: Sequence[str]) -> dg.UnresolvedAssetJobDefinition:
+    """The check of a model's releases alone."""
+    keys = [dg.AssetCheckKey(release_key(target), CHECK) for target in targets]
+    return dg.define_asset_job(
+        JOB,
+        selection=dg.AssetSelection.checks(*keys),
+        description=(
+            "Tells whether a model's releases are of its newest checkpoint, and were confirmed lately. The sensor "
+            f"`{SENSOR}` starts it; by hand, execute the check on the release's page."
+        ),
+    )
+
+
 def freshness_sensor(limit_days: float) -> dg.SensorDefinition:
-    """The sensor. limit_days: how long ago the last run of a model may be."""
+    """The sensor. limit_days: how long ago the last run through a model's checkpoint and release may be."""
 
     @dg.sensor(
         name=SENSOR,
+        job_name=JOB,
         minimum_interval_seconds=INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=(
-            f"Tells by the check `{CHECK}` of every model's release whether it is of the checkpoint that the source "
-            "holds, and was confirmed by a run lately. Starts no run."
+            f"Looks whether every model's release is of its newest checkpoint, and was confirmed lately. Where that is "
+            f"not what was told last, it has the check `{CHECK}` tell it."
         ),
     )
     def release_freshness(
         context: dg.SensorEvaluationContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.SensorResult:
-        began, now = time.monotonic(), time.time()
-        told: dict[str, str] = json.loads(context.cursor or "{}")
-        names, busy = workspace.catalog().names, models_under_way(context.instance)
-        releases = [(name, target) for name in names for target in workspace.targets]
-        events, looked = [], {}
-        # Who was not reached the last time is first. What is under way tells its own verdict when it is done.
-        for name, target in sorted(releases, key=lambda release: "/".join(release) in told):
-            if name in busy or time.monotonic() > began + sensors.TICK_SECONDS:
+        instance, began = context.instance, time.monotonic()
+        told = Cursor.model_validate_json(context.cursor or "{}").told
+        busy = models_under_way(instance)
+        there = set(instance.get_dynamic_partitions(models.name or ""))
+        names = [name for name in workspace.catalog().names if name in there]
+        requests: list[dg.RunRequest] = []
+        looked = 0
+        # Where there is no time for all of them, others come first the next time.
+        turn = int(time.time() / INTERVAL_SECONDS) % max(1, len(names))
+        for name in (*names[turn:], *names[:turn]):
+            if name in busy:  # its run says it when it is done
                 continue
-            known = _known(context.instance, workspace, name, target, limit_days)
+            if time.monotonic() > began + TICK_SECONDS or len(requests) == MOST_RUNS:
+                break
             try:
-                verdict = judge(workspace, name, target, known, now)
+                verdicts = [judge(instance, workspace, name, target, limit_days) for target in workspace.targets]
             except RefineryError as error:  # one repository that cannot be read hides nothing of the others
-                context.log.warning(f"{name} on {target}: {first_line(error)}")
+                context.log.warning(f"{name}: {first_line(error)}")
                 continue
-            # A run's own verdict stands in between, and this one may have to be told again.
-            looked[f"{name}/{target}"] = short = f"{known.confirmed:.0f} {verdict.passed} {verdict.description}"
-            if told.get(f"{name}/{target}") != short:
-                events.append(_event(name, target, verdict))
+            looked += 1
+            wrong = "\n".join(verdict.description or "" for verdict in verdicts if not verdict.passed)
+            before = told.get(name, Told())
+            if wrong == before.wrong:
+                continue
+            told[name] = Told(wrong=wrong, at=time.time())
+            # A run that mended it has said so itself.
+            if wrong or confirmed_at(instance, name, workspace.targets) < before.at:
+                # A job of checks alone has no partitions in Dagster 1.13; the tag is what a step reads.
+                requests.append(dg.RunRequest(partition_key=name, tags={PARTITION_TAG: name}))
         return dg.SensorResult(
-            skip_reason=f"{len(looked)} of {len(releases)} releases looked at, {len(events)} verdicts are new",
-            cursor=json.dumps(looked),
-            asset_events=events,
+            run_requests=requests,
+            skip_reason=None if requests else f"{looked} of {len(names)} models looked at, nothing else to tell",
+            cursor=Cursor(told={name: told[name] for name in names if name in told}).model_dump_json(),
         )
 
     return release_freshness
-
-
-def _event(model: str, target: str, verdict: dg.AssetCheckResult) -> dg.AssetCheckEvaluation:
-    return dg.AssetCheckEvaluation(
-        asset_key=dg.AssetKey(["triton_repository", target]),
-        check_name=CHECK,
-        passed=bool(verdict.passed),
-        metadata=verdict.metadata,
-        severity=verdict.severity,
-        description=verdict.description,
-        partition=model,
-    )
-
-
-def _known(instance: dg.DagsterInstance, workspace: Workspace, model: str, target: str, limit_days: float) -> Known:
-    """A revision that a run was asked for after the checkpoint was collected last, and did not take, is wanted."""
-    wanted = collected = ""
-    with suppress(ArtifactError):
-        collected = workspace.store.current(Checkpoint, f"checkpoint/{model}").revision
-    which = dg.RunsFilter(job_name=optimize.name, tags={PARTITION_TAG: model, sensors.SENSOR_TAG: sensors.SENSOR})
-    for record in instance.get_run_records(which, limit=1):
-        asked_at, revision = record.create_timestamp.timestamp(), record.dagster_run.tags[sensors.REVISION_TAG]
-        if revision != collected and asked_at > _materialized_at(instance, checkpoint.key, model):
-            wanted = revision
-    return Known(wanted, confirmed_at(instance, model, [target]), limit_days)
-
-
-def confirmed_at(instance: dg.DagsterInstance, model: str, targets: Sequence[str]) -> float:
-    """When a run went last through the model's checkpoint and its releases, whichever is longer ago, in seconds since
-    1970; 0: never through one of them.
-    """
-    keys = [checkpoint.key, *(dg.AssetKey(["triton_repository", target]) for target in targets)]
-    return min(_materialized_at(instance, key, model) for key in keys)
-
-
-def _materialized_at(instance: dg.DagsterInstance, key: dg.AssetKey, model: str) -> float:
-    which = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[model])
-    return next((record.timestamp for record in instance.fetch_materializations(which, limit=1).records), 0.0)

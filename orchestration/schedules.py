@@ -14,7 +14,7 @@ from typing import Any
 
 import dagster as dg
 
-from orchestration.freshness import confirmed_at
+from assets.freshness import confirmed_at
 from orchestration.jobs import optimize
 from orchestration.policies import FRESH_DAYS
 from orchestration.settings import read_workspace

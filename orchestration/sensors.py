@@ -7,6 +7,7 @@ from functools import partial
 import dagster as dg
 
 from assets.checkpoint import checkpoint
+from assets.freshness import REVISION_TAG
 from assets.partitions import models
 from orchestration.jobs import optimize
 from orchestration.runs import PARTITION_TAG, models_under_way
@@ -29,9 +30,8 @@ MOST_REMOTE = 40
 MOST_RUNS = 25
 #: Of what is waited for, in a tick's summary.
 _MOST_LINES = 20
-REVISION_TAG, REASON_TAG, ATTEMPT_TAG = "refinery/revision", "refinery/reason", "refinery/attempt"
-#: Dagster's own, of the runs that a sensor asked for.
-SENSOR_TAG = "dagster/sensor_name"
+REASON_TAG, ATTEMPT_TAG = "refinery/reason", "refinery/attempt"
+_SENSOR_TAG = "dagster/sensor_name"
 SENSOR = "new_checkpoints"
 
 _ENDED: dict[dg.DagsterRunStatus, Ended] = {
@@ -170,7 +170,7 @@ class _Tick:
 
     def _ask(self, entry: ModelEntry, memory: Memory, reason: str) -> Memory:
         if memory.attempt == 1:  # not what was asked before the cursor was lost, or the model was away
-            which = dg.RunsFilter(tags={SENSOR_TAG: SENSOR, PARTITION_TAG: entry.name})
+            which = dg.RunsFilter(tags={_SENSOR_TAG: SENSOR, PARTITION_TAG: entry.name})
             memory = memory.model_copy(update={"attempt": 1 + self._instance.get_runs_count(which)})
         attempt = str(memory.attempt)
         self._requests.append(

@@ -76,7 +76,15 @@ def test_everything_else_is_described():
     checks = [spec for one in repository.asset_checks_defs_by_key.values() for spec in one.check_specs]
     jobs = [job for job in repository.get_all_jobs() if not job.name.startswith("__")]
     described = [*jobs, *repository.schedule_defs, *repository.sensor_defs, *checks]
-    assert {job.name for job in jobs} == {"optimize", "rollback", "promote", "retain", "verify", "gc"}
+    assert {job.name for job in jobs} == {
+        "optimize",
+        "check_releases",
+        "rollback",
+        "promote",
+        "retain",
+        "verify",
+        "gc",
+    }
     assert len(repository.schedule_defs) == 1 and len(repository.sensor_defs) == 4
     assert {spec.name for spec in checks} == {
         "required_files",
@@ -94,7 +102,7 @@ def test_everything_else_is_described():
 def test_owners_and_freshness_are_configured():
     policies = read_policies({"REFINERY_OWNERS": "team:ml-platform, someone@example.org", "REFINERY_FRESH_DAYS": "5"})
     for spec in specs(policies).values():
-        assert spec.owners == ["team:ml-platform", "someone@example.org"]
+        assert list(spec.owners) == ["team:ml-platform", "someone@example.org"]
         assert spec.freshness_policy.warn_window.to_timedelta() == timedelta(days=7)
     assert read_policies({}) == Policies()
     assert specs(replace(policies, fresh_days=float("inf")))  # never

@@ -1,17 +1,21 @@
 """What is told of a release between runs: it is of an older checkpoint, or nobody confirmed it for too long."""
 
+import time
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 
-from assets.freshness import judge
-from orchestration import freshness, schedules, sensors
+from assets.freshness import REVISION_TAG, judge
+from orchestration import freshness, schedules
 from orchestration.definitions import make_definitions
+from orchestration.policies import FRESH_DAYS
 from resources.artifacts.records import Checkpoint
 from resources.errors import ReleaseError
 from resources.triton import layout
 from resources.triton.release import Release
+from tests.pipeline import instance as real_instance
 from tests.test_sensor import collect, write_catalog
 
 RELEASE = dg.AssetKey(["triton_repository", "cpu"])
@@ -21,28 +25,41 @@ CHECKPOINT = dg.AssetKey("checkpoint")
 @pytest.fixture
 def instance():
     with dg.DagsterInstance.ephemeral() as found:
+        found.add_dynamic_partitions("model", ["a", "b"])
         yield found
 
 
 @pytest.fixture
 def tick(workspace, instance):
-    """Evaluates the sensor as Dagster's daemon does; what it tells, by model."""
-    write_catalog(workspace, {"a": "/a", "b": "/b"})
+    """Evaluates the sensor as Dagster's daemon does; the models of which the check is asked to tell."""
+    write_catalog(workspace, {"a": "/a", "b": "/b", "new": "/c"})
     cursor = None
 
-    def evaluate(limit_days=1.0):
+    def evaluate():
         nonlocal cursor
-        context = dg.build_sensor_context(instance=instance, cursor=cursor, resources={"workspace": workspace})
-        result = freshness.freshness_sensor(limit_days).evaluate_tick(context)
+        repository = make_definitions(workspace).get_repository_def()
+        context = dg.build_sensor_context(
+            instance=instance,
+            cursor=cursor,
+            repository_def=repository,
+            sensor_name=freshness.SENSOR,
+            resources={"workspace": workspace},
+        )
+        result = repository.get_sensor_def(freshness.SENSOR).evaluate_tick(context)
         cursor = result.cursor
-        for event in result.asset_events:
-            assert (event.asset_key, event.check_name) == (RELEASE, "up_to_date")
-            assert event.severity is dg.AssetCheckSeverity.WARN
-            instance.report_runless_asset_event(event)
-        assert result.run_requests == []
-        return {event.partition: (event.passed, event.description) for event in result.asset_events}
+        return [request.partition_key for request in result.run_requests or ()]
 
     return evaluate
+
+
+def verdict(workspace, instance, model="a"):
+    """What a run of the check alone says."""
+    job = make_definitions(workspace).resolve_job_def(freshness.JOB)
+    result = job.execute_in_process(instance=instance, tags={"dagster/partition": model})
+    (told,) = result.get_asset_check_evaluations()
+    assert (told.asset_key, told.check_name, told.partition) == (RELEASE, "up_to_date", model)
+    assert told.severity is dg.AssetCheckSeverity.WARN
+    return told.passed, told.description
 
 
 def publish(workspace, model, number):
@@ -83,23 +100,26 @@ def test_a_release_that_does_not_follow_its_checkpoint_is_told_once(workspace, i
     collect(workspace, "a", "/a", "r1")
     publish(workspace, "a", 1)
     confirm(instance, "a")
-    first = tick()
-    assert first["a"] == (True, "what serves is of the newest checkpoint")
-    assert first["b"] == (False, "b: nothing serves; optimize it: refinery optimize b")
-    assert tick() == {}
+    assert tick() == ["b"]
+    assert verdict(workspace, instance) == (True, "what serves is of the newest checkpoint")
+    assert verdict(workspace, instance, "b") == (False, "b: nothing serves; optimize it: refinery optimize b.")
+    assert tick() == []
     collect(workspace, "a", "/a", "r2")
-    (verdict,) = tick().items()
-    assert verdict[0] == "a" and not verdict[1][0]
-    assert "release 1 is of revision r1, and revision r2 was collected since" in verdict[1][1]
-    assert tick() == {}
+    assert tick() == ["a"]
+    passed, said = verdict(workspace, instance)
+    assert not passed and "release 1 serves revision r1, and revision r2 was collected since" in said
+    assert tick() == []
+    # What mends itself is told too, but for runs: they tell it themselves.
     publish(workspace, "a", 2)
-    assert tick() == {"a": (True, first["a"][1])}
-    # A run tells its own verdict; this one is told again over it.
-    confirm(instance, "a")
-    assert set(tick()) == {"a"}
+    assert tick() == ["a"]
+    assert verdict(workspace, instance)[0]
+    collect(workspace, "b", "/b", "r1")
+    publish(workspace, "b", 1)
+    confirm(instance, "b")
+    assert tick() == []
 
 
-def test_another_revision_of_the_same_files_needs_no_release(workspace):
+def test_another_revision_of_the_same_files_needs_no_release(workspace, instance):
     collect(workspace, "a", "/a", "r1")
     record = workspace.store.current(Checkpoint, "checkpoint/a")
 
@@ -114,66 +134,75 @@ def test_another_revision_of_the_same_files_needs_no_release(workspace):
     point("d1", "r1", "weights")
     publish(workspace, "a", 1)
     point("d2", "r2", "weights")
-    assert judge(workspace, "a", "cpu").passed
+    assert judge(instance, workspace, "a", "cpu", FRESH_DAYS).passed
     point("d3", "r3", "other weights")
-    assert not judge(workspace, "a", "cpu").passed
+    assert not judge(instance, workspace, "a", "cpu", FRESH_DAYS).passed
 
 
 def test_a_revision_that_no_run_took_is_told(workspace, instance, tick):
     collect(workspace, "a", "/a", "r1")
     publish(workspace, "a", 1)
     confirm(instance, "a")
-    tags = {"dagster/partition": "a", sensors.SENSOR_TAG: sensors.SENSOR, sensors.REVISION_TAG: "r2"}
-    run = dg.DagsterRun(job_name="optimize", status=dg.DagsterRunStatus.STARTED, tags=tags)
+    run = dg.DagsterRun(
+        job_name="optimize",
+        status=dg.DagsterRunStatus.STARTED,
+        tags={"dagster/partition": "a", REVISION_TAG: "r2"},
+    )
     instance.add_run(run)
-    assert "a" not in tick()  # it may still take it
+    assert tick() == ["b"]  # it may still take it
     instance.report_run_failed(run)
-    passed, said = tick()["a"]
+    assert tick() == ["a"]
+    passed, said = verdict(workspace, instance)
     assert not passed and "its source holds revision r2, and the run that was to take it did not" in said
     # The checkpoint that was collected later is of another revision still, and nobody waits for r2 any more.
     collect(workspace, "a", "/a", "r3")
     publish(workspace, "a", 2)
     confirm(instance, "a")
-    assert tick()["a"][0]
+    assert verdict(workspace, instance)[0]
 
 
-def test_what_no_run_confirmed_is_told(workspace, instance, tick):
+def test_what_no_run_confirmed_is_told(workspace, instance, tick, monkeypatch):
     collect(workspace, "a", "/a", "r1")
     publish(workspace, "a", 1)
     confirm(instance, "a")
-    assert tick()["a"][0]
-    passed, said = tick(limit_days=0.0)["a"]
+    for days, asked in ((FRESH_DAYS + 1, ["b"]), (FRESH_DAYS + 3, ["a"])):
+        monkeypatch.setattr("assets.freshness.time", SimpleNamespace(time=lambda: time.time() + days * 86400))
+        assert tick() == asked
+    passed, said = verdict(workspace, instance)
     assert not passed and "no run has confirmed it since" in said and "reoptimize" in said
 
 
 def test_a_repository_that_cannot_be_read_hides_no_other_model(workspace, instance, tick, monkeypatch):
-    collect(workspace, "a", "/a", "r1")
-
     def current(repository, model):
         if model == "a":
             raise ReleaseError("no permission")
         return layout.current_release(repository, model)
 
-    monkeypatch.setattr("assets.freshness.current_release", current)
-    assert set(tick()) == {"b"}
-    monkeypatch.undo()
-    assert set(tick()) == {"a"}
+    with monkeypatch.context() as patch:
+        patch.setattr("assets.freshness.current_release", current)
+        assert tick() == ["b"]
+    assert tick() == ["a"]
 
 
-@pytest.mark.parametrize(("days", "asked"), [(29, False), (31, True)])
-def test_the_schedule_confirms_what_no_run_went_through_for_long(workspace, instance, monkeypatch, days, asked):
+def test_the_schedule_confirms_what_no_run_went_through_for_long(workspace, monkeypatch):
     monkeypatch.setenv("REFINERY_HOME", str(workspace.home))
     monkeypatch.setenv("REFINERY_CATALOG", str(workspace.catalog_path))
     write_catalog(workspace, {"a": "/a", "b": "/b"})
-    confirm(instance, "a")
     same = {"differing": [], "error": "", "digest": "d", "steps": []}
     monkeypatch.setattr(schedules, "read_plans", lambda names, seconds: dict.fromkeys(names, same))
     repository = make_definitions(workspace).get_repository_def()
-    when = datetime.now(UTC) + timedelta(days=days)
-    context = dg.build_schedule_context(instance=instance, repository_def=repository, scheduled_execution_time=when)
-    result = repository.get_schedule_def("reoptimize").evaluate_tick(context)
-    # Of what Dagster never saw it cannot be said how long ago that was.
-    assert [request.partition_key for request in result.run_requests or ()] == (["a"] if asked else [])
-    if asked:
-        assert result.run_requests[0].tags[schedules.WHY_TAG].startswith("last confirmed ")
-        assert not result.run_requests[0].asset_selection
+    with real_instance(workspace.home) as instance:
+        confirm(instance, "a")
+
+        def asked(days):
+            when = datetime.now(UTC) + timedelta(days=days)
+            context = dg.build_schedule_context(
+                instance=instance, repository_def=repository, scheduled_execution_time=when
+            )
+            return repository.get_schedule_def("reoptimize").evaluate_tick(context).run_requests
+
+        assert asked(29) == []
+        # Of what Dagster never saw it cannot be said how long ago that was.
+        (request,) = asked(31)
+    assert request.partition_key == "a" and not request.asset_selection
+    assert request.tags[schedules.WHY_TAG].startswith("last confirmed ")

@@ -100,7 +100,7 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
             metadata |= {
                 "load": _load_table(record),
                 "plot": dg.MetadataValue.md(markdown_image(plot, "latency by throughput")),
-                "release": record.release,
+                "release_number": record.release,
                 "throughput_per_s": round(max(level.throughput_per_s for level in record.levels), 1),
                 "p50_ms_of_one_client": round(record.levels[0].p50_ms, 3),
                 "p99_ms_of_all_clients": round(record.levels[-1].p99_ms, 3),

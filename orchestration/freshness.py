@@ -46,8 +46,8 @@ def freshness_job(targets: Sequence[str]) -> dg.UnresolvedAssetJobDefinition:
         JOB,
         selection=dg.AssetSelection.checks(*keys),
         description=(
-            "Tells whether a model's releases are of its newest checkpoint, and were confirmed lately. The sensor "
-            f"`{SENSOR}` starts it; by hand, execute the check on the release's page."
+            "Tells whether a model's releases are of its newest checkpoint, and were confirmed lately. Started by the "
+            f"sensor `{SENSOR}`."
         ),
     )
 

@@ -166,7 +166,7 @@ def test_what_no_run_confirmed_is_told(workspace, instance, tick, monkeypatch):
     publish(workspace, "a", 1)
     confirm(instance, "a")
     for days, asked in ((FRESH_DAYS + 1, ["b"]), (FRESH_DAYS + 3, ["a"])):
-        monkeypatch.setattr("assets.freshness.time", SimpleNamespace(time=lambda: time.time() + days * 86400))
+        monkeypatch.setattr("assets.freshness.time", SimpleNamespace(time=lambda days=days: time.time() + days * 86400))
         assert tick() == asked
     passed, said = verdict(workspace, instance)
     assert not passed and "no run has confirmed it since" in said and "reoptimize" in said

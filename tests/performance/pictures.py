@@ -41,7 +41,7 @@ SHOW_PLOT = """[...document.querySelectorAll('tr')].find(row => row.innerText.st
 
 @dataclass(frozen=True)
 class Picture:
-    """Of a page, after that script. width, height: of the window; box: what is shown of it, left, top, right, bottom."""
+    """Of a page, after a script. width, height: of the window; box: what of it is shown, left, top, right, bottom."""
 
     name: str
     path: str

@@ -137,6 +137,10 @@ def test_another_revision_of_the_same_files_needs_no_release(workspace, instance
     assert judge(instance, workspace, "a", "cpu", FRESH_DAYS).passed
     point("d3", "r3", "other weights")
     assert not judge(instance, workspace, "a", "cpu", FRESH_DAYS).passed
+    # What cannot be compared any more is not taken for the same.
+    point("d2", "r2", "weights")
+    workspace.store.remove(workspace.store.find(Checkpoint, "d1"))
+    assert not judge(instance, workspace, "a", "cpu", FRESH_DAYS).passed
 
 
 def test_a_revision_that_no_run_took_is_told(workspace, instance, tick):

@@ -21,9 +21,10 @@ _REMEDY = (
     deps=[checkpoint, evaluation_set],
     partitions_def=models,
     group_name="graph",
-    kinds={"pytorch", "file"},
+    kinds={"pytorch", "file"},  # Dagster has no icon of ONNX
     owners=OWNERS,
     description="The checkpoint as an ONNX graph with dynamic batch and sequence, pooling or softmax included.",
+    tags={"format": "onnx"},
     op_tags=placement(),
 )
 def onnx_graph(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:

@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.evaluation_set import evaluation_set
-from assets.materialization import OWNERS, Cell, closing_tracking, materialized, remember, table
+from assets.materialization import OWNERS, Cell, closing_tracking, linked, materialized, remember, table
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
@@ -57,9 +57,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         missed = gates_missed(entry, record) if record.status == "measured" else []
         metadata = report_metadata(record)
         link = tracker.candidate(context.run.run_id, checkpoint, engine, record, missed)
-        if link is not None:
-            metadata["mlflow_run"] = dg.MetadataValue.url(link.url)
-        return materialized(made, folder, metadata)
+        return materialized(made, folder, {**metadata, **linked(mlflow_run=link)})
 
     @dg.asset_check(asset=benchmark, partitions_def=models, op_tags=placement(target))
     def accuracy_gate(

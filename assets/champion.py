@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.checkpoint import length_metadata
-from assets.materialization import OWNERS, closing_tracking, materialized, remember
+from assets.materialization import OWNERS, began_s, closing_tracking, linked, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
-from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, EvaluationSet
+from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.catalog import ModelEntry
 from resources.device import describe_device
 from resources.engines import BASELINE, SERVED, EngineSpec
@@ -16,6 +16,9 @@ from resources.errors import ArtifactError
 from resources.evaluation.champion import make_champion
 from resources.evaluation.choosing import tell
 from resources.evaluation.shapes import shapes_of
+from resources.report.optimization import make_report
+from resources.report.page import LATENCY, PARETO
+from resources.report.pareto import pareto_plot
 from resources.reporting import candidate_table, latency_plot, markdown, markdown_image, remembered
 from resources.tracking import Tracker
 from resources.triton.served import current_engines, find_incumbent
@@ -52,8 +55,13 @@ def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.Assets
         folder = remember(store, f"champion/{target}/{entry.name}", made)
         record = made.record
         table = markdown(*candidate_table(reports, record.verdicts))
-        title = f"{entry.name} on {target}: {reports[0].device}"
-        plot = remembered(store.caches, record.digest, lambda: latency_plot(reports, title))
+        report = make_report(workspace, entry, checkpoint, evaluation, record, reports, candidates)
+        plots = {
+            LATENCY: lambda: latency_plot(reports, report.title, report.inaccurate),
+            PARETO: lambda: pareto_plot(report),
+        }
+        drawn = {name: remembered(store.caches, record.digest, draw, name) for name, draw in plots.items()}
+        pictures = {name: png for name, png in drawn.items() if png is not None}
         metadata: dict[str, object] = {
             "champion": record.engine,
             "reason": record.reason,
@@ -61,12 +69,15 @@ def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.Assets
             "score": round(record.score, 3),
             "candidates": dg.MetadataValue.md(table),
         }
-        if plot is not None:
-            metadata["latency"] = dg.MetadataValue.md(markdown_image(plot, "median latency by shape"))
+        if LATENCY in pictures:
+            metadata["latency"] = dg.MetadataValue.md(markdown_image(pictures[LATENCY], "median latency by shape"))
+        if PARETO in pictures:
+            metadata["pareto"] = dg.MetadataValue.md(markdown_image(pictures[PARETO], "speed against accuracy"))
         metadata |= length_metadata(store, checkpoint)
-        link = tracker.champion(context.run.run_id, record, reports, table, plot)
-        if link is not None:
-            metadata["mlflow_run"] = dg.MetadataValue.url(link.url)
+        graph = store.current(OnnxGraph, f"onnx_graph/{entry.name}")
+        usage = [made_of.usage for made_of in (evaluation, graph, *candidates)]
+        link = tracker.champion(context.run.run_id, report, pictures, usage, began_s(context))
+        metadata |= linked(mlflow_run=link, report=tracker.report(record))
         return materialized(made, folder, metadata)
 
     @dg.asset_check(asset=champion, partitions_def=models, op_tags=placement(target))

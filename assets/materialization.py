@@ -9,6 +9,7 @@ import dagster as dg
 
 from resources.artifacts.records import Record, StoredFile
 from resources.artifacts.store import ArtifactStore, Made
+from resources.tracking import RunLink
 
 #: Of everything here, where nobody else is named: REFINERY_OWNERS.
 OWNERS = ["team:refinery"]
@@ -18,7 +19,7 @@ Cell = str | int | float | bool | None
 
 
 def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[..., dg.MaterializeResult]:
-    """No MLflow run stays open because a step failed that writes to it.
+    """No MLflow run stays open because a step failed that writes to it. For assets of a target: `<kind>/<target>/...`.
 
     Not a hook of Dagster's: that writes an event for every step of every run, a fifth of all that there are.
     """
@@ -29,7 +30,8 @@ def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[...,
             return step(context, **resources)
         except Exception as error:
             why = f"{context.asset_key.to_user_string()} failed: {error}"
-            resources["tracker"].abandon(context.run.run_id, context.partition_key, why)
+            target = context.asset_key.path[1]
+            resources["tracker"].abandon(context.run.run_id, context.partition_key, why, target)
             raise
 
     return closing
@@ -78,6 +80,17 @@ def file_table(files: Mapping[str, StoredFile]) -> dg.TableMetadataValue:
         {"file": "", "size_bytes": "", "sha256": ""},
         [[name, file.size_bytes, file.sha256] for name, file in largest_first],
     )
+
+
+def linked(**links: RunLink | None) -> dict[str, dg.UrlMetadataValue]:
+    """Metadata that leads to MLflow's pages, as far as there are any."""
+    return {name: dg.MetadataValue.url(link.url) for name, link in links.items() if link is not None}
+
+
+def began_s(context: dg.AssetExecutionContext) -> float:
+    """When the step's run began, in seconds since the epoch."""
+    record = context.instance.get_run_record_by_id(context.run.run_id)
+    return (record.start_time if record is not None else None) or 0.0
 
 
 def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:

@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets.benchmarks import report_metadata
 from assets.evaluation_set import evaluation_set
-from assets.materialization import OWNERS, closing_tracking, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, linked, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, EvaluationSet, OnnxGraph
@@ -65,8 +65,6 @@ def served_benchmark_asset(specs: Sequence[EngineSpec], target: str) -> dg.Asset
         missed = gates_missed(entry, record) if record.status == "measured" else []
         metadata = {"serves": incumbent.story, **report_metadata(record)}
         link = tracker.candidate(context.run.run_id, checkpoint, engine, record, missed)
-        if link is not None:
-            metadata["mlflow_run"] = dg.MetadataValue.url(link.url)
-        return materialized(made, folder, metadata)
+        return materialized(made, folder, {**metadata, **linked(mlflow_run=link)})
 
     return benchmark

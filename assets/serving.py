@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.materialization import OWNERS, closing_tracking, materialized, remember, table
+from assets.materialization import OWNERS, closing_tracking, linked, materialized, remember, table
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import (
@@ -48,7 +48,7 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         made = make_serving_configuration(workspace, entry, checkpoint, engine, evaluation, champion)
         folder = remember(store, f"serving_configuration/{target}/{entry.name}", made)
         record: ServingConfiguration = made.record
-        tracker.serving(context.run.run_id, champion, record)
+        link = tracker.serving(context.run.run_id, champion, record)
         metadata: dict[str, object] = {
             "setting": str(record.setting),
             "reason": record.reason,
@@ -59,7 +59,7 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         if record.trials:
             header, rows = trial_table(record)
             metadata["trials"] = table({name or "verdict": "" for name in header}, rows)
-        return materialized(made, folder, metadata)
+        return materialized(made, folder, {**metadata, **linked(mlflow_run=link)})
 
     return serving_configuration
 
@@ -91,7 +91,7 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
         made = make_serving_report(workspace, entry, target, checkpoint, evaluation)
         folder = remember(store, f"serving_benchmark/{target}/{entry.name}", made)
         record: ServingReport = made.record
-        tracker.load(context.run.run_id, champion, record)
+        link = tracker.load(context.run.run_id, champion, record)
         metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–"}
         if record.levels:
             title = f"{entry.name} on {target}, release {record.release}: {record.device}"
@@ -105,7 +105,7 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
                 "p50_ms_of_one_client": round(record.levels[0].p50_ms, 3),
                 "p99_ms_of_all_clients": round(record.levels[-1].p99_ms, 3),
             }
-        return materialized(made, folder, metadata)
+        return materialized(made, folder, {**metadata, **linked(mlflow_run=link)})
 
     return serving_benchmark
 

@@ -4,9 +4,10 @@ import shlex
 
 import dagster as dg
 
-from assets.materialization import OWNERS, Cell, closing_tracking, file_table, table
+from assets.materialization import OWNERS, Cell, closing_tracking, file_table, linked, table
 from assets.partitions import models
 from assets.placement import placement
+from resources.artifacts.records import Champion
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
 from resources.triton.promote import publish_champion
@@ -38,6 +39,12 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
         entry = workspace.entry(context.partition_key)
         published = publish_champion(workspace, tracker, entry, target, dagster_run=context.run.run_id)
         release = published.release
+        champion = workspace.store.current(Champion, f"champion/{target}/{entry.name}")
+        pages = {
+            "mlflow_version": tracker.released(champion, release.number),
+            "mlflow_run": tracker.chosen_in(champion),
+            "report": tracker.report(champion),
+        }
         return dg.MaterializeResult(
             metadata={
                 "release": f"release {release.number} ({release.engine})",
@@ -54,6 +61,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
                 **_proof_metadata(release.proof),
                 "repository": dg.MetadataValue.path(str(workspace.repository(target))),
                 "query": dg.MetadataValue.md(f"`{query_command(workspace, entry.name, target)}`"),
+                **linked(**pages),
             },
             data_version=dg.DataVersion(release.content_digest),
         )

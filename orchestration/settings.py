@@ -66,6 +66,7 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         artifacts=_location(environment, "REFINERY_ARTIFACTS", home),
         tracking_uri=environment.get("REFINERY_MLFLOW_URI") or None,
         tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
+        dagster_ui=environment.get("REFINERY_DAGSTER_UI") or None,
         triton=triton,
         access=read_access(environment),
         watch_seconds=max(1, round(_number(environment, "REFINERY_WATCH_SECONDS", WATCH_SECONDS))),
@@ -120,9 +121,10 @@ def tracker_of(workspace: Workspace) -> Tracker:
     """MLflow as the workspace says. A tracking server's pages are at its own address."""
     # MLflow's own seven retries of a server that is not there take four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
     uri = workspace.mlflow_uri()
     ui = workspace.tracking_ui or (uri if uri.startswith("http") else DEFAULT_MLFLOW_UI)
-    return Tracker(uri, ui=ui.rstrip("/"), folder=workspace.home / "tracking")
+    return Tracker(uri, ui=ui.rstrip("/"), folder=workspace.home / "tracking", dagster_ui=workspace.dagster_ui)
 
 
 def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:

@@ -20,13 +20,28 @@ from resources.artifacts.records import (
 )
 from resources.engines import BASELINE
 
+#: Okabe and Ito's ("Color Universal Design", 2008), which the colour-blind can tell apart; of one target no two are
+#: alike.
 _COLOURS = {
-    "torch": "#9aa0a6",
-    "onnxruntime_fp32": "#1a73e8",
-    "onnxruntime_int8": "#188038",
-    "onnxruntime_int8_static": "#f9ab00",
-    "openvino_fp32": "#9334e6",
+    "torch": "#8c8c8c",
+    "onnxruntime_fp32": "#0072b2",
+    "onnxruntime_int8": "#009e73",
+    "onnxruntime_int8_static": "#e69f00",
+    "openvino_fp32": "#cc79a7",
+    "onnxruntime_fp16": "#56b4e9",
+    "onnxruntime_bf16": "#009e73",
+    "onnxruntime_tensorrt_fp16": "#e69f00",
+    "tensorrt_fp16": "#cc79a7",
+    "tensorrt_bf16": "#b8a800",
+    "tensorrt_int8": "#7a4b00",
+    "tensorrt_fp8": "#3d3d3d",
+    "served": "#d55e00",
 }
+
+
+def colour_of(engine: str) -> str:
+    """Of an engine, the same in every plot."""
+    return _COLOURS.get(engine, "#000000")
 
 
 def milliseconds(value_ms: float) -> str:
@@ -143,8 +158,8 @@ def load_plot(report: ServingReport, title: str) -> bytes:
             continue
         rates = [level.throughput_per_s for level in levels]
         for name, values, colour in (
-            ("p99", [level.p99_ms for level in levels], "#d93025"),
-            ("p50", [level.p50_ms for level in levels], "#1a73e8"),
+            ("p99", [level.p99_ms for level in levels], "#d55e00"),
+            ("p50", [level.p50_ms for level in levels], "#0072b2"),
         ):
             axes.plot(rates, values, marker=marker, color=colour, label=f"{name}, {tool}")
         for level in levels:
@@ -169,11 +184,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def remembered(caches: Path, digest: str, draw: Callable[[], bytes | None]) -> bytes | None:
+def remembered(caches: Path, digest: str, draw: Callable[[], bytes | None], what: str = "plot") -> bytes | None:
     """The plot of the record of that digest, drawn once: importing what draws takes longer than all else of a run that
-    changes nothing. None where there is nothing to draw.
+    changes nothing. what: which, where there are several. None where there is nothing to draw.
     """
-    path = caches / "plots" / f"{fingerprint('plot', record=digest, code=code_version('resources.reporting'))[:32]}.png"
+    code = code_version("resources.reporting", "resources.report")
+    path = caches / "plots" / f"{fingerprint(what, record=digest, code=code)[:32]}.png"
     if path.is_file():
         return path.read_bytes()
     plot = draw()
@@ -213,7 +229,7 @@ def latency_plot(reports: Sequence[BenchmarkReport], title: str, inaccurate: Col
             hatch="///" if report.engine in inaccurate else None,
             edgecolor="white",
             linewidth=0,
-            color=_COLOURS.get(report.engine),
+            color=colour_of(report.engine),
             error_kw={"elinewidth": 1, "capsize": 2},
         )
         for place, timing in zip(places, report.timings, strict=True):
@@ -245,11 +261,11 @@ def length_plot(lengths: LengthProfile, title: str) -> bytes:
     tokens, rows = zip(*lengths.counts, strict=True)
     longest = lengths.bucket(tokens[-1])
     step = max(1, -(-longest // 64))
-    axes.hist(tokens, bins=range(0, longest + step, step), weights=rows, color="#4c78a8")
+    axes.hist(tokens, bins=range(0, longest + step, step), weights=rows, color="#0072b2")
     for bucket in lengths.buckets:
         if bucket <= longest:
-            axes.axvline(bucket, color="#e45756", linewidth=1, linestyle="--")
-            axes.annotate(f" {bucket}", (bucket, axes.get_ylim()[1]), ha="left", va="top", fontsize=7, color="#e45756")
+            axes.axvline(bucket, color="#d55e00", linewidth=1, linestyle="--")
+            axes.annotate(f" {bucket}", (bucket, axes.get_ylim()[1]), ha="left", va="top", fontsize=7, color="#d55e00")
     axes.set_xlabel("tokens a row; dashed: what rows are padded to")
     axes.set_ylabel("rows")
     axes.set_title(title, fontsize=10)

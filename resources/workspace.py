@@ -34,6 +34,7 @@ class Workspace:
     artifacts: Location | None = None
     tracking_uri: str | None = None
     tracking_ui: str | None = None
+    dagster_ui: str | None = None
     triton: TritonSettings = field(default_factory=TritonSettings)
     access: Access = Access()
     watch_seconds: int = WATCH_SECONDS

@@ -74,14 +74,14 @@ def add_entry(workspace: Workspace, entry: ModelEntry) -> None:
     """Make the entry part of the workspace's catalog."""
     workspace.home.mkdir(parents=True, exist_ok=True)
     if workspace.tracking_uri is None and not (workspace.home / "mlflow.db").exists():
-        (workspace.home / "mlflow.db").write_bytes(_empty_tracking_store())
+        (workspace.home / "mlflow.db").write_bytes(empty_tracking_store())
     if not workspace.catalog_path.exists():
         workspace.catalog_path.write_text("models: []\n")
     write_entry(entry, workspace.additions)
 
 
 @cache
-def _empty_tracking_store() -> bytes:
+def empty_tracking_store() -> bytes:
     """MLflow's own, made once: it takes seconds to go through all its migrations."""
     from mlflow import MlflowClient
 

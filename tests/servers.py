@@ -9,8 +9,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ import pytest
 #: Set in CI: a server that is not installed is an error there.
 REQUIRED = "REFINERY_REQUIRE_SERVERS"
 _START_SECONDS = 30.0
+_MLFLOW_START_SECONDS = 120.0
 
 
 def missing(what: str, package: str) -> None:
@@ -113,3 +116,35 @@ def _running(command: Sequence[str], port: int, folder: Path, stop: str) -> Iter
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def mlflow(backend: str, folder: Path) -> Iterator[str]:
+    """An MLflow server as people start it, with that store and its artifacts in a folder; its URL."""
+    port, program = free_port(), Path(sys.executable).with_name("mlflow")
+    command = [str(program), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "artifacts")]
+    log = folder / "mlflow.log"
+    with log.open("wb") as stream:
+        # In a session of its own: it starts others, and all of them have to end.
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + _MLFLOW_START_SECONDS
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=1):  # noqa: S310 - loopback
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

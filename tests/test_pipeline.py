@@ -1,9 +1,11 @@
 """The whole job on tiny real checkpoints: Dagster, MLflow, ONNX Runtime and a real Triton, from folder to answer."""
 
+import json
 import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -29,6 +31,7 @@ from tests.pipeline import add_entry, run_assets, run_job
 from tests.releases import query_texts, unasked
 
 GATES = {"cosine_mean": 0.9, "cosine_worst": 0.5}
+BUSY = "system/cpu_utilization_percentage"
 QUICK = {"gates": GATES, "shapes": ["1x16"], "engines": ["onnxruntime_fp32"]}
 SUPPORTED = ("torch", "onnxruntime_fp32", "onnxruntime_int8")
 UNSUPPORTED = ("onnxruntime_fp16", "onnxruntime_bf16", "onnxruntime_tensorrt_fp16", "tensorrt_fp16", "tensorrt_int8")
@@ -73,6 +76,8 @@ def change_weights(folder):
 
 
 def test_embedding_from_folder_to_answer_and_again(own_checkpoint, ready, tmp_path):
+    from mlflow import MlflowClient
+
     folder = own_checkpoint()
     add_entry(ready, entry_for(folder, gates=GATES, shapes=["1x16"]))
     first = run_job(ready, "tiny", whole=True)
@@ -108,6 +113,11 @@ def test_embedding_from_folder_to_answer_and_again(own_checkpoint, ready, tmp_pa
     lengths = np.linalg.norm(served, axis=1) * np.linalg.norm(expected, axis=1)
     assert ((served * expected).sum(axis=1) / lengths > 0.9).all()
 
+    # How busy the machine was while graph, reference and engines were made.
+    client = MlflowClient(ready.mlflow_uri())
+    parent = first.metadata("champion", "cpu")["mlflow_run"].rsplit("/", 1)[1]
+    assert len(client.get_metric_history(parent, BUSY)) >= 4
+
     # Again, with nothing changed: nothing is made, nothing published, nothing written to MLflow.
     store = (ready.home / "mlflow.db").stat().st_mtime_ns
     second = run_job(ready, "tiny")
@@ -115,8 +125,10 @@ def test_embedding_from_folder_to_answer_and_again(own_checkpoint, ready, tmp_pa
     assert all(second.metadata(*name.split("/"))["reused"] for name in second.materialized())
     assert [release.number for release in list_releases(ready.repository("cpu"), "tiny")] == [1]
     assert (ready.home / "mlflow.db").stat().st_mtime_ns == store
-    same = "mlflow_run"
-    assert second.metadata("champion", "cpu")[same] == first.metadata("champion", "cpu")[same]
+    for asset in (("champion", "cpu"), ("triton_repository", "cpu"), ("benchmarks", "cpu", "torch")):
+        links = [name for name in first.metadata(*asset) if name.startswith("mlflow_") or name == "report"]
+        assert links
+        assert [second.metadata(*asset)[name] for name in links] == [first.metadata(*asset)[name] for name in links]
 
     # New weights in the folder: the next release, and the first still there.
     change_weights(folder)
@@ -378,7 +390,7 @@ def check_what_is_shown(outcome, workspace):
     assert {row.data["metric"] for row in release["answers"].records} == set(report.accuracy.metrics)
 
 
-def test_how_it_is_served_is_found_under_load_and_released(made_checkpoint, begun):
+def test_how_it_is_served_is_found_under_load_and_released(made_checkpoint, begun, tmp_path):
     """The settings that were tried are runs beside the candidates, and the one that was taken is in the release."""
     from mlflow import MlflowClient
 
@@ -419,6 +431,27 @@ def test_how_it_is_served_is_found_under_load_and_released(made_checkpoint, begu
     taken = [run for run in kinds["serving_trial"] if run.data.tags["refinery.taken"] == "true"]
     assert [run.data.params["queue_delay_us"] for run in taken] == [str(found.setting.queue_delay_us)]
     assert kinds["serving_benchmark"][0].data.metrics["tritonclient_4_clients_throughput_per_s"] > 0
+    # The parent's report knows of all that, and Dagster leads to it.
+    told = json.loads(Path(client.download_artifacts(parent.info.run_id, "report.json", str(tmp_path))).read_text())
+    assert told["serving"]["setting"] == found.setting.model_dump()
+    assert told["load"]["levels"]
+    assert told["release"] == release.number
+    assert told["dagster_run"] == outcome.result.run_id
+    drawn = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "latency.png", "pareto.png", "load.png"} <= drawn
+    chosen = outcome.metadata("champion", "cpu")
+    assert chosen["report"] == f"{chosen['mlflow_run']}/artifacts/report.html"
+    assert chosen["pareto"].startswith("![speed against accuracy](data:image/png;base64,")
+    published = outcome.metadata("triton_repository", "cpu")
+    assert published["report"] == chosen["report"]
+    assert published["mlflow_version"].endswith("/#/models/tiny/versions/1")
+    assert said["mlflow_run"] == chosen["mlflow_run"]
+    assert load["mlflow_run"] != chosen["mlflow_run"]  # its own
+    # How busy the machine was while an engine was built is in its run, whenever that was; this run built nothing.
+    assert {run.data.tags["refinery.engine_name"] for run in kinds["candidate"] if BUSY in run.data.metrics} == set(
+        QUICK["engines"]
+    )
+    assert BUSY not in parent.data.metrics
     again = run_job(begun, "tiny")
     assert again.metadata("serving_configuration", "cpu")["reused"]
     assert again.metadata("serving_benchmark", "cpu")["reused"]

@@ -17,7 +17,7 @@ from resources.engines.cuda import fill, rows_of_a_graph
 from resources.errors import ReleaseError, ServerError
 from resources.reporting import load_plot, load_table
 from resources.tasks.samples import sample_texts
-from resources.tracking import last_of_each
+from resources.tracking.serving import last_of_each
 from resources.triton.client import TextClient
 from resources.triton.config import engine_config, front_config
 from resources.triton.launch import caching, limited

@@ -18,7 +18,7 @@ from resources.evaluation.reference import make_evaluation_set
 from resources.evaluation.threads import Contest, choose, sweep, thread_counts
 from resources.export.make import make_graph
 from resources.isolation import Limits, Worker
-from resources.tracking import thread_parameters
+from resources.tracking.candidates import thread_parameters
 from resources.triton.config import engine_config, front_config
 from resources.triton.release import content_digest
 from tests.conftest import entry_for

@@ -5,21 +5,39 @@ from pathlib import Path
 
 import pytest
 
-from resources.artifacts.records import Champion, Checkpoint, Engine, LengthProfile
+from resources.artifacts.records import (
+    Champion,
+    Checkpoint,
+    Engine,
+    LengthProfile,
+    LoadLevel,
+    ServingReport,
+    Usage,
+    UsageSample,
+)
 from resources.errors import TrackingError
 from resources.evaluation.choosing import judge
+from resources.report.optimization import Gate, OptimizationReport
 from resources.tracking import Tracker
+from resources.tracking.system_metrics import system_metrics
+from tests.pipeline import empty_tracking_store
 from tests.test_choosing import no_gates, report
 
 
 @pytest.fixture
 def tracker(tmp_path):
-    return Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="http://127.0.0.1:5000", folder=tmp_path / "tracking")
+    (tmp_path / "mlflow.db").write_bytes(empty_tracking_store())
+    return fresh(tmp_path)
 
 
 def fresh(tmp_path):
     """The same store, as another process sees it."""
-    return Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="http://127.0.0.1:5000", folder=tmp_path / "tracking")
+    return Tracker(
+        f"sqlite:///{tmp_path / 'mlflow.db'}",
+        ui="http://127.0.0.1:5000",
+        folder=tmp_path / "tracking",
+        dagster_ui="http://dagster:3000/",
+    )
 
 
 CHECKPOINT = Checkpoint(
@@ -71,10 +89,36 @@ def champion_of(reports):
     )
 
 
-def write_all(tracker, run, reports):
+def optimization(run, reports, champion=None, **fields):
+    """What the champion's step gives to MLflow."""
+    known = {
+        "model": "m",
+        "target": "cpu",
+        "source": CHECKPOINT.source,
+        "revision": CHECKPOINT.revision,
+        "task": "embedding",
+        "device": "a processor",
+        "evaluation_items": 320,
+        "libraries": {"torch": "2.13.0"},
+        "configuration": {"threads": "2"},
+        "objective": "p50",
+        "gates": (Gate(name="cosine_mean", bound="least", limit=0.995),),
+        "champion": champion or champion_of(reports),
+        "reports": tuple(reports),
+        "dagster_run": run,
+    }
+    return OptimizationReport(**{**known, **fields})
+
+
+def write_all(tracker, run, reports, checkpoint=CHECKPOINT, **fields):
     for item in reports:
-        tracker.candidate(run, CHECKPOINT, engine(item.engine), item, [])
-    return tracker.champion(run, champion_of(reports), reports, "| a table |", b"a picture")
+        tracker.candidate(run, checkpoint, engine(item.engine), item, [])
+    return tracker.champion(run, optimization(run, reports, revision=checkpoint.revision, **fields), {})
+
+
+def runs_of(client):
+    """All runs of the model, by name."""
+    return {run.info.run_name: run for run in client.search_runs([first_experiment(client)])}
 
 
 def test_one_optimization_is_a_parent_with_children(tracker, tmp_path):
@@ -86,8 +130,8 @@ def test_one_optimization_is_a_parent_with_children(tracker, tmp_path):
     tracker.release(CHECKPOINT, champion_of(reports), 7)  # the same engine, served in another way
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("m").experiment_id])}
-    child = runs["onnxruntime_fp32"]
+    runs = runs_of(client)
+    child = runs["onnxruntime_fp32 @ abcdef (cpu)"]
     # Two candidates and the parent: an engine that could not be built has nothing to compare.
     assert len(runs) == 3
     assert child.data.tags["mlflow.parentRunId"] == parent.run_id
@@ -98,12 +142,13 @@ def test_one_optimization_is_a_parent_with_children(tracker, tmp_path):
     closed = client.get_run(parent.run_id)
     assert closed.info.status == "FINISHED"
     assert closed.data.params["revision"] == "abcdef"
-    assert closed.data.params["allow_pickle"] == "False"
+    assert closed.data.tags["refinery.allow_pickle"] == "false"
     assert closed.data.tags["refinery.champion"] == "onnxruntime_fp32"
     names = {item.path for item in client.list_artifacts(parent.run_id)}
-    assert {"candidates.md", "latency.png", "verdicts.json"} <= names
+    assert {"candidates.md", "latency.png", "verdicts.json", "report.html"} <= names
     version = client.get_model_version_by_alias("m", "champion-cpu")
     assert version.tags["refinery.release"] == "7"
+    assert closed.data.tags["refinery.release"] == "7"
     runs = tracker.release_runs(version.name, "cpu")
     assert {number: link.run_id for number, link in runs.items()} == {6: version.run_id, 7: version.run_id}
     assert version.run_id == child.info.run_id
@@ -135,12 +180,16 @@ def test_what_was_left_in_higher_precision_and_the_lengths_are_in_the_runs(track
     assert parent.data.metrics["tokens_p50"] == 12
     assert parent.data.metrics["tokens_p95"] == 40
     assert mlflow_json(client, parent.info.run_id, "lengths.json")["counts"] == [[12, 3], [40, 1]]
-    picture = Path(client.download_artifacts(parent.info.run_id, "lengths.png")).read_bytes()
+    picture = artifact(client, parent.info.run_id, "lengths.png")
     assert picture.startswith(b"\x89PNG")
 
 
+def artifact(client, run, name):
+    return Path(client.download_artifacts(run, name)).read_bytes()
+
+
 def mlflow_json(client, run, name):
-    return json.loads(Path(client.download_artifacts(run, name)).read_text())
+    return json.loads(artifact(client, run, name))
 
 
 def test_an_unchanged_optimization_writes_nothing_and_keeps_its_links(tracker, tmp_path):
@@ -166,7 +215,7 @@ def test_one_new_candidate_makes_a_new_parent_and_the_next_version(tracker, tmp_
     for item in again:
         other.candidate("run-2", CHECKPOINT, engine(item.engine), item, [])
     champion = champion_of(again).model_copy(update={"digest": "another"})
-    other.champion("run-2", champion, again, "", None)
+    other.champion("run-2", optimization("run-2", again, champion), {})
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     parents = client.search_runs([first_experiment(client)], "tags.`refinery.parent` = 'true'")
     assert len(parents) == 2
@@ -224,7 +273,7 @@ def test_a_candidate_that_failed_and_was_then_measured_is_written_anew(tracker, 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     version = client.get_model_version_by_alias("m", "champion-cpu")
     run = client.get_run(version.run_id)
-    assert (run.info.run_name, run.info.status) == ("int8", "FINISHED")
+    assert (run.data.tags["refinery.engine_name"], run.info.status) == ("int8", "FINISHED")
     assert run.data.metrics["speedup.1x16"] == pytest.approx(3.0)
 
 
@@ -244,6 +293,198 @@ def test_a_champion_by_another_gate_takes_the_alias_and_gives_it_back(tracker, t
 
     # Nothing was measured anew: there is no parent in these runs.
     for run, champion in (("run-2", exact), ("run-3", fast), ("run-4", exact)):
-        link = fresh(tmp_path).champion(run, champion, reports, "| a table |", None)
+        link = fresh(tmp_path).champion(run, optimization(run, reports, champion), {})
         assert link is not None
         assert alias() == champion.engine
+
+
+LATER = CHECKPOINT.model_copy(update={"digest": "later", "revision": "0123456789abcdef"})
+
+
+def measured_again(reports, speedup):
+    """The same engines, of another revision: none of it is in MLflow yet."""
+    return [
+        report(one.engine, 1.0 if one.engine == "torch" else speedup).model_copy(
+            update={"digest": f"{one.digest}, later"}
+        )
+        for one in reports
+    ]
+
+
+def test_runs_of_a_model_line_up_by_revision_and_engine(tracker, tmp_path):
+    """In MLflow's table by name, in its comparison by the parameters that differ, and by nothing else."""
+    from mlflow import MlflowClient
+
+    reports = [report("torch", 1.0), report("int8", 2.0)]
+    write_all(tracker, "run-1", reports)
+    write_all(tracker, "run-2", measured_again(reports, 3.0), LATER)
+    fused = engine("fused").model_copy(update={"parameters": {"fused_gelu": "6", "fused_attention": "5", "knob": "on"}})
+    tracker.candidate("run-2", LATER, fused, report("fused", 2.0), [])
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = runs_of(client)
+    assert sorted(runs) == [
+        "fused @ 0123456789ab (cpu)",
+        "int8 @ 0123456789ab (cpu)",
+        "int8 @ abcdef (cpu)",
+        "optimization @ 0123456789ab (cpu)",
+        "optimization @ abcdef (cpu)",
+        "torch @ 0123456789ab (cpu)",
+        "torch @ abcdef (cpu)",
+    ]
+    old, new = runs["int8 @ abcdef (cpu)"].data, runs["int8 @ 0123456789ab (cpu)"].data
+    assert {name for name in {**old.params, **new.params} if old.params.get(name) != new.params.get(name)} == {
+        "revision"
+    }
+    assert old.metrics.keys() == new.metrics.keys()
+    assert not [name for name in new.metrics if "/" in name]
+    described = runs["fused @ 0123456789ab (cpu)"].data
+    assert described.params["knob"] == "on"
+    assert not [name for name in described.params if name.startswith("fused_")]
+    assert described.tags["refinery.fused"] == "attention 5, gelu 6"
+    # Each library is a column of its own.
+    assert described.tags["refinery.version.torch"].startswith("2.")
+
+
+def test_a_parents_report_says_what_changed_and_learns_what_is_served(tracker, tmp_path):
+    from mlflow import MlflowClient
+
+    reports = [report("torch", 1.0), report("int8", 2.0)]
+    first = write_all(tracker, "run-1", reports)
+    again = measured_again(reports, 3.0)
+    champion = champion_of(again).model_copy(update={"digest": "of the later one"})
+    second = write_all(tracker, "run-2", again, LATER, champion=champion)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert mlflow_json(client, first.run_id, "report.json")["before"] is None
+    told = mlflow_json(client, second.run_id, "report.json")
+    assert told["before"]["run_id"] == first.run_id
+    assert told["before"]["changes"]["inputs"] == [["revision", "abcdef", "0123456789abcdef"]]
+    assert ["int8", "2.00", "3.00"] in [row[:3] for row in told["before"]["changes"]["candidates"]]
+    latency = artifact(client, second.run_id, "latency.png")
+    assert tracker.report(champion).url == f"{second.url}/artifacts/report.html"
+
+    level = LoadLevel(
+        clients=4,
+        tool="tritonclient",
+        requests=100,
+        throughput_per_s=321.5,
+        p50_ms=10.0,
+        p99_ms=20.0,
+        mean_batch=2.0,
+        batches_per_request=0.5,
+    )
+    load = ServingReport(
+        digest="l", model="m", target="cpu", release=9, engine="int8", status="measured", levels=(level,)
+    )
+    tracker.release(LATER, champion, 9)
+    child = tracker.load("run-2", champion, load)
+    assert client.get_run(child.run_id).data.tags["refinery.revision"] == LATER.revision
+    page = artifact(client, second.run_id, "report.html").decode()
+    assert "as release 9" in page
+    assert "321.5" in page
+    assert artifact(client, second.run_id, "load.png").startswith(b"\x89PNG")
+    # What was drawn is there still, and was not drawn again.
+    assert artifact(client, second.run_id, "latency.png") == latency
+    assert page.count("data:image/png;base64,") == 2  # latency and load; these reports have no accuracy to draw
+    version = tracker.released(champion, 9)
+    assert version.url == "http://127.0.0.1:5000/#/models/m/versions/2"
+    assert "Triton release 9." in client.get_model_version("m", "2").description
+
+
+def test_a_report_that_this_version_cannot_read_is_said(tracker, tmp_path):
+    from mlflow import MlflowClient
+
+    reports = [report("torch", 1.0), report("int8", 2.0)]
+    first = write_all(tracker, "run-1", reports)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client.log_dict(first.run_id, {"of": "another version"}, "report.json")
+    second = write_all(tracker, "run-2", measured_again(reports, 3.0), LATER)
+    assert mlflow_json(client, second.run_id, "report.json")["before"] == {
+        "run_id": first.run_id,
+        "url": first.url,
+        "changes": None,
+    }
+    tracker.release(CHECKPOINT, champion_of(reports), 1)  # it stays as it is
+    assert mlflow_json(client, first.run_id, "report.json") == {"of": "another version"}
+
+
+def test_mlflow_and_dagster_lead_to_each_other(tracker, tmp_path):
+    from mlflow import MlflowClient
+
+    reports = [report("torch", 1.0), report("int8", 2.0)]
+    run = "0a1b2c3d-4e5f"
+    parent = write_all(tracker, run, reports)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    page = f"http://dagster:3000/runs/{run}"
+    for one in runs_of(client).values():
+        assert one.data.tags["refinery.dagster_run"] == run
+        assert one.data.tags["refinery.dagster_url"] == page
+        assert f"Dagster run [0a1b2c3d]({page})" in one.data.tags["mlflow.note.content"]
+    version = client.get_model_version_by_alias("m", "champion-cpu")
+    assert version.tags["refinery.dagster_url"] == page
+    assert f"Dagster run [0a1b2c3d]({page})" in version.description
+    note = client.get_run(parent.run_id).data.tags["mlflow.note.content"]
+    assert f"[Report]({parent.url}/artifacts/report.html)" in note
+    assert "[registered as version 1](http://127.0.0.1:5000/#/models/m/versions/1)" in note
+    # Without an address of Dagster's pages, its id.
+    other = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="", folder=tmp_path / "elsewhere")
+    child = client.get_run(other.candidate("run-2", CHECKPOINT, engine("int8"), report("int8", 2.0), []).run_id)
+    assert "refinery.dagster_url" not in child.data.tags
+    assert child.data.tags["mlflow.note.content"].endswith("Dagster run run-2")
+
+
+def test_each_target_has_a_parent_of_its_own(tracker, tmp_path):
+    """With its own champion, report and history; a step of one that fails closes that one."""
+    from mlflow import MlflowClient
+
+    reports = [report("torch", 1.0), report("int8", 2.0)]
+    cpu = write_all(tracker, "run-1", reports)
+    there = [
+        one.model_copy(update={"target": "cuda_sm90", "digest": f"{one.digest} there"})
+        for one in (report("torch", 1.0), report("onnxruntime_fp16", 5.0))
+    ]
+    for item in there:
+        tracker.candidate("run-1", CHECKPOINT, engine(item.engine), item, [])
+    champion = champion_of(there).model_copy(update={"target": "cuda_sm90"})
+    gpu = tracker.champion("run-1", optimization("run-1", there, champion, target="cuda_sm90"), {})
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert gpu.run_id != cpu.run_id
+    assert mlflow_json(client, gpu.run_id, "report.json")["before"] is None
+    tracker.abandon("run-1", "m", "no server proves it", "cuda_sm90")
+    assert [client.get_run(one.run_id).info.status for one in (cpu, gpu)] == ["FINISHED", "FAILED"]
+    tracker.abandon("run-1", "m", "killed")
+    assert client.get_run(cpu.run_id).info.status == "FAILED"
+
+
+def seen(node, *times, **values):
+    return Usage(node=node, samples=tuple(UsageSample(time_s=time, values=values) for time in times))
+
+
+def test_what_was_seen_of_the_machine_is_in_the_system_metrics(tracker, tmp_path):
+    """Of an engine's build in its candidate's run; in the parent of all that was built in this Dagster run."""
+    from mlflow import MlflowClient
+
+    built = seen("here", 30.0, 35.0, cpu_utilization_percentage=80.0)
+    child = tracker.candidate(
+        "run-1", CHECKPOINT, engine("int8").model_copy(update={"usage": built}), report("int8", 2.0), []
+    )
+    reports = [report("torch", 1.0), report("int8", 2.0)]
+    graph = seen("here", 10.0, 15.0, cpu_utilization_percentage=50.0, gpu_0_utilization_percentage=7.0)
+    parent = tracker.champion("run-1", optimization("run-1", reports), {}, [graph, None, built], 12.0)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def history(run, name):
+        found = client.get_metric_history(run, name)
+        return sorted((item.step, item.timestamp, item.value) for item in found)
+
+    processor = "system/cpu_utilization_percentage"
+    assert history(child.run_id, processor) == [(0, 30_000, 80.0), (1, 35_000, 80.0)]
+    assert history(parent.run_id, processor) == [(0, 15_000, 50.0), (1, 30_000, 80.0), (2, 35_000, 80.0)]
+    assert history(parent.run_id, "system/gpu_0_utilization_percentage") == [(0, 15_000, 7.0)]
+
+
+def test_several_machines_are_told_apart():
+    names = {item.key for item in system_metrics([seen("a", 1.0, cpu=1.0), None, seen("b", 2.0, cpu=2.0)])}
+    assert names == {"system/a/cpu", "system/b/cpu"}
+    assert {item.key for item in system_metrics([seen("a", 1.0, cpu=1.0), seen("b", 2.0, cpu=2.0)], 1.5)} == {
+        "system/cpu"
+    }

@@ -21,6 +21,22 @@ class StoredFile(BaseModel):
     size_bytes: int
 
 
+class UsageSample(BaseModel):
+    """How busy the machine was; see resources.usage. values: MLflow's names of system metrics, without `system/`."""
+
+    model_config = _CONFIG
+    time_s: float = Field(description="Since the epoch.")
+    values: dict[str, float]
+
+
+class Usage(BaseModel):
+    """How busy the machine was while an artifact was made there. node: its host name."""
+
+    model_config = _CONFIG
+    node: str
+    samples: tuple[UsageSample, ...]
+
+
 class Record(BaseModel):
     """What every record has. `digest` names everything that made the artifact; see resources.artifacts.fingerprint."""
 
@@ -31,6 +47,7 @@ class Record(BaseModel):
     files: dict[str, StoredFile] = Field(default_factory=dict)
     build_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    usage: Usage | None = Field(default=None, description="None: made by no process of its own, or not watched.")
     made_of: dict[str, Any] = Field(
         default_factory=dict, description="What the digest is of, part by part. Empty: an older version's record."
     )

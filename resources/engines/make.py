@@ -22,6 +22,7 @@ from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
 from resources.locks import building
 from resources.targets import Device, device_of
+from resources.usage import Watch
 from resources.workspace import Workspace
 
 #: What engines of a runtime are built and run with.
@@ -149,7 +150,7 @@ def make_engine(
             return record
         workspace.store.require_whole(sources.checkpoint, graph, *([evaluation] if evaluation and goal else []))
         try:
-            with building():
+            with building(), Watch() as watch:
                 built, peak = run_isolated(
                     build,
                     sources,
@@ -178,6 +179,7 @@ def make_engine(
             "steps": built.steps,
             "documents": (SCRIPT, *built.documents),
             "peak_memory_bytes": peak,
+            "usage": watch.usage,
         }
         return record.model_copy(update=update)
 

@@ -83,7 +83,7 @@ def make_champion(
         # What was measured, and not only what it was measured of: one that failed is measured again.
         # Why another was not measured is told in other words every time: how much memory it had, say.
         reports={
-            report.engine: report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes", "made_of"})
+            report.engine: report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes", "usage", "made_of"})
             if report.status == "measured"
             else f"{report.engine_digest} {report.status}"
             for report in reports

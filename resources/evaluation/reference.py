@@ -20,6 +20,7 @@ from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
 from resources.locks import building
 from resources.tasks import TASKS
+from resources.usage import Watch
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
 
     def make(folder: Path) -> EvaluationSet:
         workspace.store.require_whole(checkpoint)
-        with building():
+        with building(), Watch() as watch:
             found, peak = run_isolated(
                 _answer,
                 checkpoint,
@@ -89,6 +90,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
             longest_tokens=found.longest_tokens,
             tokenizer_checked=found.tokenizer_checked,
             peak_memory_bytes=peak,
+            usage=watch.usage,
         )
 
     return workspace.store.get_or_make(EvaluationSet, made_of, make)

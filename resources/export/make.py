@@ -13,6 +13,7 @@ from resources.errors import ExportError, RefineryError
 from resources.export import Exported
 from resources.isolation import run_isolated
 from resources.locks import building
+from resources.usage import Watch
 from resources.workspace import Workspace
 
 #: What a graph depends on, beside what it was made from.
@@ -45,7 +46,7 @@ def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) 
         workspace.store.require_whole(checkpoint)
         what = f"{entry.name}, revision {checkpoint.revision}: exporting to ONNX"
         try:
-            with building():
+            with building(), Watch() as watch:
                 exported, peak = run_isolated(
                     _export,
                     checkpoint,
@@ -64,6 +65,7 @@ def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) 
             model=entry.name,
             weights_digest=checkpoint.weights_digest,
             peak_memory_bytes=peak,
+            usage=watch.usage,
             **asdict(exported),
         )
 

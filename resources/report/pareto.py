@@ -1,0 +1,137 @@
+"""Speed against accuracy: which engines are beaten by none in both."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from resources.engines import BASELINE
+from resources.evaluation.choosing import OBJECTIVES
+from resources.report.optimization import Gate, OptimizationReport
+from resources.reporting import colour_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: One for each engine, so that colours are never all that tells them apart.
+_MARKERS = "osD^vPXhp<>d"
+#: How far below its gate a metric is shown, in distances from the gate to perfect answers. What lies further out is
+#: drawn at the edge: one broken engine would press all others into a line.
+_SHOWN = 2.0
+_PANELS = 4
+#: In which accuracies differ: the rest is how a sum was rounded, and no reason to be slower.
+_DIGITS = 5
+_LINES = "#444444"
+_COLUMNS = 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One engine. accuracy: a metric's value, oriented so that more is better; score: times better than PyTorch."""
+
+    engine: str
+    accuracy: float
+    score: float
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other is at least as good as in both and better than in one; the most accurate first."""
+    best = sorted(points, key=lambda point: (-point.accuracy, -point.score))
+    found: list[Point] = []
+    for point in best:
+        if not found or point.score > found[-1].score:
+            found.append(point)
+    return found
+
+
+def pareto_plot(report: OptimizationReport) -> bytes | None:
+    """A PNG of `pareto_figure`; None where there is none."""
+    figure = pareto_figure(report)
+    if figure is None:
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def pareto_figure(report: OptimizationReport) -> Figure | None:
+    """Score by accuracy, a panel for each gated metric, better always up and to the right. The gate is a line, engines
+    that miss any gate are hollow, the champion has a ring. None where nothing can be drawn.
+    """
+    measured = [
+        one
+        for one in report.reports
+        if one.accuracy is not None and one.accuracy.metrics and one.engine in report.scores
+    ]
+    gates = report.gates[:_PANELS]
+    if not measured or not gates:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(gates))
+    lines = -(-len(gates) // columns)
+    figure = Figure(figsize=(4.4 * columns + 2.4, 3.1 * lines + 0.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    for axes, gate in zip(panels, gates, strict=False):
+        points = []
+        for one in measured:
+            assert one.accuracy is not None
+            value = one.accuracy.metrics.get(gate.name, math.nan)
+            if math.isfinite(value):
+                turned = round(value if gate.bound == "least" else -value, _DIGITS)
+                points.append(Point(one.engine, turned, report.scores[one.engine]))
+        _draw(axes, gate, points, report)
+    for axes in panels[len(gates) :]:
+        axes.set_visible(False)
+    for axes in panels[::columns]:
+        axes.set_ylabel("times better than PyTorch")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(f"{report.title}\n{OBJECTIVES[report.objective]} against accuracy", fontsize=10)
+    return figure
+
+
+def _draw(axes: Axes, gate: Gate, points: Sequence[Point], report: OptimizationReport) -> None:
+    """One panel. Errors, which a gate bounds from above, run backwards: better is to the right."""
+    from matplotlib.ticker import MaxNLocator
+
+    turned = 1 if gate.bound == "least" else -1
+    best, limit = turned * gate.best, turned * gate.limit
+    values = [point.accuracy for point in points]
+    lowest = min([*values, limit])
+    if limit < best:
+        lowest = max(lowest, limit - _SHOWN * (best - limit))
+    room = 0.08 * ((max([*values, best]) - lowest) or 1.0)
+    left, right = lowest - room, max([*values, best]) + room
+    axes.set_xlim(turned * left, turned * right)
+    axes.axvline(gate.limit, color=_LINES, linewidth=1, linestyle="--")
+    line = front(points)
+    steps = [(turned * max(point.accuracy, lowest), point.score) for point in line]
+    steps.append((turned * left, steps[-1][1]))
+    axes.step(*zip(*steps, strict=True), where="post", color="#bbbbbb", zorder=1, label="beaten by none")
+    for number, point in enumerate(points):
+        place = turned * max(point.accuracy, lowest), point.score
+        inaccurate, champion = point.engine in report.inaccurate, point.engine == report.champion.engine
+        marker = "x" if point.engine == BASELINE else _MARKERS[number % len(_MARKERS)]
+        colour = colour_of(point.engine)
+        label = point.engine + (" (not accurate)" if inaccurate else " (champion)" if champion else "")
+        face = "white" if inaccurate else colour
+        axes.plot(*place, marker, color=colour, markerfacecolor=face, markersize=7, zorder=3, label=label)
+        if champion:
+            axes.scatter(*place, s=190, facecolor="none", edgecolor=_LINES, linewidth=1.2, zorder=2)
+        if point.accuracy < lowest:
+            axes.annotate(f"  ← {turned * point.accuracy:.3g}", place, ha="left", va="center", fontsize=7, color=colour)
+    axes.set_title(f"{gate.name.replace('_', ' ')}, gate {gate}", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.set_ylim(0, 1.15 * max(point.score for point in points))
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,138 @@
+"""The parent run of an optimization: made with its first child, closed with its verdict and its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from resources.artifacts.records import BenchmarkReport, Checkpoint
+from resources.report.changes import changes
+from resources.report.optimization import Before, OptimizationReport
+from resources.report.page import DATA, LATENCY, LENGTHS, LOAD, PAGE, PARETO, render
+from resources.reporting import length_plot
+from resources.tracking.candidates import remembered_as, speedups
+from resources.tracking.names import NOTE, PARENT, TAG, checkpoint_tags, run_name
+from resources.tracking.store import RunLink, TrackingStore
+
+
+def parent_query(dagster_run: str, target: str) -> str:
+    """Finds the parent of that Dagster run's work for that target."""
+    return (
+        f"tags.`{TAG}parent` = 'true' and tags.`{TAG}dagster_run` = '{dagster_run}' and tags.`{TAG}target` = '{target}'"
+    )
+
+
+def begin(store: TrackingStore, checkpoint: Checkpoint, report: BenchmarkReport, tags: Mapping[str, str]) -> RunLink:
+    """Make the parent run. report: its first candidate's. tags: of all runs of that optimization."""
+    said = {
+        f"{TAG}parent": "true",
+        f"{TAG}kind": "optimization",
+        f"{TAG}target": report.target,
+        f"{TAG}device": report.device,
+        **checkpoint_tags(checkpoint),
+        **tags,
+    }
+    name = run_name("optimization", checkpoint.revision, report.target)
+    run = store.client.create_run(store.experiment(checkpoint.model), run_name=name, tags=said)
+    lengths, metrics = checkpoint.lengths, {"checkpoint_bytes": float(checkpoint.weights_bytes)}
+    if lengths is not None:
+        metrics |= {
+            "tokens_p50": float(lengths.percentile(0.5)),
+            "tokens_p95": float(lengths.percentile(0.95)),
+            "padding_share": lengths.padding,
+        }
+        title = f"{checkpoint.model}: rows of {lengths.requests} sampled requests"
+        pictures = {LENGTHS: length_plot(lengths, title), "lengths.json": lengths.model_dump_json().encode()}
+        store.log_files(run.info.run_id, pictures)
+    parameters = {
+        "revision": checkpoint.revision,
+        "source": checkpoint.source,
+        "task": checkpoint.task,
+        "architecture": checkpoint.architecture,
+        "max_tokens": checkpoint.max_tokens,
+    }
+    store.log(run.info.run_id, parameters, metrics)
+    return store.link(run)
+
+
+def adopt(store: TrackingStore, parent: RunLink, reports: Sequence[BenchmarkReport]) -> None:
+    """Take over the candidates that runs measured which then failed: they compete here."""
+    for report in reports:
+        link = store.recall(remembered_as(report))
+        owner = store.client.get_run(link.run_id).data.tags.get(PARENT) if link is not None else None
+        if link is None or owner is None or owner == parent.run_id:
+            continue
+        if store.client.get_run(owner).info.status != "FINISHED":
+            store.client.set_tag(link.run_id, PARENT, parent.run_id)
+
+
+def close(
+    store: TrackingStore,
+    parent: RunLink,
+    report: OptimizationReport,
+    pictures: Mapping[str, bytes],
+    tags: Mapping[str, str],
+) -> None:
+    """Write the verdict and the report, and end the parent run. pictures: those that are drawn already."""
+    client, champion = store.client, report.champion
+    best = next(one for one in report.reports if one.engine == champion.engine)
+    lengths = store.read_file(parent.run_id, LENGTHS) if report.lengths is not None else None
+    known = {**pictures, **({LENGTHS: lengths} if lengths is not None else {})}
+    files = render(report.model_copy(update={"before": _before(store, report)}), known)
+    files["verdicts.json"] = json.dumps({"verdicts": [one.model_dump() for one in champion.verdicts]}).encode()
+    store.log_files(parent.run_id, files)
+    metrics = {"champion_score": champion.score, **speedups(best)}
+    store.log(parent.run_id, {"objective": champion.objective}, metrics)
+    for name, value in {f"{TAG}champion": champion.engine, **tags}.items():
+        client.set_tag(parent.run_id, name, value)
+    client.set_terminated(parent.run_id)
+
+
+def amend(store: TrackingStore, parent: RunLink, **known: Any) -> None:
+    """Add what became known later to the report of a run that has one: fields of OptimizationReport."""
+    report = _read(store, parent.run_id)
+    if report is None:
+        return
+    drawn = {name: store.read_file(parent.run_id, name) for name in (LATENCY, PARETO, LENGTHS)}
+    if "load" not in known:
+        drawn[LOAD] = store.read_file(parent.run_id, LOAD)
+    there = {name: png for name, png in drawn.items() if png is not None}
+    files = render(report.model_copy(update=known), there)
+    store.log_files(parent.run_id, {name: content for name, content in files.items() if name not in there})
+
+
+def report_address(parent: RunLink) -> RunLink:
+    """Where the parent's report is seen."""
+    return RunLink(parent.run_id, f"{parent.url}/artifacts/{PAGE}")
+
+
+def fail(store: TrackingStore, parent: RunLink, note: Mapping[str, str]) -> None:
+    """Close a parent as failed, with the reason as its description."""
+    store.client.set_tag(parent.run_id, NOTE, note[NOTE])
+    store.client.set_terminated(parent.run_id, "FAILED")
+
+
+def _before(store: TrackingStore, report: OptimizationReport) -> Before | None:
+    """The parent that was finished last, of the same model and target, and what is otherwise now."""
+    query = (
+        f"tags.`{TAG}parent` = 'true' and tags.`{TAG}target` = '{report.target}' and attributes.status = 'FINISHED' "
+        f"and tags.`{TAG}dagster_run` != '{report.dagster_run}'"
+    )
+    run = store.find(report.model, query)
+    if run is None:
+        return None
+    link, earlier = store.link(run), _read(store, run.info.run_id)
+    changed = changes(earlier, report) if earlier is not None else None
+    return Before(run_id=link.run_id, url=link.url, changes=changed)
+
+
+def _read(store: TrackingStore, run_id: str) -> OptimizationReport | None:
+    """What a run's report was made from; None where it has none, or one of another version of this project."""
+    data = store.read_file(run_id, DATA)
+    try:
+        return OptimizationReport.model_validate_json(data) if data is not None else None
+    except ValidationError:
+        return None

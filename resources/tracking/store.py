@@ -1,0 +1,156 @@
+"""The connection to MLflow, and what this machine remembers of what it wrote there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resources.errors import TrackingError, first_line
+from resources.locks import file_lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+#: MLflow cuts parameters there, and refuses longer ones in some stores.
+_LONGEST_PARAMETER = 6000
+
+
+@dataclass(frozen=True)
+class RunLink:
+    """One MLflow run, and where to see it (the tracking server's page, if one is configured)."""
+
+    run_id: str
+    url: str
+
+
+class TrackingStore:
+    """One tracking store. uri: its address. ui: that of its pages. folder: keeps the links to runs already written,
+    so that an unchanged optimization neither writes again nor waits for MLflow to be imported, and the artifacts of a
+    store that is a file.
+    """
+
+    def __init__(self, uri: str, *, ui: str | None, folder: Path) -> None:
+        self.uri, self.folder, self._ui = uri, folder, ui
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            import logging
+
+            # Two hundred lines of schema migrations otherwise, on the first use of a store.
+            for name in ("alembic", "mlflow.store.db.utils"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            from mlflow import MlflowClient
+
+            # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
+            with file_lock(self.folder / "store.lock"):
+                client = MlflowClient(self.uri)
+                client.search_experiments(max_results=1)
+            self._client = client
+        return self._client
+
+    def experiment(self, model: str) -> str:
+        """The id of the model's experiment, made if it is not there."""
+        found = self.client.get_experiment_by_name(model)
+        if found is not None:
+            return str(found.experiment_id)
+        location = (self.folder / "artifacts" / model).resolve().as_uri() if self.uri.startswith("sqlite:") else None
+        # Without the kind, the page opens on traces of language models and not on runs.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self.client.create_experiment(model, artifact_location=location, tags=tags))
+
+    def find(self, model: str, query: str) -> Run | None:
+        """The newest of the model's runs that the query finds."""
+        experiment = self.client.get_experiment_by_name(model)
+        if experiment is None:
+            return None
+        order = ["attributes.start_time DESC"]
+        runs = self.client.search_runs([experiment.experiment_id], query, max_results=1, order_by=order)
+        return runs[0] if runs else None
+
+    def link(self, run: Run) -> RunLink:
+        """The link to a run that MLflow gave."""
+        return RunLink(run.info.run_id, self.address(f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"))
+
+    def address(self, page: str) -> str:
+        """Of one of MLflow's pages."""
+        return f"{self._ui or ''}/#/{page}"
+
+    def log(self, run_id: str, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Parameters, and metrics without a time of their own."""
+        from mlflow.entities import Metric, Param
+
+        self.client.log_batch(
+            run_id,
+            metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()],
+            params=[Param(name, str(value)[:_LONGEST_PARAMETER]) for name, value in parameters.items()],
+        )
+
+    def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        """Artifacts of a run, by name; those that are there already are replaced."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                path = Path(folder) / name
+                path.write_bytes(content)
+                self.client.log_artifact(run_id, str(path))
+
+    def read_file(self, run_id: str, name: str) -> bytes | None:
+        """One artifact of a run; None where it has none of that name."""
+        if name not in {item.path for item in self.client.list_artifacts(run_id)}:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
+
+    def recall(self, name: str, what: str = "") -> RunLink | None:
+        """The link of that name; `what`: only if it was remembered for that."""
+        try:
+            data = json.loads((self.folder / "links" / f"{name}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        if data.get("store") != self.uri:  # written to another server: this one does not know it
+            return None
+        if what and data.get("what") != what:
+            return None
+        return RunLink(data["run_id"], f"{self._ui or ''}{data['path']}")
+
+    def recall_all(self, prefix: str) -> list[RunLink]:
+        """The links whose names begin so."""
+        names = sorted(path.name.removesuffix(".json") for path in (self.folder / "links").glob(f"{prefix}*.json"))
+        return [link for name in names if (link := self.recall(name)) is not None]
+
+    def remember(self, name: str, link: RunLink, what: str = "") -> None:
+        """Keep a link, for the steps and runs that come after."""
+        path = self.folder / "links" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        where = link.url.removeprefix(self._ui or "")
+        draft.write_text(json.dumps({"store": self.uri, "run_id": link.run_id, "path": where, "what": what}))
+        draft.replace(path)
+
+    @contextlib.contextmanager
+    def clear_errors(self) -> Iterator[None]:
+        """MLflow's own errors, and the network's, as one TrackingError that names the store."""
+        try:
+            yield
+        except exceptions() as error:
+            raise TrackingError(
+                f"MLflow at {self.uri} cannot be written: {first_line(error)} Start that server or mend "
+                "REFINERY_MLFLOW_URI, then run again: what was measured is kept and will be written then."
+            ) from error
+
+
+def exceptions() -> tuple[type[Exception], ...]:
+    """What MLflow and its stores raise; asked for only once something has been raised."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, requests.RequestException, SQLAlchemyError)

@@ -44,7 +44,7 @@ from resources.triton.server import serve_foreground
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import RemotePath, Store, parse_location
 from resources.triton.verify import verify_release
-from tests.objects import BUCKET, CHANGES, files_of, s3_server, write_file
+from tests.objects import BUCKET, CHANGES, files_of, s3_credentials, s3_server, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
 
 UNASKED = Steps(prove=unasked)
@@ -54,13 +54,7 @@ TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
 
 @pytest.fixture(scope="module", autouse=True)
 def credentials():
-    """As Triton reads them, from the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with s3_credentials():
         yield
 
 

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, file_table, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import Checkpoint
@@ -40,6 +40,8 @@ def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
             "tokenizer_digest": record.tokenizer_digest,
             "allow_pickle": dg.MetadataValue.bool(record.allow_pickle),
             "trust_remote_code": dg.MetadataValue.bool(record.trust_remote_code),
+            "weights_bytes": record.weights_bytes,
+            "contents": file_table(record.files),
             **length_metadata(workspace.store, record),
         },
     )
@@ -57,6 +59,8 @@ def length_metadata(store: ArtifactStore, record: Checkpoint) -> dict[str, objec
         "lengths": dg.MetadataValue.md(markdown_image(plot, "rows by tokens")),
         "padding": dg.MetadataValue.md(padding_table(lengths)),
         "padding_share": lengths.padding,
+        "median_tokens": lengths.percentile(0.5),
+        "p95_tokens": lengths.percentile(0.95),
     }
 
 
@@ -78,5 +82,5 @@ def required_files(
             if damaged
             else "every byte is as it was copied"
         ),
-        metadata={"files": sorted(record.files), "missing_or_changed": damaged},
+        metadata={"files": len(record.files), "size_bytes": record.size_bytes, "missing_or_changed": damaged},
     )

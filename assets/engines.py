@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.evaluation_set import evaluation_set
-from assets.materialization import OWNERS, materialized, remember
+from assets.materialization import OWNERS, materialized, remember, table
 from assets.onnx_graph import onnx_graph
 from assets.partitions import models
 from assets.placement import placement
@@ -13,7 +13,8 @@ from resources.engines.make import make_engine, sources_of
 from resources.targets import device_of
 from resources.workspace import Workspace
 
-KINDS = {"torch": "pytorch", "onnxruntime": "onnx", "openvino": "intel", "tensorrt": "nvidia"}
+#: Dagster has no icons of ONNX Runtime, OpenVINO and TensorRT; the tags `runtime` and `precision` name them.
+KINDS = {"torch": "pytorch", "onnxruntime": "microsoft"}
 
 
 def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
@@ -26,10 +27,15 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
         deps=[onnx_graph, evaluation_set] if spec.examined else [onnx_graph],
         partitions_def=models,
         group_name=f"engines_{target}",
-        kinds={KINDS[spec.runtime], spec.precision},
+        kinds={KINDS.get(spec.runtime, "file")},
         owners=OWNERS,
         description=spec.description,
-        tags={"target": target, "device": device_of(target)},
+        tags={
+            "target": target,
+            "device": device_of(target),
+            "runtime": spec.runtime,
+            "precision": spec.precision,
+        },
         op_tags=placement(target),
     )
     def engine(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
@@ -49,7 +55,7 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
                 "runtime": record.runtime,
                 "precision": record.precision,
                 "parameters": dg.MetadataValue.json(record.parameters),
-                "operators": dg.MetadataValue.json(record.operators),
+                **_operators(record),
                 **_ladder(record),
             },
         )
@@ -57,11 +63,23 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
     return engine
 
 
+def _operators(record: Engine) -> dict[str, object]:
+    """What the graph consists of, the most frequent first."""
+    if not record.operators:
+        return {}
+    frequent_first = sorted(record.operators.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "operators": table({"operator": "", "nodes": ""}, [[name, count] for name, count in frequent_first]),
+        "nodes": sum(record.operators.values()),
+    }
+
+
 def _ladder(record: Engine) -> dict[str, object]:
     """Which operators were left in higher precision, and how that was found."""
     if not record.steps:
         return {}
     return {
-        "kept_in_higher_precision": dg.MetadataValue.json(list(record.kept)),
+        "kept_in_higher_precision": table({"operator": "by its module's path"}, [[name] for name in record.kept]),
+        "operators_kept": len(record.kept),
         "tried": dg.MetadataValue.md("\n".join(f"1. {step}" for step in record.steps)),
     }

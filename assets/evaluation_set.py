@@ -15,7 +15,7 @@ from resources.workspace import Workspace
     deps=[checkpoint],
     partitions_def=models,
     group_name="sources",
-    kinds={"pytorch"},
+    kinds={"dataset", "pytorch"},
     owners=OWNERS,
     description="Real texts of many lengths, and what PyTorch in fp32 answers to each of them alone.",
     op_tags=placement(),

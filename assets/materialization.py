@@ -1,16 +1,20 @@
 """What every materialization says, in one place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from resources.artifacts.records import Record
+from resources.artifacts.records import Record, StoredFile
 from resources.artifacts.store import ArtifactStore, Made
 
+#: Of everything here, where nobody else is named: REFINERY_OWNERS.
 OWNERS = ["team:refinery"]
+
+#: What a cell of a table may be.
+Cell = str | int | float | bool | None
 
 
 def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[..., dg.MaterializeResult]:
@@ -47,6 +51,33 @@ def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> 
         common["size_bytes"] = dg.MetadataValue.int(record.size_bytes)
         common["files"] = dg.MetadataValue.path(folder)
     return dg.MaterializeResult(metadata={**metadata, **common}, data_version=dg.DataVersion(record.content_digest))
+
+
+def table(columns: Mapping[str, str], rows: Sequence[Sequence[Cell]]) -> dg.TableMetadataValue:
+    """A table as Dagster shows one. columns: names, with units in them, and what they mean; empty: the name says it.
+
+    A column's type is that of its first cell that has something in it.
+    """
+    names = list(columns)
+    schema = [
+        dg.TableColumn(
+            name,
+            dg.TableMetadataValue.infer_column_type(next((row[place] for row in rows if row[place] is not None), "")),
+            columns[name] or None,
+        )
+        for place, name in enumerate(names)
+    ]
+    records = [dg.TableRecord(dict(zip(names, row, strict=True))) for row in rows]
+    return dg.TableMetadataValue(records, dg.TableSchema(schema))
+
+
+def file_table(files: Mapping[str, StoredFile]) -> dg.TableMetadataValue:
+    """The files of an artifact or of a release, the largest first."""
+    largest_first = sorted(files.items(), key=lambda item: (-item[1].size_bytes, item[0]))
+    return table(
+        {"file": "", "size_bytes": "", "sha256": ""},
+        [[name, file.size_bytes, file.sha256] for name, file in largest_first],
+    )
 
 
 def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:

@@ -29,7 +29,7 @@ def served_benchmark_asset(specs: Sequence[EngineSpec], target: str) -> dg.Asset
         deps=[*(dg.AssetKey(["engines", target, spec.name]) for spec in specs), evaluation_set.key],
         partitions_def=models,
         group_name=f"benchmarks_{target}",
-        kinds={"mlflow"},
+        kinds={"report", "mlflow"},
         owners=OWNERS,
         description="The engine of the release that serves, measured again beside candidates that are others.",
         tags={"target": target, "device": device_of(target)},

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.materialization import OWNERS, closing_tracking, materialized, remember
+from assets.materialization import OWNERS, closing_tracking, materialized, remember, table
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import (
@@ -13,7 +13,7 @@ from resources.artifacts.records import (
     ServingConfiguration,
     ServingReport,
 )
-from resources.reporting import load_plot, load_table, markdown, markdown_image, remembered, trial_table
+from resources.reporting import load_plot, markdown_image, remembered, trial_table
 from resources.tracking import Tracker
 from resources.triton.search import make_serving_configuration
 from resources.triton.serving_report import make_serving_report
@@ -28,7 +28,7 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         deps=[dg.AssetKey(["champion", target])],
         partitions_def=models,
         group_name="serving",
-        kinds={"triton"},
+        kinds={"task"},
         owners=OWNERS,
         description="Instances and queue delay for the champion, found under load on a real Triton server.",
         tags={"target": target},
@@ -49,9 +49,16 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         folder = remember(store, f"serving_configuration/{target}/{entry.name}", made)
         record: ServingConfiguration = made.record
         tracker.serving(context.run.run_id, champion, record)
-        metadata: dict[str, object] = {"setting": str(record.setting), "reason": record.reason}
+        metadata: dict[str, object] = {
+            "setting": str(record.setting),
+            "reason": record.reason,
+            "clients": record.clients,
+            "instances": record.setting.instances,
+            "queue_delay_us": record.setting.queue_delay_us,
+        }
         if record.trials:
-            metadata["trials"] = dg.MetadataValue.md(markdown(*trial_table(record)))
+            header, rows = trial_table(record)
+            metadata["trials"] = table({name or "verdict": "" for name in header}, rows)
         return materialized(made, folder, metadata)
 
     return serving_configuration
@@ -65,7 +72,7 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
         deps=[dg.AssetKey(["triton_repository", target])],
         partitions_def=models,
         group_name="serving",
-        kinds={"triton", "mlflow"},
+        kinds={"report", "mlflow"},
         owners=OWNERS,
         description="Throughput and latency of the release that serves, by the number of clients, on a real Triton.",
         tags={"target": target},
@@ -91,11 +98,40 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
             plot = remembered(store.caches, record.digest, lambda: load_plot(record, title))
             assert plot is not None, "a load can always be drawn"
             metadata |= {
-                "load": dg.MetadataValue.md(markdown(*load_table(record.levels))),
+                "load": _load_table(record),
                 "plot": dg.MetadataValue.md(markdown_image(plot, "latency by throughput")),
+                "release_number": record.release,
                 "throughput_per_s": round(max(level.throughput_per_s for level in record.levels), 1),
                 "p50_ms_of_one_client": round(record.levels[0].p50_ms, 3),
+                "p99_ms_of_all_clients": round(record.levels[-1].p99_ms, 3),
             }
         return materialized(made, folder, metadata)
 
     return serving_benchmark
+
+
+def _load_table(record: ServingReport) -> dg.TableMetadataValue:
+    columns = {
+        "clients": "each asks again when it has its answer",
+        "by": "who asked",
+        "requests": "",
+        "requests_per_s": "",
+        "p50_ms": "",
+        "p99_ms": "",
+        "rows_per_execution": "what Triton's batches hold",
+        "executions_per_request": "",
+    }
+    rows = [
+        [
+            level.clients,
+            level.tool,
+            level.requests or None,
+            round(level.throughput_per_s, 1),
+            round(level.p50_ms, 3),
+            round(level.p99_ms, 3),
+            round(level.mean_batch, 2) or None,
+            round(level.batches_per_request, 2) or None,
+        ]
+        for level in record.levels
+    ]
+    return table(columns, rows)

@@ -4,12 +4,13 @@ import shlex
 
 import dagster as dg
 
-from assets.materialization import OWNERS, closing_tracking
+from assets.materialization import OWNERS, Cell, closing_tracking, file_table, table
 from assets.partitions import models
 from assets.placement import placement
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
 from resources.triton.promote import publish_champion
+from resources.triton.proof import Proof
 from resources.triton.publish import unverified_root
 from resources.workspace import Workspace
 
@@ -22,7 +23,7 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
         deps=[dg.AssetKey(["champion", target]), dg.AssetKey(["serving_configuration", target])],
         partitions_def=models,
         group_name="serving",
-        kinds={"triton"},
+        kinds={"file"},
         owners=OWNERS,
         description="The champion as a numbered, immutable release that answers text, proven on a real Triton server.",
         tags={"target": target},
@@ -47,7 +48,10 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
                 "serving": str(release.serving) if release.serving is not None else "–",
                 "revision": release.revision,
                 "content_digest": release.content_digest,
-                "proof": dg.MetadataValue.json(release.proof.model_dump() if release.proof else {}),
+                "release_number": release.number,
+                "size_bytes": sum(file.size_bytes for file in release.files.values()),
+                "contents": file_table(release.files),
+                **_proof_metadata(release.proof),
                 "repository": dg.MetadataValue.path(str(workspace.repository(target))),
                 "query": dg.MetadataValue.md(f"`{query_command(workspace, entry.name, target)}`"),
             },
@@ -73,10 +77,27 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
             passed=proof is not None and proof.passed,
             severity=dg.AssetCheckSeverity.WARN,  # an unproven release is never pointed to
             description=description,
-            metadata={"proof": dg.MetadataValue.json(proof.model_dump() if proof else {})},
+            metadata=_proof_metadata(proof),
         )
 
     return triton_repository, served_answers_equal
+
+
+def _proof_metadata(proof: Proof | None) -> dict[str, dg.MetadataValue | str | int | float | list[str]]:
+    """What the server answered, compared with PyTorch, by protocol and way of asking; nothing without a proof."""
+    if proof is None:
+        return {}
+    rows: list[list[Cell]] = [
+        [way, name, float(value)] for way, metrics in proof.metrics.items() for name, value in metrics.items()
+    ]
+    columns = {"asked": "over which protocol, and how", "metric": "of answers beside PyTorch's in fp32", "measured": ""}
+    return {
+        "server": proof.server,
+        "proof_requests": proof.requests,
+        "proof_seconds": round(proof.seconds, 2),
+        "answers": table(columns, rows),
+        "failures": list(proof.failures),
+    }
 
 
 def query_command(workspace: Workspace, model: str, target: str) -> str:

@@ -10,26 +10,34 @@ from assets.champion import champion_assets
 from assets.checkpoint import checkpoint, required_files
 from assets.engines import engine_asset
 from assets.evaluation_set import evaluation_set
+from assets.freshness import release_check
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
+from assets.provenance import documented
 from assets.served import served_benchmark_asset
 from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration import upkeep
 from orchestration.executors import Execution, make_executor
+from orchestration.freshness import freshness_job, freshness_sensor
 from orchestration.jobs import close_tracking_of_killed_runs, optimize
 from orchestration.notifications import failure_sensor
+from orchestration.policies import Policies
 from orchestration.progress import progress_logger
 from orchestration.schedules import DEFAULT_CRON, reoptimization
 from orchestration.sensors import checkpoint_sensor
-from orchestration.settings import read_execution, read_workspace, tracker_of, webhook_of
+from orchestration.settings import read_execution, read_policies, read_workspace, tracker_of, webhook_of
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
 
 def make_definitions(
-    workspace: Workspace, execution: Execution | None = None, cron: str = DEFAULT_CRON
+    workspace: Workspace,
+    execution: Execution | None = None,
+    cron: str = DEFAULT_CRON,
+    policies: Policies | None = None,
 ) -> dg.Definitions:
     """The whole code location, working in that workspace. cron: when models are looked at again."""
+    policies = policies or Policies()
     assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, onnx_graph]
     checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
     for target, spec in product(workspace.targets, ENGINES):
@@ -41,14 +49,15 @@ def make_definitions(
         champion, as_good_as_what_serves = champion_assets(ENGINES, target)
         assets += [served_benchmark_asset(ENGINES, target), champion, serving_configuration_asset(target), repository]
         assets.append(serving_benchmark_asset(target))
-        checks += [as_good_as_what_serves, served_answers_equal]
+        checks += [as_good_as_what_serves, served_answers_equal, release_check(target, policies.warn_days)]
     return dg.Definitions(
-        assets=assets,
+        assets=dg.map_asset_specs(lambda spec: policies.applied(documented(spec)), assets),
         asset_checks=checks,
-        jobs=[optimize, *upkeep.JOBS],
-        schedules=[reoptimization(cron)],
+        jobs=[optimize, freshness_job(workspace.targets), *upkeep.JOBS],
+        schedules=[reoptimization(cron, policies.fresh_days)],
         sensors=[
             checkpoint_sensor(workspace.watch_seconds),
+            freshness_sensor(policies.warn_days),
             failure_sensor(webhook_of(os.environ), os.environ.get("REFINERY_DAGSTER_UI") or None),
             close_tracking_of_killed_runs,
         ],
@@ -59,5 +68,8 @@ def make_definitions(
 
 
 defs = make_definitions(
-    read_workspace(os.environ), read_execution(os.environ), os.environ.get("REFINERY_SCHEDULE") or DEFAULT_CRON
+    read_workspace(os.environ),
+    read_execution(os.environ),
+    os.environ.get("REFINERY_SCHEDULE") or DEFAULT_CRON,
+    read_policies(os.environ),
 )

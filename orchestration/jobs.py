@@ -5,9 +5,11 @@ import dagster as dg
 from resources.tracking import Tracker
 
 
-@dg.run_failure_sensor(default_status=dg.DefaultSensorStatus.RUNNING)
+@dg.run_failure_sensor(
+    description="Closes the MLflow run of a Dagster run that was killed, which had no time to do it.",
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
 def close_tracking_of_killed_runs(context: dg.RunFailureSensorContext, tracker: dg.ResourceParam[Tracker]) -> None:
-    """No MLflow run stays open because its Dagster run was killed, which had no time to close it."""
     run = context.dagster_run
     if not context.get_step_failure_events():
         message = context.failure_event.message or "the run failed outside its steps"

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
+from assets.freshness import confirmed_at
 from orchestration.jobs import optimize
+from orchestration.policies import FRESH_DAYS
 from orchestration.settings import read_workspace
 from resources.errors import CatalogError
 
@@ -31,24 +34,31 @@ _COMPARED = (
 _NOT_FINISHED = [status for status in dg.DagsterRunStatus if status.value not in ("SUCCESS", "FAILURE", "CANCELED")]
 
 
-def reoptimization(cron: str) -> dg.ScheduleDefinition:
-    """The schedule. Raises CatalogError for what is no cron expression."""
+def reoptimization(cron: str, fresh_days: float = FRESH_DAYS) -> dg.ScheduleDefinition:
+    """The schedule. fresh_days: what no run went through for so long is confirmed by one, which finds nothing to do.
+
+    Raises CatalogError for what is no cron expression.
+    """
     try:
-        return _reoptimization(cron)
+        return _reoptimization(cron, fresh_days)
     except dg.DagsterInvalidDefinitionError as error:
         raise CatalogError(f"REFINERY_SCHEDULE: {cron!r} is no cron expression, such as '{DEFAULT_CRON}'.") from error
 
 
-def _reoptimization(cron: str) -> dg.ScheduleDefinition:
+def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
     @dg.schedule(
         name="reoptimize",
         job=optimize,
         cron_schedule=cron,
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="Optimizes the models of the catalog of which something would differ; see `refinery plan`.",
+        description=(
+            "Optimizes the models of the catalog of which something would differ; see `refinery plan`. What no run "
+            f"went through for {fresh_days:g} days is confirmed: its files are read again, and nothing is made."
+        ),
     )
     def reoptimize(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
-        names = read_workspace(os.environ).catalog().names
+        workspace = read_workspace(os.environ)
+        names = workspace.catalog().names
         # Where there is no time for all of them, others come first the next time.
         turn = context.scheduled_execution_time.toordinal() % max(1, len(names))
         plans = read_plans([*names[turn:], *names[:turn]], PLAN_SECONDS)
@@ -57,11 +67,14 @@ def _reoptimization(cron: str) -> dg.ScheduleDefinition:
         for name, plan in plans.items():
             if plan["error"]:
                 said.append(f"{name}: it would fail: {plan['error']}")
-            why_not = _why_not(context.instance, name, plan["digest"]) if plan["differing"] else ""
+            request = _request(name, plan) if plan["differing"] else None
+            if request is None and not plan["error"]:
+                request = _confirmation(context, name, plan, workspace.targets, fresh_days)
+            why_not = _why_not(context.instance, name, plan["digest"]) if request is not None else ""
             if why_not:
                 said.append(f"{name}: {why_not}")
-            elif plan["differing"]:
-                requests.append(_request(name, plan))
+            elif request is not None:
+                requests.append(request)
         for sentence in said:
             context.log.warning(sentence)
         if requests:
@@ -120,3 +133,18 @@ def _request(model: str, plan: dict[str, Any]) -> dg.RunRequest:
         asset_selection=[dg.AssetKey(step["step"].split("/")) for step in steps],
         tags={PLAN_TAG: plan["digest"], WHY_TAG: why[:_LONGEST_TAG]},
     )
+
+
+def _confirmation(
+    context: dg.ScheduleEvaluationContext,
+    model: str,
+    plan: dict[str, Any],
+    targets: Sequence[str],
+    fresh_days: float,
+) -> dg.RunRequest | None:
+    """A whole run of what Dagster knows to be as it should, and has not seen for so long; None: it has."""
+    confirmed = confirmed_at(context.instance, model, targets)
+    if not confirmed or context.scheduled_execution_time.timestamp() - confirmed < fresh_days * 86400:
+        return None
+    why = f"last confirmed {datetime.fromtimestamp(confirmed, UTC):%Y-%m-%d %H:%M} UTC"
+    return dg.RunRequest(partition_key=model, tags={PLAN_TAG: plan["digest"], WHY_TAG: why})

@@ -7,6 +7,7 @@ from functools import partial
 import dagster as dg
 
 from assets.checkpoint import checkpoint
+from assets.freshness import REVISION_TAG
 from assets.partitions import models
 from orchestration.jobs import optimize
 from orchestration.runs import PARTITION_TAG, models_under_way
@@ -29,7 +30,7 @@ MOST_REMOTE = 40
 MOST_RUNS = 25
 #: Of what is waited for, in a tick's summary.
 _MOST_LINES = 20
-REVISION_TAG, REASON_TAG, ATTEMPT_TAG = "refinery/revision", "refinery/reason", "refinery/attempt"
+REASON_TAG, ATTEMPT_TAG = "refinery/reason", "refinery/attempt"
 _SENSOR_TAG = "dagster/sensor_name"
 SENSOR = "new_checkpoints"
 

@@ -10,6 +10,7 @@ from typing import cast, get_args
 
 import orchestration
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
+from orchestration.policies import FRESH_DAYS, Policies, check_owners
 from resources.checkpoints.settings import HUB, Access
 from resources.errors import CatalogError
 from resources.isolation import Limits
@@ -99,6 +100,12 @@ def read_execution(environment: Mapping[str, str]) -> Execution:
         raise CatalogError(f"REFINERY_EXECUTOR: {kind!r} is not one of {', '.join(get_args(ExecutorKind))}.")
     path = _path(environment, "REFINERY_EXECUTOR_CONFIG")
     return Execution(cast(ExecutorKind, kind), read_config(path) if path is not None else {})
+
+
+def read_policies(environment: Mapping[str, str]) -> Policies:
+    """Who owns the assets, and how old they may be. Raises CatalogError naming the variable that is wrong."""
+    owners = check_owners(environment.get("REFINERY_OWNERS", "").replace(",", " ").split(), "REFINERY_OWNERS")
+    return Policies(owners, _number(environment, "REFINERY_FRESH_DAYS", FRESH_DAYS))
 
 
 def webhook_of(environment: Mapping[str, str]) -> str | None:

@@ -360,6 +360,24 @@ def test_an_unproven_release_is_a_failed_check_and_said_beside_what_serves(made_
     assert current_release(begun.repository("cpu"), "tiny").number == 1
 
 
+def check_what_is_shown(outcome, workspace):
+    """Tables have what the records have, and what Dagster plots are numbers under constant names."""
+    report = workspace.store.current(BenchmarkReport, "benchmarks/cpu/onnxruntime_fp32/tiny")
+    shown = outcome.metadata("benchmarks", "cpu", "onnxruntime_fp32")
+    (row,) = shown["latency"].records
+    assert (row.data["shape"], row.data["pairs"]) == ("1x16", report.timings[0].pairs)
+    types = {column.name: column.type for column in shown["latency"].schema.columns}
+    assert (types["p50_ms"], types["pairs"], types["shape"]) == ("float", "int", "string")
+    plotted = ("p50_ms_1x16", "rows_per_s_1x16", "speedup_1x16", "accuracy_cosine_worst", "engine_size_bytes")
+    assert all(shown[name] > 0 for name in plotted)
+    engine = outcome.metadata("engines", "cpu", "onnxruntime_fp32")
+    assert sum(row.data["nodes"] for row in engine["operators"].records) == engine["nodes"] > 0
+    release = outcome.metadata("triton_repository", "cpu")
+    files = {row.data["file"]: row.data["size_bytes"] for row in release["contents"].records}
+    assert release["release_number"] == 1 and sum(files.values()) == release["size_bytes"]
+    assert {row.data["metric"] for row in release["answers"].records} == set(report.accuracy.metrics)
+
+
 def test_how_it_is_served_is_found_under_load_and_released(made_checkpoint, begun):
     """The settings that were tried are runs beside the candidates, and the one that was taken is in the release."""
     from mlflow import MlflowClient
@@ -376,12 +394,15 @@ def test_how_it_is_served_is_found_under_load_and_released(made_checkpoint, begu
     said = outcome.metadata("serving_configuration", "cpu")
     assert said["setting"] == str(found.setting)
     assert "no setting keeps 0.001 ms" in said["reason"]
-    assert "| taken |" in said["trials"]
+    assert "taken" in [row.data["verdict"] for row in said["trials"].records]
+    assert said["queue_delay_us"] == found.setting.queue_delay_us
     release = current_release(begun.repository("cpu"), "tiny")
     assert release.serving == found.setting
     load = outcome.metadata("serving_benchmark", "cpu")
     assert load["status"] == "measured"
     assert load["throughput_per_s"] > 0
+    assert [row.data["clients"] for row in load["load"].records] == [1, 2, 4]
+    check_what_is_shown(outcome, begun)
     client = MlflowClient(begun.mlflow_uri())
     (experiment,) = [item for item in client.search_experiments() if item.name == "tiny"]
     runs = client.search_runs([experiment.experiment_id])

@@ -32,6 +32,8 @@ from resources.locks import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.tasks import TASKS, CheckpointFiles, SpecialTokens
 
+#: What a stored checkpoint depends on, beside its source.
+CODE = ("resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests")
 ENCODER_FILE = "encoder.json"
 #: A larger sample says nothing more about lengths.
 _MOST_SAMPLED = 20_000
@@ -111,9 +113,7 @@ def collect_checkpoint(
         sample=_content_of(entry),
         allow_pickle=entry.allow_pickle,
         trust_remote_code=entry.trust_remote_code,
-        code=code_versions(
-            "resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests"
-        ),
+        code=code_versions(*CODE),
         libraries=library_versions("transformers", "tokenizers"),
     )
 

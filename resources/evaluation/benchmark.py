@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from resources.evaluation.answering import Answered
     from resources.evaluation.probe import Probe
 
+#: What a report depends on, beside what was measured.
+CODE = ("resources.evaluation", "resources.isolation", "resources.tasks", "resources.pipelines")
 SAMPLES_FILE = "samples.json"
 WORST_SHOWN = 5
 
@@ -72,7 +74,7 @@ def make_benchmark(
         threads=[threads, workspace.baseline_threads(entry), physical_cores()],
         device=device,
         **({"beside": sorted(beside)} if beside else {}),
-        code=code_versions("resources.evaluation", "resources.isolation", "resources.tasks", "resources.pipelines"),
+        code=code_versions(*CODE),
         libraries=library_versions("numpy", "tokenizers"),
     )
     record = BenchmarkReport(

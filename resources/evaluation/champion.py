@@ -16,6 +16,8 @@ from resources.evaluation.choosing import OBJECTIVES, contest, judge, require_ch
 from resources.tasks import TASKS
 from resources.workspace import Workspace
 
+#: What a choice depends on, beside what it is made among.
+CODE = ("resources.evaluation.choosing", "resources.evaluation.champion")
 #: A median of fewer pairs says little.
 FEW_PAIRS = 5
 
@@ -90,7 +92,7 @@ def make_champion(
         gates=entry.accuracy_gates().model_dump(),
         objective=entry.objective,
         **({"contest": met.model_dump()} if met is not None else {}),
-        code=code_versions("resources.evaluation.choosing", "resources.evaluation.champion"),
+        code=code_versions(*CODE),
     )
 
     def make(folder: Path) -> Champion:

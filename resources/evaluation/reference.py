@@ -25,6 +25,15 @@ from resources.workspace import Workspace
 if TYPE_CHECKING:
     from resources.pipelines.base import Item, Pipeline
 
+#: What an evaluation set depends on, beside what it was made from.
+CODE = (
+    "resources.evaluation.reference",
+    "resources.evaluation.answering",
+    "resources.evaluation.batches",
+    "resources.checkpoints",
+    "resources.tasks",
+    "resources.pipelines",
+)
 REFERENCE_NUMBERS = "reference.npy"
 REFERENCE_DOCUMENTS = "reference.json"
 ITEMS_FILE = "items.json"
@@ -52,14 +61,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
         tokenizer=checkpoint.tokenizer_digest,
         pipeline=checkpoint.pipeline_digest,
         task=checkpoint.task,
-        code=code_versions(
-            "resources.evaluation.reference",
-            "resources.evaluation.answering",
-            "resources.evaluation.batches",
-            "resources.checkpoints",
-            "resources.tasks",
-            "resources.pipelines",
-        ),
+        code=code_versions(*CODE),
         libraries=library_versions("torch", "transformers", "tokenizers"),
     )
 

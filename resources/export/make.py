@@ -15,6 +15,9 @@ from resources.isolation import run_isolated
 from resources.locks import building
 from resources.workspace import Workspace
 
+#: What a graph depends on, beside what it was made from.
+CODE = ("resources.export", "resources.tasks", "resources.pipelines.tokenization")
+
 
 def _export(checkpoint: Checkpoint, source: Path, folder: Path, external_data_threshold_bytes: int) -> Exported:
     """In the child: torch is imported there, never here."""
@@ -34,7 +37,7 @@ def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) 
         ids=checkpoint.ids_digest,
         task=checkpoint.task,
         threshold=workspace.external_data_threshold_bytes,
-        code=code_versions("resources.export", "resources.tasks", "resources.pipelines.tokenization"),
+        code=code_versions(*CODE),
         libraries=library_versions("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
     )
 

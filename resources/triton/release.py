@@ -39,6 +39,15 @@ _SESSIONS = {
     "openvino": ("openvino_session.py",),
     "tensorrt": ("tensorrt_session.py",),
 }
+#: What a release depends on, beside what it holds and `session_modules`.
+CODE = (
+    "resources.triton.python_models",
+    "resources.triton.config",
+    "resources.triton.release",
+    "resources.triton.stage",
+    "resources.triton.layout",
+    "resources.pipelines",
+)
 #: What Triton's own backends open.
 _NATIVE_ENTRIES = {"onnxruntime": "model.onnx", "openvino": "model.xml", "tensorrt": "model.plan"}
 
@@ -170,17 +179,15 @@ def content_of(plan: ReleasePlan) -> Fingerprint:
         serving=plan.serving.model_dump(),
         response_cache=plan.response_cache,
         rate_limiter=plan.rate_limiter.model_dump() if plan.rate_limiter is not None else None,
-        code=code_versions(
-            "resources.triton.python_models",
-            "resources.triton.config",
-            "resources.triton.release",
-            "resources.triton.stage",
-            "resources.triton.layout",
-            "resources.pipelines",
-            *(f"resources.engines.{Path(module).stem}" for module in _SESSIONS.get(plan.engine.runtime, ())),
-        ),
+        code=code_versions(*CODE, *session_modules(plan.engine.runtime)),
         tokenizers=library_versions("tokenizers"),
     )
+
+
+def session_modules(*runtimes: str) -> tuple[str, ...]:
+    """The modules that open engines of those runtimes inside Triton; none named: of every runtime."""
+    files = (file for runtime in runtimes or _SESSIONS for file in _SESSIONS.get(runtime, ()))
+    return tuple(f"resources.engines.{Path(file).stem}" for file in files)
 
 
 def content_digest(plan: ReleasePlan) -> str:

@@ -48,6 +48,18 @@ from resources.workspace import Workspace
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
+#: What a configuration depends on, beside what is served.
+CODE = (
+    "resources.triton.search",
+    "resources.triton.load",
+    "resources.triton.mix",
+    "resources.triton.config",
+    "resources.triton.launch",
+    "resources.triton.python_models",
+    "resources.pipelines",
+    "resources.engines.sessions",
+    "resources.engines.cuda",
+)
 #: Waiting longer than this for company costs more than any batch wins back at the speeds that engines have here.
 QUEUE_DELAYS_US = (0, 500, 2000)
 #: More instances than this share the machine's memory bandwidth and the GPU's multiprocessors without winning.
@@ -232,17 +244,7 @@ def make_serving_configuration(
         load=load_of(evaluation, checkpoint) if searched else None,
         device=device,
         flavour=workspace.triton.flavour,
-        code=code_versions(
-            "resources.triton.search",
-            "resources.triton.load",
-            "resources.triton.mix",
-            "resources.triton.config",
-            "resources.triton.launch",
-            "resources.triton.python_models",
-            "resources.pipelines",
-            "resources.engines.sessions",
-            "resources.engines.cuda",
-        ),
+        code=code_versions(*CODE),
     )
     record = ServingConfiguration(
         digest=made_of.digest,

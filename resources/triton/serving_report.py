@@ -28,6 +28,13 @@ from resources.workspace import Workspace
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
+#: What a report depends on, beside the release.
+CODE = (
+    "resources.triton.serving_report",
+    "resources.triton.load",
+    "resources.triton.mix",
+    "resources.triton.launch",
+)
 #: Of a level's time, what warms it up.
 _WARM_UP_SHARE = 0.15
 
@@ -108,12 +115,7 @@ def make_serving_report(
         device=describe_device(target),
         perf_analyzer=str(find_perf_analyzer() or ""),
         server=requirements(),
-        code=code_versions(
-            "resources.triton.serving_report",
-            "resources.triton.load",
-            "resources.triton.mix",
-            "resources.triton.launch",
-        ),
+        code=code_versions(*CODE),
     )
     record = ServingReport(
         digest=made_of.digest,

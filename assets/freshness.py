@@ -1,0 +1,119 @@
+"""Whether what serves is what its checkpoint is now, and was confirmed lately: the check `up_to_date` of a release.
+
+Dagster's own freshness looks at the newest materialization of any partition, and a partition here is a model: one
+model's run would hide that another is never run. So this is told by model.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from assets.checkpoint import checkpoint
+from assets.partitions import models
+from assets.placement import placement
+from resources.artifacts.records import Checkpoint
+from resources.artifacts.store import ArtifactStore
+from resources.errors import ArtifactError
+from resources.triton.layout import current_release
+from resources.triton.release import Release
+from resources.workspace import Workspace
+
+CHECK = "up_to_date"
+#: Of a run that was asked for because a source holds that revision.
+REVISION_TAG = "refinery/revision"
+_PARTITION_TAG = "dagster/partition"
+#: Of a model's runs, among which there is one that was asked for so.
+_MOST_RUNS = 20
+
+
+def release_key(target: str) -> dg.AssetKey:
+    """The asset that a target's releases are."""
+    return dg.AssetKey(["triton_repository", target])
+
+
+def release_check(target: str, limit_days: float) -> dg.AssetChecksDefinition:
+    """The check. limit_days: how long ago the last run through checkpoint and release may be."""
+
+    @dg.asset_check(asset=release_key(target), name=CHECK, partitions_def=models, op_tags=placement(target))
+    def up_to_date(
+        context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
+    ) -> dg.AssetCheckResult:
+        """What serves is of the checkpoint that its source holds, and a run confirmed that in REFINERY_FRESH_DAYS."""
+        return judge(context.instance, workspace, context.partition_key, target, limit_days)
+
+    return up_to_date
+
+
+def judge(
+    instance: dg.DagsterInstance, workspace: Workspace, model: str, target: str, limit_days: float
+) -> dg.AssetCheckResult:
+    """The verdict on a model's release. Raises ReleaseError where the repository cannot be read."""
+    release = current_release(workspace.repository(target), model)
+    collected = None
+    with suppress(ArtifactError):
+        collected = workspace.store.current(Checkpoint, f"checkpoint/{model}")
+    wanted = _wanted(instance, model, collected.revision if collected is not None else "")
+    confirmed = confirmed_at(instance, model, [target])
+    age_days = (time.time() - confirmed) / 86400
+    wrong = []
+    if release is None:
+        wrong.append(f"nothing serves; optimize it: refinery optimize {model}")
+    elif collected is not None and not _is_of(workspace.store, release, collected):
+        wrong.append(
+            f"release {release.number} serves revision {release.revision}, and revision {collected.revision} was "
+            f"collected since; look at its last run, or, after a rollback: refinery promote {model}"
+        )
+    if wanted:
+        wrong.append(f"its source holds revision {wanted}, and the run that was to take it did not; look at that run")
+    if confirmed and age_days > limit_days:
+        wrong.append(
+            f"no run has confirmed it since {datetime.fromtimestamp(confirmed, UTC):%Y-%m-%d %H:%M} UTC, for more than "
+            f"{limit_days:g} days; see that the schedule reoptimize is on, and that its runs succeed"
+        )
+    metadata: dict[str, str | int | float] = {
+        "release_number": release.number if release is not None else 0,
+        "revision_that_serves": release.revision if release is not None else "none",
+        "revision_collected": collected.revision if collected is not None else "none",
+        "revision_not_taken": wanted or "none",
+        "limit_days": limit_days,
+        **({"days_since_confirmed": round(age_days, 3)} if confirmed else {}),
+    }
+    return dg.AssetCheckResult(
+        passed=not wrong,
+        severity=dg.AssetCheckSeverity.WARN,  # what serves goes on serving
+        description=f"{model}: {'; '.join(wrong)}." if wrong else "what serves is of the newest checkpoint",
+        metadata=metadata,
+    )
+
+
+def confirmed_at(instance: dg.DagsterInstance, model: str, targets: Sequence[str]) -> float:
+    """When a run went last through the model's checkpoint and its releases, whichever is longer ago, in seconds since
+    1970; 0: never through one of them.
+    """
+    return min(_materialized_at(instance, key, model) for key in (checkpoint.key, *map(release_key, targets)))
+
+
+def _materialized_at(instance: dg.DagsterInstance, key: dg.AssetKey, model: str) -> float:
+    which = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[model])
+    return next((record.timestamp for record in instance.fetch_materializations(which, limit=1).records), 0.0)
+
+
+def _wanted(instance: dg.DagsterInstance, model: str, collected: str) -> str:
+    """The revision that a run was asked for after the checkpoint was collected last, and that is another; or none."""
+    for record in instance.get_run_records(dg.RunsFilter(tags={_PARTITION_TAG: model}), limit=_MOST_RUNS):
+        revision = record.dagster_run.tags.get(REVISION_TAG)
+        if revision is not None:
+            later = record.create_timestamp.timestamp() > _materialized_at(instance, checkpoint.key, model)
+            return revision if later and revision != collected else ""
+    return ""
+
+
+def _is_of(store: ArtifactStore, release: Release, collected: Checkpoint) -> bool:
+    """Whether that checkpoint is what the release was made of. Another revision of the same files makes no release."""
+    if release.checkpoint_digest == collected.digest or release.revision == collected.revision:
+        return True
+    served = store.find(Checkpoint, release.checkpoint_digest)
+    return served is not None and served.content_digest == collected.content_digest

@@ -34,7 +34,7 @@ PER_SECOND = 20.0
 #: Between two looks of the sensor; Dagster's daemon takes five seconds at least.
 WATCH_SECONDS = 2
 #: Where other tests take the cores, and nobody asks how long it takes.
-LONGEST_SECONDS = 300
+LONGEST_SECONDS = 600
 
 
 @contextmanager
@@ -130,8 +130,8 @@ class Watched:
 
 
 def metrics_of(run):
-    """Their names, but for what is sampled by the clock: a build may be too short for it."""
-    return {name for name in run.data.metrics if not name.startswith("system/")}
+    """Their names, but for those that a run has once there are samples enough: by the clock, or of a busy machine."""
+    return {name for name in run.data.metrics if not name.startswith(("system/", "p99_ms."))}
 
 
 def candidates_of(client, experiment, parent):

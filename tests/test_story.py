@@ -5,10 +5,12 @@ into a folder, and nobody does anything more. From the first release on clients 
 back. Every checkpoint has weights and a vocabulary of its own, so parts of two releases together answer as neither.
 """
 
+import shutil
 import signal
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
+from itertools import combinations
 
 import dagster as dg
 import numpy as np
@@ -62,13 +64,24 @@ def awaited(what, *logs):
     raise AssertionError("\n".join(log.read_text()[-5000:] for log in logs if log.exists()))
 
 
-def write_revision(folder, seed):
-    """A checkpoint that answers otherwise than one of another seed; and what it answers, by sentence-transformers."""
+def answers_of(folder):
+    """What the checkpoint answers, by sentence-transformers: fp32 `[texts, width]`."""
     from sentence_transformers import SentenceTransformer
 
-    make_checkpoint(folder, seed=seed)
-    permute_vocabulary(folder / "tokenizer.json", seed)
     return SentenceTransformer(str(folder), device="cpu").encode(TEXTS, show_progress_bar=False)
+
+
+def write_revisions(folder, count):
+    """Checkpoints, and what they answer; the tokenizer of one with the weights of another is seen to answer as none."""
+    drafts = [make_checkpoint(folder / f"draft-{seed}", seed=seed) for seed in range(count)]
+    for seed, draft in enumerate(drafts):
+        permute_vocabulary(draft / "tokenizer.json", seed)
+    known = np.stack([answers_of(draft) for draft in drafts])
+    mixed = shutil.copytree(drafts[0], folder / "mixed")
+    shutil.copy(drafts[1] / "tokenizer.json", mixed)
+    for one, other in combinations([*known, answers_of(mixed)], 2):
+        assert np.abs(one - other).max(axis=1).min() > 0.05
+    return drafts, known
 
 
 def copy_slowly(source, target, stalled, written):
@@ -162,8 +175,7 @@ def require_comparable(address, revisions):
 
 @pytest.mark.whole
 def test_new_checkpoints_are_served_and_old_answers_come_back(workspace, tmp_path, triton_settings):
-    drafts = [tmp_path / f"draft-{seed}" for seed in range(3)]
-    known = np.stack([write_revision(draft, seed) for seed, draft in enumerate(drafts)])
+    drafts, known = write_revisions(tmp_path, 3)
     source = tmp_path / "checkpoint"
     workspace.catalog_path.write_text("models: []\n")
     add_entry(workspace, entry_for(source, engines=["onnxruntime_fp32"], shapes=["1x16"]))

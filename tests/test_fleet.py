@@ -151,7 +151,7 @@ def test_servers_that_are_not_what_was_said(
         )
         (said,) = caplog.messages
         assert re.fullmatch(
-            rf"waiting up to 1 s for the server at {here} to look at .* take tiny__r2__proof up.*", said
+            rf"waiting up to 1 s for the server at {here} to look at .* take tiny__r.__proof up.*", said
         )
         versions = iter(["triton 2.51.0", "triton 2.40.0"])
         monkeypatch.setattr(TextClient, "version", lambda client: next(versions))

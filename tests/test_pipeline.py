@@ -445,7 +445,7 @@ def test_a_release_that_waits_is_promoted_where_a_server_proves_it(made_checkpoi
     assert current_number(repository, "tiny") == done.release.number
     assert not list_releases(unverified_root(repository, "tiny"), "tiny")
     assert tracker.champion_release("tiny", "cpu") == done.release.number
-    with pytest.raises(ReleaseError, match="no release in"):
+    with pytest.raises(ReleaseError, match="no release of it is in"):
         promote(begun, tracker, "other", "cpu", dagster_run="none", log=tmp_path / "log")
 
 

@@ -53,11 +53,11 @@ def _published(run: dg.DagsterRun, workspace: Workspace) -> list[str]:
     """Targets that the run makes a release for, of those whose repository this machine can be asked about: steps of a
     GPU's target may run on another, with a disk of its own.
     """
-    chosen = run.asset_selection
+    chosen = run.asset_selection  # none: the whole job
     return [
         target
         for target in workspace.targets
-        if (chosen is None or dg.AssetKey(["triton_repository", target]) in chosen) and why_not_here(target) is None
+        if (not chosen or dg.AssetKey(["triton_repository", target]) in chosen) and why_not_here(target) is None
     ]
 
 

@@ -526,11 +526,11 @@ def test_what_would_keep_a_release_from_being_published_is_said_before_anything_
     dead = replace(begun, triton=replace(begun.triton, servers=(f"127.0.0.1:{unused_port}",)))
     (tmp_path / "file").touch()
     closed = replace(begun, triton=replace(begun.triton, repositories=tmp_path / "file" / "models"))
-    for workspace, said in (
-        (dead, rf"No Triton answers gRPC at 127\.0\.0\.1:{unused_port} \(REFINERY_TRITON_GRPC\)"),
-        (closed, rf"the release could not be written to {tmp_path}/file/models/cpu: Not a directory"),
+    for workspace, whole, said in (
+        (dead, True, rf"No Triton answers gRPC at 127\.0\.0\.1:{unused_port} \(REFINERY_TRITON_GRPC\)"),
+        (closed, False, rf"the release could not be written to {tmp_path}/file/models/cpu: Not a directory"),
     ):
-        outcome = run_job(workspace, "tiny")
+        outcome = run_job(workspace, "tiny", whole=whole)
         assert re.search(said, outcome.messages[0])
         assert len(outcome.messages) == 1
         assert outcome.materialized() == set()

@@ -38,9 +38,13 @@ def require_writable(repository: Location, model: str) -> None:
     with clear_disk_errors(model, repository, 0):
         # Not in the staging folder: who holds the repository's lock sweeps that.
         above = next(path for path in repository.parents if path.exists())
-        with TemporaryDirectory(dir=above, prefix=".refinery-probe-") as folder:
-            probe = Path(folder) / uuid.uuid4().hex
-            probe.touch()
-            if repository.exists():
-                # Triton looks at folders alone.
-                probe.rename(repository / probe.name).unlink()
+        try:
+            with TemporaryDirectory(dir=above, prefix=".refinery-probe-") as folder:
+                probe = Path(folder) / uuid.uuid4().hex
+                probe.touch()
+                if repository.exists():
+                    # Triton looks at folders alone.
+                    probe.rename(repository / probe.name).unlink()
+        except OSError as error:
+            error.filename = str(above)  # not that of the probe
+            raise

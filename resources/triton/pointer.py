@@ -11,6 +11,7 @@ from resources.triton.layout import (
     is_whole,
     list_releases,
     public_models,
+    read_release,
 )
 from resources.triton.release import Release
 from resources.triton.storage import Location
@@ -26,13 +27,15 @@ def require_current(repository: Location, model: str) -> Release:
 
 def current_problem(repository: Location, model: str) -> str:
     """Why nothing of the model can be served, and what to do; empty where its pointer names a release that is whole."""
-    number, there = current_number(repository, model), list_releases(repository, model)
-    if number in [release.number for release in there]:
+    number = current_number(repository, model)
+    release = read_release(repository, model, number) if number is not None else None
+    if release is not None and is_whole(repository, release):
         return ""
     if number is None and not is_published_here(repository, model):
         others = ", ".join(public_models(repository)) or "none"
         remedy = command("optimize", repository, model)
         return f"no release of it is in {repository} (models there: {others}). Publish one: {remedy}."
+    there = list_releases(repository, model)
     named = "no release" if number is None else f"release {number}, which is not there whole"
     remedy = command("rollback", repository, model, "--to N") if there else command("optimize", repository, model)
     numbers = ", ".join(str(release.number) for release in there) or "none"

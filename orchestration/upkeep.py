@@ -55,7 +55,7 @@ def roll_back_release(context: dg.OpExecutionContext, config: Rollback, workspac
     repository = workspace.repository(config.target)
     log = workspace.log(config.model, f"triton-{config.target}")
     done = roll_back(repository, config.model, workspace.triton, to=config.to or None, log=log)
-    _seen(context, config, {"rolled_back_to": done.release.number, "before": done.before})
+    _seen(context, config, {"rolled_back_to": done.release.number, "before": done.before or 0})
 
 
 @dg.op(description="Serve the newest release: one that waits for its proof, or one that a rollback left behind.")

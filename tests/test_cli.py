@@ -15,6 +15,7 @@ import dagster as dg
 import psutil
 import pytest
 
+from orchestration.cli import main
 from orchestration.sensors import SENSOR
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
@@ -166,14 +167,13 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
         (["optimize", "x/y", "--task", "embedding", "--seq-len", "16,long"], "--seq-len: 'long' is not a number"),
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
-        (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is no target; use cpu, or cuda_sm"),
         (["query", "no-such-model", "text"], "no release of it"),
         (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers gRPC at 127.0.0.1:9"),
         (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
         (["rollback", "no-such-model"], "no release of it"),
         (["verify", "no-such-model"], "There is no model named"),
         (["retain", "no-such-model"], "no release of it"),
-        (["serve"], "holds no release yet"),
+        (["serve", "--control", "none"], "holds no release yet"),
     ],
 )
 def test_mistakes_are_one_clear_message(empty, arguments, expected):
@@ -204,6 +204,22 @@ def test_a_resource_has_a_name_and_a_number(empty):
     code, _, err = refinery(empty, "serve", "--resource", "cores")
     assert code == 2
     assert "--resource: 'cores' is not NAME=N, such as cores=4" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [verb, "tiny"]
+        for verb in ("optimize", "plan", "bench", "load", "releases", "rollback", "promote", "retain", "verify")
+    ]
+    + [["query", "tiny", "text"], ["serve"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_target_is_one_that_there_could_be(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--target", "abacus"])
+    assert caught.value.code == 2
+    assert "--target: 'abacus' is no target; use cpu, or cuda_sm" in capsys.readouterr().err
 
 
 def test_a_mistyped_hub_id_can_be_put_right(empty):

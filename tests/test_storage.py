@@ -1078,3 +1078,22 @@ def test_what_was_put_is_served_checked_and_gone_back_to(
     assert current_number(bucket, "tiny") == 1
     assert_nothing_beside(bucket)
     assert not [path for path in (tmp_path / "home" / "staging").rglob("*") if path.is_file()]
+
+
+def test_a_release_that_somebody_edited_is_published_again(repository, plans):
+    """As `refinery verify` says, also where the file's size is what it was."""
+    first = publish(plans[0], repository, UNASKED).release
+    name = max(first.files, key=lambda name: first.files[name].size_bytes)
+    time.sleep(1.1)  # stores tell seconds
+    data = (repository / name).read_bytes()
+    (repository / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    assert publish(plans[0], repository, UNASKED).release.number == 2
+    assert not publish(plans[0], repository, UNASKED).changed
+
+
+def test_a_copied_repository_is_not_taken_for_an_edited_one(tmp_path, plans):
+    repository = tmp_path / "models" / "cpu"
+    publish(plans[0], repository, UNASKED)
+    for path in (tmp_path / "models").rglob("*"):
+        os.utime(path)
+    assert not publish(plans[0], repository, UNASKED).changed

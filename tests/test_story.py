@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType
 
-from orchestration.sensors import REVISION_TAG, SENSOR
+from assets.freshness import REVISION_TAG
+from orchestration.sensors import SENSOR
 from orchestration.watch import Cursor
 from resources.tasks.samples import sample_texts
 from resources.triton.client import TextClient

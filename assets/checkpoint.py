@@ -8,7 +8,9 @@ from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
 from resources.checkpoints import collect_checkpoint
+from resources.device import why_not_here
 from resources.reporting import length_plot, markdown_image, padding_table, remembered
+from resources.triton.preflight import require_publishable
 from resources.workspace import Workspace
 
 
@@ -22,6 +24,8 @@ from resources.workspace import Workspace
 )
 def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
     entry = workspace.entry(context.partition_key)
+    for target in _published(context.run, workspace):
+        require_publishable(workspace, entry.name, target)
     log = workspace.log(entry.name, "checkpoint")
     made = collect_checkpoint(entry, workspace.store, workspace.limits, log, settings=workspace.sources)
     folder = remember(workspace.store, f"checkpoint/{entry.name}", made)
@@ -45,6 +49,18 @@ def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
             **length_metadata(workspace.store, record),
         },
     )
+
+
+def _published(run: dg.DagsterRun, workspace: Workspace) -> list[str]:
+    """Targets that the run makes a release for, of those whose repository this machine can be asked about: steps of a
+    GPU's target may run on another, with a disk of its own.
+    """
+    chosen = run.asset_selection  # none: the whole job
+    return [
+        target
+        for target in workspace.targets
+        if (not chosen or dg.AssetKey(["triton_repository", target]) in chosen) and why_not_here(target) is None
+    ]
 
 
 def length_metadata(store: ArtifactStore, record: Checkpoint) -> dict[str, object]:

@@ -16,7 +16,6 @@ from resources.catalog import ModelEntry, Shape
 from resources.engines import BASELINE, ENGINES, EngineSpec, engine_spec, unsupported_reason
 from resources.errors import CatalogError, EngineError
 from resources.evaluation.comparison import Comparison, compare, ratio_table, save_comparison, title_of
-from resources.targets import check_target
 from resources.workspace import Workspace
 
 
@@ -24,7 +23,7 @@ def bench(options: Namespace) -> int:
     """Compare, print and save."""
     workspace = read_workspace(os.environ)
     # Before any work: what is mistyped costs nothing.
-    target, shapes, wanted = _target(workspace, options), _shapes(options), _engines(options)
+    target, shapes, wanted = options.target or workspace.targets[0], _shapes(options), _engines(options)
     said = dict.fromkeys(ENTRY_OPTIONS) | {"name": options.name, "task": options.task}
     for spec in (engine_spec(BASELINE), *(wanted or ())):
         reason = unsupported_reason(spec, target)
@@ -61,15 +60,6 @@ def _print(comparison: Comparison) -> None:
     print_candidates(console, title, comparison.reports, comparison.verdicts, best)
     if len(comparison.measured) > 2:  # of two, the first table has said it
         print_table(console, "Each against each, geometric mean over the shapes", *ratio_table(comparison), best)
-
-
-def _target(workspace: Workspace, options: Namespace) -> str:
-    if options.target is None:
-        return workspace.targets[0]
-    try:
-        return check_target(options.target)
-    except ValueError as error:
-        raise CatalogError(f"--target: {error}.") from None
 
 
 def _shapes(options: Namespace) -> list[Shape] | None:

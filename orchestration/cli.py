@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from resources.errors import RefineryError
+from resources.targets import check_target
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -52,13 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--batch-size", metavar="N[,N]", help="batch sizes to optimize for, each with each --seq-len")
     new.add_argument("--engines", metavar="E[,E]", help="only these engines compete")
     new.add_argument("--seconds", type=_positive, metavar="N", help="bound for one engine's benchmark")
-    command.add_argument("--target", help="only this target (default: all of REFINERY_TARGETS)")
+    command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
     command.set_defaults(command=_optimize)
 
     command = commands.add_parser("plan", help="show what optimizing would do, and why, without doing it")
     command.add_argument("models", metavar="MODEL", nargs="*", help="names of the catalog (default: all)")
-    command.add_argument("--target", help="only this target (default: all of REFINERY_TARGETS)")
+    command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--json", action="store_true", help="one JSON document a model, each on a line")
     command.set_defaults(command=_plan)
 
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--engines", metavar="E[,E]", help="only these, beside PyTorch (default: all that can compete)"
     )
-    command.add_argument("--target", help="default: the first of REFINERY_TARGETS")
+    command.add_argument("--target", type=_target, help="default: the first of REFINERY_TARGETS")
     command.add_argument("--shapes", metavar="S[,S]", help="batch x tokens, as 1x16,8x128 (default: the model's)")
     command.add_argument(
         "--seconds",
@@ -111,12 +112,14 @@ def _parser() -> argparse.ArgumentParser:
         help="gRPC address of a Triton server (default: the first of REFINERY_TRITON_GRPC that has the model; "
         "without that variable 127.0.0.1:8001, or one started for the question)",
     )
-    command.add_argument("--target", default="cpu", help="whose repository to serve where a server is started")
+    command.add_argument(
+        "--target", type=_target, default="cpu", help="whose repository to serve where a server is started"
+    )
     command.add_argument("--json", action="store_true", help="print the whole answers, one JSON document a line")
     command.set_defaults(command=_query)
 
     command = commands.add_parser("serve", help="serve the repository with the embedded Triton until Ctrl-C")
-    command.add_argument("--target", default="cpu")
+    command.add_argument("--target", type=_target, default="cpu")
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
     command.add_argument(
@@ -146,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seconds", type=_positive, default=15.0, metavar="N", help="in all (default: %(default)g)")
     command.add_argument("--tokens", type=_release, metavar="N", help="only texts of up to so many tokens")
-    command.add_argument("--target", default="cpu", help="whose repository")
+    command.add_argument("--target", type=_target, default="cpu", help="whose repository")
     command.set_defaults(command=_load)
 
     command = commands.add_parser("models", help="list the catalog")
@@ -154,30 +157,30 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("releases", help="list a model's releases")
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--target", default="cpu")
+    command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command=_releases)
 
     command = commands.add_parser("rollback", help="serve an older release again, once a server has answered with it")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--to", type=_release, metavar="N", help="any release (default: the one before)")
-    command.add_argument("--target", default="cpu")
+    command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command=_rollback)
 
     command = commands.add_parser("promote", help="serve the newest release: one that waits, or was rolled back")
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--target", default="cpu")
+    command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command=_promote)
 
     command = commands.add_parser("retain", help="remove old releases")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--keep", type=_release, default=3, metavar="N", help="the newest N (default: %(default)s)")
-    command.add_argument("--target", default="cpu")
+    command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command=_retain)
 
     command = commands.add_parser("verify", help="compare a release with what was published, and ask it a question")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--release", type=_release, metavar="N", help="default: the one that serves")
-    command.add_argument("--target", default="cpu")
+    command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command=_verify)
 
     command = commands.add_parser("lint", help="find what is wrong with a Triton model repository, without a server")
@@ -193,6 +196,13 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("setup", help="install the embedded Triton's environment")
     command.set_defaults(command=_setup)
     return parser
+
+
+def _target(text: str) -> str:
+    try:
+        return check_target(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _port(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 
 import dagster as dg
 
@@ -12,6 +13,7 @@ from orchestration.instance import instance_folder, prepare_instance
 from orchestration.settings import read_workspace
 from orchestration.terminal import print_table, table_console
 from resources.artifacts.gc import DAY_SECONDS, Collected, collect
+from resources.artifacts.remote_gc import collect_remote
 from resources.reporting import size_text
 from resources.triton.layout import artifacts_of_releases
 from resources.workspace import Workspace
@@ -27,30 +29,35 @@ def collect_garbage(options: Namespace) -> int:
         prepare_instance(workspace)
         with dg.DagsterInstance.get() as instance:
             under_way = oldest_run_under_way(instance)
-    done = clean_store(workspace, options.keep_days, under_way, dry_run=options.dry_run)
+    cleaned = clean_stores(workspace, options.keep_days, under_way, dry_run=options.dry_run)
     if under_way is not None:
         print(
             f"Run {under_way.dagster_run.run_id} is under way since {under_way.create_timestamp:%Y-%m-%d %H:%M}; what "
             "was used since stays. If its process is gone, cancel it on Dagster's page."
         )
-    kinds = sorted({*done.removed, *done.kept})
-    rows = [[kind.replace("_", " "), *_counts(done, kind)] for kind in kinds]
-    title = f"{'Would free' if options.dry_run else 'Freed'} {size_text(done.freed_bytes)} of {workspace.store.root}"
-    print_table(table_console(), title, ("kind", "removed", "size", "kept", "size"), rows)
+    for place, done in cleaned.items():
+        rows = [[kind.replace("_", " "), *_counts(done, kind)] for kind in sorted({*done.removed, *done.kept})]
+        title = f"{'Would free' if options.dry_run else 'Freed'} {size_text(done.freed_bytes)} of {place}"
+        print_table(table_console(), title, ("kind", "removed", "size", "kept", "size"), rows)
     return 0
 
 
-def clean_store(
+def clean_stores(
     workspace: Workspace, keep_days: float, under_way: dg.RunRecord | None, *, dry_run: bool = False
-) -> Collected:
-    """Remove from the workspace's store what no release, step or run needs. Raises ReleaseError where a repository
-    cannot be read: nobody knows then what its releases need, and nothing is removed.
+) -> dict[str, Collected]:
+    """Remove from the workspace's store, and from the object storage that it shares with other machines, what no
+    release, step or run needs; what was done by place. Raises ReleaseError where a repository cannot be read: nobody
+    knows then what its releases need, and nothing is removed.
     """
     used_since = time.time() - max(keep_days, 1.0) * DAY_SECONDS
     if under_way is not None:
         used_since = min(used_since, under_way.create_timestamp.timestamp())
     wanted = artifacts_of_releases(workspace.repositories)
-    return collect(workspace.store, wanted, used_since=used_since, dry_run=dry_run)
+    store, cleaned = workspace.store, dict[str, Collected]()
+    if store.remote is not None:
+        cleaned[str(store.remote.root)] = collect_remote(store.remote, wanted, used_since=used_since, dry_run=dry_run)
+    cleaned[str(store.root)] = collect(store, wanted, used_since=used_since, dry_run=dry_run)
+    return cleaned
 
 
 def oldest_run_under_way(instance: dg.DagsterInstance, but: str = "") -> dg.RunRecord | None:
@@ -60,9 +67,12 @@ def oldest_run_under_way(instance: dg.DagsterInstance, but: str = "") -> dg.RunR
     return min(records, key=lambda record: record.create_timestamp, default=None)
 
 
-def summary(done: Collected) -> dict[str, str]:
-    """What was removed by kind, in words."""
-    return {kind: f"{amount.count} ({size_text(amount.size_bytes)})" for kind, amount in sorted(done.removed.items())}
+def summary(cleaned: Mapping[str, Collected]) -> dict[str, dict[str, str]]:
+    """What was removed by place and kind, in words."""
+    return {
+        place: {kind: f"{amount.count} ({size_text(amount.size_bytes)})" for kind, amount in done.removed.items()}
+        for place, done in cleaned.items()
+    }
 
 
 def _counts(done: Collected, kind: str) -> list[str]:

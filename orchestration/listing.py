@@ -14,9 +14,17 @@ from orchestration.settings import read_workspace, tracker_of
 from resources.catalog import ModelEntry
 from resources.errors import ReleaseError, TrackingError
 from resources.reporting import size_text
-from resources.triton.layout import current_number, current_release, list_releases, release_numbers
+from resources.triton.layout import (
+    current_number,
+    current_release,
+    is_published_here,
+    list_releases,
+    release_numbers,
+)
+from resources.triton.pointer import current_problem
 from resources.triton.publish import unverified_root
 from resources.triton.release import Release
+from resources.triton.storage import Location
 from resources.workspace import Workspace
 
 
@@ -40,11 +48,19 @@ def models(options: Namespace) -> int:
     for entry in workspace.catalog().models:
         served = []
         for target in workspace.targets:
-            release = current_release(workspace.repository(target), entry.name)
-            served.append(f"release {release.number}, {release.engine}" if release else "nothing yet")
+            served.append(served_text(workspace.repository(target), entry.name))
         table.add_row(entry.name, entry.task, entry.source, _shapes(entry), *served)
     _console().print(table)
     return 0
+
+
+def served_text(repository: Location, model: str) -> str:
+    """What the model's pointer names, or what is wrong with that."""
+    release = current_release(repository, model)
+    if release is None and current_number(repository, model) is None and not is_published_here(repository, model):
+        return "nothing yet"
+    problem = current_problem(repository, model)
+    return problem if problem or release is None else f"release {release.number}, {release.engine}"
 
 
 def releases(options: Namespace) -> int:
@@ -56,7 +72,7 @@ def releases(options: Namespace) -> int:
     damaged = [number for number in release_numbers(repository, model) if number not in whole]
     if not whole and not waiting and not damaged:
         workspace.entry(model)  # an unknown model is said to be unknown
-        raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
+        raise ReleaseError(f"{model}: {current_problem(repository, model)}")
     current, runs = current_number(repository, model), _runs(workspace, model, options.target)
     table = Table("release", "state", "engine", "revision", "made", "size", "MLflow run", "digest")
     for number, release in whole.items():
@@ -68,6 +84,9 @@ def releases(options: Namespace) -> int:
     for release in waiting:
         table.add_row(*_row(release, f"waits for its proof: refinery promote {model}", "–"))
     _console().print(table)
+    problem = current_problem(repository, model)
+    if problem and not waiting:
+        print(f"refinery: {model}: {problem}", file=sys.stderr)
     return 0
 
 

@@ -20,6 +20,7 @@ from resources.reporting import load_table
 from resources.triton.client import TextClient
 from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix
+from resources.triton.pointer import require_current
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import measure_load, measure_with_perf_analyzer
 
@@ -45,6 +46,7 @@ def load(options: Namespace) -> int:
             stack.enter_context(
                 benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
             )
+            require_current(repository, options.model)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             server = EmbeddedServer(
                 served_folder(repository, workspace.copies), workspace.triton, models=[options.model], log=log

@@ -21,7 +21,6 @@ from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
 from resources.engines import ENGINES
 from resources.errors import CatalogError
-from resources.targets import check_target
 from resources.triton.storage import parse_location
 from resources.workspace import Workspace
 
@@ -78,10 +77,6 @@ def optimize(options: Namespace) -> int:
 def _workspace(options: Namespace) -> Workspace:
     workspace = read_workspace(os.environ)
     if options.target is not None:
-        try:
-            check_target(options.target)
-        except ValueError as error:
-            raise CatalogError(f"--target: {error}.") from None
         workspace = replace(workspace, targets=(options.target,))
     if options.output is not None:
         try:

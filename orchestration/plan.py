@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration.settings import read_workspace
 from orchestration.terminal import print_table, table_console
-from resources.errors import CatalogError
 from resources.plan import ModelPlan, PlannedStep, State, plan_model
-from resources.targets import check_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +29,7 @@ def plan(options: Namespace) -> int:
     """Print the plan of each model as soon as it is known; 1 where a run of one would fail."""
     workspace = read_workspace(os.environ)
     if options.target is not None:
-        try:
-            workspace = replace(workspace, targets=(check_target(options.target),))
-        except ValueError as error:
-            raise CatalogError(f"--target: {error}.") from None
+        workspace = replace(workspace, targets=(options.target,))
     catalog = workspace.catalog()
     entries = [catalog.get(name) for name in dict.fromkeys(options.models or catalog.names)]
     console, wrong = table_console(), False

@@ -30,8 +30,8 @@ def rollback(options: Namespace) -> int:
     done = roll_back(repository, options.model, workspace.triton, to=options.to, log=log)
     release = done.release
     print(
-        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision}), not to "
-        f"{done.before} any more. Optimizing the same again does not undo it."
+        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision})"
+        f"{done.instead}. Optimizing the same again does not undo it."
     )
     if not workspace.triton.servers and serves(DEFAULT_ADDRESS, options.model):
         _await(options.model, release.number)
@@ -45,9 +45,10 @@ def promote(options: Namespace) -> int:
     done = promoting.promote(
         workspace, tracker_of(workspace), options.model, options.target, dagster_run="refinery promote", log=log
     )
-    release, instead = done.release, "" if done.before is None else f", not to {done.before} any more"
+    release = done.release
     print(
-        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision}){instead}."
+        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision})"
+        f"{done.instead}."
     )
     if not workspace.triton.servers and serves(DEFAULT_ADDRESS, options.model):
         _await(options.model, release.number)

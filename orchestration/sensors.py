@@ -28,6 +28,8 @@ _DECIDE_SECONDS = 2.0
 MOST_REMOTE = 40
 #: Runs asked for in one tick; what is left comes with the next.
 MOST_RUNS = 25
+#: So long after `refinery optimize` has added an entry, its run is there: it was seen to take 2 to 3.
+ADDED_SECONDS = 15.0
 #: Of what is waited for, in a tick's summary.
 _MOST_LINES = 20
 REASON_TAG, ATTEMPT_TAG = "refinery/reason", "refinery/attempt"
@@ -117,13 +119,22 @@ class _Tick:
         for entry in sorted(catalog.models, key=lambda entry: self._models[entry.name].asked_at):
             memory = self._models[entry.name]
             undecided = memory.revision and not memory.done == memory.asked == memory.revision
-            if undecided and entry.name not in busy and time.monotonic() < self._began + TICK_SECONDS:
+            free = entry.name not in busy and not self._just_added(entry)
+            if undecided and free and time.monotonic() < self._began + TICK_SECONDS:
                 decision = decide(memory, self._newest(entry.name), self._collected(entry), self._now)
                 if not decision.reason:
                     memory = decision.memory
                 elif len(self._requests) < MOST_RUNS:
                     memory = self._ask(entry, decision.memory, decision.reason)
             self._models[entry.name] = self._told(entry, memory)
+
+    def _just_added(self, entry: ModelEntry) -> bool:
+        """Whether a command has added the entry so shortly ago that its own run of it may not be there yet."""
+        try:
+            added = (self._workspace.additions / f"{entry.name}.yaml").stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return 0 <= self._now - added < ADDED_SECONDS
 
     def result(self, catalog: Catalog) -> dg.SensorResult:
         """What Dagster is to do."""

@@ -17,8 +17,10 @@ from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
 from resources.triton.launch import caching, limited
-from resources.triton.layout import current_release, public_models
+from resources.triton.layout import public_models
+from resources.triton.limits import require_resources
 from resources.triton.mirror import Mirror, served_folder
+from resources.triton.pointer import current_problem, require_current
 from resources.triton.server import EmbeddedServer, serve_foreground
 from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
@@ -41,8 +43,8 @@ def query(options: Namespace) -> int:
         # Who names a server wants that one's answer and no other.
         if options.url is None and not workspace.triton.servers and not serves(address, options.model):
             folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
-            if current_release(folder, options.model) is None:
-                raise _nothing_served(options.model, repository, public_models(folder))
+            if current_problem(folder, options.model):  # of the repository, where that is a copy
+                require_current(repository, options.model)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
             server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)
@@ -135,9 +137,15 @@ def serve(options: Namespace) -> int:
 
     folder = served_folder(repository, workspace.copies, prune=True, say=say)
     if not public_models(folder):
-        raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
+        if options.control == "none":  # what comes later would not be taken up
+            raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
+        folder.mkdir(parents=True, exist_ok=True)
+        say(f"{repository} holds no release yet; the first is waited for: refinery optimize MODEL")
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
-    flags += limited(dict(options.resource))
+    resources = dict(options.resource)
+    for name in require_resources(folder, resources, options.control):
+        say(f"no model of {repository} takes the resource {name!r} of --resource yet")
+    flags += limited(resources)
     log = workspace.home / "logs" / f"triton-{options.target}-{options.grpc_port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     serve_foreground(
@@ -175,10 +183,3 @@ def _follow(workspace: Workspace, repository: Location, say: Callable[[str], Non
         last = time.monotonic()
 
     return refresh
-
-
-def _nothing_served(model: str, repository: Location, there: Sequence[str]) -> ReleaseError:
-    return ReleaseError(
-        f"{model}: no release of it is in {repository} (there: {', '.join(there) or 'none'}). "
-        f"Publish one: refinery optimize {model}."
-    )

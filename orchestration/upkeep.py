@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from orchestration.gc import clean_store, oldest_run_under_way, summary
+from orchestration.gc import clean_stores, oldest_run_under_way, summary
 from resources.reporting import size_text
 from resources.tracking import Tracker
 from resources.triton import promote as promoting
@@ -55,7 +55,7 @@ def roll_back_release(context: dg.OpExecutionContext, config: Rollback, workspac
     repository = workspace.repository(config.target)
     log = workspace.log(config.model, f"triton-{config.target}")
     done = roll_back(repository, config.model, workspace.triton, to=config.to or None, log=log)
-    _seen(context, config, {"rolled_back_to": done.release.number, "before": done.before})
+    _seen(context, config, {"rolled_back_to": done.release.number, "before": done.before or 0})
 
 
 @dg.op(description="Serve the newest release: one that waits for its proof, or one that a rollback left behind.")
@@ -102,9 +102,10 @@ def verify_one_release(
 @dg.op(description="Remove from the artifact store what no release, run or recent step needs.")
 def collect_garbage(context: dg.OpExecutionContext, config: Cleaning, workspace: dg.ResourceParam[Workspace]) -> None:
     under_way = oldest_run_under_way(context.instance, but=context.run_id)
-    done = clean_store(workspace, config.keep_days, under_way, dry_run=config.dry_run)
-    context.log.info(f"{'would free' if config.dry_run else 'freed'} {size_text(done.freed_bytes)}: {summary(done)}")
-    context.add_output_metadata({"freed_bytes": done.freed_bytes, "removed": dg.MetadataValue.json(summary(done))})
+    cleaned = clean_stores(workspace, config.keep_days, under_way, dry_run=config.dry_run)
+    freed = sum(done.freed_bytes for done in cleaned.values())
+    context.log.info(f"{'would free' if config.dry_run else 'freed'} {size_text(freed)}: {summary(cleaned)}")
+    context.add_output_metadata({"freed_bytes": freed, "removed": dg.MetadataValue.json(summary(cleaned))})
 
 
 def _seen(context: dg.OpExecutionContext, config: Which, metadata: Mapping[str, Any]) -> None:

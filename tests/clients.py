@@ -77,6 +77,20 @@ class Requests:
         return int((~allowed & (self.release >= 0)).sum())
 
 
+def require_answered(requests: Requests, switches: Sequence[Switch], per_second: float) -> None:
+    """Fail unless every request was answered by a release that served then, all of them were sent, and each release
+    of `switches` (in order, beginning with what served before all requests) answered.
+    """
+    assert not (requests.release == FAILED).any(), requests.errors[:5]
+    assert not (requests.release == NOBODY).any(), "answers that belong to no release"
+    assert requests.out_of_turn(switches) == 0, "a release answered that another had followed"
+    assert all(requests.first_answer(switch) < float("inf") for switch in switches)
+    seconds = requests.due[-1] - requests.due[0]
+    assert len(requests.due) > 0.9 * per_second * seconds
+    took = np.percentile(requests.took_ms, [50, 99])
+    print(f"{len(switches) - 1} switches, {len(requests.due)} requests, p50 {took[0]:.1f} ms, p99 {took[1]:.1f} ms")
+
+
 def moved(pointer: Path, release: int) -> Switch:
     """Of a pointer that has just been moved: renaming a file to its place sets the time of its last change."""
     return Switch(pointer.stat().st_ctime - time.time() + time.monotonic(), release)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from resources.triton.storage import Location, RemotePath, parse_location
 
@@ -34,14 +38,41 @@ class S3Server:
         assert isinstance(place, RemotePath)
         return place
 
+    def age(self, place: RemotePath, days: float) -> None:
+        """Let what lies at or below the place have been written so many days before it was."""
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        for key, found in s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys.items():
+            if f"{BUCKET}/{key}".startswith(place.key):
+                found.last_modified -= timedelta(days=days)
+
     def changed(self) -> list[str]:
         """The keys that were put, or asked to be."""
         return [key for method, key in self.requests if method == "PUT"]
 
 
 @contextmanager
+def s3_credentials() -> Iterator[None]:
+    """Those of the server, and no others, in the environment, where Triton reads them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+            patch.delenv(name)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "somebody")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+
+
+@contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """One with a bucket, while the context lasts."""
+    """One with a bucket, and the environment that its users need, while the context lasts."""
+    with s3_credentials(), _server() as server:
+        yield server
+
+
+@contextmanager
+def _server() -> Iterator[S3Server]:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 

@@ -22,12 +22,13 @@ from resources.triton.make import make_exam
 from resources.triton.proof import Exam, Proof
 from resources.triton.release import Release, ReleasePlan
 from resources.triton.settings import Flavour
+from tests.checkpoints import permute_vocabulary
 
 WIDTH = 24
 MAX_TOKENS = 64
 LABELS = ("calm", "glad", "very angry")
 INPUTS = ("input_ids", "attention_mask")
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 def make_plan(
@@ -172,7 +173,7 @@ def _tokenizer() -> str:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=800, special_tokens=list(_SPECIAL), show_progress=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=800, special_tokens=_SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(sample_texts(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -186,14 +187,9 @@ def _write_tokenizer(folder: Path, permutation: int | None = None) -> int:
 
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        content = _tokenizer()
+        (folder / "tokenizer.json").write_text(_tokenizer(), encoding="utf-8")
         if permutation is not None:
-            parsed = json.loads(content)
-            words = [word for word in parsed["model"]["vocab"] if word not in _SPECIAL]
-            shuffled = np.random.default_rng(permutation).permutation(words).tolist()
-            parsed["model"]["vocab"] = {word: number for number, word in enumerate([*_SPECIAL, *shuffled])}
-            content = json.dumps(parsed, ensure_ascii=False)
-        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+            permute_vocabulary(folder / "tokenizer.json", permutation)
         settings = {"max_tokens": MAX_TOKENS, "inputs": list(INPUTS), "pad_id": 0}
         (folder / "encoder.json").write_text(json.dumps(settings))
         (folder / "pipeline.json").write_text(json.dumps({"task": "embedding", "settings": {}}))

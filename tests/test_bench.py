@@ -143,7 +143,6 @@ def test_a_folder_that_is_in_the_catalog_stays_as_it_is_there(
             "--engines: There is no engine named 'abacus'; there are torch,",
         ),
         (["tiny", "--engines", "torch"], "--engines: torch is what all are compared with; name one beside it"),
-        (["tiny", "--target", "abacus"], "--target: 'abacus' is no target"),
         (["tiny", "--shapes", "1x16,8"], "--shapes: '8' is not a shape"),
         (["tiny", "--shapes", "1x65"], "1x65 is longer than this checkpoint takes (64 tokens)"),
         (["tiny", "--shapes", "9x16"], "9x16 is a larger batch than is served (max_batch_size 8)"),

@@ -15,6 +15,8 @@ import dagster as dg
 import psutil
 import pytest
 
+from orchestration.cli import main
+from orchestration.sensors import SENSOR
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
 
@@ -165,14 +167,13 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
         (["optimize", "x/y", "--task", "embedding", "--seq-len", "16,long"], "--seq-len: 'long' is not a number"),
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
-        (["optimize", "x/y", "--target", "abacus"], "--target: 'abacus' is no target; use cpu, or cuda_sm"),
         (["query", "no-such-model", "text"], "no release of it"),
         (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers gRPC at 127.0.0.1:9"),
         (["releases", "no-such-model"], "There is no model named 'no-such-model'"),
         (["rollback", "no-such-model"], "no release of it"),
         (["verify", "no-such-model"], "There is no model named"),
         (["retain", "no-such-model"], "no release of it"),
-        (["serve"], "holds no release yet"),
+        (["serve", "--control", "none"], "holds no release yet"),
     ],
 )
 def test_mistakes_are_one_clear_message(empty, arguments, expected):
@@ -203,6 +204,22 @@ def test_a_resource_has_a_name_and_a_number(empty):
     code, _, err = refinery(empty, "serve", "--resource", "cores")
     assert code == 2
     assert "--resource: 'cores' is not NAME=N, such as cores=4" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [verb, "tiny"]
+        for verb in ("optimize", "plan", "bench", "load", "releases", "rollback", "promote", "retain", "verify")
+    ]
+    + [["query", "tiny", "text"], ["serve"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_target_is_one_that_there_could_be(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--target", "abacus"])
+    assert caught.value.code == 2
+    assert "--target: 'abacus' is no target; use cpu, or cuda_sm" in capsys.readouterr().err
 
 
 def test_a_mistyped_hub_id_can_be_put_right(empty):
@@ -266,37 +283,47 @@ def test_ui_refuses_a_port_in_use(empty):
     assert "--dagster-port" in err
 
 
-def test_ui_serves_both_pages_and_watches_sources_until_terminated(empty, tmp_path):
-    """The sensor is on, and what is wrong with a source is seen in its partition."""
-    source = tmp_path / "nowhere"
-    empty.catalog_path.write_text(json.dumps({"models": [{"name": "m", "source": str(source), "task": "embedding"}]}))
+def test_ui_serves_both_pages_and_watches_sources_until_terminated(empty, tmp_path, made_checkpoint):
+    """The sensor is on: what is new in a folder is optimized, and what is wrong with a source is seen in its partition.
+    A run that is under way ends with the pages.
+    """
+    nowhere, folder = tmp_path / "nowhere", made_checkpoint()
+    sources = {"m": nowhere, "tiny": folder}
+    models = [{"name": name, "source": str(source), "task": "embedding"} for name, source in sources.items()]
+    empty.catalog_path.write_text(json.dumps({"models": models}))
     ports = {name: free() for name in ("dagster", "mlflow")}
     command = [REFINERY, "ui", *(part for name in ports for part in (f"--{name}-port", str(ports[name])))]
-    pages = subprocess.Popen(command, env=environment(empty), stdout=subprocess.PIPE, text=True)
+    variables = environment(empty, REFINERY_WATCH_SECONDS="1")
+    pages = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
     try:
         said = [pages.stdout.readline() for _ in range(3)]
         for name, port in ports.items():
             assert f"http://127.0.0.1:{port}" in "".join(said)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
                 assert name in page.read().decode().lower()
+        with dg.DagsterInstance.from_config(str(empty.home / "dagster")) as instance:
+            (record,) = first(instance.fetch_observations, "m")
+            assert f"the folder {nowhere} does not exist" in record.asset_observation.description
+            (record,) = first(instance.fetch_materializations, "tiny")
+            (run,) = instance.get_runs()
+        assert run.run_id == record.run_id
+        assert run.tags["dagster/sensor_name"] == SENSOR
         begun = psutil.Process(pages.pid).children(recursive=True)
         assert len(begun) >= 2
-        assert f"the folder {source} does not exist" in observed(empty, "m")
     finally:
         pages.terminate()
         assert pages.wait(60) == 0
     assert not [process for process in psutil.wait_procs(begun, timeout=20)[1] if process.is_running()]
 
 
-def observed(workspace, model):
-    """What the model's partition of `checkpoint` was told first, which is waited for."""
+def first(fetch, model):
+    """The first record of the model's partition of `checkpoint`, which is waited for."""
     which = dg.AssetRecordsFilter(asset_key=dg.AssetKey("checkpoint"), asset_partitions=[model])
     deadline = time.monotonic() + 90
-    with dg.DagsterInstance.from_config(str(workspace.home / "dagster")) as instance:
-        while not (records := instance.fetch_observations(which, limit=1).records):
-            assert time.monotonic() < deadline, "nothing was observed"
-            time.sleep(0.5)
-    return records[0].asset_observation.description
+    while not (records := fetch(which, limit=1).records):
+        assert time.monotonic() < deadline, f"{model}: nothing was seen"
+        time.sleep(0.5)
+    return records
 
 
 def test_dagster_accepts_the_definitions(empty):

@@ -1,5 +1,6 @@
 """Running servers behind one repository, in each control mode: all of them take a release up, or none does."""
 
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -114,7 +115,9 @@ def test_an_engine_that_does_not_load_is_not_published(settings, repository, pla
                 assert [number for number in (1, 2, 3) if client.is_ready(f"tiny__r{number}__pipeline")] == [3]
 
 
-def test_servers_that_are_not_what_was_said(repository, plans, triton_settings, tmp_path, monkeypatch, unused_port):
+def test_servers_that_are_not_what_was_said(
+    repository, plans, triton_settings, tmp_path, monkeypatch, caplog, unused_port
+):
     before = tree_digest(repository)
 
     def refused(match, **changes):
@@ -122,6 +125,17 @@ def test_servers_that_are_not_what_was_said(repository, plans, triton_settings, 
             publish(plans[1], repository, fleet_steps(fleet, lambda: exam_of(plans[1]), repository))
         assert tree_digest(repository) == before
 
+    (tmp_path / "other").mkdir()
+    with (
+        EmbeddedServer(tmp_path / "other", triton_settings, models=[], log=tmp_path / "triton.log") as server,
+        monkeypatch.context() as patch,
+    ):
+        here = server.grpc_address
+        refused("runs in explicit model control, where .* says poll, and nothing was", servers=(here,), control="poll")
+        refused(rf"{here} does not see tiny__r.__proof of {repository}, so .* another folder", servers=(here,))
+        patch.setattr(TextClient, "runs_explicit", lambda client: None)
+        patch.setattr(module, "UNSEEN_SECONDS", 0.2)
+        refused(rf"{here} does not see tiny__r.__proof of {repository}", servers=(here,), control="poll")
     dead = f"127.0.0.1:{unused_port}"
     with EmbeddedServer(
         repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log", control="none"
@@ -129,15 +143,22 @@ def test_servers_that_are_not_what_was_said(repository, plans, triton_settings, 
         here = server.grpc_address
         refused(rf"No Triton answers gRPC at {dead} \(REFINERY_TRITON_GRPC\), and nothing was changed", servers=(dead,))
         refused(rf"No Triton answers gRPC at {dead} ", servers=(here, dead))
-        refused("does not run in explicit model control.*REFINERY_TRITON_CONTROL", servers=(here,))
+        refused("does not run in explicit model control, where REFINERY_TRITON_CONTROL says explicit", servers=(here,))
         monkeypatch.setattr(module, "LOAD_TIMEOUT_SECONDS", 1.0)
+        monkeypatch.setattr(module, "SAY_SECONDS", 0.2)
         refused(
             "did not take tiny__r.__proof up within 1 s.*--model-control-mode=poll", servers=(here,), control="poll"
+        )
+        (said,) = caplog.messages
+        assert re.fullmatch(
+            rf"waiting up to 1 s for the server at {here} to look at .* take tiny__r.__proof up.*", said
         )
         versions = iter(["triton 2.51.0", "triton 2.40.0"])
         monkeypatch.setattr(TextClient, "version", lambda client: next(versions))
         refused(
-            r"not of one version \(.*2\.51\.0, .*2\.40\.0\)", servers=(here, here.replace("127.0.0.1", "localhost"))
+            r"not of one version \(.*2\.51\.0, .*2\.40\.0\)",
+            servers=(here, here.replace("127.0.0.1", "localhost")),
+            control="poll",
         )
     assert not Fleet(replace(triton_settings, servers=(here,), control="none"))
 

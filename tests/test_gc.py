@@ -85,14 +85,14 @@ def test_what_is_current_wanted_or_was_used_stays_with_what_it_was_made_from(sto
 def test_what_is_used_while_it_is_being_removed_is_put_back(store, monkeypatch):
     for letter in "ab":
         age(store, make(store, letter), 30)
-    reachable = gc._reachable
+    reachable = gc.reachable
 
     def used_in_between(entries, wanted, used_since):
         kept = reachable(entries, wanted, used_since)
         assert store.find(Engine, digest("a")) is not None
         return kept
 
-    monkeypatch.setattr(gc, "_reachable", used_in_between)
+    monkeypatch.setattr(gc, "reachable", used_in_between)
     done = week(store)
     assert there(store) == {"a"}
     assert (done.removed["engine"].count, done.kept["engine"].count) == (1, 1)
@@ -142,7 +142,7 @@ def published(tmp_path, triton_settings, request):
 
 
 def test_releases_keep_what_they_were_made_of(published):
-    done = command.clean_store(published, 7.0, None)
+    (done,) = command.clean_stores(published, 7.0, None).values()
     assert published.store.find(Champion, digest("9")) is not None
     assert done.removed["engine"].count == 2
 
@@ -157,7 +157,8 @@ def test_what_runs_under_way_use_stays_and_the_job_says_what_went(published):
         for letter in "ab":
             age(published.store, engine(letter), 3)
         begun = under_way._replace(create_timestamp=under_way.create_timestamp.replace(year=2020))
-        assert not command.clean_store(published, 2.0, begun).removed
+        (done,) = command.clean_stores(published, 2.0, begun).values()
+        assert not done.removed
         result = definitions.get_job_def("gc").execute_in_process(run_config=given, instance=instance)
         assert result.success
     assert there(published.store) == set()

@@ -1,6 +1,7 @@
 """The whole job on tiny real checkpoints: Dagster, MLflow, ONNX Runtime and a real Triton, from folder to answer."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ from resources.evaluation import choosing
 from resources.isolation import Limits
 from resources.triton import make
 from resources.triton.layout import current_number, current_release, list_releases
+from resources.triton.preflight import require_publishable
 from resources.triton.promote import promote
 from resources.triton.publish import Steps, unverified_root
 from resources.triton.rollback import roll_back
@@ -497,7 +499,7 @@ def test_a_release_that_waits_is_promoted_where_a_server_proves_it(made_checkpoi
     assert current_number(repository, "tiny") == done.release.number
     assert not list_releases(unverified_root(repository, "tiny"), "tiny")
     assert tracker.champion_release("tiny", "cpu") == done.release.number
-    with pytest.raises(ReleaseError, match="no release in"):
+    with pytest.raises(ReleaseError, match="no release of it is in"):
         promote(begun, tracker, "other", "cpu", dagster_run="none", log=tmp_path / "log")
 
 
@@ -567,4 +569,25 @@ def test_no_embedded_triton(made_checkpoint, begun, tmp_path):
     assert not outcome.success
     assert "embedded Triton is not installed" in outcome.messages[0]
     assert "refinery setup" in outcome.messages[0]
-    assert list(without.repository("cpu").iterdir()) == []
+    assert outcome.materialized() == set()
+    assert not without.repository("cpu").exists()
+
+
+def test_what_would_keep_a_release_from_being_published_is_said_before_anything_is_built(
+    made_checkpoint, begun, unused_port, tmp_path
+):
+    add_entry(begun, entry_for(made_checkpoint()))
+    dead = replace(begun, triton=replace(begun.triton, servers=(f"127.0.0.1:{unused_port}",)))
+    (tmp_path / "file").touch()
+    closed = replace(begun, triton=replace(begun.triton, repositories=tmp_path / "file" / "models"))
+    for workspace, whole, said in (
+        (dead, True, rf"No Triton answers gRPC at 127\.0\.0\.1:{unused_port} \(REFINERY_TRITON_GRPC\)"),
+        (closed, False, rf"the release could not be written to {tmp_path}/file/models/cpu: Not a directory"),
+    ):
+        outcome = run_job(workspace, "tiny", whole=whole)
+        assert re.search(said, outcome.messages[0])
+        assert len(outcome.messages) == 1
+        assert outcome.materialized() == set()
+    # What makes no release asks for none of that; nor does a server that is started anew for each release.
+    assert run_assets(dead, "tiny", ["checkpoint"]).success
+    require_publishable(replace(dead, triton=replace(dead.triton, control="none")), "tiny", "cpu")

@@ -483,14 +483,8 @@ def test_no_store_yet(settings):
 
 @pytest.fixture(scope="module")
 def s3():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "somebody")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        with s3_server() as server:
-            yield server
+    with s3_server() as server:
+        yield server
 
 
 def put(place, folder):

@@ -2,21 +2,24 @@
 
 import os
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from orchestration import releases
+from orchestration import listing, releases, serving
 from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
-from resources.triton import fleet
+from resources.triton import fleet, verify
 from resources.triton import rollback as module
 from resources.triton.client import TextClient
 from resources.triton.files import staging_root
 from resources.triton.layout import CONFIG, current_number
 from resources.triton.publish import Steps, publish
+from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
@@ -68,7 +71,7 @@ def test_what_cannot_be_put_back_is_said_beside_why_it_was(repository, monkeypat
         raise ReleaseError("The store is away.")
 
     servers = SimpleNamespace(
-        require_alike=lambda: None,
+        require_ready=lambda: None,
         served=lambda model: [],
         retire=lambda names: None,
         take_up=refuse,
@@ -155,13 +158,88 @@ def test_a_release_that_is_not_what_was_published_is_named_and_not_gone_back_to(
     assert current_number(repository, "tiny") == 3
 
 
-def test_an_edited_pointer_is_named(repository):
-    pointer = repository / "tiny" / CONFIG
+def by_hand(pointer):
     pointer.write_text(pointer.read_text() + "# by hand\n")
-    assert differences(repository, find_release(repository, "tiny", 3)) == [
-        "tiny/config.pbtxt was changed; tiny/3/config.pbtxt is what it was."
-    ]
-    assert differences(repository, find_release(repository, "tiny", 2)) == []
+
+
+def with_another_step(pointer):
+    pointer.write_text(pointer.read_text().replace("tiny__r3__pipeline", "tiny__r1__pipeline"))
+
+
+def with_a_release_that_is_none(pointer):
+    pointer.write_text(re.sub("versions: 3", "versions: 7", pointer.read_text()))
+
+
+def with_none(pointer):
+    pointer.write_text("name: 'tiny'")
+
+
+def with_bytes(pointer):
+    pointer.write_bytes(b"\xff")
+
+
+@pytest.mark.parametrize(
+    "edit", [by_hand, with_another_step, with_a_release_that_is_none, with_none, with_bytes, Path.unlink]
+)
+def test_a_pointer_that_somebody_changed_is_named_and_put_back(repository, tmp_path, monkeypatch, edit):
+    """By what the message says; until then nothing is removed, because what it does not name may be what serves."""
+    for asking in (module, verify):
+        monkeypatch.setattr(asking, "ask_embedded", lambda *arguments: None)
+    before, pointer = tree_digest(repository), repository / "tiny" / CONFIG
+    edit(pointer)
+    said = set()
+    for act in (
+        lambda: verify.verify_release(repository, "tiny", TritonSettings(), log=tmp_path / "log"),
+        lambda: retain(repository, "tiny", keep=1),
+    ):
+        with pytest.raises(ReleaseError, match=rf"tiny: {pointer} .*: refinery rollback tiny --to [3N]\.$") as caught:
+            act()
+        said.add(str(caught.value))
+    assert len(said) == 1
+    verify.verify_release(repository, "tiny", TritonSettings(), 2, log=tmp_path / "log")  # it is what it was
+    done = roll_back(repository, "tiny", TritonSettings(), to=3, log=tmp_path / "log")
+    assert (done.release.number, tree_digest(repository)) == (3, before)
+    with pytest.raises(ReleaseError, match="release 3 is what is pointed to already"):
+        roll_back(repository, "tiny", TritonSettings(), to=3, log=tmp_path / "log")
+
+
+def test_where_the_pointer_is_gone_and_no_server_takes_the_release_up_it_is_gone_again(repository, monkeypatch):
+    def refuse(place, release):
+        assert current_number(place, "tiny") == 1
+        raise ServerError("Out of memory.")
+
+    (repository / "tiny" / CONFIG).unlink()
+    servers = SimpleNamespace(
+        served=lambda model: [], retire=lambda names: None, take_up=refuse, go_back=lambda place, model: []
+    )
+    monkeypatch.setattr(module, "_ask_aside", lambda *arguments: None)
+    with pytest.raises(ServerError, match=r"Out of memory\. What served before"):
+        module._switch(repository, find_release(repository, "tiny", 1), servers)
+    assert not (repository / "tiny" / CONFIG).exists()
+
+
+@pytest.mark.parametrize("gone", ["tiny/3", "tiny__r3__pipeline"])
+def test_a_release_that_is_gone_is_told_in_one_way(repository, tmp_path, monkeypatch, capsys, gone):
+    shutil.rmtree(repository / gone)
+    monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(repository.parent))
+    monkeypatch.delenv("REFINERY_TRITON_GRPC", raising=False)
+    monkeypatch.setattr(serving, "DEFAULT_ADDRESS", "127.0.0.1:9")
+    problem = (
+        f"{repository}/tiny/config.pbtxt points to release 3, which is not there whole (whole: 1, 2). "
+        "Have one that is serve: refinery rollback tiny --to N."
+    )
+    commands = [["query", "tiny", "text"], ["releases", "tiny"]]
+    if gone == "tiny/3":  # of files alone it names each
+        commands.append(["verify", "tiny"])
+    for command in commands:
+        main(command)
+        assert capsys.readouterr().err == f"refinery: tiny: {problem}\n"
+    with pytest.raises(ReleaseError) as caught:
+        retain(repository, "tiny", keep=1)
+    assert str(caught.value) == f"tiny: {problem}"
+    assert listing.served_text(repository, "tiny") == problem
+    assert listing.served_text(repository, "other") == "nothing yet"
 
 
 def test_a_release_that_does_not_load_is_not_gone_back_to(repository, broken, triton_settings, tmp_path):

@@ -1,7 +1,9 @@
 """The sensor: what is new is optimized once, what failed is tried again, and nobody's trouble is anybody else's."""
 
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from itertools import pairwise
 from uuid import uuid4
@@ -14,6 +16,7 @@ from orchestration.definitions import make_definitions
 from orchestration.settings import read_workspace
 from orchestration.watch import LAUNCH_SECONDS, RETRY_SECONDS, Cursor, Memory, Newest, decide, is_due, saw
 from resources.artifacts.records import Checkpoint
+from resources.catalog import ModelEntry, write_entry
 from resources.checkpoints import Access
 from resources.errors import CatalogError, CheckpointError
 from resources.revisions import Seen
@@ -190,6 +193,16 @@ def test_a_model_that_is_being_optimized_is_not_submitted_twice(daemon, tmp_path
     daemon.instance.add_run(by_hand)
     assert daemon.run_keys() == []
     daemon.instance.delete_run(by_hand.run_id)
+    assert len(daemon.run_keys()) == 1
+
+
+def test_what_a_command_has_just_added_is_left_to_it(daemon, tmp_path):
+    """Its run is there some seconds later; where it does not come, the command was killed."""
+    entry = ModelEntry(name="a", source=str(write_checkpoint(tmp_path / "a")), task="embedding")
+    path = write_entry(entry, daemon.workspace.additions)
+    assert daemon.run_keys() == []
+    before = time.time() - sensors.ADDED_SECONDS
+    os.utime(path, (before, before))
     assert len(daemon.run_keys()) == 1
 
 

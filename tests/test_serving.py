@@ -21,6 +21,7 @@ from resources.tracking.serving import last_of_each
 from resources.triton.client import TextClient
 from resources.triton.config import engine_config, front_config
 from resources.triton.launch import caching, limited
+from resources.triton.limits import require_resources
 from resources.triton.load import closed_loop, server_statistics
 from resources.triton.mix import mix
 from resources.triton.perf_analyzer import find_perf_analyzer, read_report, run_perf_analyzer
@@ -302,6 +303,45 @@ def test_instances_that_share_a_resource_never_run_together(triton_settings, tmp
 
     assert overlapping(spans[1]) == 0
     assert overlapping(spans[2]) > 10
+
+
+def test_resources_that_are_too_few_or_misspelled_are_said_before_the_server_starts(tmp_path):
+    limiter = RateLimiter(resources={"cores": 2, "lanes": 1})
+    for name, taken in (("tiny", limiter), ("other", None)):
+        made = make_plan(tmp_path / name, model=name)
+        publish(replace(made, rate_limiter=taken), tmp_path / "cpu", Steps(prove=unasked))
+
+    def check(given, control="explicit"):
+        return require_resources(tmp_path / "cpu", given, control)
+
+    assert check({}) == []
+    assert check({"cores": 2, "lanes": 4, "spare": 1}) == ["spare"]
+    with pytest.raises(
+        ServerError, match=r"tiny__r1__pipeline takes 2 of 'cores', and there are 1\. .*cores=2 .*lanes=3"
+    ):
+        check({"cores": 1, "lanes": 3})
+    with pytest.raises(
+        ServerError, match=r"takes 2 of 'cores', and there are 0; .* --resource cores=2 --resource lanes=1,"
+    ):
+        check({"core": 4})
+    # A release of before is loaded too, but where the server is told what to load.
+    publish(make_plan(tmp_path / "tiny", seed=1), tmp_path / "cpu", Steps(prove=unasked))
+    assert check({"cores": 1}) == ["cores"]
+    with pytest.raises(ServerError, match="tiny__r1__pipeline takes 2"):
+        check({"cores": 1}, "poll")
+
+
+def test_a_server_that_lacks_resources_says_what_to_do(triton_settings, tmp_path):
+    made = replace(make_plan(tmp_path / "plan"), rate_limiter=RateLimiter(resources={"cores": 2}))
+    publish(made, tmp_path / "cpu", Steps(prove=unasked))
+    options = limited({"core": 4})
+    server = EmbeddedServer(tmp_path / "cpu", triton_settings, models=[], log=tmp_path / "log", options=options)
+    with (
+        server,
+        TextClient(server.grpc_address) as client,
+        pytest.raises(ServerError, match=r"limited to 0.*--resource NAME"),
+    ):
+        client.load("tiny")
 
 
 @pytest.mark.parametrize(

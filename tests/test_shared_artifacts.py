@@ -3,8 +3,6 @@
 S3 is moto's, on loopback; a machine is a folder of its own.
 """
 
-import os
-
 import pytest
 
 from orchestration.settings import read_workspace
@@ -19,19 +17,8 @@ from tests.pipeline import add_entry, run_assets
 FILES = {"model.onnx": b"graph", "weights/part.bin": b"0123456789", "empty": b""}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def credentials():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield
-
-
 @pytest.fixture(scope="module")
-def s3_of_module(credentials):
+def s3_of_module():
     with s3_server() as server:
         yield server
 
@@ -133,7 +120,7 @@ def test_two_that_made_the_same_are_not_mixed(machine, s3, place, tmp_path):
     other = Maker(model__onnx=b"other graph")
     with pytest.raises(ArtifactError):
         place = machine("two")
-        place._remote.push(
+        place.remote.push(
             ArtifactStore(tmp_path / "alone").get_or_make(Engine, "d" * 64, other).record,
             tmp_path / "alone" / "engine" / ("d" * 32),
         )

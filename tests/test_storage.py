@@ -37,6 +37,7 @@ from resources.triton.files import copy_tree, discard, repository_lock, staging_
 from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, MANIFEST, current_number, current_release, is_whole, list_releases
 from resources.triton.mirror import served_folder
+from resources.triton.preflight import require_writable
 from resources.triton.publish import Steps, publish, unverified_root
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
@@ -44,7 +45,7 @@ from resources.triton.server import serve_foreground
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import RemotePath, Store, parse_location
 from resources.triton.verify import verify_release
-from tests.objects import BUCKET, CHANGES, files_of, s3_server, write_file
+from tests.objects import BUCKET, CHANGES, files_of, s3_credentials, s3_server, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
 
 UNASKED = Steps(prove=unasked)
@@ -54,13 +55,7 @@ TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
 
 @pytest.fixture(scope="module", autouse=True)
 def credentials():
-    """As Triton reads them, from the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with s3_credentials():
         yield
 
 
@@ -776,12 +771,14 @@ def test_what_is_wrong_with_a_store_is_said(s3, bucket, plans, small, tmp_path):
         with pytest.raises(ReleaseError, match=r"/absent is not there\. Make the bucket"):
             ask()
     s3.refuses = lambda method, key: method in CHANGES
-    with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID.* write"):
-        publish(plans[0], bucket, UNASKED)
+    for act in (lambda: publish(plans[0], bucket, UNASKED), lambda: require_writable(bucket, "tiny")):
+        with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID.* write"):
+            act()
     s3.refuses = lambda method, key: True
     with pytest.raises(ReleaseError, match="refuses to list it"):
         publish(plans[0], bucket, UNASKED)
     s3.refuses = lambda method, key: False
+    require_writable(bucket, "tiny")
     assert bucket.parent.sizes() == {}
     assert not list((tmp_path / "scratch").rglob("*.onnx"))
 
@@ -802,9 +799,14 @@ def test_a_read_only_folder_is_said_and_left_as_it_is(plans, small, tmp_path):
         for act in (
             lambda: publish(plans[1], folder / "cpu", UNASKED),
             lambda: retain(folder / "cpu", "tiny", keep=1),
+            lambda: require_writable(folder / "cpu", "tiny"),
+            lambda: require_writable(folder / "cuda_sm90", "tiny"),
         ):
-            with pytest.raises(ReleaseError, match=r"could not be written to .*Read-only file system\. Mend it"):
+            with pytest.raises(
+                ReleaseError, match=rf"Read-only file system\. Whoever .* write in {folder}/c"
+            ) as caught:
                 act()
+            assert ".lock" not in str(caught.value)
         assert files_of(folder / "cpu") == before
     finally:
         subprocess.run(["/usr/bin/env", "umount", str(folder)], check=True)
@@ -1076,3 +1078,22 @@ def test_what_was_put_is_served_checked_and_gone_back_to(
     assert current_number(bucket, "tiny") == 1
     assert_nothing_beside(bucket)
     assert not [path for path in (tmp_path / "home" / "staging").rglob("*") if path.is_file()]
+
+
+def test_a_release_that_somebody_edited_is_published_again(repository, plans):
+    """As `refinery verify` says, also where the file's size is what it was."""
+    first = publish(plans[0], repository, UNASKED).release
+    name = max(first.files, key=lambda name: first.files[name].size_bytes)
+    time.sleep(1.1)  # stores tell seconds
+    data = (repository / name).read_bytes()
+    (repository / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    assert publish(plans[0], repository, UNASKED).release.number == 2
+    assert not publish(plans[0], repository, UNASKED).changed
+
+
+def test_a_copied_repository_is_not_taken_for_an_edited_one(tmp_path, plans):
+    repository = tmp_path / "models" / "cpu"
+    publish(plans[0], repository, UNASKED)
+    for path in (tmp_path / "models").rglob("*"):
+        os.utime(path)
+    assert not publish(plans[0], repository, UNASKED).changed

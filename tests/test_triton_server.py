@@ -20,6 +20,8 @@ import numpy as np
 import psutil
 import pytest
 
+from orchestration import serving as serving_module
+from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
 from resources.pipelines.tokenization import TextEncoder
 from resources.triton import server as server_module
@@ -496,7 +498,7 @@ def serving(repository, settings, log):
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        wait_until(lambda: raised or any("serving tiny" in line for line in said))
+        wait_until(lambda: raised or any(line.startswith("serving ") for line in said))
         yield f"127.0.0.1:{ports.grpc}", said
     finally:
         end.set()
@@ -622,3 +624,31 @@ def test_nothing_that_could_be_served(repository, triton_settings, tmp_path):
     ):
         pass
     assert "cannot load tiny" in said[0]
+
+
+def test_an_empty_repository_is_served_until_its_first_release_comes(plans, triton_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.1)
+    repository = tmp_path / "models" / "cpu"
+    repository.mkdir(parents=True)
+    with serving(repository, triton_settings, tmp_path / "triton.log") as (address, said):
+        assert said[0].startswith("serving no model yet: ")
+        publish(plans[0], repository, UNASKED)
+        wait_until(lambda: "tiny: release 1 serves" in said)
+        np.testing.assert_allclose(query_texts(address, "tiny", TEXTS), answers_of(plans[0], TEXTS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("control", ["explicit", "poll"])
+def test_the_command_says_what_it_waits_for(tmp_path, monkeypatch, capsys, control):
+    monkeypatch.setenv("REFINERY_HOME", str(tmp_path))
+    folders = []
+    monkeypatch.setattr(
+        serving_module, "serve_foreground", lambda folder, *arguments, **options: folders.append(folder)
+    )
+    assert main(["serve", "--control", control, "--resource", "cores=4"]) == 0
+    repository = tmp_path / "triton_models" / "cpu"
+    assert folders == [repository]
+    assert repository.is_dir()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{repository} holds no release yet; the first is waited for: refinery optimize MODEL",
+        f"no model of {repository} takes the resource 'cores' of --resource yet",
+    ]

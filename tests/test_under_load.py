@@ -27,7 +27,7 @@ from resources.triton.python_models import aside
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from tests.clients import FAILED, NOBODY, Load, Switch, moved
+from tests.clients import Load, Switch, moved, require_answered
 from tests.releases import answers_of, exam_of, make_plan, unasked
 
 TEXTS = sample_texts()[:40]
@@ -136,18 +136,7 @@ def under_load(cycle, triton_settings, tmp_path, rounds, control, *, proven):
                 cycle.roll_back()
                 cycle.retain(keep=2)
                 cycle.followed(client)
-        check(load.requests, cycle.switches)
-
-
-def check(requests, switches):
-    assert not (requests.release == FAILED).any(), requests.errors[:5]
-    assert not (requests.release == NOBODY).any(), "answers that belong to no release"
-    assert requests.out_of_turn(switches) == 0, "a release answered that another had followed"
-    assert all(requests.first_answer(switch) < float("inf") for switch in switches)
-    seconds = requests.due[-1] - requests.due[0]
-    assert len(requests.due) > 0.9 * PER_SECOND * seconds
-    took = np.percentile(requests.took_ms, [50, 99])
-    print(f"{len(switches) - 1} switches, {len(requests.due)} requests, p50 {took[0]:.1f} ms, p99 {took[1]:.1f} ms")
+        require_answered(load.requests, cycle.switches, PER_SECOND)
 
 
 EXPLICIT = pytest.param("explicit", True, id="explicit")

@@ -1,4 +1,4 @@
-"""Removing from the artifact store what nobody needs any more.
+"""Removing from the artifact store what nobody needs any more; in object storage: resources.artifacts.remote_gc.
 
 An artifact stays while it is what a step of the pipeline made last, or is named by somebody outside the store (releases
 are), or was used not long ago: every step touches what it takes and what it makes, so this covers runs under way and
@@ -14,10 +14,11 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from resources.artifacts.records import Record
 from resources.artifacts.store import RECORD_FILE, STALE_STAGING_SECONDS, ArtifactStore
@@ -56,6 +57,17 @@ class Collected:
         return sum(amount.size_bytes for amount in self.removed.values())
 
 
+class Entry(Protocol):
+    """An artifact, wherever it is. Both raise FileNotFoundError where it has just gone."""
+
+    @property
+    def used(self) -> float:
+        """When it was used last, in seconds since the epoch."""
+
+    def named(self) -> set[str]:
+        """Digests of what it was made from."""
+
+
 @dataclass(frozen=True)
 class _Entry:
     kind: str
@@ -63,9 +75,15 @@ class _Entry:
 
     @property
     def used(self) -> float:
-        """When it was used last, in seconds since the epoch."""
         record = self.folder / RECORD_FILE
         return (record if record.exists() else self.folder).stat().st_mtime
+
+    def named(self) -> set[str]:
+        found: set[str] = set()
+        for file in _NAMING:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found |= digests_in((self.folder / file).read_bytes())
+        return found
 
 
 def collect(store: ArtifactStore, wanted: Collection[str], *, used_since: float, dry_run: bool = False) -> Collected:
@@ -74,9 +92,9 @@ def collect(store: ArtifactStore, wanted: Collection[str], *, used_since: float,
     wanted: digests that somebody outside the store names. used_since: in seconds since the epoch; what was used after
     that stays. It must be a day ago at least, since a step may take as long. dry_run: only say what would go.
     """
-    assert used_since <= time.time() - DAY_SECONDS, "what a step uses that is under way must stay"
+    assert_old_enough(used_since)
     entries = {entry.folder.name: entry for entry in _entries(store)}
-    kept = _reachable(entries, {*_current(store), *wanted}, used_since)
+    kept = reachable(entries, {*_current(store), *wanted}, used_since)
     done = Collected()
     for name, entry in entries.items():
         try:
@@ -94,8 +112,23 @@ def collect(store: ArtifactStore, wanted: Collection[str], *, used_since: float,
     return done
 
 
+def assert_old_enough(used_since: float) -> None:
+    """What was used since then stays: a step that is under way may have used something a day ago."""
+    assert used_since <= time.time() - DAY_SECONDS, "what a step uses that is under way must stay"
+
+
+def kinds() -> list[str]:
+    """The folders that artifacts lie in."""
+    return sorted(record.kind for record in Record.__subclasses__())
+
+
+def digests_in(data: bytes) -> set[str]:
+    """What looks like one."""
+    return {digest.decode() for digest in _DIGEST.findall(data)}
+
+
 def _entries(store: ArtifactStore) -> Iterator[_Entry]:
-    for kind in sorted(record.kind for record in Record.__subclasses__()):
+    for kind in kinds():
         root = store.root / kind
         if root.is_dir():
             yield from (_Entry(kind, path) for path in sorted(root.iterdir()) if path.is_dir())
@@ -106,12 +139,14 @@ def _current(store: ArtifactStore) -> set[str]:
     found: set[str] = set()
     for pointer in (store.root / "current").rglob("*.json"):
         with suppress(FileNotFoundError):
-            found |= {digest.decode() for digest in _DIGEST.findall(pointer.read_bytes())}
+            found |= digests_in(pointer.read_bytes())
     return found
 
 
-def _reachable(entries: dict[str, _Entry], wanted: set[str], used_since: float) -> set[str]:
-    """Names of the entries that are wanted or were used, and of all that they were made from."""
+def reachable(entries: Mapping[str, Entry], wanted: Collection[str], used_since: float) -> set[str]:
+    """Names of the entries that are wanted or were used, and of all that they were made from. entries: by the
+    beginning of their digests, as they are called in a store; wanted: whole digests.
+    """
     open_names = {digest[:_KEY_LENGTH] for digest in wanted} & entries.keys()
     for name, entry in entries.items():
         with suppress(FileNotFoundError):
@@ -121,17 +156,8 @@ def _reachable(entries: dict[str, _Entry], wanted: set[str], used_since: float) 
     while open_names:
         name = open_names.pop()
         reached.add(name)
-        named = {digest.decode()[:_KEY_LENGTH] for digest in _named_by(entries[name].folder)}
-        open_names |= (named & entries.keys()) - reached
+        open_names |= ({digest[:_KEY_LENGTH] for digest in entries[name].named()} & entries.keys()) - reached
     return reached
-
-
-def _named_by(folder: Path) -> set[bytes]:
-    found: set[bytes] = set()
-    for file in _NAMING:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            found |= set(_DIGEST.findall((folder / file).read_bytes()))
-    return found
 
 
 def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:

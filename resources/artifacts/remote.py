@@ -6,14 +6,16 @@
 
 Nothing can be renamed there, so a record is one object that names the folder of its files: readers see an artifact
 whole or not at all, also where two machines have made the same one at the same time, or one of them was killed. What a
-killed one had uploaded is named by nobody, and paid for until somebody removes it.
+killed one had uploaded is named by nobody, and paid for until `refinery gc` removes it: see
+resources.artifacts.remote_gc.
 """
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +27,9 @@ from resources.errors import ArtifactError, ReleaseError
 from resources.triton.storage import RemotePath
 
 R = TypeVar("R", bound=Record)
+_RECORD = "record.json"
+#: An artifact's record is written again when it is used and is as old: its time says when it was used last.
+_USED_AGAIN_SECONDS = 12 * 3600.0
 
 
 class _Entry(BaseModel):
@@ -44,20 +49,20 @@ class RemoteArtifacts:
     def push(self, record: Record, folder: Path) -> None:
         """Bring the artifact there, in place of what was under its digest."""
         place, upload = self._place(record.kind, record.digest), uuid.uuid4().hex
-        with _clear_errors():
+        with clear_errors():
             for name in record.files:
                 (place / upload / name).upload(folder / name)
             entry = _Entry(upload=upload, record=record.model_dump_json())
-            (place / "record.json").write_bytes(entry.model_dump_json().encode())
+            (place / _RECORD).write_bytes(entry.model_dump_json().encode())
 
     def pull(self, kind: type[R], digest: str, folder: Path) -> R | None:
         """The record of that digest, its files brought into the empty folder; None where there is none, or none that
         this version reads, or a file is not what the record says.
         """
         place = self._place(kind.kind, digest)
-        with _clear_errors():
+        with clear_errors():
             try:
-                entry = _Entry.model_validate_json((place / "record.json").read_bytes())
+                entry = _Entry.model_validate_json((place / _RECORD).read_bytes())
                 record = kind.model_validate_json(entry.record)
                 if record.digest != digest:  # folders are named by half of the digest
                     return None
@@ -70,31 +75,36 @@ class RemoteArtifacts:
         return record
 
     def has(self, record: Record) -> bool:
-        """Whether an artifact of that digest is there."""
-        with _clear_errors():
-            return (self._place(record.kind, record.digest) / "record.json").is_file()
+        """Whether an artifact of that digest is there; it was used then, and is not removed for a while."""
+        place = self._place(record.kind, record.digest)
+        with clear_errors(), suppress(FileNotFoundError):
+            listed = place.listing().get(_RECORD)
+            if listed is not None and time.time() - listed.modified > _USED_AGAIN_SECONDS:
+                (place / _RECORD).write_bytes((place / _RECORD).read_bytes())
+            return listed is not None
+        return False
 
     def point(self, name: str, pointer: str) -> None:
         """Remember what the named step made last."""
-        with _clear_errors():
+        with clear_errors():
             self._pointer(name).write_bytes(pointer.encode())
 
     def pointer(self, name: str) -> str:
         """What `point` was given last. Raises FileNotFoundError where it never was."""
-        with _clear_errors():
+        with clear_errors():
             return self._pointer(name).read_text()
 
     def forget(self, name: str) -> None:
         """The named step made nothing this time."""
-        with _clear_errors():
+        with clear_errors():
             self._pointer(name).parent.remove([self._pointer(name).name])
 
     def remove(self, record: Record) -> None:
         """Take an artifact out: first its record, so that nobody finds it in pieces."""
         place = self._place(record.kind, record.digest)
-        with _clear_errors():
-            place.remove(["record.json"])
-            place.remove([name for name in place.sizes() if name != "record.json"])
+        with clear_errors():
+            place.remove([_RECORD])
+            place.remove([name for name in place.sizes() if name != _RECORD])
 
     def _place(self, kind: str, digest: str) -> RemotePath:
         return self.root / kind / digest[:32]
@@ -103,8 +113,17 @@ class RemoteArtifacts:
         return self.root / "current" / f"{name}.json"
 
 
+def upload_of(place: RemotePath) -> str | None:
+    """The folder of the files of the artifact there; None where there is none."""
+    try:
+        return _Entry.model_validate_json((place / _RECORD).read_bytes()).upload
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def clear_errors() -> Iterator[None]:
+    """A store's errors as ArtifactError."""
     try:
         yield
     except ReleaseError as error:

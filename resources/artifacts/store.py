@@ -67,7 +67,7 @@ class ArtifactStore:
     _read: ClassVar[set[tuple[Path, str]]] = set()
 
     def __init__(self, root: Path, remote: RemoteArtifacts | None = None) -> None:
-        self.root, self._remote = root, remote
+        self.root, self.remote = root, remote
 
     @property
     def caches(self) -> Path:
@@ -81,7 +81,7 @@ class ArtifactStore:
     def find(self, kind: type[R], digest: str) -> R | None:
         """The stored record, or None. An unreadable one (an older version's, say) and damage count as not there."""
         found, _ = self.look(kind, digest)
-        if self._remote is None or (found is not None and found.reusable):
+        if self.remote is None or (found is not None and found.reusable):
             return found
         with file_lock(self.lock_of(kind.kind, digest)):
             return self._newest(kind, digest)[0]
@@ -152,8 +152,8 @@ class ArtifactStore:
         """Take an artifact out of the store, whole, so that it is made anew when it is asked for again."""
         folder = self.folder(record)
         with file_lock(self.lock_of(record.kind, record.digest)), self.staging() as aside:
-            if self._remote is not None:
-                self._remote.remove(record)
+            if self.remote is not None:
+                self.remote.remove(record)
             with suppress(FileNotFoundError):
                 folder.rename(aside / folder.name)
 
@@ -193,24 +193,24 @@ class ArtifactStore:
                     self._note_verified(folder, {name: signature(folder / name) for name in record.files})
                 (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
                 self._put(folder, self.folder(record))
-            if self._remote is not None:
-                self._remote.push(record, self.folder(record))
+            if self.remote is not None:
+                self.remote.push(record, self.folder(record))
         return Made(record, reused=False, damaged=damaged)
 
     def point(self, name: str, record: Record) -> None:
         """Remember the record as the newest that the named step made."""
-        if self._remote is not None:
-            if not self._remote.has(record):  # it was made when the store did not answer, or its maker was killed
-                self._remote.push(record, self.folder(record))
+        if self.remote is not None:
+            if not self.remote.has(record):  # it was made when the store did not answer, or its maker was killed
+                self.remote.push(record, self.folder(record))
             if self.pointed(name) != record.digest:
-                self._remote.point(name, json.dumps({"kind": record.kind, "digest": record.digest}))
+                self.remote.point(name, json.dumps({"kind": record.kind, "digest": record.digest}))
         elif self.pointed(name) != record.digest:
             write_json(self._pointer(name), {"kind": record.kind, "digest": record.digest})
 
     def forget(self, name: str) -> None:
         """The named step made nothing this time."""
-        if self._remote is not None:
-            self._remote.forget(name)
+        if self.remote is not None:
+            self.remote.forget(name)
         else:
             self._pointer(name).unlink(missing_ok=True)
 
@@ -236,7 +236,7 @@ class ArtifactStore:
     def pointed(self, name: str) -> str:
         """The digest of the newest record that the named step made; empty if there is none."""
         try:
-            remote, path = self._remote, self._pointer(name)
+            remote, path = self.remote, self._pointer(name)
             return str(
                 json.loads(path.read_text(encoding="utf-8") if remote is None else remote.pointer(name))["digest"]
             )
@@ -258,10 +258,10 @@ class ArtifactStore:
 
     def _pull(self, kind: type[R], digest: str) -> R | None:
         """What another machine has made, brought here whole."""
-        if self._remote is None:
+        if self.remote is None:
             return None
         with self.staging() as folder:
-            record = self._remote.pull(kind, digest, folder)
+            record = self.remote.pull(kind, digest, folder)
             if record is not None:
                 (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
                 self._put(folder, self.folder(record))

@@ -17,6 +17,10 @@ TIMEOUT_SECONDS = 60.0
 LOAD_TIMEOUT_SECONDS = 300.0
 #: For "is there a server at all".
 _LIVE_SECONDS = 2.0
+#: What Triton says to who loads or unloads a model in any other mode than explicit.
+_NOT_EXPLICIT = "not allowed if polling is enabled"
+#: No model's name: releases are numbered from 1.
+_NOBODY = "nobody__r0__proof"
 
 
 @dataclass(frozen=True)
@@ -189,16 +193,26 @@ class TextClient:
             with suppress(ServerError):
                 self.unload(model)
 
-    def failures(self) -> dict[str, str]:
-        """The models that the server could not load or has unloaded, each with its reason, gRPC alone.
+    def runs_explicit(self) -> bool | None:
+        """Whether the server is in explicit model control; None: it does not say. gRPC alone.
 
-        Raises ServerError.
+        Nothing changes: what it is told to unload is a model that nobody has.
+        """
+        try:
+            self._client.unload_model(_NOBODY, client_timeout=TIMEOUT_SECONDS)
+        except Exception as error:
+            return False if _NOT_EXPLICIT in str(error) else None
+        return True
+
+    def models(self) -> dict[str, str]:
+        """The models that the server sees in its repository, loaded or not, each with why it could not be loaded or was
+        unloaded, gRPC alone; empty: neither. Raises ServerError.
         """
         try:
             index = self._client.get_model_repository_index(client_timeout=TIMEOUT_SECONDS)
         except Exception as error:
             raise self._trouble("does not list its models", error) from error
-        return {item.name: item.reason for item in index.models if item.state == "UNAVAILABLE" and item.reason}
+        return {item.name: item.reason if item.state == "UNAVAILABLE" else "" for item in index.models}
 
     def _limit(self, seconds: float) -> dict[str, float]:
         return {"client_timeout": seconds} if self.protocol == "grpc" else {}
@@ -211,7 +225,7 @@ class TextClient:
             first += (
                 ". Start the server on the repository that holds a release of it (refinery serve), or load it there"
             )
-        elif "not allowed if polling is enabled" in first:
+        elif _NOT_EXPLICIT in first:
             first = (
                 "it does not run in explicit model control. Start it with --model-control-mode=explicit, or set "
                 "REFINERY_TRITON_CONTROL to the mode that it runs in"
@@ -246,6 +260,12 @@ def with_remedy(reason: str) -> str:
         return (
             f"{reason}. It lacks that backend: serve with a Triton that has it, or publish with "
             "REFINERY_TRITON_FLAVOUR=python"
+        )
+    if "Resource count for" in reason:
+        return (
+            f"{reason}. Start the server with more of that resource: refinery serve --resource NAME=N, or "
+            "--rate-limit-resource=NAME:N. Once it is told of one resource, Triton has none of those that it is not "
+            "told of"
         )
     return reason
 

@@ -254,6 +254,12 @@ def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> It
             else:
                 place, elsewhere = "there", "REFINERY_TRITON_REPOSITORIES"
             remedy = f"It needs about {needed:.0f} MB {place}: make room, or set {elsewhere} elsewhere."
+        elif error.errno in READ_ONLY:
+            # Not the file that was tried first, a lock of ours say: all beside it would follow.
+            remedy = (
+                f"Whoever runs this has to be able to write in {repository} and in {repository.parent}, beside it. "
+                "Allow that, or set REFINERY_TRITON_REPOSITORIES elsewhere."
+            )
         elif error.errno == errno.EXDEV:
             remedy = (
                 f"It is a file system of its own; mount it at {repository.parent}, so that folders can be moved in."

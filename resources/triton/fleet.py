@@ -6,6 +6,7 @@ explicit: they are told to load. poll: they see it by themselves, and are waited
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -19,7 +20,13 @@ from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location
 from resources.triton.verify import ask
 
+_LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
+#: Who polls is waited for in silence for so long.
+SAY_SECONDS = 5.0
+#: A server that lists its folder without the model by then reads another: on a network's disk, a listing may be a
+#: minute old (NFS: acdirmax).
+UNSEEN_SECONDS = 75.0
 #: Requests that were under way in the release before may finish in it.
 GRACE_SECONDS = 5.0
 #: What a server says of a model that left it in good order, and that may come again.
@@ -48,14 +55,25 @@ class Fleet:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def require_alike(self) -> None:
-        """Raise ServerError unless every server answers, all of one version: proven on one means nothing elsewhere."""
+    def require_ready(self) -> None:
+        """Raise ServerError unless every server answers, in the mode that is configured, all of one version: proven on
+        one means nothing elsewhere.
+        """
         dead = [client.address for client in self.clients if not client.is_live()]
         if dead:
             raise ServerError(
                 f"No Triton answers gRPC at {' and '.join(dead)} (REFINERY_TRITON_GRPC), and nothing was changed. "
                 "Start it, or leave it out of the variable."
             )
+        for client in self.clients:
+            explicit = client.runs_explicit()
+            if explicit is not None and explicit == self._polling:
+                runs, wanted = ("runs", "poll") if explicit else ("does not run", "explicit")
+                raise ServerError(
+                    f"The server at {client.address} {runs} in explicit model control, where REFINERY_TRITON_CONTROL "
+                    f"says {wanted}, and nothing was changed. Start it with --model-control-mode={wanted}, or set "
+                    "REFINERY_TRITON_CONTROL to the mode that it runs in."
+                )
         versions = {client.address: client.version() for client in self.clients}
         if len(set(versions.values())) > 1:
             found = ", ".join(f"{address}: {version}" for address, version in versions.items())
@@ -69,12 +87,11 @@ class Fleet:
 
         Raises ServerError with the server's reason.
         """
-        config = (repository / name / CONFIG).read_text(encoding="utf-8")
         for client in self.clients:
             if self._polling:
-                self._await(client, name, number, named_internals(config))
+                self._await(client, repository, name, number)
             else:  # one after the other, or two at once take the cores from those that are answered
-                client.load(name, named_internals(config))
+                _load(client, repository, name)
 
     def take_up(self, repository: Location, release: Release) -> None:
         """Have every server serve the release that the public model names, and answer with it. Raises ServerError."""
@@ -98,12 +115,11 @@ class Fleet:
             if not self._polling:
                 client.unload_all([model])
             return
-        config = pointer.read_text(encoding="utf-8")
-        number = pinned_number(config)
+        number = pinned_number(pointer.read_text(encoding="utf-8"))
         if self._polling and number is not None:
-            self._await(client, model, number, named_internals(config))
+            self._await(client, repository, model, number)
         elif not self._polling:
-            client.load(model, named_internals(config))
+            _load(client, repository, model)
         release = read_release(repository, model, number) if number is not None else None
         if release is not None:
             ask(client, repository, release)
@@ -140,17 +156,54 @@ class Fleet:
             found.append(number)
         return found
 
-    def _await(self, client: TextClient, name: str, number: int, internals: Sequence[str]) -> None:
-        deadline = time.monotonic() + LOAD_TIMEOUT_SECONDS
-        while time.monotonic() < deadline:
+    def _await(self, client: TextClient, repository: Location, name: str, number: int) -> None:
+        begun, said, there = time.monotonic(), False, {*_parts(repository, name), name}
+        while (waited := time.monotonic() - begun) < LOAD_TIMEOUT_SECONDS:
             with suppress(ServerError):  # it has no model of the name yet
                 if client.release_of(name) == number:
                     return
-            for model, reason in client.failures().items():
-                if model in (name, *internals) and reason != _GONE:
-                    raise ServerError(f"The server at {client.address} cannot load {model}: {with_remedy(reason)}.")
+            seen = client.models()
+            for model in there & seen.keys():
+                if seen[model] not in ("", _GONE):
+                    raise ServerError(
+                        f"The server at {client.address} cannot load {model}: {with_remedy(seen[model])}."
+                    )
+            if name not in seen and waited > UNSEEN_SECONDS:
+                raise _elsewhere(client, repository, name)
+            if waited > SAY_SECONDS and not said:
+                said = True
+                _LOG.warning(
+                    "waiting up to %g s for the server at %s to look at %s by itself and take %s up (release %d)",
+                    LOAD_TIMEOUT_SECONDS,
+                    client.address,
+                    repository,
+                    name,
+                    number,
+                )
             time.sleep(_LOOK_SECONDS)
         raise ServerError(
-            f"The server at {client.address} did not take {name} up within {LOAD_TIMEOUT_SECONDS:g} s. Its log says "
-            "why; it has to serve this repository with --model-control-mode=poll (REFINERY_TRITON_CONTROL)."
+            f"The server at {client.address} sees {repository}, but did not take {name} up within "
+            f"{LOAD_TIMEOUT_SECONDS:g} s. It probably runs without --model-control-mode=poll, which "
+            "REFINERY_TRITON_CONTROL says, or looks less often (--repository-poll-secs); else its log says why."
         )
+
+
+def _parts(repository: Location, name: str) -> list[str]:
+    return named_internals((repository / name / CONFIG).read_text(encoding="utf-8"))
+
+
+def _load(client: TextClient, repository: Location, name: str) -> None:
+    try:
+        client.load(name, _parts(repository, name))
+    except ServerError as error:
+        if name not in client.models():  # Triton says that it "failed to poll"
+            raise _elsewhere(client, repository, name) from error
+        raise
+
+
+def _elsewhere(client: TextClient, repository: Location, name: str) -> ServerError:
+    return ServerError(
+        f"The server at {client.address} does not see {name} of {repository}, so it probably reads another folder. "
+        "Start it on that one (--model-repository), or have REFINERY_TRITON_REPOSITORIES name the folder above the one "
+        "that it reads."
+    )

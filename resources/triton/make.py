@@ -164,7 +164,7 @@ def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http:
             discard(repository / name, staging_root(repository))
 
     return Steps(
-        ready=fleet.require_alike,
+        ready=fleet.require_ready,
         prove_inside=prove_inside,
         announce=lambda release: fleet.take_up(home, release),
         leave=fleet.leave,

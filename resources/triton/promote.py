@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
@@ -11,9 +10,9 @@ from resources.errors import ReleaseError
 from resources.tracking import Tracker
 from resources.triton.layout import current_number, list_releases
 from resources.triton.make import make_release
+from resources.triton.pointer import current_problem, points_as_published
 from resources.triton.publish import Published, unverified_root
-from resources.triton.release import Release
-from resources.triton.rollback import roll_back
+from resources.triton.rollback import Moved, roll_back
 from resources.workspace import Workspace
 
 
@@ -45,17 +44,7 @@ def publish_champion(
     return published
 
 
-@dataclass(frozen=True)
-class Promoted:
-    """The release that is pointed to now, and the number of the one that was; None: it is the model's first."""
-
-    release: Release
-    before: int | None
-
-
-def promote(
-    workspace: Workspace, tracker: Tracker, model: str, target: str, *, dagster_run: str, log: Path
-) -> Promoted:
+def promote(workspace: Workspace, tracker: Tracker, model: str, target: str, *, dagster_run: str, log: Path) -> Moved:
     """Have the newest release serve: one that waits for its proof is proven and published, else, after a rollback, the
     newest that there is. Raises ReleaseError, ServerError; then what served before serves on.
     """
@@ -72,10 +61,10 @@ def promote(
                 f"release {published.release.number} serves. Optimize again, or remove "
                 f"{unverified_root(repository, model)}."
             )
-        return Promoted(published.release, before)
+        return Moved(published.release, before)
     found = list_releases(repository, model)
     if not found:
-        raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
-    if found[-1].number == before and not workspace.triton.driven:
+        raise ReleaseError(f"{model}: {current_problem(repository, model)}")
+    if points_as_published(repository, found[-1]) and not workspace.triton.driven:
         raise ReleaseError(f"{model}: release {before} is the newest, and what is pointed to already.")
-    return Promoted(roll_back(repository, model, workspace.triton, to=found[-1].number, log=log).release, before)
+    return roll_back(repository, model, workspace.triton, to=found[-1].number, log=log)

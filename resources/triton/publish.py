@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from resources.artifacts.records import sha256_file
 from resources.errors import ReleaseError, ServerError
 from resources.triton.files import (
     bring_in,
@@ -144,7 +145,8 @@ def unchanged_release(
     waiting: the model's unverified release. provable: whether a server would prove the release.
     """
     digest = content_digest(plan)
-    same = [release.number for release in list_releases(repository, plan.model) if release.content_digest == digest]
+    found = [release for release in list_releases(repository, plan.model) if release.content_digest == digest]
+    same = [release.number for release in found if not _edited(repository, release)]
     if same:
         current = current_release(repository, plan.model)
         # An older one than what is pointed to: the champion of before is champion again, and is published again. A
@@ -154,6 +156,20 @@ def unchanged_release(
     if waiting is not None and waiting.content_digest == digest and not provable:
         return Published(waiting, changed=False, advice=_advice(repository, plan.model))
     return None
+
+
+def _edited(repository: Location, release: Release) -> bool:
+    """Whether somebody changed a file of the release since: all are older than its manifest, and the bytes of those
+    that are not are read. In a store being younger is enough; where that is all, a release is made once too often.
+    """
+    if isinstance(repository, RemotePath):
+        place = repository / release.model / str(release.number)
+        written = place.listing()[MANIFEST].modified
+        there = (repository / name for name in internal_names(release))
+        return any(one.modified > written for folder in there for one in folder.listing().values())
+    manifest = (repository / release.model / str(release.number) / MANIFEST).stat().st_mtime_ns
+    younger = (name for name in release.files if (repository / name).stat().st_mtime_ns > manifest)
+    return any(sha256_file(repository / name) != release.files[name].sha256 for name in younger)
 
 
 def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number: int) -> Published:

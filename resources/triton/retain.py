@@ -15,12 +15,12 @@ from resources.triton.files import clear_disk_errors, discard, repository_lock, 
 from resources.triton.fleet import Fleet
 from resources.triton.layout import (
     CONFIG,
-    current_number,
     is_published_here,
     list_releases,
     parse_internal,
     release_numbers,
 )
+from resources.triton.pointer import current_problem, require_current, require_own_pointer
 from resources.triton.publish import sweep
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location, contents
@@ -58,18 +58,13 @@ def retain(
     if keep < 1:
         raise ReleaseError(f"{model}: keep at least 1 release, not {keep}.")
     if not is_published_here(repository, model):
-        raise ReleaseError(f"{model}: no release of it is in {repository}.")
+        raise ReleaseError(f"{model}: {current_problem(repository, model)}")
     with clear_disk_errors(model, repository, 0), repository_lock(repository), ExitStack() as stack:
         fleet = stack.enter_context(Fleet(settings))
-        whole = [release.number for release in list_releases(repository, model)]
-        current = current_number(repository, model)
-        if current not in whole:
-            points = f"release {current}" if current else "no release"
-            raise ReleaseError(
-                f"{model}: {repository / model / CONFIG} points to {points}, which is not there whole, so nothing is "
-                f"removed. Go back to one that is (there: {', '.join(map(str, whole)) or 'none'}): refinery rollback "
-                f"{model} --to N."
-            )
+        # Where the pointer is not what a release wrote, what it does not name may be what serves.
+        serves = require_current(repository, model)
+        require_own_pointer(repository, serves)
+        whole, current = [release.number for release in list_releases(repository, model)], serves.number
         kept = dict.fromkeys(whole[-keep:], f"one of the newest {keep}")
         kept |= {number: why for number, why in wanted.items() if number in whole}
         kept |= {number: f"served at {address}" for address in asked if (number := _served(address, model)) in whole}

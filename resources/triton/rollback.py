@@ -26,59 +26,63 @@ from resources.triton.layout import (
     is_published_here,
     list_releases,
     named_internals,
-    pinned_number,
 )
+from resources.triton.pointer import current_problem, points_as_published
 from resources.triton.publish import sweep
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
-from resources.triton.storage import Location
+from resources.triton.storage import Location, RemotePath
 from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged, write_alias
 
 
 @dataclass(frozen=True)
-class RolledBack:
-    """The release that is pointed to now, and the number of the one that was."""
+class Moved:
+    """The release that is pointed to now, and the number of the one that was; None: the pointer named none."""
 
     release: Release
-    before: int
+    before: int | None
+
+    @property
+    def instead(self) -> str:
+        """What has changed, as the end of a sentence on what is pointed to."""
+        if self.before is None:
+            return ""
+        return ", as it was published" if self.before == self.release.number else f", not to {self.before} any more"
 
 
-def roll_back(
-    repository: Location, model: str, settings: TritonSettings, *, to: int | None = None, log: Path
-) -> RolledBack:
+def roll_back(repository: Location, model: str, settings: TritonSettings, *, to: int | None = None, log: Path) -> Moved:
     """Point the public model to an older release, or to any by its number.
 
-    to: its number; None: the newest before the one that is pointed to. A server is asked first; where some are
-    configured, they have to take it up and answer with it, or the pointer is put back. Publishing the same again
-    does not undo it. Raises ReleaseError or ServerError; then what served before serves on.
+    to: its number, also that of the one that the pointer names, if somebody has changed the pointer; None: the newest
+    before that one. A server is asked first; where some are configured, they have to take it up and answer with it, or
+    the pointer is put back. Publishing the same again does not undo it. Raises ReleaseError or ServerError; then what
+    served before serves on.
     """
     if not is_published_here(repository, model):
-        raise ReleaseError(f"{model}: no release of it is in {repository}.")
+        raise ReleaseError(f"{model}: {current_problem(repository, model)}")
     with clear_disk_errors(model, repository, 0), repository_lock(repository):
         before = current_number(repository, model)
-        if before is None:
-            raise ReleaseError(
-                f"{model}: {repository / model / CONFIG} names no release. Publish one: refinery optimize {model}."
-            )
         release = _target(repository, model, before, to)
         with on_this_machine(repository, release) as copy, Fleet(settings) as fleet:
             require_unchanged(copy, release)
-            fleet.require_alike()
+            fleet.require_ready()
             # Not finishing what a killed publisher began: that would go forward.
             fleet.retire(sweep(repository, finish=False))
             if fleet:
                 _switch(repository, release, fleet)
             else:
-                if release.number == before:
+                if points_as_published(repository, release):
                     raise ReleaseError(f"{model}: release {before} is what is pointed to already.")
                 ask_embedded(copy, release, settings, log)
                 _point(repository, release)
-        return RolledBack(release, before)
+        return Moved(release, before)
 
 
-def _target(repository: Location, model: str, current: int, to: int | None) -> Release:
+def _target(repository: Location, model: str, current: int | None, to: int | None) -> Release:
     if to is not None:
         return find_release(repository, model, to)
+    if current is None:
+        raise ReleaseError(f"{model}: {current_problem(repository, model)}")
     older = [release for release in list_releases(repository, model) if release.number < current]
     if not older:
         there = ", ".join(str(release.number) for release in list_releases(repository, model)) or "none"
@@ -111,11 +115,16 @@ def _replace(repository: Location, model: str, new: Path) -> None:
     sync(repository / model)
 
 
-def _put_back(repository: Location, model: str, back: Path, fleet: Fleet) -> list[str]:
-    """Point to what was pointed to, and have the servers serve that; what failed, a sentence each."""
-    failed = []
+def _put_back(repository: Location, model: str, back: Path | None, fleet: Fleet) -> list[str]:
+    """Point to what was pointed to, None: nothing, and have the servers serve that; what failed, a sentence each."""
+    failed, pointer = [], repository / model / CONFIG
     try:
-        _replace(repository, model, back)
+        if back is not None:
+            _replace(repository, model, back)
+        elif isinstance(pointer, RemotePath):
+            pointer.parent.remove([pointer.name])
+        else:
+            pointer.unlink()
     except (OSError, ReleaseError) as error:
         failed.append(f"The pointer was not put back: {error}")
     try:
@@ -126,19 +135,22 @@ def _put_back(repository: Location, model: str, back: Path, fleet: Fleet) -> lis
 
 def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
     """On running servers: asked under another name first, then pointed to and taken up; what it replaces is left."""
-    model, pointer = release.model, repository / release.model / CONFIG
-    old = pointer.read_text(encoding="utf-8")
-    if {release.number} == {pinned_number(old), *fleet.served(model)}:
+    model = release.model
+    if points_as_published(repository, release) and {*fleet.served(model)} == {release.number}:
         raise ReleaseError(f"{model}: release {release.number} is what is pointed to and served already.")
+    try:
+        old = (repository / model / CONFIG).read_bytes()
+    except FileNotFoundError:  # somebody has removed it
+        old = None
     internals = named_internals((repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8"))
     try:
         _ask_aside(repository, release, fleet)
-        with _prepared(repository, old.encode()) as back:
+        with _prepared(repository, old or b"") as back:
             _point(repository, release)
             try:
                 fleet.take_up(repository, release)
             except BaseException as error:
-                failed = _put_back(repository, model, back, fleet)
+                failed = _put_back(repository, model, back if old is not None else None, fleet)
                 if isinstance(error, ServerError | ReleaseError):
                     raise type(error)(
                         f"{model}: release {release.number} was not taken up: {error} "
@@ -150,7 +162,8 @@ def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
         if release.number not in fleet.served(model):
             fleet.retire(internals)
         raise
-    fleet.leave([name for name in named_internals(old) if name not in internals])
+    before = named_internals((old or b"").decode("utf-8", errors="replace"))
+    fleet.leave([name for name in before if name not in internals])
 
 
 def _ask_aside(repository: Location, release: Release, fleet: Fleet) -> None:

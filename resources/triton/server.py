@@ -199,7 +199,7 @@ def serve_foreground(
     control: `explicit`: new releases and models are taken up while it runs; a release that cannot be loaded is said
     so, and the one before goes on serving. `poll`: Triton itself looks, and says so in its log alone. `none`: what is
     there at the start. refresh: called before each look at the repository, which may be a copy. Raises ServerError
-    where the server ends by itself, or cannot load a single model at the start.
+    where the server ends by itself, or cannot load a single model of those that are there at the start.
     """
     server = EmbeddedServer(
         repository,
@@ -218,10 +218,11 @@ def serve_foreground(
                 watcher = Watcher(repository, client, say) if control == "explicit" else None
                 if watcher is not None:
                     watcher.look()
-                    if not watcher.serving:
+                    if not watcher.serving and public_models(repository):
                         raise ServerError(f"No model of {repository} could be loaded; the log is {log}.")
                 names = ", ".join(sorted(watcher.serving if watcher is not None else public_models(repository)))
-                say(f"serving {names}: http {server.http_address}, grpc {server.grpc_address}; log {log}")
+                addresses = f"http {server.http_address}, grpc {server.grpc_address}"
+                say(f"serving {names or 'no model yet'}: {addresses}; log {log}")
                 while not stop():
                     time.sleep(WATCH_SECONDS)
                     if server.ended():

@@ -28,6 +28,7 @@ from resources.triton.layout import (
     pinned_number,
     read_release,
 )
+from resources.triton.pointer import current_problem, require_own_pointer
 from resources.triton.release import Release, stored
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
@@ -58,7 +59,7 @@ def differences(repository: Path, release: Release) -> list[str]:
         there = (path for path in sorted((repository / internal).rglob("*")) if path.is_file())
         names = (path.relative_to(repository).as_posix() for path in there)
         found += [f"{name} was added." for name in names if name not in release.files]
-    pointer, public = repository / release.model / str(release.number) / CONFIG, repository / release.model / CONFIG
+    pointer = repository / release.model / str(release.number) / CONFIG
     place = pointer.relative_to(repository)
     try:
         config = pointer.read_text(encoding="utf-8")
@@ -68,9 +69,6 @@ def differences(repository: Path, release: Release) -> list[str]:
         found.append(f"{place} was changed: it names another release.")
     elif release.pointer is not None and stored(pointer) != release.pointer:
         found.append(f"{place} was changed.")
-    serves = current_number(repository, release.model) == release.number
-    if serves and public.read_text(encoding="utf-8") != config:
-        found.append(f"{public.relative_to(repository)} was changed; {place} is what it was.")
     return found
 
 
@@ -80,12 +78,14 @@ def verify_release(
     """The release of that number, or the one that is pointed to, once it is what was published and a server answered
     with it; and the server. Raises ReleaseError, ServerError."""
     with clear_disk_errors(model, repository, 0), lock_to_read(repository) as alone:
-        number = number or current_number(repository, model)
-        if number is None:
-            raise ReleaseError(f"{model}: no release in {repository}. Publish one: refinery optimize {model}.")
-        release = find_release(repository, model, number)
+        current = current_number(repository, model)
+        if number is None and (current is None or read_release(repository, model, current) is None):
+            raise ReleaseError(f"{model}: {current_problem(repository, model)}")
+        release = find_release(repository, model, number or current or 0)
         with on_this_machine(repository, release, alone=alone) as copy:
             require_unchanged(copy, release)
+            if current == release.number:
+                require_own_pointer(repository, release)
             if release.flavour == "native" and settings.servers:
                 for address in settings.servers:
                     with TextClient(address) as client:

@@ -1,0 +1,69 @@
+"""What the public model's configuration, the pointer, is worth: a person may have edited it, or removed its release."""
+
+from __future__ import annotations
+
+from resources.errors import ReleaseError
+from resources.triton.layout import (
+    CONFIG,
+    current_number,
+    current_release,
+    is_published_here,
+    is_whole,
+    list_releases,
+    public_models,
+    read_release,
+)
+from resources.triton.release import Release
+from resources.triton.storage import Location
+
+
+def require_current(repository: Location, model: str) -> Release:
+    """The release that serves, there whole. Raises ReleaseError with what is wrong with it, and the remedy."""
+    release = current_release(repository, model)
+    if release is None or not is_whole(repository, release):
+        raise ReleaseError(f"{model}: {current_problem(repository, model)}")
+    return release
+
+
+def current_problem(repository: Location, model: str) -> str:
+    """Why nothing of the model can be served, and what to do; empty where its pointer names a release that is whole."""
+    number = current_number(repository, model)
+    release = read_release(repository, model, number) if number is not None else None
+    if release is not None and is_whole(repository, release):
+        return ""
+    if number is None and not is_published_here(repository, model):
+        others = ", ".join(public_models(repository)) or "none"
+        remedy = command("optimize", repository, model)
+        return f"no release of it is in {repository} (models there: {others}). Publish one: {remedy}."
+    there = list_releases(repository, model)
+    named = "no release" if number is None else f"release {number}, which is not there whole"
+    remedy = command("rollback", repository, model, "--to N") if there else command("optimize", repository, model)
+    numbers = ", ".join(str(release.number) for release in there) or "none"
+    return f"{repository / model / CONFIG} points to {named} (whole: {numbers}). Have one that is serve: {remedy}."
+
+
+def points_as_published(repository: Location, release: Release) -> bool:
+    """Whether the public model's configuration is the release's own, byte for byte. Raises OSError where that cannot be
+    read.
+    """
+    public = repository / release.model
+    try:
+        return (public / CONFIG).read_bytes() == (public / str(release.number) / CONFIG).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def require_own_pointer(repository: Location, release: Release) -> None:
+    """Raise ReleaseError where the public model names the release, but not as that was published."""
+    if not points_as_published(repository, release):
+        remedy = command("rollback", repository, release.model, f"--to {release.number}")
+        raise ReleaseError(
+            f"{release.model}: {repository / release.model / CONFIG} was changed since release {release.number} was "
+            f"published. Have it say again what it said: {remedy}."
+        )
+
+
+def command(verb: str, repository: Location, model: str, rest: str = "") -> str:
+    """How to do that with a model of the repository, which is named by its target."""
+    target = "" if repository.name == "cpu" else f"--target {repository.name}"
+    return " ".join(filter(None, ("refinery", verb, model, rest, target)))

@@ -305,7 +305,7 @@ def test_ui_serves_both_pages_and_watches_sources_until_terminated(empty, tmp_pa
             (record,) = first(instance.fetch_observations, "m")
             assert f"the folder {nowhere} does not exist" in record.asset_observation.description
             (record,) = first(instance.fetch_materializations, "tiny")
-            (run,) = instance.get_runs()
+            (run,) = instance.get_runs(dg.RunsFilter(job_name="optimize"))
         assert run.run_id == record.run_id
         assert run.tags["dagster/sensor_name"] == SENSOR
         begun = psutil.Process(pages.pid).children(recursive=True)

@@ -134,7 +134,7 @@ class Watched:
         """Wait until so many runs have ended well; their revisions, oldest first. There may be no others."""
 
         def ended():
-            runs = self.instance.get_runs()
+            runs = self.instance.get_runs(dg.RunsFilter(job_name="optimize"))
             assert len(runs) <= count
             return runs if len(runs) == count and all(run.is_finished for run in runs) else None
 

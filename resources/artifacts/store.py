@@ -80,9 +80,9 @@ class ArtifactStore:
 
     def find(self, kind: type[R], digest: str) -> R | None:
         """The stored record, or None. An unreadable one (an older version's, say) and damage count as not there."""
-        return self._find(kind, digest)[0]
+        return self._here_or_there(kind, digest)[0]
 
-    def _find(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
+    def _here_or_there(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
         """The same, and the files for which what was there does not count."""
         found, damaged = self.look(kind, digest)
         if self.remote is None or (found is not None and found.reusable):
@@ -227,7 +227,7 @@ class ArtifactStore:
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         digest = self.pointed(name)
-        record, damaged = self._find(kind, digest) if digest else (None, ())
+        record, damaged = self._here_or_there(kind, digest) if digest else (None, ())
         if digest and record is None and self.remote is None:
             with file_lock(self.lock_of(kind.kind, digest)):  # see resources.artifacts.gc: it may be put back just now
                 record, damaged = self.look(kind, digest)

@@ -98,5 +98,6 @@ def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:
     store.point(name, made.record)
     folder = store.folder(made.record)
     if made.damaged:
-        dg.get_dagster_logger().warning(f"{name}: {', '.join(made.damaged)} in {folder} was damaged: made again")
+        done = "fetched" if made.reused else "made"
+        dg.get_dagster_logger().warning(f"{name}: {', '.join(made.damaged)} in {folder} was damaged: {done} again")
     return folder

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import dagster as dg
 
 from orchestration.instance import instance_folder, prepare_instance
+from orchestration.runs import UNDER_WAY
 from orchestration.settings import read_workspace
 from orchestration.terminal import print_table, table_console
 from resources.artifacts.gc import DAY_SECONDS, Collected, collect
@@ -17,8 +18,6 @@ from resources.artifacts.remote_gc import collect_remote
 from resources.reporting import size_text
 from resources.triton.layout import artifacts_of_releases
 from resources.workspace import Workspace
-
-_NOT_FINISHED = [status for status in dg.DagsterRunStatus if status.value not in ("SUCCESS", "FAILURE", "CANCELED")]
 
 
 def collect_garbage(options: Namespace) -> int:
@@ -32,8 +31,8 @@ def collect_garbage(options: Namespace) -> int:
     cleaned = clean_stores(workspace, options.keep_days, under_way, dry_run=options.dry_run)
     if under_way is not None:
         print(
-            f"Run {under_way.dagster_run.run_id} is under way since {under_way.create_timestamp:%Y-%m-%d %H:%M}; what "
-            "was used since stays. If its process is gone, cancel it on Dagster's page."
+            f"Run {under_way.dagster_run.run_id} is under way since {under_way.create_timestamp:%Y-%m-%d %H:%M} UTC; "
+            "what was used since stays. If its process is gone, cancel it on Dagster's page."
         )
     for place, done in cleaned.items():
         rows = [[kind.replace("_", " "), *_counts(done, kind)] for kind in sorted({*done.removed, *done.kept})]
@@ -62,7 +61,7 @@ def clean_stores(
 
 def oldest_run_under_way(instance: dg.DagsterInstance, but: str = "") -> dg.RunRecord | None:
     """The oldest run that is not finished, other than the one of that id."""
-    records = instance.get_run_records(dg.RunsFilter(statuses=_NOT_FINISHED))
+    records = instance.get_run_records(dg.RunsFilter(statuses=UNDER_WAY))
     records = [record for record in records if record.dagster_run.run_id != but]
     return min(records, key=lambda record: record.create_timestamp, default=None)
 

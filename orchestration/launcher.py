@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,25 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
     def _alive_here(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Whether a process lives that has written to the run's log that it works on it."""
         said = list(self.processes(run.run_id))
-        if not said or any(is_alive(pid, seen) for pid, seen in said):
+        if not said or any(self._lives(pid, seen) for pid, seen in said):
             return _RUNNING
         numbers = ", ".join(sorted({str(pid) for pid, _ in said}))
         return CheckRunHealthResult(WorkerStatus.NOT_FOUND, f"process {numbers} is gone")
+
+    def _lives(self, pid: int, seen: float) -> bool:
+        """`is_alive`, at the first look. Then by the process itself: were the machine's clock set forward, all that run
+        would seem to have begun later than they said.
+        """
+        process = self._found.get((pid, seen))
+        if process is None:
+            if not is_alive(pid, seen):
+                return False
+            with suppress(psutil.NoSuchProcess):
+                self._found[pid, seen] = psutil.Process(pid)
+            return True
+        with suppress(psutil.NoSuchProcess):
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
 
     def _alive_there(self, run: dg.DagsterRun, client: DagsterGrpcClient) -> CheckRunHealthResult:
         """Whether the code server on another machine has a process for it; one that does not answer gets some time."""
@@ -82,6 +98,11 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
     @cached_property
     def _silent(self) -> dict[str, float]:
         """Runs whose code server does not answer, and since when."""
+        return {}
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, float], psutil.Process]:
+        """Processes that lived, by their number and when they said that they work on a run."""
         return {}
 
     def processes(self, run_id: str) -> Iterator[tuple[int, float]]:

@@ -7,10 +7,10 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from orchestration.settings import read_workspace, tracker_of
+from orchestration.terminal import table_console
 from resources.catalog import ModelEntry
 from resources.errors import ReleaseError, TrackingError
 from resources.reporting import size_text
@@ -26,12 +26,6 @@ from resources.triton.publish import unverified_root
 from resources.triton.release import Release
 from resources.triton.storage import Location
 from resources.workspace import Workspace
-
-
-def _console() -> Console:
-    console = Console()
-    # In a file or pipe nothing is as narrow as eighty columns.
-    return console if console.is_terminal else Console(width=200)
 
 
 def _shapes(entry: ModelEntry) -> str:
@@ -50,7 +44,7 @@ def models(options: Namespace) -> int:
         for target in workspace.targets:
             served.append(served_text(workspace.repository(target), entry.name))
         table.add_row(entry.name, entry.task, entry.source, _shapes(entry), *served)
-    _console().print(table)
+    table_console().print(table)
     return 0
 
 
@@ -83,7 +77,7 @@ def releases(options: Namespace) -> int:
         table.add_row(str(number), f"{state}: refinery verify {model} --release {number}", *["–"] * 6)
     for release in waiting:
         table.add_row(*_row(release, f"waits for its proof: refinery promote {model}", "–"))
-    _console().print(table)
+    table_console().print(table)
     problem = current_problem(repository, model)
     if problem and not waiting:
         print(f"refinery: {model}: {problem}", file=sys.stderr)

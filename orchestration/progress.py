@@ -80,7 +80,8 @@ def describe(metadata: dict[str, Any], seconds: float) -> str:
         return f"FAILED: {str(metadata.get('reason', '')).removeprefix('failed: ')}"
     done = "unchanged" if metadata.get("reused") else f"made in {seconds:.1f} s"
     if metadata.get("damaged"):
-        done = f"{metadata['damaged']} was damaged: made again in {seconds:.1f} s"
+        how = "fetched" if metadata.get("reused") else "made"
+        done = f"{metadata['damaged']} was damaged: {how} again in {seconds:.1f} s"
     said = metadata.get("release") or metadata.get("champion")
     return f"{said}, {done}" if said else done
 

@@ -139,7 +139,13 @@ def serve(options: Namespace) -> int:
     if not public_models(folder):
         if options.control == "none":  # what comes later would not be taken up
             raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ReleaseError(
+                f"{folder} is not there and could not be made: {error.strerror or error}. Mend that, or correct "
+                "REFINERY_TRITON_REPOSITORIES."
+            ) from error
         say(f"{repository} holds no release yet; the first is waited for: refinery optimize MODEL")
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
     resources = dict(options.resource)

@@ -338,3 +338,11 @@ def test_dagster_accepts_the_definitions(empty):
         cwd=Path(__file__).parents[1],
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_repository_that_cannot_be_made_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(tmp_path / "file" / "models"))
+    assert main(["serve"]) == 1
+    assert "models/cpu is not there and could not be made: Not a directory. Mend that" in capsys.readouterr().err

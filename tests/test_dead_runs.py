@@ -309,6 +309,21 @@ def test_a_number_that_was_given_anew_is_another_process():
     assert not is_alive(os.getpid(), began - 3600)
 
 
+def test_a_clock_that_is_set_forward_kills_nobody(home, monkeypatch):
+    """When a process began is counted from when the machine did, which is told by the clock as it is now."""
+    with dg.DagsterInstance.get() as instance:
+        launcher = instance.run_launcher
+        run = instance.create_run_for_job(
+            dg.GraphDefinition(name="nothing").to_job(), tags={HOST_TAG: socket.gethostname()}
+        )
+        instance.report_engine_event("Executing steps in process", run, EngineEventData.in_process(os.getpid()))
+        assert launcher.check_run_worker_health(run).status is WorkerStatus.RUNNING
+        booted = psutil.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 3600)
+        assert not is_alive(os.getpid(), time.time())
+        assert launcher.check_run_worker_health(run).status is WorkerStatus.RUNNING
+
+
 class Closed(list):
     """What a tracker was asked to abandon."""
 

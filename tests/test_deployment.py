@@ -22,6 +22,7 @@ from orchestration.executors import make_executor
 from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
 from orchestration.sensors import SENSOR
 from orchestration.settings import read_execution
+from resources.locks import MACHINE_LOCK
 from resources.triton.layout import current_release
 from resources.workspace import Workspace
 from tests import servers
@@ -94,6 +95,12 @@ def test_kubernetes_runs_the_same_definitions():
     assert code["dagsterApiGrpcArgs"] == compose()["services"]["code"]["command"][-2:]
     mounts = {mount["mountPath"] for mount in code["volumeMounts"]}
     assert variables["REFINERY_HOME"] in mounts
+    # Where the machine's lock is, which workers of Compose share as well.
+    places = {volume["name"]: volume.get("hostPath", {}).get("path") for volume in code["volumes"]}
+    shared = {mount["mountPath"] for mount in code["volumeMounts"] if places[mount["name"]] == mount["mountPath"]}
+    assert str(MACHINE_LOCK.parent) in shared
+    lock = f"{MACHINE_LOCK.parent}:{MACHINE_LOCK.parent}"
+    assert all(lock in service["volumes"] for name, service in compose()["services"].items() if "worker" in name)
     # Dead runs as in the product's own instance, in the chart's spelling.
     instance = yaml.safe_load((FOLDER / "dagster.yaml").read_text())
     daemon = document["dagsterDaemon"]

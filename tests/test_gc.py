@@ -1,5 +1,6 @@
 """Cleaning the store up: what anybody needs stays, and what is used in the meantime."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from resources.artifacts import gc
 from resources.artifacts.gc import CACHE_SECONDS, DAY_SECONDS, collect
 from resources.artifacts.records import Champion, Engine
 from resources.artifacts.store import STALE_STAGING_SECONDS, ArtifactStore
+from resources.errors import ArtifactError
 from resources.triton.publish import Steps, publish
 from resources.workspace import Workspace
 from tests.releases import make_plan, unasked
@@ -142,6 +144,9 @@ def published(tmp_path, triton_settings, request):
 
 
 def test_releases_keep_what_they_were_made_of(published):
+    """Also where another version has written their manifests."""
+    for manifest in published.repositories.rglob("release.json"):
+        manifest.write_text(manifest.read_text().replace("{", '{"unheard_of": 1,', 1))
     (done,) = command.clean_stores(published, 7.0, None).values()
     assert published.store.find(Champion, digest("9")) is not None
     assert done.removed["engine"].count == 2
@@ -162,6 +167,16 @@ def test_what_runs_under_way_use_stays_and_the_job_says_what_went(published):
         result = definitions.get_job_def("gc").execute_in_process(run_config=given, instance=instance)
         assert result.success
     assert there(published.store) == set()
+
+
+def test_what_may_not_be_removed_is_named(store, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    age(store, make(store, "a"), 30)
+    monkeypatch.setattr(gc, "file_lock", refuse)
+    with pytest.raises(ArtifactError, match=rf"store {store.root} could not .*: Permission denied \(.*\.lock\)\. Who"):
+        week(store)
 
 
 USER = """

@@ -13,6 +13,8 @@ from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.remote_gc import collect_remote
 from resources.artifacts.store import ArtifactStore
 from resources.errors import ArtifactError
+from resources.triton import storage
+from resources.triton.layout import artifacts_of_releases
 from resources.workspace import Workspace
 from tests.objects import s3_server
 from tests.test_gc import digest, engine, make
@@ -96,6 +98,32 @@ def test_what_killed_machines_uploaded_goes_once_it_is_old(store, remote, s3):
     assert len((place / digest("a")[:32]).listing()) == 3  # its record, its file, and what is being uploaded
     other = ArtifactStore(store.root.parent / "two", remote)
     assert not other.damaged(other.current(Engine, "engines/cpu/e/m"))
+
+
+def test_what_only_another_version_reads_is_left_to_it(store, remote, s3):
+    record = remote.root / "engine" / digest("a")[:32] / "record.json"
+    make(store, "a")
+    record.write_bytes(b'{"version": 2}')
+    (record.parent / "other" / "model.onnx").write_bytes(bytes(500))
+    s3.age(remote.root, 30)
+    record.write_bytes(record.read_bytes())  # used
+    assert not week(remote).removed
+    assert len(record.parent.listing()) == 3
+
+
+def test_many_names_may_take_long_to_be_listed(store, remote, s3, monkeypatch):
+    make(store, "a")
+    s3.age(remote.root, 30)
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.5)
+    s3.refuses = lambda method, key: bool(not key and time.sleep(1.0))
+    assert week(remote, dry_run=True).removed["engine"].count == 1
+    assert artifacts_of_releases(remote.root) == set()
+
+
+def test_releases_in_object_storage_keep_what_they_were_made_of(remote):
+    for name in ("cpu/m/3/release.json", "unverified/cpu/m/m/4/release.json"):
+        (remote.root / name).write_bytes(digest(name[0]).replace("u", "e").encode())
+    assert artifacts_of_releases(remote.root) == {digest("c"), digest("e")}
 
 
 def test_nothing_is_removed_that_a_step_may_be_using(remote):

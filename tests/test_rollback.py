@@ -114,8 +114,8 @@ def test_numbers_that_make_no_sense_are_refused(repository, tmp_path, to, messag
     assert tree_digest(repository) == before
 
 
-def change(repository):
-    path = repository / "tiny__r2__pipeline" / "1" / "model.onnx"
+def change(repository, number=2):
+    path = repository / f"tiny__r{number}__pipeline" / "1" / "model.onnx"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -156,6 +156,20 @@ def test_a_release_that_is_not_what_was_published_is_named_and_not_gone_back_to(
     with pytest.raises(ReleaseError, match=re.escape(said)):
         roll_back(repository, "tiny", TritonSettings(), to=2, log=tmp_path / "log")
     assert current_number(repository, "tiny") == 3
+
+
+def test_what_was_left_and_edited_then_does_not_undo_the_rollback(repository, plans, tmp_path, monkeypatch):
+    """Until the person who left it does what the message says."""
+    monkeypatch.setattr(module, "ask_embedded", lambda *arguments: None)
+    roll_back(repository, "tiny", TritonSettings(), log=tmp_path / "log")
+    change(repository, 3)
+    assert not publish(plans[2], repository, Steps(prove=unasked)).changed
+    assert current_number(repository, "tiny") == 2
+    left = repository / "tiny" / "3"
+    with pytest.raises(ReleaseError, match=rf"remove {left} and publish again: refinery optimize tiny\.$"):
+        roll_back(repository, "tiny", TritonSettings(), to=3, log=tmp_path / "log")
+    shutil.rmtree(left)
+    assert publish(plans[2], repository, Steps(prove=unasked)).release.number == 4
 
 
 def by_hand(pointer):

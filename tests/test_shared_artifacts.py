@@ -3,6 +3,8 @@
 S3 is moto's, on loopback; a machine is a folder of its own.
 """
 
+import json
+
 import pytest
 
 from orchestration.settings import read_workspace
@@ -151,11 +153,69 @@ def test_what_failed_on_one_machine_and_was_built_on_another_is_built_for_both(m
     assert unused.made == 0
 
 
-def test_what_is_removed_is_gone_for_all_that_have_no_copy(machine, place):
-    first = machine("one")
-    first.remove(make(first, Maker()).record)
+def spoil(path):
+    path.write_bytes(b"9876543210")
+
+
+def take_away(path):
+    path.parent.remove([path.name])
+
+
+@pytest.mark.parametrize("harm", [spoil, take_away])
+def test_what_is_damaged_where_all_share_it_is_named_and_brought_again_by_who_has_a_copy(machine, place, harm):
+    first, second, unused = machine("one"), machine("two"), Maker()
+    make(first, Maker())
+    (name,) = [name for name in place.sizes() if name.endswith("part.bin")]
+    harm(place / name)
+    with pytest.raises(ArtifactError, match=rf"weights/part\.bin in .* share in {place}, changed on the disk"):
+        second.current(Engine, "engines/cpu/e/m")
+    assert make(first, unused).reused
+    assert unused.made == 0
+    assert contents(second, second.current(Engine, "engines/cpu/e/m")) == FILES
+
+
+def test_who_makes_again_what_is_damaged_where_all_share_it_says_so(machine, place):
+    make(machine("one"), Maker())
+    (name,) = [name for name in place.sizes() if name.endswith("part.bin")]
+    spoil(place / name)
+    assert make(machine("two"), Maker()).damaged == ("weights/part.bin",)
+
+
+def test_what_is_damaged_on_one_machine_is_brought_there_again(machine):
+    first, unused = machine("one"), Maker()
+    record = make(first, Maker()).record
+    spoil(first.folder(record) / "weights" / "part.bin")
+    made = first.get_or_make(Engine, "d" * 64, unused)
+    assert (made.reused, made.damaged, unused.made) == (True, ("weights/part.bin",), 0)
+    assert contents(first, record) == FILES
+    first.remove(record)  # as a check does that finds it damaged
+    assert contents(first, first.find(Engine, "d" * 64)) == FILES
+
+
+def test_a_name_that_leads_out_of_the_store_is_not_followed(machine, place, tmp_path):
+    make(machine("one"), Maker())
+    (record,) = [place / name for name in place.sizes() if name.endswith("record.json")]
+    upload = json.loads(record.read_bytes())["upload"]
+    outside = tmp_path / "outside.bin"
+    (record.parent / upload / str(outside)).write_bytes(FILES["weights/part.bin"])
+    record.write_bytes(record.read_bytes().replace(b"weights/part.bin", str(outside).encode()))
     assert machine("two").find(Engine, "d" * 64) is None
-    assert [name for name in place.sizes() if not name.startswith("current/")] == []
+    assert not outside.exists()
+
+
+def test_what_is_brought_again_is_what_lies_here_under_whatever_name_it_is_passed_on(machine, place):
+    """As what serves is, which is measured beside the candidates."""
+    first, second = machine("one"), machine("two")
+    made = make(first, Maker())
+    for name in place.sizes():
+        place.remove([name])
+    first.point("engines/cpu/served/m", made.record.model_copy(update={"name": "served"}))
+    assert second.current(Engine, "engines/cpu/served/m").name == "e"
+    first.remove(made.record)
+    for name in place.sizes():
+        place.remove([name])
+    with pytest.raises(ArtifactError, match="no more. Optimize again"):
+        first.point("engines/cpu/e/m", made.record)
 
 
 def test_a_step_that_made_nothing_this_time_has_nothing_for_others_either(machine):

@@ -1080,20 +1080,32 @@ def test_what_was_put_is_served_checked_and_gone_back_to(
     assert not [path for path in (tmp_path / "home" / "staging").rglob("*") if path.is_file()]
 
 
-def test_a_release_that_somebody_edited_is_published_again(repository, plans):
-    """As `refinery verify` says, also where the file's size is what it was."""
-    first = publish(plans[0], repository, UNASKED).release
-    name = max(first.files, key=lambda name: first.files[name].size_bytes)
-    time.sleep(1.1)  # stores tell seconds
-    data = (repository / name).read_bytes()
-    (repository / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    assert publish(plans[0], repository, UNASKED).release.number == 2
+def age(repository, request):
+    """Let all that is there have been written a day before it was."""
+    if isinstance(repository, RemotePath):
+        request.getfixturevalue("s3").age(repository, 1)
+        return
+    for path in [repository, *repository.rglob("*")]:
+        when = path.stat().st_mtime - 86400
+        os.utime(path, (when, when))
+
+
+def test_a_release_that_somebody_edited_is_published_again(repository, plans, small, request):
+    """Whatever `refinery verify` says so of; also where the file's size is what it was."""
+    for number, what in enumerate(("a file", "its pointer", "one more"), start=1):
+        assert publish(plans[0], repository, UNASKED).release.number == number
+        age(repository, request)
+        name = f"tiny__r{number}__pipeline/1/model.onnx" if what == "a file" else f"tiny/{number}/{CONFIG}"
+        data = (repository / name).read_bytes()
+        if what == "one more":
+            name = f"tiny__r{number}__pipeline/1/notes.txt"
+        write_file(repository / name, bytes([data[0] ^ 1]) + data[1:])
+    assert publish(plans[0], repository, UNASKED).release.number == 4
     assert not publish(plans[0], repository, UNASKED).changed
 
 
-def test_a_copied_repository_is_not_taken_for_an_edited_one(tmp_path, plans):
-    repository = tmp_path / "models" / "cpu"
+def test_a_copied_repository_is_not_taken_for_an_edited_one(repository, plans, small, request):
+    """All of it is younger than its manifest by then; the bytes are what they were."""
     publish(plans[0], repository, UNASKED)
-    for path in (tmp_path / "models").rglob("*"):
-        os.utime(path)
+    age(repository / "tiny" / "1" / MANIFEST, request)
     assert not publish(plans[0], repository, UNASKED).changed

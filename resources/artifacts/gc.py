@@ -22,6 +22,7 @@ from typing import Protocol
 
 from resources.artifacts.records import Record
 from resources.artifacts.store import RECORD_FILE, STALE_STAGING_SECONDS, ArtifactStore
+from resources.errors import ArtifactError
 from resources.locks import file_lock
 
 DAY_SECONDS = 24 * 3600.0
@@ -87,12 +88,23 @@ class _Entry:
 
 
 def collect(store: ArtifactStore, wanted: Collection[str], *, used_since: float, dry_run: bool = False) -> Collected:
-    """Remove what is not needed.
+    """Remove what is not needed. Raises ArtifactError where that is not allowed, say; what had gone by then is gone.
 
     wanted: digests that somebody outside the store names. used_since: in seconds since the epoch; what was used after
     that stays. It must be a day ago at least, since a step may take as long. dry_run: only say what would go.
     """
     assert_old_enough(used_since)
+    try:
+        return _collect(store, wanted, used_since, dry_run)
+    except OSError as error:
+        raise ArtifactError(
+            f"The artifact store {store.root} could not be cleaned up: {error.strerror or error} "
+            f"({error.filename or 'no file is named'}). Whoever does it has to be able to write in all of it. "
+            "Mend that and run again."
+        ) from error
+
+
+def _collect(store: ArtifactStore, wanted: Collection[str], used_since: float, dry_run: bool) -> Collected:
     entries = {entry.folder.name: entry for entry in _entries(store)}
     kept = reachable(entries, {*_current(store), *wanted}, used_since)
     done = Collected()

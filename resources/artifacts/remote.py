@@ -22,9 +22,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from resources.artifacts.records import Record, sha256_file
+from resources.artifacts.records import Record, StoredFile, sha256_file
 from resources.errors import ArtifactError, ReleaseError
-from resources.triton.storage import RemotePath
+from resources.triton.storage import RemotePath, stays_below
 
 R = TypeVar("R", bound=Record)
 _RECORD = "record.json"
@@ -55,24 +55,27 @@ class RemoteArtifacts:
             entry = _Entry(upload=upload, record=record.model_dump_json())
             (place / _RECORD).write_bytes(entry.model_dump_json().encode())
 
-    def pull(self, kind: type[R], digest: str, folder: Path) -> R | None:
+    def pull(self, kind: type[R], digest: str, folder: Path) -> tuple[R | None, tuple[str, ...]]:
         """The record of that digest, its files brought into the empty folder; None where there is none, or none that
-        this version reads, or a file is not what the record says.
+        this version reads. Or None, and the file that is not what the record says: the record is removed then, so that
+        who has a copy brings it there again, and who has none makes it.
         """
         place = self._place(kind.kind, digest)
         with clear_errors():
             try:
                 entry = _Entry.model_validate_json((place / _RECORD).read_bytes())
                 record = kind.model_validate_json(entry.record)
-                if record.digest != digest:  # folders are named by half of the digest
-                    return None
-                for name, file in record.files.items():
-                    (place / entry.upload / name).download(folder / name, file.size_bytes)
-                    if sha256_file(folder / name) != file.sha256:
-                        return None
             except (FileNotFoundError, ValidationError):
-                return None
-        return record
+                return None, ()
+            if record.digest != digest:  # folders are named by half of the digest
+                return None, ()
+            for name, file in record.files.items():
+                if not _fetched(place / entry.upload / name, folder, name, file):
+                    if upload_of(place) != entry.upload:  # another machine has just brought it again, or removed it
+                        return None, ()
+                    place.remove([_RECORD])
+                    return None, (name,)
+        return record, ()
 
     def has(self, record: Record) -> bool:
         """Whether an artifact of that digest is there; it was used then, and is not removed for a while."""
@@ -99,13 +102,6 @@ class RemoteArtifacts:
         with clear_errors():
             self._pointer(name).parent.remove([self._pointer(name).name])
 
-    def remove(self, record: Record) -> None:
-        """Take an artifact out: first its record, so that nobody finds it in pieces."""
-        place = self._place(record.kind, record.digest)
-        with clear_errors():
-            place.remove([_RECORD])
-            place.remove([name for name in place.sizes() if name != _RECORD])
-
     def _place(self, kind: str, digest: str) -> RemotePath:
         return self.root / kind / digest[:32]
 
@@ -119,6 +115,17 @@ def upload_of(place: RemotePath) -> str | None:
         return _Entry.model_validate_json((place / _RECORD).read_bytes()).upload
     except (FileNotFoundError, ValidationError):
         return None
+
+
+def _fetched(source: RemotePath, folder: Path, name: str, file: StoredFile) -> bool:
+    """Whether the file is in the folder now, byte for byte. Else it is not there, or not what was put there."""
+    if not stays_below(name):
+        return False
+    try:
+        source.download(folder / name, file.size_bytes)
+    except FileNotFoundError:
+        return False
+    return sha256_file(folder / name) == file.sha256
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from resources.artifacts.gc import Amount, Collected, assert_old_enough, digests_in, kinds, reachable
 from resources.artifacts.remote import RemoteArtifacts, clear_errors, upload_of
 from resources.artifacts.store import RECORD_FILE
-from resources.triton.storage import Listed, RemotePath
+from resources.triton.storage import LISTING_SECONDS, Listed, RemotePath
 
 
 @dataclass
@@ -54,7 +54,7 @@ def collect_remote(
     assert_old_enough(used_since)
     done = Collected()
     with clear_errors():
-        objects = remote.root.listing()
+        objects = remote.root.listing(timeout_s=LISTING_SECONDS)
         entries = _entries(remote.root, objects)
         whole = {name: entry for name, entry in entries.items() if entry.whole}
         kept = reachable(whole, {*_current(remote.root, objects), *wanted}, used_since)
@@ -109,6 +109,8 @@ def _leftovers(entry: _Entry, used_since: float) -> list[str]:
     if entry.whole and len(uploads) < 2:
         return []
     named = upload_of(entry.place) if entry.whole else None
+    if entry.whole and named is None:  # it has just gone, or only another version reads it
+        return []
     fresh = {name.partition("/")[0] for name, listed in entry.objects.items() if _time(listed) >= used_since}
     old = uploads - fresh - {named}
     return [name for name in entry.objects if name.partition("/")[0] in old]

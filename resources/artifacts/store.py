@@ -52,7 +52,7 @@ _VERIFIED_FILE = ".verified"
 @dataclass(frozen=True)
 class Made(Generic[R]):
     """A record, and whether it was there already. damaged: files of the one that was there before, for which it was
-    made again.
+    made again; or, where it was reused, brought here again by another machine's copy.
     """
 
     record: R
@@ -80,18 +80,23 @@ class ArtifactStore:
 
     def find(self, kind: type[R], digest: str) -> R | None:
         """The stored record, or None. An unreadable one (an older version's, say) and damage count as not there."""
-        found, _ = self.look(kind, digest)
+        return self._here_or_there(kind, digest)[0]
+
+    def _here_or_there(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
+        """The same, and the files for which what was there does not count."""
+        found, damaged = self.look(kind, digest)
         if self.remote is None or (found is not None and found.reusable):
-            return found
+            return found, damaged
         with file_lock(self.lock_of(kind.kind, digest)):
-            return self._newest(kind, digest)[0]
+            return self._newest(kind, digest)
 
     def _newest(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
         """What is here, or there: what failed here may have been made elsewhere since. The caller holds its lock."""
         found, damaged = self.look(kind, digest)
         if found is not None and found.reusable:
             return found, damaged
-        return self._pull(kind, digest) or found, damaged
+        pulled, damaged_there = self._pull(kind, digest)
+        return pulled or found, damaged or damaged_there
 
     def look(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
         """The record that is here; or None, and the files for which it counts as not there."""
@@ -149,13 +154,13 @@ class ArtifactStore:
             self._read.add((self.folder(record), json.dumps(self._verified(self.folder(record)))))
 
     def remove(self, record: Record) -> None:
-        """Take an artifact out of the store, whole, so that it is made anew when it is asked for again."""
+        """Take an artifact out of the store, whole, so that it is made anew when it is asked for again. What machines
+        share stays: it is brought here then, if every byte of it is what it was.
+        """
         folder = self.folder(record)
-        with file_lock(self.lock_of(record.kind, record.digest)), self.staging() as aside:
-            if self.remote is not None:
-                self.remote.remove(record)
-            with suppress(FileNotFoundError):
-                folder.rename(aside / folder.name)
+        lock = file_lock(self.lock_of(record.kind, record.digest))
+        with lock, self.staging() as aside, suppress(FileNotFoundError):
+            folder.rename(aside / folder.name)
 
     def get_or_make(
         self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R], *, light: bool = False
@@ -175,7 +180,7 @@ class ArtifactStore:
         with file_lock(self.lock_of(kind.kind, digest)):
             found, damaged = self._newest(kind, digest)
             if found is not None and found.reusable:
-                return Made(found, reused=True)
+                return Made(found, reused=True, damaged=damaged)
             with self.staging() as folder:
                 started = time.monotonic()
                 record = make(folder)
@@ -200,8 +205,13 @@ class ArtifactStore:
     def point(self, name: str, record: Record) -> None:
         """Remember the record as the newest that the named step made."""
         if self.remote is not None:
-            if not self.remote.has(record):  # it was made when the store did not answer, or its maker was killed
-                self.remote.push(record, self.folder(record))
+            if not self.remote.has(record):  # it was made when the store did not answer, or was found damaged there
+                stored, _ = self.look(type(record), record.digest)  # the caller's may have been given another name
+                if stored is None:
+                    raise ArtifactError(
+                        f"{name}: what was made is in {self.folder(record)} no more. Optimize again: it is made anew."
+                    )
+                self.remote.push(stored, self.folder(record))
             if self.pointed(name) != record.digest:
                 self.remote.point(name, json.dumps({"kind": record.kind, "digest": record.digest}))
         elif self.pointed(name) != record.digest:
@@ -217,15 +227,17 @@ class ArtifactStore:
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         digest = self.pointed(name)
-        record = self.find(kind, digest) if digest else None
-        if digest and record is None:
+        record, damaged = self._here_or_there(kind, digest) if digest else (None, ())
+        if digest and record is None and self.remote is None:
             with file_lock(self.lock_of(kind.kind, digest)):  # see resources.artifacts.gc: it may be put back just now
                 record, damaged = self.look(kind, digest)
-            if damaged:
-                raise ArtifactError(
-                    f"{name}: {', '.join(damaged)} in {self._folder(kind.kind, digest)} changed on the disk since it "
-                    "was made. Optimize again: it is made anew."
-                )
+        if record is None and damaged:
+            place = self._folder(kind.kind, digest)
+            where = f"{place}, or of what machines share in {self.remote.root}," if self.remote is not None else place
+            raise ArtifactError(
+                f"{name}: {', '.join(damaged)} in {where} changed on the disk since it was made. Optimize again: it is "
+                "made anew."
+            )
         if record is None:
             raise ArtifactError(
                 f"{name} has not been made yet, or its files are gone. Materialize it first: run the job "
@@ -256,16 +268,16 @@ class ArtifactStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _pull(self, kind: type[R], digest: str) -> R | None:
-        """What another machine has made, brought here whole."""
+    def _pull(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
+        """What another machine has made, brought here whole; or the files that are not what they were there."""
         if self.remote is None:
-            return None
+            return None, ()
         with self.staging() as folder:
-            record = self.remote.pull(kind, digest, folder)
+            record, damaged = self.remote.pull(kind, digest, folder)
             if record is not None:
                 (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
                 self._put(folder, self.folder(record))
-        return record
+        return record, damaged
 
     def _pointer(self, name: str) -> Path:
         return self.root / "current" / f"{name}.json"

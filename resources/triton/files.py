@@ -17,7 +17,7 @@ from resources.locks import file_lock
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
 from resources.triton.lease import PATIENCE_SECONDS, leased
 from resources.triton.release import Release
-from resources.triton.storage import Location, RefusedError, RemotePath, contents
+from resources.triton.storage import Location, RefusedError, RemotePath, contents, stays_below
 
 #: Beside the engine: the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
@@ -106,7 +106,7 @@ def _rank(name: str) -> int:
 def copy_tree(source: RemotePath, target: Path) -> None:
     """Download a whole folder; nothing where nothing is there. Raises ReleaseError for names that lead out of it."""
     for name, size_bytes in source.sizes().items():
-        if {"", ".", ".."} & set(name.split("/")):  # a store takes any name, and lint reads anybody's
+        if not stays_below(name):  # lint reads anybody's
             raise ReleaseError(f"{source}: {name!r} is no path of a repository. Remove it.")
         (source / name).download(target / name, size_bytes)
 

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from pydantic import ValidationError
 
+from resources.artifacts.gc import digests_in
 from resources.errors import ReleaseError
 from resources.triton.release import Release
-from resources.triton.storage import Location, RemotePath
+from resources.triton.storage import LISTING_SECONDS, Location, RemotePath
 
 CONFIG = "config.pbtxt"
 MANIFEST = "release.json"
@@ -126,30 +127,26 @@ def damaged_files(repository: Location, release: Release) -> list[str]:
 
 @_reading()
 def artifacts_of_releases(root: Location) -> set[str]:
-    """Digests of the artifacts that the releases of all repositories below the root were made of, those that wait for
-    their proof too. Raises ReleaseError where nobody can tell.
+    """Digests that the manifests of all repositories below the root name, those of releases that wait for their proof
+    too; those of the artifacts that they were made of are among them. Raises ReleaseError where nobody can tell.
     """
     found: set[str] = set()
-    for repository in _folders(root):
-        if repository.name == "unverified":
-            for target in _folders(repository):
-                found |= {digest for waiting in _folders(target) for digest in _artifacts_of(waiting)}
-        else:
-            found |= _artifacts_of(repository)
+    for manifest in _manifests(root):
+        with suppress(FileNotFoundError):  # somebody has just removed the release
+            # Not as a Release: it may be damaged, or of another version.
+            found |= digests_in(manifest.read_bytes())
     return found
 
 
-def _artifacts_of(repository: Location) -> set[str]:
-    models = [path.name for path in _folders(repository) if parse_internal(path.name) is None]
-    read = (
-        read_release(repository, model, number) for model in models for number in release_numbers(repository, model)
-    )
-    return {
-        digest
-        for release in read
-        if release is not None
-        for digest in (release.engine_digest, release.checkpoint_digest, release.lineage.get("refinery_champion", ""))
-    }
+def _manifests(root: Location) -> Iterator[Location]:
+    if isinstance(root, RemotePath):  # one question, where folders would be several for each
+        yield from (root / name for name in root.listing(timeout_s=LISTING_SECONDS) if name.endswith(f"/{MANIFEST}"))
+        return
+    waiting = (place for target in _folders(root / "unverified") for place in _folders(target))
+    for repository in (*_folders(root), *waiting):
+        for model in _folders(repository):
+            if parse_internal(model.name) is None:
+                yield from (model / str(number) / MANIFEST for number in release_numbers(repository, model.name))
 
 
 def _folders(place: Location) -> list[Location]:

@@ -8,10 +8,11 @@ them up, and moves the pointer where that was all that was missing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from resources.artifacts.records import sha256_file
 from resources.errors import ReleaseError, ServerError
@@ -145,13 +146,13 @@ def unchanged_release(
     waiting: the model's unverified release. provable: whether a server would prove the release.
     """
     digest = content_digest(plan)
-    found = [release for release in list_releases(repository, plan.model) if release.content_digest == digest]
-    same = [release.number for release in found if not _edited(repository, release)]
-    if same:
-        current = current_release(repository, plan.model)
+    same = [release.number for release in list_releases(repository, plan.model) if release.content_digest == digest]
+    current = current_release(repository, plan.model)
+    if same and current is not None:
         # An older one than what is pointed to: the champion of before is champion again, and is published again. A
-        # newer one: somebody rolled back, and that stays.
-        if current is not None and max(same) >= current.number:
+        # newer one: somebody rolled back, and that stays, whatever has become of the newer one.
+        rolled_back = max(same) > current.number
+        if rolled_back or (max(same) == current.number and not _edited(repository, current)):
             return Published(current, changed=False, current=current.content_digest == digest)
     if waiting is not None and waiting.content_digest == digest and not provable:
         return Published(waiting, changed=False, advice=_advice(repository, plan.model))
@@ -159,17 +160,39 @@ def unchanged_release(
 
 
 def _edited(repository: Location, release: Release) -> bool:
-    """Whether somebody changed a file of the release since: all are older than its manifest, and the bytes of those
-    that are not are read. In a store being younger is enough; where that is all, a release is made once too often.
+    """Whether the release is not what was published any more: resources.triton.verify.differences, but that bytes are
+    read only of files that are younger than the manifest, which was written last.
     """
-    if isinstance(repository, RemotePath):
-        place = repository / release.model / str(release.number)
-        written = place.listing()[MANIFEST].modified
-        there = (repository / name for name in internal_names(release))
-        return any(one.modified > written for folder in there for one in folder.listing().values())
-    manifest = (repository / release.model / str(release.number) / MANIFEST).stat().st_mtime_ns
-    younger = (name for name in release.files if (repository / name).stat().st_mtime_ns > manifest)
-    return any(sha256_file(repository / name) != release.files[name].sha256 for name in younger)
+    public, internals = f"{release.model}/{release.number}", internal_names(release)
+    manifest, pointer = f"{public}/{MANIFEST}", f"{public}/{CONFIG}"
+    published = {**release.files, **({pointer: release.pointer} if release.pointer is not None else {})}
+    there = _times(repository, [*internals, public])
+    if any(name not in published and name.split("/")[0] in internals for name in there):
+        return True
+    younger = (name for name in published if there[name] > there[manifest])
+    return any(_sha256(repository / name, published[name].size_bytes) != published[name].sha256 for name in younger)
+
+
+def _times(repository: Location, folders: Sequence[str]) -> dict[str, float]:
+    """When each file of the folders was written, in seconds by its disk's or store's own clock."""
+    found: dict[str, float] = {}
+    for folder in folders:
+        place = repository / folder
+        if isinstance(place, RemotePath):
+            found |= {f"{folder}/{name}": one.modified for name, one in place.listing().items()}
+        else:
+            paths = (path for path in place.rglob("*") if path.is_file())
+            found |= {f"{folder}/{path.relative_to(place).as_posix()}": path.stat().st_mtime for path in paths}
+    return found
+
+
+def _sha256(path: Location, size_bytes: int) -> str:
+    if not isinstance(path, RemotePath):
+        return sha256_file(path)
+    path.store.scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.store.scratch) as folder:
+        path.download(Path(folder) / path.name, size_bytes)
+        return sha256_file(Path(folder) / path.name)
 
 
 def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number: int) -> Published:

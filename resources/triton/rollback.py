@@ -64,7 +64,7 @@ def roll_back(repository: Location, model: str, settings: TritonSettings, *, to:
         before = current_number(repository, model)
         release = _target(repository, model, before, to)
         with on_this_machine(repository, release) as copy, Fleet(settings) as fleet:
-            require_unchanged(copy, release)
+            require_unchanged(copy, release, repository)
             fleet.require_ready()
             # Not finishing what a killed publisher began: that would go forward.
             fleet.retire(sweep(repository, finish=False))

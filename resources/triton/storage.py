@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: For one question or small file; a store that does not answer is said to be dead after about as long.
 ANSWER_SECONDS = 15.0
+#: For the names of all that lies below a place, however much: a thousand come at a time, some ten times a second.
+LISTING_SECONDS = 3600.0
 _CONNECT_SECONDS = 3.0
 #: Of whole uploads of gigabytes, how long one part may be waited for.
 _READ_SECONDS = 60.0
@@ -177,11 +179,14 @@ class RemotePath:
         """Bytes of every file below, by its path from here. One question, however many there are."""
         return {name: one.size_bytes for name, one in self.listing().items()}
 
-    def listing(self) -> dict[str, Listed]:
-        """The same, with what tells one content from another."""
+    def listing(self, *, timeout_s: float | None = None) -> dict[str, Listed]:
+        """The same, with what tells one content from another. timeout_s: of the whole answer; default: of any other
+        question's, enough for about a hundred thousand files.
+        """
         try:
             with self._asking("list") as (files, bound):
-                found = files.find(self.key, detail=True, **bound)
+                given = bound if timeout_s is None or not bound else {"timeout": timeout_s}
+                found = files.find(self.key, detail=True, **given)
         except FileNotFoundError:
             return {}
         # Some tools make an object of no bytes stand for a folder.
@@ -290,6 +295,11 @@ class RemotePath:
 
 
 Location = Path | RemotePath
+
+
+def stays_below(name: str) -> bool:
+    """Whether a file of that name lies below the folder that it is put into: a store takes any name."""
+    return not {"", ".", ".."} & set(name.split("/"))
 
 
 def _whole(files: AbstractFileSystem, size_bytes: int) -> dict[str, float]:

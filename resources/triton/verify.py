@@ -28,7 +28,7 @@ from resources.triton.layout import (
     pinned_number,
     read_release,
 )
-from resources.triton.pointer import current_problem, require_own_pointer
+from resources.triton.pointer import command, current_problem, require_own_pointer
 from resources.triton.release import Release, stored
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
@@ -83,7 +83,7 @@ def verify_release(
             raise ReleaseError(f"{model}: {current_problem(repository, model)}")
         release = find_release(repository, model, number or current or 0)
         with on_this_machine(repository, release, alone=alone) as copy:
-            require_unchanged(copy, release)
+            require_unchanged(copy, release, repository)
             if current == release.number:
                 require_own_pointer(repository, release)
             if release.flavour == "native" and settings.servers:
@@ -95,13 +95,18 @@ def verify_release(
             return release, "an embedded server"
 
 
-def require_unchanged(repository: Path, release: Release) -> None:
-    """Raise ReleaseError where the release is not what was published, naming the files."""
-    found = differences(repository, release)
+def require_unchanged(copy: Path, release: Release, repository: Location) -> None:
+    """Raise ReleaseError where the release is not what was published, naming the files. copy: the repository, or what
+    was downloaded of it.
+    """
+    found = differences(copy, release)
     if found:
+        # One that does not serve is not published again by itself: somebody may have rolled back to another.
+        serves = current_number(repository, release.model) == release.number
+        first = "" if serves else f"remove {repository / release.model / str(release.number)} and "
         raise ReleaseError(
             f"{release.model}: release {release.number} is not what was published: {' '.join(found[:5])} "
-            f"Choose another release, or publish again: refinery optimize {release.model}."
+            f"Choose another release, or {first}publish again: {command('optimize', repository, release.model)}."
         )
 
 

@@ -532,15 +532,20 @@ def test_what_a_person_deleted_in_mlflow_stops_no_run(tracker, tmp_path, what):
     assert write_all(fresh(tmp_path), "run-3", reports, champion=champion) == parent
 
 
-def test_a_store_that_was_removed_is_written_anew(tracker, tmp_path):
-    write_all(tracker, "run-1", REPORTS)
-    (tmp_path / "mlflow.db").unlink()
-    again = fresh(tmp_path)
-    assert again.report(champion_of(REPORTS)) is None
-    parent = write_all(again, "run-2", REPORTS)
-    client = store_client(tmp_path)
-    assert client.get_run(parent.run_id).info.status == "FINISHED"
-    assert len(client.search_runs([first_experiment(client)])) == 3
+def test_links_to_a_store_that_was_removed_do_not_count(tmp_path, monkeypatch):
+    """Neither before it is made again nor after. (One process would go on writing to the removed file.)"""
+    path = tmp_path / "mlflow.db"
+    made = SimpleNamespace(search_experiments=lambda max_results: path.touch())
+    monkeypatch.setattr("mlflow.MlflowClient", lambda uri: made)
+    store = TrackingStore(f"sqlite:///{path}", ui="", folder=tmp_path)
+    store.remember("name", RunLink("r", "/r"))
+    assert store.recall("name") is None
+    assert store.client is made
+    assert store.recall("name") is None
+    store.remember("name", RunLink("r", "/r"))
+    again = TrackingStore(f"sqlite:///{path}", ui="", folder=tmp_path)
+    assert again.client is made
+    assert again.recall("name") is not None
 
 
 def elsewhere(tmp_path):
@@ -549,13 +554,15 @@ def elsewhere(tmp_path):
 
 
 def test_an_unchanged_optimization_writes_nothing_on_another_machine_either(tracker, tmp_path):
-    failed = report("int8", status="failed", reason="killed")  # of the same digest as what is measured then
-    tracker.candidate("run-0", CHECKPOINT, engine("int8"), failed, [])
     parent = write_all(tracker, "run-1", REPORTS)
+    failed = report("int8", status="failed", reason="killed")  # of the same digest as what was measured
+    tracker.candidate("run-0", CHECKPOINT, engine("int8"), failed, [])
     client = store_client(tmp_path)
     before = {run.info.run_id for run in client.search_runs([first_experiment(client)])}
     other = elsewhere(tmp_path)
     write_all(other, "run-2", REPORTS)
+    found = other.candidate("run-2", CHECKPOINT, engine("int8"), REPORTS[1], [])
+    assert client.get_run(found.run_id).info.status == "FINISHED"
     assert {run.info.run_id for run in client.search_runs([first_experiment(client)])} == before
     # What is served is in the report, whoever published it.
     other.release(CHECKPOINT, champion_of(REPORTS), 4)

@@ -6,14 +6,14 @@ from resources.tracking import Tracker
 
 
 @dg.run_failure_sensor(
-    description="Closes the MLflow run of a Dagster run that was killed, which had no time to do it.",
+    description="Closes the MLflow runs that a failed Dagster run left open: one that was killed had no time to do it.",
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
 def close_tracking_of_killed_runs(context: dg.RunFailureSensorContext, tracker: dg.ResourceParam[Tracker]) -> None:
     run = context.dagster_run
-    if not context.get_step_failure_events():
-        message = context.failure_event.message or "the run failed outside its steps"
-        tracker.abandon(run.run_id, run.tags.get("dagster/partition", ""), message)
+    model = run.tags.get("dagster/partition")
+    if model is not None:  # else it optimized none
+        tracker.abandon(run.run_id, model, context.failure_event.message or "the run failed outside its steps")
 
 
 optimize = dg.define_asset_job(

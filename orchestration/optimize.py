@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from orchestration.settings import read_workspace, tracker_of
 from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
 from resources.engines import ENGINES
-from resources.errors import CatalogError
+from resources.errors import CatalogError, TrackingError
 from resources.triton.storage import parse_location
 from resources.workspace import Workspace
 
@@ -63,11 +64,12 @@ def optimize(options: Namespace) -> int:
         )
     if not result.success:
         messages = failures(result)
-        tracker_of(workspace).abandon(result.run_id, entry.name, " ".join(messages) or "interrupted")
-        if not messages:
-            raise KeyboardInterrupt
         for message in messages:
             print(f"refinery: {message}", file=sys.stderr)
+        with suppress(TrackingError):  # why the run failed is what people have to read, and nothing after it
+            tracker_of(workspace).abandon(result.run_id, entry.name, " ".join(messages) or "interrupted")
+        if not messages:
+            raise KeyboardInterrupt
         return 1
     for target in workspace.targets:
         _summarize(workspace, entry, target)

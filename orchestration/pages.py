@@ -20,17 +20,23 @@ from orchestration.sensors import SENSOR
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
 from resources.triton.launch import supervised
+from resources.workspace import Workspace
 
 _LOOPBACK = "127.0.0.1"
+_MLFLOW_UI = "REFINERY_MLFLOW_UI"
 _START_SECONDS = 120.0
 _STOP_SECONDS = 20.0
 
 
 def serve_pages(options: Namespace) -> int:
-    """Start both, print their addresses, and stop both when either ends or on Ctrl-C."""
+    """Start both, print their addresses, and stop both when either ends or on Ctrl-C. An MLflow server that runs
+    elsewhere is only named.
+    """
     workspace = read_workspace(os.environ)
-    for port, option in ((options.dagster_port, "--dagster-port"), (options.mlflow_port, "--mlflow-port")):
-        _require_free(port, option)
+    _require_free(options.dagster_port, "--dagster-port")
+    if not is_tracking_server(workspace):
+        _require_free(options.mlflow_port, "--mlflow-port")
+    os.environ.update(page_addresses(workspace, options.dagster_port, options.mlflow_port))
     prepare_instance(workspace)
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions("model", workspace.catalog().names)
@@ -41,15 +47,14 @@ def serve_pages(options: Namespace) -> int:
     workspace_file.write_text(WORKSPACE)
     dagster = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace_file), "-h", _LOOPBACK]
     mlflow = [sys.executable, "-m", "mlflow", "server", "--host", _LOOPBACK, "--workers", "1"]
-    commands = {
-        "dagster": [*dagster, "-p", str(options.dagster_port)],
-        "mlflow": [
+    commands = {"dagster": [*dagster, "-p", str(options.dagster_port)]}
+    if not is_tracking_server(workspace):
+        commands["mlflow"] = [
             *mlflow,
             *("--port", str(options.mlflow_port)),
             *("--backend-store-uri", workspace.mlflow_uri()),
             *("--default-artifact-root", (workspace.home / "tracking" / "artifacts").as_uri()),
-        ],
-    }
+        ]
     ports = {"dagster": options.dagster_port, "mlflow": options.mlflow_port}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):  # also when the terminal is closed
@@ -66,8 +71,10 @@ def serve_pages(options: Namespace) -> int:
         for name, process in processes.items():
             _await(name, process, ports[name], folder / f"{name}.log")
             print(f"{name:8} http://{_LOOPBACK}:{ports[name]}", flush=True)
+        if "mlflow" not in commands:
+            print(f"{'mlflow':8} {os.environ[_MLFLOW_UI]}", flush=True)
         print(f"What is new in the catalog is optimized, while the sensor {SENSOR} is on.", flush=True)
-        print("Ctrl-C stops both.", flush=True)
+        print("Ctrl-C stops them.", flush=True)
         while all(process.poll() is None for process in processes.values()):
             time.sleep(0.5)
         ended = [name for name, process in processes.items() if process.poll() is not None]
@@ -78,6 +85,22 @@ def serve_pages(options: Namespace) -> int:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave one of them
         _stop(list(processes.values()))
+
+
+def is_tracking_server(workspace: Workspace) -> bool:
+    """Whether MLflow runs elsewhere, with pages of its own."""
+    return workspace.mlflow_uri().startswith("http")
+
+
+def page_addresses(workspace: Workspace, dagster_port: int, mlflow_port: int) -> dict[str, str]:
+    """Where the pages are, as settings for the runs that are started there, so that each links to the other's pages. An
+    address that is set stays: it is where people come from.
+    """
+    server = workspace.mlflow_uri() if is_tracking_server(workspace) else f"http://{_LOOPBACK}:{mlflow_port}"
+    return {
+        "REFINERY_DAGSTER_UI": workspace.dagster_ui or f"http://{_LOOPBACK}:{dagster_port}",
+        _MLFLOW_UI: workspace.tracking_ui or server,
+    }
 
 
 def _require_free(port: int, option: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resources.artifacts.fingerprint import code_version, fingerprint
 from resources.artifacts.hashes import write_whole
@@ -19,6 +21,9 @@ from resources.artifacts.records import (
     ServingReport,
 )
 from resources.engines import BASELINE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Okabe and Ito's ("Color Universal Design", 2008), which the colour-blind can tell apart; of one target no two are
 #: alike.
@@ -37,6 +42,12 @@ _COLOURS = {
     "tensorrt_fp8": "#3d3d3d",
     "served": "#d55e00",
 }
+
+
+#: A bar's figures have to fit above it, and a page's width has to hold a row of bars; more shapes make more rows.
+_BAR_INCHES, _WIDEST_INCHES = 0.4, 12.0
+_LEGEND_COLUMNS = 4
+_LETTERS_AN_INCH = 11
 
 
 def colour_of(engine: str) -> str:
@@ -171,7 +182,7 @@ def load_plot(report: ServingReport, title: str) -> bytes:
     axes.margins(y=0.15)
     axes.set_xlabel("requests a second")
     axes.set_ylabel("latency, ms")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(wrapped(title, figure.get_figwidth()), fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -212,21 +223,48 @@ def latency_plot(reports: Sequence[BenchmarkReport], title: str, inaccurate: Col
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shapes = [timing.shape for timing in measured[0].timings]
-    inches = max(8.0, 1.0 + 0.4 * len(measured) * len(shapes))  # a bar's figures have to fit above it
-    figure = Figure(figsize=(inches, 3.6), dpi=110, layout="constrained")
+    # Reports may have the same shapes in another order.
+    shapes = list(dict.fromkeys(timing.shape for report in measured for timing in report.timings))
+    in_a_row = max(1, int((_WIDEST_INCHES - 1.0) / (_BAR_INCHES * len(measured))))
+    parts = [shapes[start : start + in_a_row] for start in range(0, len(shapes), in_a_row)]
+    inches = max(8.0, 1.0 + _BAR_INCHES * len(measured) * len(parts[0]))
+    # The legend stands below them all: above the bars of one part it would hide another's figures.
+    legend_lines = -(-len(measured) // _LEGEND_COLUMNS)
+    height = 3.4 * len(parts) + 0.25 * legend_lines
+    figure = Figure(figsize=(inches, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    panels = figure.subplots(len(parts), squeeze=False, sharey=True).flatten()
+    for axes, part in zip(panels, parts, strict=True):
+        _draw_bars(axes, part, measured, inaccurate)
+    panels[-1].set_xlabel("batch x tokens")
+    figure.suptitle(wrapped(title, inches), fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_bars(
+    axes: Axes, shapes: Sequence[str], measured: Sequence[BenchmarkReport], inaccurate: Collection[str]
+) -> None:
+    """One row of shapes, a bar for each engine that was measured there."""
+    from matplotlib.ticker import LogFormatter
+
     width = 0.8 / len(measured)
+    axes.set_yscale("log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(LogFormatter())  # 6, where the usual one has 6 x 10^0
     for number, report in enumerate(measured):
-        medians = [timing.candidate.p50_ms for timing in report.timings]
-        whiskers = [timing.candidate.p90_ms - timing.candidate.p50_ms for timing in report.timings]
-        places = [place + (number - (len(measured) - 1) / 2) * width for place in range(len(shapes))]
+        timings = [timing for timing in report.timings if timing.shape in shapes]
+        offset = (number - (len(measured) - 1) / 2) * width
+        places = [shapes.index(timing.shape) + offset for timing in timings]
+        whiskers = [timing.candidate.p90_ms - timing.candidate.p50_ms for timing in timings]
         axes.bar(
             places,
-            medians,
+            [timing.candidate.p50_ms for timing in timings],
             width * 0.92,
-            yerr=[[0.0] * len(shapes), whiskers],
+            yerr=[[0.0] * len(whiskers), whiskers],
             label=f"{report.engine} (not accurate)" if report.engine in inaccurate else report.engine,
             hatch="///" if report.engine in inaccurate else None,
             edgecolor="white",
@@ -234,22 +272,20 @@ def latency_plot(reports: Sequence[BenchmarkReport], title: str, inaccurate: Col
             color=colour_of(report.engine),
             error_kw={"elinewidth": 1, "capsize": 2},
         )
-        for place, timing in zip(places, report.timings, strict=True):
+        for place, timing in zip(places, timings, strict=True):
             text = milliseconds(timing.candidate.p50_ms)
             if report.engine != BASELINE:
                 text += f"\n{timing.speedup:.1f}×"
             axes.annotate(text, (place, timing.candidate.p90_ms), ha="center", va="bottom", fontsize=7)
-    axes.set_yscale("log")
     axes.margins(y=0.15)
     axes.set_xticks(range(len(shapes)), shapes)
-    axes.set_xlabel("batch x tokens")
     axes.set_ylabel("p50 latency, ms (to p90)")
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+
+
+def wrapped(title: str, inches: float) -> str:
+    """A title of ten points in lines that a figure of that width has room for: names of models and devices are long."""
+    return textwrap.fill(title, int(inches * _LETTERS_AN_INCH))
 
 
 def length_plot(lengths: LengthProfile, title: str) -> bytes:
@@ -270,7 +306,7 @@ def length_plot(lengths: LengthProfile, title: str) -> bytes:
             axes.annotate(f" {bucket}", (bucket, axes.get_ylim()[1]), ha="left", va="top", fontsize=7, color="#d55e00")
     axes.set_xlabel("tokens a row; dashed: what rows are padded to")
     axes.set_ylabel("rows")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(wrapped(title, figure.get_figwidth()), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

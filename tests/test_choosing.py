@@ -1,12 +1,18 @@
 """The champion is the best of the accurate engines by the catalog's objective, and every loser hears why."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 
 from resources.artifacts.records import Accuracy, BenchmarkReport, EvaluationSet, ShapeTiming
 from resources.engines import SERVED
 from resources.errors import NoChampionError
+from resources.evaluation.champion import Served, make_champion
 from resources.evaluation.choosing import EQUAL, contest, judge, margin, require_champion, score, tell
 from resources.evaluation.statistics import summarize
+from resources.triton import served
+from tests.conftest import entry_for
 
 
 def timing(speedup, *, shape="1x16", memory=100):
@@ -70,6 +76,37 @@ def test_what_serves_stays_unless_another_is_better_by_more_than_the_noise(chall
     assert "release 7 serves" in tell(met)
     # Without a release it is the best that counts, by however little.
     assert judge(reports, no_gates, "p50", 100)[0].engine == max(reports, key=lambda one: one.timings[0].speedup).engine
+
+
+def test_a_noisy_best_does_not_shield_what_serves_from_a_better_one():
+    reports = [unsteady("noisy", 2.4, 4.0, 6.0), unsteady("sure", 3.5, 3.5, 3.5), unsteady(SERVED, 3.0, 3.0, 3.0)]
+    verdicts = judge(reports, no_gates, "p50", 100, SERVED)
+    assert [one.engine for one in verdicts] == ["sure", "noisy", SERVED]
+    assert "noisy with 4.00 is not better than what serves by more than the noise" in verdicts[0].verdict
+    met = contest(reports, verdicts, "p50", SERVED, release=7)
+    assert (met.outcome, met.challenger) == ("replaced", "sure")
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        # Student's quantiles for one chance in forty, of tables: 4.303 with 2 degrees of freedom, 2.262 with 9.
+        ((1.0, math.e, math.e**2), math.exp(4.303 / 3**0.5)),
+        ((1.0, math.e) * 5, math.exp(2.262 * (10 / 4 / 9 / 10) ** 0.5)),
+        ((1.0, 1.0, 1.0), EQUAL),
+    ],
+)
+def test_few_windows_know_their_own_noise_badly(windows, expected):
+    assert margin(unsteady("a", *windows), unsteady("b", 1.0, 1.0, 1.0), "p50") == pytest.approx(expected, rel=0.02)
+
+
+def test_of_a_single_sample_no_noise_is_known():
+    once = timing(9.0).model_copy(
+        update={"window_speedups": (), "baseline": summarize([90.0], 1), "candidate": summarize([10.0], 1)}
+    )
+    lucky = report("new", 9.0).model_copy(update={"timings": (once,)})
+    reports = [lucky, unsteady(SERVED, 3.0, 3.0, 3.0)]
+    assert judge(reports, no_gates, "p50", 100, SERVED)[0].engine == SERVED
 
 
 def test_accuracy_comes_before_what_serves():
@@ -138,21 +175,52 @@ def test_objective_changes_the_winner():
     assert judge(reports, no_gates, "size", 100)[0].engine == "small"
 
 
-def test_an_engine_that_was_measured_after_all_is_judged_anew(workspace):
-    from resources.evaluation.champion import make_champion
-    from tests.conftest import entry_for
+EVALUATION = EvaluationSet(digest="e", model="tiny", items=1, rows=1, width=1, longest_tokens=1, tokenizer_checked=1)
 
-    entry = entry_for(
+
+def without_gates(workspace):
+    return entry_for(
         workspace.home, gates={"cosine_mean": 0.0, "cosine_worst": 0.0, "neighbours": 0.0, "norm_error": 9.0}
     )
-    evaluation = EvaluationSet(
-        digest="e", model=entry.name, items=1, rows=1, width=1, longest_tokens=1, tokenizer_checked=1
-    )
+
+
+def accurate(name, speed):
     metrics = {"cosine_mean": 1.0, "cosine_worst": 1.0, "neighbours": 1.0, "norm_error": 0.0}
-    accurate = Accuracy(metrics=metrics, gated=tuple(metrics), texts=1)
-    slow, fast = (
-        report(name, speed).model_copy(update={"accuracy": accurate}) for name, speed in (("slow", 2.0), ("fast", 3.0))
-    )
+    accuracy = Accuracy(metrics=metrics, gated=tuple(metrics), texts=1)
+    return report(name, speed).model_copy(update={"accuracy": accuracy})
+
+
+def test_what_serves_and_was_not_measured_is_not_replaced_in_silence(workspace):
+    entry, seven = without_gates(workspace), Served(release=7, engine_digest=SERVED)
+    new, broken = accurate("new", 2.0), report(SERVED, status="failed", reason="killed")
+    for reports in ([new, broken], [new]):  # its benchmark failed, or was not part of the run
+        record = make_champion(workspace, entry, "cpu", reports, EVALUATION, seven).record
+        assert record.contest.outcome == "unmeasured"
+        assert "release 7 serves could not be measured again" in record.reason
+
+
+def test_what_serves_and_is_not_in_the_store_any_more_is_a_rival_all_the_same(workspace, monkeypatch):
+    release = SimpleNamespace(number=7, checkpoint_digest="c", engine_digest="gone", engine="int8")
+    monkeypatch.setattr(served, "current_release", lambda repository, model: release)
+    incumbent = served.find_incumbent(workspace, "tiny", "cpu", SimpleNamespace(digest="c"), [])
+    assert (incumbent.served, incumbent.engine) == (Served(7, "gone"), None)
+
+
+def test_the_run_after_a_replacement_has_the_same_champion(workspace):
+    entry = without_gates(workspace)
+    new, old = accurate("new", 5.0), accurate(SERVED, 2.0)
+    first = make_champion(workspace, entry, "cpu", [new, old], EVALUATION, Served(1, SERVED))
+    assert first.record.contest.outcome == "replaced"
+    again = make_champion(workspace, entry, "cpu", [new], EVALUATION, Served(2, "new"))
+    assert (again.reused, again.record.digest) == (True, first.record.digest)
+    # What stays is another choice each time that it is challenged.
+    stays = make_champion(workspace, entry, "cpu", [accurate("new", 1.0), old], EVALUATION, Served(1, SERVED))
+    assert stays.record.contest.outcome == "slower"
+
+
+def test_an_engine_that_was_measured_after_all_is_judged_anew(workspace):
+    entry, evaluation = without_gates(workspace), EVALUATION
+    slow, fast = accurate("slow", 2.0), accurate("fast", 3.0)
     killed = report("fast", status="failed", reason="killed")
     assert killed.digest == fast.digest
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from orchestration.cli import main
+from orchestration.pages import page_addresses
 from orchestration.sensors import SENSOR
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
@@ -281,6 +283,21 @@ def test_ui_refuses_a_port_in_use(empty):
     assert code == 1
     assert f"Port {port}" in err
     assert "--dagster-port" in err
+
+
+@pytest.mark.parametrize(
+    ("fields", "dagster", "mlflow"),
+    [
+        ({}, "http://127.0.0.1:3001", "http://127.0.0.1:5001"),
+        ({"tracking_uri": "http://mlflow:5000"}, "http://127.0.0.1:3001", "http://mlflow:5000"),
+        ({"dagster_ui": "https://d", "tracking_ui": "https://m"}, "https://d", "https://m"),
+    ],
+)
+def test_runs_that_the_pages_start_know_where_the_pages_are(empty, fields, dagster, mlflow):
+    assert page_addresses(replace(empty, **fields), 3001, 5001) == {
+        "REFINERY_DAGSTER_UI": dagster,
+        "REFINERY_MLFLOW_UI": mlflow,
+    }
 
 
 def test_ui_serves_both_pages_and_watches_sources_until_terminated(empty, tmp_path, made_checkpoint):

@@ -332,7 +332,7 @@ class Closed(list):
 
 
 def test_the_mlflow_run_of_a_killed_run_is_closed(home):
-    """The hook that closes it where a step fails had no process to run in."""
+    """What closes it where a step fails had no process to run in, or is not part of that step."""
 
     def tell(event, run):
         closed = Closed()
@@ -351,7 +351,8 @@ def test_the_mlflow_run_of_a_killed_run_is_closed(home):
         assert tell(event, killed) == [(killed.run_id, "tiny", "its process is gone")]
         job = dg.GraphDefinition(name="all", node_defs=[failing]).to_job()
         result = job.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
-        assert tell(result.get_run_failure_event(), result.dagster_run) == []
+        # What the failed step wrote to is closed; the run may have been killed, or another target's steps not begun.
+        assert [run for run, _, _ in tell(result.get_run_failure_event(), result.dagster_run)] == [result.run_id]
 
 
 def test_the_sensor_runs_without_being_asked(workspace):

@@ -264,6 +264,11 @@ def test_what_serves_is_measured_again_beside_what_is_built_anew(made_checkpoint
     assert fifth.success, fifth.messages
     assert current_release(begun.repository("cpu"), "tiny").engine_digest == after.digest
     assert begun.store.current(Champion, "champion/cpu/tiny").contest.outcome == "replaced"
+    # After that nothing is new, though what was beaten serves no more.
+    sixth = run_job(begun, "tiny")
+    reused = {name: sixth.metadata(*name.split("/"))["reused"] for name in sixth.materialized()}
+    assert reused == dict.fromkeys(reused, True)
+    assert sixth.metadata("champion", "cpu")["digest"] == fifth.metadata("champion", "cpu")["digest"]
 
 
 def test_a_checkpoint_that_answers_nan_is_refused(own_checkpoint, ready):

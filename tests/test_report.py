@@ -10,7 +10,8 @@ from resources.report.changes import changes
 from resources.report.optimization import Before, Changes, Gate
 from resources.report.page import page, render
 from resources.report.pareto import Point, front, pareto_figure
-from tests.test_choosing import report, unsteady
+from resources.reporting import latency_plot
+from tests.test_choosing import report, timing, unsteady
 from tests.test_tracking import champion_of, optimization
 
 GATES = (Gate(name="cosine_mean", bound="least", limit=0.995), Gate(name="norm_error", bound="most", limit=0.1))
@@ -42,7 +43,7 @@ BEFORE = optimized(
     ("now", "meaning"),
     [
         (unsteady("int8", 3.1, 3.1, 3.1), "within the noise, a factor of 1.05"),  # measured well, but seldom
-        (unsteady("int8", 3.0, 4.0, 5.3), "within the noise, a factor of 1.39"),  # it differs from itself as much
+        (unsteady("int8", 3.0, 4.0, 5.3), "within the noise, a factor of 2.02"),  # it differs from itself as much
         (unsteady("int8", 4.5, 4.5, 4.5), "1.50 times, more than the noise, a factor of 1.05"),
         (unsteady("int8", 2.0, 2.0, 2.0), "0.67 times, more than the noise, a factor of 1.05"),
     ],
@@ -77,6 +78,12 @@ def test_what_was_given_is_compared_and_only_differences_are_told():
     assert rows["int8"][4] == "cosine_mean 0.9980 → 0.9965"
     assert rows["fresh"][1:4] == ("–", "9.00", "new")
     assert changes(BEFORE, BEFORE).inputs == ()
+    # Of one revision, other requests are another evaluation set, be they as many.
+    asked = BEFORE.champion.model_copy(update={"evaluation_digest": "other requests"})
+    assert changes(BEFORE, BEFORE.model_copy(update={"champion": asked, "task": "classification"})).inputs == (
+        ("task", "embedding", "classification"),
+        ("evaluation set", "evaluation", "other reques"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,6 +114,64 @@ def test_an_engine_far_from_its_gate_does_not_hide_the_others():
     assert list(drawn["beaten by none"].get_ydata()) == pytest.approx([1.0, 2.0, 5.0, 5.0])
     # Errors run backwards, so that better is to the right there too.
     assert error.get_xlim()[0] > error.get_xlim()[1]
+
+
+def test_a_metric_that_no_engine_has_costs_its_panel_alone():
+    nan = float("nan")
+    figure = pareto_figure(optimized(accurate(report("torch", 1.0), error=nan), accurate(report("a", 2.0), error=nan)))
+    cosine, error = figure.axes
+    assert (len(cosine.lines), len(error.lines)) == (4, 1)  # the gate's line alone
+    figure.canvas.draw()
+
+
+def test_an_engine_has_one_marker_in_every_panel():
+    whole = optimized(
+        accurate(report("torch", 1.0)),
+        accurate(report("broken", 5.0), float("nan")),
+        accurate(report("good", 2.0)),
+    )
+    markers = [
+        next(line.get_marker() for line in axes.lines if line.get_label().startswith("good"))
+        for axes in pareto_figure(whole).axes
+    ]
+    assert len(set(markers)) == 1
+
+
+def test_bars_stand_at_their_shape_in_whatever_order_it_was_measured(monkeypatch):
+    from matplotlib.axes import Axes
+
+    places = {}
+    bar = Axes.bar
+    monkeypatch.setattr(
+        Axes, "bar", lambda axes, at, *rest, label, **how: places.update({label: at}) or bar(axes, at, *rest, **how)
+    )
+    one, other = report("torch", 1.0, 1.0), report("int8", 2.0, 2.0)
+    there = [timing(1.0, shape="1x16"), timing(1.0, shape="8x128")]
+    one, other = (
+        item.model_copy(update={"timings": tuple(timings)}) for item, timings in ((one, there), (other, there[::-1]))
+    )
+    assert latency_plot([one, other], "title")
+    assert [round(place) for place in places["torch"]] == [0, 1]
+    assert [round(place) for place in places["int8"]] == [1, 0]
+
+
+def test_many_engines_and_long_names_stay_in_the_picture():
+    """No wider than a page, and with all of the title and of the legend in it."""
+    engines = [f"engine_{number}_of_a_long_name" for number in range(12)]
+    shapes = [f"{batch}x{tokens}" for batch in (1, 2, 4, 8, 16) for tokens in (16, 64, 128, 512)]
+    reports = [
+        report(name).model_copy(update={"timings": tuple(timing(2.0, shape=shape) for shape in shapes)})
+        for name in engines
+    ]
+    png = latency_plot(reports, "a title")
+    width, height = (int.from_bytes(png[start : start + 4], "big") for start in (16, 20))
+    assert width < 1400 < height
+    whole = optimized(accurate(report("torch", 1.0)), accurate(report("good", 2.0), 0.999), device="a device " * 20)
+    figure = pareto_figure(whole)
+    figure.canvas.draw()
+    title, (legend,) = figure.get_suptitle(), figure.legends
+    assert max(map(len, title.split("\n"))) < 100
+    assert figure._suptitle.get_window_extent().x1 < legend.get_window_extent().x0
 
 
 def test_nothing_to_draw_is_no_picture():

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import dagster as dg
 import pytest
 
+from assets.materialization import closing_tracking
 from resources.artifacts.records import (
     Champion,
     Checkpoint,
@@ -15,10 +18,11 @@ from resources.artifacts.records import (
     Usage,
     UsageSample,
 )
-from resources.errors import TrackingError
+from resources.errors import NoChampionError, TrackingError
 from resources.evaluation.choosing import judge
 from resources.report.optimization import Gate, OptimizationReport
-from resources.tracking import Tracker
+from resources.tracking import RunLink, Tracker
+from resources.tracking.store import TrackingStore
 from resources.tracking.system_metrics import system_metrics
 from tests.pipeline import empty_tracking_store
 from tests.test_choosing import no_gates, report
@@ -427,7 +431,7 @@ def test_mlflow_and_dagster_lead_to_each_other(tracker, tmp_path):
     assert "[registered as version 1](http://127.0.0.1:5000/#/models/m/versions/1)" in note
     # Without an address of Dagster's pages, its id.
     other = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="", folder=tmp_path / "elsewhere")
-    child = client.get_run(other.candidate("run-2", CHECKPOINT, engine("int8"), report("int8", 2.0), []).run_id)
+    child = client.get_run(other.candidate("run-2", CHECKPOINT, engine("fp16"), report("fp16", 2.0), []).run_id)
     assert "refinery.dagster_url" not in child.data.tags
     assert child.data.tags["mlflow.note.content"].endswith("Dagster run run-2")
 
@@ -451,8 +455,174 @@ def test_each_target_has_a_parent_of_its_own(tracker, tmp_path):
     assert mlflow_json(client, gpu.run_id, "report.json")["before"] is None
     tracker.abandon("run-1", "m", "no server proves it", "cuda_sm90")
     assert [client.get_run(one.run_id).info.status for one in (cpu, gpu)] == ["FINISHED", "FAILED"]
+    # Nor does the run's end as a whole say anything of a target that has its champion.
+    tracker.abandon("run-1", "m", "a step of cuda_sm90 failed")
+    assert client.get_run(cpu.run_id).info.status == "FINISHED"
+    assert "no server proves it" in client.get_run(gpu.run_id).data.tags["mlflow.note.content"]
+
+
+def store_client(tmp_path):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+REPORTS = [report("torch", 1.0), report("int8", 2.0)]
+
+
+def test_what_could_not_be_released_is_as_good_as_any_once_it_was(tracker, tmp_path):
+    parent = write_all(tracker, "run-1", REPORTS)
+    tracker.abandon("run-1", "m", "no server proves it", "cpu")
+    client = store_client(tmp_path)
+    assert client.get_run(parent.run_id).info.status == "FAILED"
+    assert write_all(fresh(tmp_path), "run-2", REPORTS) == parent
+    run = client.get_run(parent.run_id)
+    assert run.info.status == "FINISHED"
+    assert "no server" not in run.data.tags["mlflow.note.content"]
+    # It is the one that the next is compared with; and a step of the repeated run that fails is its failure again.
+    champion = champion_of(REPORTS).model_copy(update={"digest": "later"})
+    later = write_all(tracker, "run-3", measured_again(REPORTS, 3.0), LATER, champion=champion)
+    assert mlflow_json(client, later.run_id, "report.json")["before"]["run_id"] == parent.run_id
+    tracker.abandon("run-2", "m", "and again", "cpu")
+    assert client.get_run(parent.run_id).info.status == "FAILED"
+
+
+def test_a_run_that_ended_before_it_chose_is_taken_over_by_the_next(tracker, tmp_path):
+    """All is measured; the next run measures nothing, and has a parent with a report all the same."""
+    for item in REPORTS:
+        tracker.candidate("run-1", CHECKPOINT, engine(item.engine), item, [])
+    client = store_client(tmp_path)
+    experiment = first_experiment(client)
+    (begun,) = client.search_runs([experiment], "tags.`refinery.parent` = 'true'")
+    half = client.create_run(experiment, tags={"mlflow.parentRunId": begun.info.run_id})
     tracker.abandon("run-1", "m", "killed")
-    assert client.get_run(cpu.run_id).info.status == "FAILED"
+    assert client.get_run(begun.info.run_id).info.status == "FAILED"
+    assert client.get_run(half.info.run_id).info.status == "KILLED"
+    parent = write_all(fresh(tmp_path), "run-2", REPORTS)
+    assert parent.run_id == begun.info.run_id
+    run = client.get_run(parent.run_id)
+    assert (run.info.status, run.data.tags["refinery.dagster_run"]) == ("FINISHED", "run-2")
+    assert artifact(client, parent.run_id, "report.html")
+
+
+@pytest.mark.parametrize("what", ["runs", "experiment"])
+def test_what_a_person_deleted_in_mlflow_stops_no_run(tracker, tmp_path, what):
+    first = write_all(tracker, "run-1", REPORTS)
+    tracker.abandon("run-1", "m", "no server proves it", "cpu")
+    client = store_client(tmp_path)
+    experiment = first_experiment(client)
+    if what == "runs":
+        for run in client.search_runs([experiment]):
+            client.delete_run(run.info.run_id)
+    else:
+        client.delete_experiment(experiment)
+    other = fresh(tmp_path)
+    reports = [*REPORTS, report("fp16", 3.0)]
+    champion = champion_of(reports).model_copy(update={"digest": "another"})
+    parent = write_all(other, "run-2", reports, champion=champion)
+    assert parent.run_id != first.run_id
+    other.release(CHECKPOINT, champion, 2)
+    version = client.get_model_version_by_alias("m", "champion-cpu")
+    assert client.get_run(version.run_id).info.lifecycle_stage == "active"
+    assert set(other.release_runs("m", "cpu")) == {2}
+    # And where the winner's own run is gone, its release is published all the same.
+    client.delete_run(version.run_id)
+    other.release(CHECKPOINT, champion, 3)
+    assert other.release_runs("m", "cpu") == {}
+    assert write_all(fresh(tmp_path), "run-3", reports, champion=champion) == parent
+
+
+def test_links_to_a_store_that_was_removed_do_not_count(tmp_path, monkeypatch):
+    """Neither before it is made again nor after. (One process would go on writing to the removed file.)"""
+    path = tmp_path / "mlflow.db"
+    made = SimpleNamespace(search_experiments=lambda max_results: path.touch())
+    monkeypatch.setattr("mlflow.MlflowClient", lambda uri: made)
+    store = TrackingStore(f"sqlite:///{path}", ui="", folder=tmp_path)
+    store.remember("name", RunLink("r", "/r"))
+    assert store.recall("name") is None
+    assert store.client is made
+    assert store.recall("name") is None
+    store.remember("name", RunLink("r", "/r"))
+    again = TrackingStore(f"sqlite:///{path}", ui="", folder=tmp_path)
+    assert again.client is made
+    assert again.recall("name") is not None
+
+
+def elsewhere(tmp_path):
+    """The same store, as another machine sees it: it remembers nothing."""
+    return Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="http://127.0.0.1:5000", folder=tmp_path / "elsewhere")
+
+
+def test_an_unchanged_optimization_writes_nothing_on_another_machine_either(tracker, tmp_path):
+    parent = write_all(tracker, "run-1", REPORTS)
+    failed = report("int8", status="failed", reason="killed")  # of the same digest as what was measured
+    tracker.candidate("run-0", CHECKPOINT, engine("int8"), failed, [])
+    client = store_client(tmp_path)
+    before = {run.info.run_id for run in client.search_runs([first_experiment(client)])}
+    other = elsewhere(tmp_path)
+    write_all(other, "run-2", REPORTS)
+    found = other.candidate("run-2", CHECKPOINT, engine("int8"), REPORTS[1], [])
+    assert client.get_run(found.run_id).info.status == "FINISHED"
+    assert {run.info.run_id for run in client.search_runs([first_experiment(client)])} == before
+    # What is served is in the report, whoever published it.
+    other.release(CHECKPOINT, champion_of(REPORTS), 4)
+    assert mlflow_json(client, parent.run_id, "report.json")["release"] == 4
+
+
+def test_two_machines_that_begin_at_once_have_one_parent(tracker, tmp_path, monkeypatch):
+    other = elsewhere(tmp_path)
+    tracker.candidate("run-1", CHECKPOINT, engine("torch"), REPORTS[0], [])
+    with monkeypatch.context() as blind:
+        blind.setattr(other, "_find_parent", lambda *about: None)
+        other.candidate("run-1", CHECKPOINT, engine("int8"), REPORTS[1], [])
+    parent = tracker.champion("run-1", optimization("run-1", REPORTS), {})
+    client = store_client(tmp_path)
+    runs = client.search_runs([first_experiment(client)])
+    assert [run.info.run_id for run in runs if "refinery.parent" in run.data.tags] == [parent.run_id]
+    assert [run.data.tags["mlflow.parentRunId"] for run in runs if "refinery.parent" not in run.data.tags] == [
+        parent.run_id
+    ] * 2
+
+
+def test_two_targets_may_make_experiment_and_model_at_once(tracker, tmp_path, monkeypatch):
+    write_all(tracker, "run-1", REPORTS)
+    late = fresh(tmp_path)
+    client = late._store.client
+    answers = [None, client.get_experiment_by_name("m")]
+    monkeypatch.setattr(client, "get_experiment_by_name", lambda name: answers.pop(0))
+    assert late._store.experiment("m") == first_experiment(store_client(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(client, "search_registered_models", lambda query: [])
+    champion = champion_of(REPORTS).model_copy(update={"target": "cuda_sm90", "digest": "there"})
+    late.champion("run-2", optimization("run-2", REPORTS, champion, target="cuda_sm90"), {})
+    assert client.get_model_version_by_alias("m", "champion-cuda_sm90")
+
+
+def test_a_password_is_in_no_message_and_no_file(tmp_path):
+    from mlflow.exceptions import MlflowException
+
+    store = TrackingStore("postgresql://refinery:secret@db:5432/mlflow", ui="", folder=tmp_path)
+    store.remember("name", RunLink("r", "/r"))
+    assert store.recall("name") is not None
+    with pytest.raises(TrackingError, match="postgresql://db:5432/mlflow") as raised, store.clear_errors():
+        raise MlflowException("no answer")
+    assert "secret" not in str(raised.value) + (tmp_path / "links" / "name.json").read_text()
+
+
+def test_mlflow_that_does_not_answer_does_not_hide_why_a_step_failed():
+    class Gone:
+        def abandon(self, *about):
+            raise TrackingError("MLflow cannot be written")
+
+    @closing_tracking
+    def step(context, tracker):
+        raise NoChampionError("no engine is accurate enough")
+
+    context = SimpleNamespace(
+        asset_key=dg.AssetKey(["champion", "cpu"]), run=SimpleNamespace(run_id="r"), partition_key="m"
+    )
+    with pytest.raises(NoChampionError):
+        step(context, tracker=Gone())
 
 
 def seen(node, *times, **values):

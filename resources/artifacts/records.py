@@ -350,7 +350,7 @@ class Contest(BaseModel):
     """What serves, measured again, against the best of what was built anew.
 
     margin: the factor by which scores have to differ; within it they are equal. challenger: None where nothing new is
-    accurate. served_score: None where what serves is not accurate any more.
+    accurate. served_score: None where what serves is not accurate any more, or was not measured.
     """
 
     model_config = _CONFIG
@@ -360,7 +360,7 @@ class Contest(BaseModel):
     challenger: str | None
     challenger_score: float | None
     margin: float
-    outcome: Literal["replaced", "equal", "slower", "inaccurate"]
+    outcome: Literal["replaced", "equal", "slower", "inaccurate", "unmeasured"]
 
 
 class Champion(Record):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions
-from resources.artifacts.records import BenchmarkReport, Champion, EvaluationSet
+from resources.artifacts.records import BenchmarkReport, Champion, Contest, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.engines import BASELINE, SERVED
 from resources.evaluation.benchmark import missed_gates
-from resources.evaluation.choosing import OBJECTIVES, contest, judge, require_champion, tell
+from resources.evaluation.choosing import EQUAL, OBJECTIVES, contest, judge, require_champion, tell
 from resources.tasks import TASKS
 from resources.workspace import Workspace
 
@@ -59,7 +59,8 @@ def make_champion(
 
     Gates are applied here and not when measuring, so that a changed gate costs no new benchmark. All reports are on
     that evaluation set, at the same shapes and on the same machine. served: what serves the same checkpoint now stays,
-    if it is accurate, unless another is better by more than the noise.
+    if it is accurate, unless another is better by more than the noise. Where no report measured it, the best of the
+    others replaces it, and the record's contest says so.
     """
     sizes = [report.engine_size_bytes for report in reports if report.engine == BASELINE]
     # Measured again under its own name, or one of the candidates.
@@ -75,9 +76,21 @@ def make_champion(
     best = require_champion(entry.name, target, verdicts)
     chosen = next(report for report in reports if report.engine == best.engine)
     met = None
+    if served is not None and serving is None:
+        met = Contest(
+            release=served.release,
+            engine=SERVED,
+            served_score=None,
+            challenger=best.engine,
+            challenger_score=best.score,
+            margin=EQUAL,
+            outcome="unmeasured",
+        )
     # A candidate that serves and is the best has nobody to be compared with: an unchanged run has the same champion.
-    if served is not None and serving is not None and (serving == SERVED or serving != best.engine):
+    elif served is not None and serving is not None and (serving == SERVED or serving != best.engine):
         met = contest(reports, verdicts, entry.objective, serving, served.release)
+    # What was beaten serves no more when the same candidates are judged again, and that is the same champion.
+    stays = best.engine == SERVED
     made_of = Fingerprint.of(
         "champion",
         # What was measured, and not only what it was measured of: one that failed is measured again.
@@ -87,11 +100,12 @@ def make_champion(
             if report.status == "measured"
             else f"{report.engine_digest} {report.status}"
             for report in reports
+            if stays or report.engine != SERVED
         },
         evaluation=evaluation.digest,
         gates=entry.accuracy_gates().model_dump(),
         objective=entry.objective,
-        **({"contest": met.model_dump()} if met is not None else {}),
+        **({"contest": met.model_dump()} if met is not None and stays else {}),
         code=code_versions(*CODE),
     )
 

@@ -23,8 +23,11 @@ OBJECTIVES: dict[Objective, str] = {
 #: Two scores within this factor are equal, however well each was measured: the same engine, measured again minutes
 #: later on a shared machine, differs by as much. It is the factor within which windows of one benchmark agree.
 EQUAL = AGREEMENT
-#: Standard errors that scores have to lie apart: about one chance in forty that a challenger seems better and is not.
-_ERRORS = 2.0
+#: Quantile of the normal distribution by which scores have to lie apart: one chance in forty that a challenger seems
+#: better and is not. Few windows know their own spread badly: see `_student`.
+_QUANTILE = 1.96
+#: No two engines differ by as much: what is said of the noise where nothing is known of it, as of a single sample.
+_UNKNOWN = 100.0
 
 
 def score(report: BenchmarkReport, objective: Objective, baseline_size_bytes: int) -> float:
@@ -45,23 +48,47 @@ def score(report: BenchmarkReport, objective: Objective, baseline_size_bytes: in
 
 def margin(one: BenchmarkReport, other: BenchmarkReport, objective: Objective) -> float:
     """The factor by which the scores of two measured reports have to differ before one of them is better."""
-    error = math.hypot(_error(one, objective), _error(other, objective))
-    return max(EQUAL, math.exp(_ERRORS * error))
+    if objective in ("memory", "size"):  # what is counted in bytes has no noise
+        return EQUAL
+    parts = [
+        (variance / len(report.timings) ** 2, freedom)
+        for report in (one, other)
+        for variance, freedom in map(_variance, report.timings)
+    ]
+    if any(freedom < 1 for _, freedom in parts):
+        return _UNKNOWN
+    variance = sum(part for part, _ in parts)
+    if variance == 0.0:
+        return EQUAL
+    # Welch and Satterthwaite: the degrees of freedom of a sum of variances that are estimated each for itself.
+    freedom = variance**2 / sum(part**2 / own for part, own in parts)
+    # Before the exponential, which would overflow.
+    return max(EQUAL, math.exp(min(math.log(_UNKNOWN), _student(freedom) * math.sqrt(variance))))
 
 
-def _error(report: BenchmarkReport, objective: Objective) -> float:
-    """Standard error of the logarithm of a score by latency; what is counted in bytes has none."""
-    if objective in ("memory", "size"):
-        return 0.0
-    return math.sqrt(sum(_variance(timing) for timing in report.timings)) / len(report.timings)
-
-
-def _variance(timing: ShapeTiming) -> float:
-    """Of the logarithm of one shape's ratio: by its windows, or, where there is but one, by its samples."""
+def _variance(timing: ShapeTiming) -> tuple[float, int]:
+    """Of the logarithm of one shape's ratio, and its degrees of freedom: by its windows, or, where there is but one, by
+    its samples.
+    """
     if len(timing.window_speedups) > 1:
         logarithms = [math.log(ratio) for ratio in timing.window_speedups]
-        return statistics.variance(logarithms) / len(logarithms)
-    return sum((side.std_ms / side.mean_ms) ** 2 / side.count for side in (timing.baseline, timing.candidate))
+        return statistics.variance(logarithms) / len(logarithms), len(logarithms) - 1
+    sides = (timing.baseline, timing.candidate)
+    return sum((side.std_ms / side.mean_ms) ** 2 / side.count for side in sides), sides[0].count - 1
+
+
+def _student(freedom: float) -> float:
+    """Student's quantile for `_QUANTILE`, by its expansion in 1 / freedom (Abramowitz and Stegun, 26.7.5): from two
+    degrees of freedom on it is right to one percent.
+    """
+    z = _QUANTILE
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def judge(
@@ -74,7 +101,8 @@ def judge(
     """One verdict a report, best first, the one to be served being the first if it is eligible.
 
     missed: the accuracy gates that a measured report misses, each as a sentence. served: the report on what serves
-    now; if it is accurate it comes first, unless another is better by more than the noise of both.
+    now; if it is accurate it comes first, unless others are better by more than the noise of both: then the best of
+    those does.
     """
     eligible: list[tuple[float, BenchmarkReport]] = []
     verdicts = []
@@ -94,13 +122,19 @@ def judge(
     eligible.sort(key=lambda item: (-item[0], item[1].engine))
     name, kept = OBJECTIVES[objective], ""
     serving = next((item for item in eligible if item[1].engine == served), None)
-    if serving is not None and serving != eligible[0]:
-        best, (value, report) = eligible[0], serving
-        apart = margin(best[1], report, objective)
-        if best[0] < value * apart:
-            eligible.remove(serving)
-            eligible.insert(0, serving)
-            kept = f", and serves: {best[1].engine} is not better by more than the noise, a factor of {apart:.2f}"
+    if serving is not None:
+        (best, fastest), (value, report) = eligible[0], serving
+        first = next(
+            item for item in eligible if item is serving or item[0] >= value * margin(item[1], report, objective)
+        )
+        if first is not eligible[0]:
+            eligible.remove(first)
+            eligible.insert(0, first)
+            apart = margin(fastest, report, objective)
+            kept = (
+                f"{', and serves' if first is serving else ''}: {fastest.engine} with {best:.2f} is not better than "
+                f"what serves by more than the noise, a factor of {apart:.2f}"
+            )
     ranked = []
     for place, (value, report) in enumerate(eligible):
         if place == 0:
@@ -127,7 +161,7 @@ def contest(
     by_name = {report.engine: report for report in reports}
     ours = next((verdict for verdict in verdicts if verdict.engine == served and verdict.eligible), None)
     others = [verdict for verdict in verdicts if verdict.eligible and verdict.engine != served]
-    best = max(others, key=lambda verdict: verdict.score or 0.0, default=None)
+    best = others[0] if others else None  # the winner, where it is not what serves
     apart = margin(by_name[best.engine], by_name[served], objective) if best is not None and ours is not None else EQUAL
     found = Contest(
         release=release,
@@ -149,6 +183,11 @@ def contest(
 def tell(met: Contest) -> str:
     """A contest in a sentence."""
     new = f"{met.challenger} with {met.challenger_score:.2f}" if met.challenger is not None else "nothing new"
+    if met.outcome == "unmeasured":
+        return (
+            f"What release {met.release} serves could not be measured again, and {new} replaces it without a "
+            "comparison. `refinery rollback` brings it back."
+        )
     if met.served_score is None:
         return f"What release {met.release} serves is not accurate any more."
     ours = f"what release {met.release} serves, measured again, with {met.served_score:.2f}"

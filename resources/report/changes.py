@@ -24,8 +24,11 @@ def changes(before: OptimizationReport, now: OptimizationReport) -> Changes:
 
 def _inputs(before: OptimizationReport, now: OptimizationReport) -> tuple[tuple[str, str, str], ...]:
     found = []
-    for name in ("revision", "source", "device", "evaluation_items"):
+    for name in ("revision", "source", "task", "device", "evaluation_items"):
         found.append((name.replace("_", " "), str(getattr(before, name)), str(getattr(now, name))))
+    if before.revision == now.revision:  # else PyTorch's answers, which are part of it, are others anyway
+        first, second = before.champion.evaluation_digest, now.champion.evaluation_digest
+        found.append(("evaluation set", first[:12], second[:12]))
     found += _pairs("", before.libraries, now.libraries)
     found += _pairs("", before.configuration, now.configuration)
     gates = [{gate.name: str(gate) for gate in report.gates} for report in (before, now)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from resources.engines import BASELINE
 from resources.evaluation.choosing import OBJECTIVES
 from resources.report.optimization import Gate, OptimizationReport
-from resources.reporting import colour_of
+from resources.reporting import colour_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,19 +75,22 @@ def pareto_figure(report: OptimizationReport) -> Figure | None:
 
     columns = min(_COLUMNS, len(gates))
     lines = -(-len(gates) // columns)
-    figure = Figure(figsize=(4.4 * columns + 2.4, 3.1 * lines + 0.5), dpi=110, layout="constrained")
+    width = 4.4 * columns + 2.4
+    figure = Figure(figsize=(width, 3.1 * lines + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]  # of a constrained layout
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    engines = [one.engine for one in measured if one.engine != BASELINE]
+    markers = {engine: _MARKERS[place % len(_MARKERS)] for place, engine in enumerate(engines)}
     for axes, gate in zip(panels, gates, strict=False):
-        points = []
+        points: list[Point] = []
         for one in measured:
             assert one.accuracy is not None
             value = one.accuracy.metrics.get(gate.name, math.nan)
             if math.isfinite(value):
                 turned = round(value if gate.bound == "least" else -value, _DIGITS)
                 points.append(Point(one.engine, turned, report.scores[one.engine]))
-        _draw(axes, gate, points, report)
+        _draw(axes, gate, points, report, markers)
     for axes in panels[len(gates) :]:
         axes.set_visible(False)
     for axes in panels[::columns]:
@@ -96,12 +99,16 @@ def pareto_figure(report: OptimizationReport) -> Figure | None:
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(f"{report.title}\n{OBJECTIVES[report.objective]} against accuracy", fontsize=10)
+    figure.suptitle(
+        f"{wrapped(report.title, width - 3.0)}\n{OBJECTIVES[report.objective]} against accuracy", fontsize=10
+    )
     return figure
 
 
-def _draw(axes: Axes, gate: Gate, points: Sequence[Point], report: OptimizationReport) -> None:
-    """One panel. Errors, which a gate bounds from above, run backwards: better is to the right."""
+def _draw(
+    axes: Axes, gate: Gate, points: Sequence[Point], report: OptimizationReport, markers: Mapping[str, str]
+) -> None:
+    """One panel. Errors, which a gate bounds from above, run backwards: better is to the right. markers: by engine."""
     from matplotlib.ticker import MaxNLocator
 
     turned = 1 if gate.bound == "least" else -1
@@ -114,14 +121,15 @@ def _draw(axes: Axes, gate: Gate, points: Sequence[Point], report: OptimizationR
     left, right = lowest - room, max([*values, best]) + room
     axes.set_xlim(turned * left, turned * right)
     axes.axvline(gate.limit, color=_LINES, linewidth=1, linestyle="--")
-    line = front(points)
-    steps = [(turned * max(point.accuracy, lowest), point.score) for point in line]
-    steps.append((turned * left, steps[-1][1]))
-    axes.step(*zip(*steps, strict=True), where="post", color="#bbbbbb", zorder=1, label="beaten by none")
-    for number, point in enumerate(points):
+    steps = [(turned * max(point.accuracy, lowest), point.score) for point in front(points)]
+    if steps:  # a metric may be NaN of all engines
+        steps.append((turned * left, steps[-1][1]))
+        axes.step(*zip(*steps, strict=True), where="post", color="#bbbbbb", zorder=1, label="beaten by none")
+        axes.set_ylim(0, 1.15 * max(point.score for point in points))
+    for point in points:
         place = turned * max(point.accuracy, lowest), point.score
         inaccurate, champion = point.engine in report.inaccurate, point.engine == report.champion.engine
-        marker = "x" if point.engine == BASELINE else _MARKERS[number % len(_MARKERS)]
+        marker = markers.get(point.engine, "x")
         colour = colour_of(point.engine)
         label = point.engine + (" (not accurate)" if inaccurate else " (champion)" if champion else "")
         face = "white" if inaccurate else colour
@@ -133,6 +141,5 @@ def _draw(axes: Axes, gate: Gate, points: Sequence[Point], report: OptimizationR
     axes.set_title(f"{gate.name.replace('_', ' ')}, gate {gate}", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.ticklabel_format(axis="x", useOffset=False)
-    axes.set_ylim(0, 1.15 * max(point.score for point in points))
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

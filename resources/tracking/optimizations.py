@@ -16,14 +16,15 @@ from resources.tracking.store import RunLink, TrackingStore
 
 # resources.report is imported where a report is written: definitions are loaded again for every step.
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from resources.report.optimization import Before, OptimizationReport
 
 
-def parent_query(dagster_run: str, target: str) -> str:
-    """Finds the parent of that Dagster run's work for that target."""
-    return (
-        f"tags.`{TAG}parent` = 'true' and tags.`{TAG}dagster_run` = '{dagster_run}' and tags.`{TAG}target` = '{target}'"
-    )
+def parent_query(dagster_run: str, target: str | None) -> str:
+    """Finds the parent of that Dagster run's work for that target; without one, of that for all of them."""
+    ours = f"tags.`{TAG}parent` = 'true' and tags.`{TAG}dagster_run` = '{dagster_run}'"
+    return f"{ours} and tags.`{TAG}target` = '{target}'" if target is not None else ours
 
 
 def begin(store: TrackingStore, checkpoint: Checkpoint, report: BenchmarkReport, tags: Mapping[str, str]) -> RunLink:
@@ -65,11 +66,24 @@ def adopt(store: TrackingStore, parent: RunLink, reports: Sequence[BenchmarkRepo
     """Take over the candidates that runs measured which then failed: they compete here."""
     for report in reports:
         link = store.recall(remembered_as(report))
-        owner = store.client.get_run(link.run_id).data.tags.get(PARENT) if link is not None else None
-        if link is None or owner is None or owner == parent.run_id:
+        child = store.run(link.run_id) if link is not None else None
+        former = child.data.tags.get(PARENT) if child is not None else None
+        if child is None or former is None or former == parent.run_id:
             continue
-        if store.client.get_run(owner).info.status != "FINISHED":
-            store.client.set_tag(link.run_id, PARENT, parent.run_id)
+        owner = store.run(former)
+        if owner is None or owner.info.status != "FINISHED":
+            store.client.set_tag(child.info.run_id, PARENT, parent.run_id)
+
+
+def unite(store: TrackingStore, parent: RunLink, model: str, query: str) -> None:
+    """One parent of all that the query finds: two machines that begin at once make one each. The others' children are
+    its own then, and the others are deleted.
+    """
+    for other in store.search(model, query):
+        if other.info.run_id != parent.run_id:
+            for child in _children(store, other):
+                store.client.set_tag(child.info.run_id, PARENT, parent.run_id)
+            store.client.delete_run(other.info.run_id)
 
 
 def close(
@@ -118,10 +132,31 @@ def report_address(parent: RunLink) -> RunLink:
     return RunLink(parent.run_id, f"{parent.url}/artifacts/{PAGE}")
 
 
-def fail(store: TrackingStore, parent: RunLink, note: Mapping[str, str]) -> None:
-    """Close a parent as failed, with the reason as its description."""
+def fail(store: TrackingStore, parent: RunLink, note: Mapping[str, str], *, finished: bool) -> None:
+    """Close a parent as failed, with the reason as its description, and its children that nobody writes to any more.
+    finished: also one that is closed already.
+    """
+    run = store.run(parent.run_id)
+    if run is None or (run.info.status != "RUNNING" and not finished):
+        return
+    for child in _children(store, run):
+        if child.info.status == "RUNNING":
+            store.client.set_terminated(child.info.run_id, "KILLED")
     store.client.set_tag(parent.run_id, NOTE, note[NOTE])
     store.client.set_terminated(parent.run_id, "FAILED")
+
+
+def reopen(store: TrackingStore, parent: RunLink, note: Mapping[str, str]) -> None:
+    """A parent that has a champion, and failed only after that, is as good as any once a later run comes so far."""
+    run = store.run(parent.run_id)
+    if run is not None and run.info.status == "FAILED" and f"{TAG}champion" in run.data.tags:
+        store.client.set_tag(parent.run_id, NOTE, note[NOTE])
+        store.client.set_terminated(parent.run_id)
+
+
+def _children(store: TrackingStore, parent: Run) -> list[Run]:
+    query = f"tags.`{PARENT}` = '{parent.info.run_id}'"
+    return list(store.client.search_runs([parent.info.experiment_id], query))
 
 
 def _before(store: TrackingStore, report: OptimizationReport) -> Before | None:
@@ -133,7 +168,7 @@ def _before(store: TrackingStore, report: OptimizationReport) -> Before | None:
         f"tags.`{TAG}parent` = 'true' and tags.`{TAG}target` = '{report.target}' and attributes.status = 'FINISHED' "
         f"and tags.`{TAG}dagster_run` != '{report.dagster_run}'"
     )
-    run = store.find(report.model, query)
+    run = store.find(report.model, query, by="end_time")
     if run is None:
         return None
     link, earlier = store.link(run), _read(store, run.info.run_id)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from resources.artifacts.records import Champion, Checkpoint
 from resources.tracking.names import ALIAS, RELEASES, TAG
-from resources.tracking.store import RunLink, TrackingStore, exceptions
+from resources.tracking.store import RunLink, TrackingStore, already_there, exceptions
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -23,30 +23,31 @@ def register(store: TrackingStore, champion: Champion, run: RunLink, chosen_by: 
     """
     client, name = store.client, champion.model
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description="Engines chosen by transformer-refinery.")
-    found = client.search_model_versions(f"name = '{name}'")
-    same = [item for item in found if item.tags.get(f"{TAG}champion") == champion.digest]
-    version = (
-        same[0]
-        if same
-        else client.create_model_version(
-            name,
-            # The bytes live in the artifact store and in the Triton repository; this is their address. A tracking
-            # server takes absolute paths alone.
-            source=f"refinery:/engine/{champion.engine_digest}",
-            run_id=run.run_id,
-            tags={
-                f"{TAG}champion": champion.digest,
-                f"{TAG}engine": champion.engine_digest,
-                f"{TAG}target": champion.target,
-                f"{TAG}engine_name": champion.engine,
-                **tags,
-            },
-            description=f"{champion.reason}\n\n{chosen_by}",
-        )
+        with already_there():
+            client.create_registered_model(name, description="Engines chosen by transformer-refinery.")
+    version = version_of(store, champion) or client.create_model_version(
+        name,
+        # The bytes live in the artifact store and in the Triton repository; this is their address. A tracking server
+        # takes absolute paths alone.
+        source=f"refinery:/engine/{champion.engine_digest}",
+        run_id=run.run_id,
+        tags={
+            f"{TAG}champion": champion.digest,
+            f"{TAG}engine": champion.engine_digest,
+            f"{TAG}target": champion.target,
+            f"{TAG}engine_name": champion.engine,
+            **tags,
+        },
+        description=f"{champion.reason}\n\n{chosen_by}",
     )
     client.set_registered_model_alias(name, f"{ALIAS}-{champion.target}", version.version)
     return str(version.version)
+
+
+def version_of(store: TrackingStore, champion: Champion) -> ModelVersion | None:
+    """The version that champion is; None where it has none yet."""
+    found = store.client.search_model_versions(f"name = '{champion.model}'")
+    return next((item for item in found if item.tags.get(f"{TAG}champion") == champion.digest), None)
 
 
 def version_address(store: TrackingStore, model: str, version: str) -> str:
@@ -84,7 +85,7 @@ def tag_release(store: TrackingStore, checkpoint: Checkpoint, champion: Champion
     told, said = version.description or "", f"Triton release {number}."
     if said not in told:  # tags are far down on its page
         client.update_model_version(name, version.version, f"{told}\n\n{said}".strip())
-    if not version.run_id:
+    if not version.run_id or store.run(version.run_id) is None:
         return None
     client.set_tag(version.run_id, f"{TAG}release", str(number))
     return RunLink(version.run_id, version_address(store, name, str(version.version)))
@@ -97,6 +98,7 @@ def release_runs(store: TrackingStore, model: str, target: str) -> dict[int, Run
         numbers = [key.removeprefix(RELEASES) for key in version.tags if key.startswith(RELEASES)]
         if version.tags.get(f"{TAG}target") != target or not numbers or not version.run_id:
             continue
-        link = store.link(store.client.get_run(version.run_id))
-        found |= {int(number): link for number in numbers if number.isdigit()}
+        run = store.run(version.run_id)
+        if run is not None:
+            found |= {int(number): store.link(run) for number in numbers if number.isdigit()}
     return found

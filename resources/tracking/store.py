@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: MLflow cuts parameters there, and refuses longer ones in some stores.
 _LONGEST_PARAMETER = 6000
+#: MLflow's codes: for what is not there, and for what another process made first.
+_ABSENT, _THERE = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,15 @@ class TrackingStore:
 
     def __init__(self, uri: str, *, ui: str | None, folder: Path) -> None:
         self.uri, self.folder, self._ui = uri, folder, ui
+        #: The address as people and files may see it: without a password.
+        self.name = re.sub(r"//[^/@]*@", "//", uri)
+        self._file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         self._client: MlflowClient | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether other machines may write to it: a file belongs to one."""
+        return self._file is None
 
     @property
     def client(self) -> MlflowClient:
@@ -52,29 +63,55 @@ class TrackingStore:
 
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
             with file_lock(self.folder / "store.lock"):
+                fresh = self._file is not None and not self._file.exists()
                 client = MlflowClient(self.uri)
                 client.search_experiments(max_results=1)
+                if fresh:  # what was written to one that lay there before is gone with it
+                    self._forget_links()
             self._client = client
         return self._client
 
     def experiment(self, model: str) -> str:
         """The id of the model's experiment, made if it is not there."""
         found = self.client.get_experiment_by_name(model)
-        if found is not None:
-            return str(found.experiment_id)
-        location = (self.folder / "artifacts" / model).resolve().as_uri() if self.uri.startswith("sqlite:") else None
-        # Without the kind, the page opens on traces of language models and not on runs.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(self.client.create_experiment(model, artifact_location=location, tags=tags))
+        if found is None:
+            # A server keeps artifacts itself; beside a database MLflow would take the folder that one stands in.
+            served = self.uri.startswith(("http:", "https:", "databricks"))
+            location = None if served else (self.folder / "artifacts" / model).resolve().as_uri()
+            # Without the kind, the page opens on traces of language models and not on runs.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            with already_there():
+                return str(self.client.create_experiment(model, artifact_location=location, tags=tags))
+            found = self.client.get_experiment_by_name(model)
+        if found.lifecycle_stage == "deleted":  # by a person; MLflow gives its name to no other
+            self.client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
 
-    def find(self, model: str, query: str) -> Run | None:
+    def find(self, model: str, query: str, *, by: str = "start_time") -> Run | None:
         """The newest of the model's runs that the query finds."""
+        return next(iter(self.search(model, query, by=by)), None)
+
+    def search(self, model: str, query: str, *, by: str = "start_time") -> list[Run]:
+        """The model's runs that the query finds, the newest first: by the time of that name. Deleted ones are none."""
         experiment = self.client.get_experiment_by_name(model)
         if experiment is None:
+            return []
+        return list(self.client.search_runs([experiment.experiment_id], query, order_by=[f"attributes.{by} DESC"]))
+
+    def run(self, run_id: str) -> Run | None:
+        """The run, as far as it is still there: a person may have deleted it, or the store may be another one."""
+        try:
+            run = self.client.get_run(run_id)
+        except exceptions() as error:
+            if getattr(error, "error_code", "") != _ABSENT:
+                raise
             return None
-        order = ["attributes.start_time DESC"]
-        runs = self.client.search_runs([experiment.experiment_id], query, max_results=1, order_by=order)
-        return runs[0] if runs else None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def recall_run(self, name: str) -> RunLink | None:
+        """As `recall`, for what is to be written to: None where that run is not there any more."""
+        link = self.recall(name)
+        return link if link is not None and self.run(link.run_id) is not None else None
 
     def link(self, run: Run) -> RunLink:
         """The link to a run that MLflow gave."""
@@ -115,7 +152,9 @@ class TrackingStore:
             data = json.loads((self.folder / "links" / f"{name}.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
-        if data.get("store") != self.uri:  # written to another server: this one does not know it
+        if data.get("store") != self.name:  # written to another server: this one does not know it
+            return None
+        if self._file is not None and not self._file.exists():
             return None
         if what and data.get("what") != what:
             return None
@@ -132,8 +171,17 @@ class TrackingStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         where = link.url.removeprefix(self._ui or "")
-        draft.write_text(json.dumps({"store": self.uri, "run_id": link.run_id, "path": where, "what": what}))
+        draft.write_text(json.dumps({"store": self.name, "run_id": link.run_id, "path": where, "what": what}))
         draft.replace(path)
+
+    def forget(self, name: str) -> None:
+        """Recall it no more."""
+        (self.folder / "links" / f"{name}.json").unlink(missing_ok=True)
+
+    def _forget_links(self) -> None:
+        for path in (self.folder / "links").glob("*.json"):
+            if json.loads(path.read_text()).get("store") == self.name:
+                path.unlink()
 
     @contextlib.contextmanager
     def clear_errors(self) -> Iterator[None]:
@@ -142,9 +190,19 @@ class TrackingStore:
             yield
         except exceptions() as error:
             raise TrackingError(
-                f"MLflow at {self.uri} cannot be written: {first_line(error)} Start that server or mend "
+                f"MLflow at {self.name} cannot be written: {first_line(error)} Start that server or mend "
                 "REFINERY_MLFLOW_URI, then run again: what was measured is kept and will be written then."
             ) from error
+
+
+@contextlib.contextmanager
+def already_there() -> Iterator[None]:
+    """Another process, of another target say, may make the same at the same time; then it is there all the same."""
+    try:
+        yield
+    except exceptions() as error:
+        if getattr(error, "error_code", "") != _THERE:
+            raise
 
 
 def exceptions() -> tuple[type[Exception], ...]:

@@ -25,7 +25,14 @@ from resources.tracking.candidates import (
     remembered_as,
 )
 from resources.tracking.names import PARENT, TAG, note
-from resources.tracking.registry import champion_version, register, release_runs, tag_release, version_address
+from resources.tracking.registry import (
+    champion_version,
+    register,
+    release_runs,
+    tag_release,
+    version_address,
+    version_of,
+)
 from resources.tracking.serving import log_load, log_trials
 from resources.tracking.store import RunLink, TrackingStore
 from resources.tracking.system_metrics import BATCH, system_metrics
@@ -61,7 +68,9 @@ class Tracker:
         if known is not None and report.status == "measured":
             return known
         with self._store.clear_errors():
-            link = self._log_candidate(dagster_run, checkpoint, engine, report, missed)
+            # Another machine may have measured it, and have written so.
+            there = self._measured(report) if report.status == "measured" else None
+            link = there or self._log_candidate(dagster_run, checkpoint, engine, report, missed)
         self._store.remember(remembered_as(report), link)
         return link
 
@@ -78,17 +87,22 @@ class Tracker:
         since the epoch: what was built before does not count as its own.
 
         The winner becomes a version of the registered model, under the alias `champion-<target>`. Without a parent,
-        nothing was measured anew: the answer is the run that chose this champion before, or, where a gate or objective
-        was changed, the one that measured it.
+        nothing was measured anew: where the run that measured it failed before it chose, its parent becomes this one's;
+        else the answer is the run that chose this champion before, or, where a gate or objective was changed, the one
+        that measured it.
         """
         store, champion = self._store, report.champion
-        name, current = f"champion-{champion.digest}", f"current-{champion.model}-{champion.target}"
+        name, current = f"champion-{champion.digest}", _current_name(champion.model, champion.target)
         best = next(one for one in report.reports if one.engine == champion.engine)
         known, parent = store.recall(name), store.recall(_parent_name(dagster_run, champion.target))
         with store.clear_errors():
-            if parent is None and known is None:  # written by another machine
+            if parent is None and known is None:
+                # Written by another machine, or by a run that came no further than its candidates.
                 parent = self._find_parent(dagster_run, champion.model, champion.target)
+                parent = parent or self._take_over(dagster_run, best)
             if parent is not None:
+                query = optimizations.parent_query(dagster_run, champion.target)
+                optimizations.unite(store, parent, champion.model, query)
                 optimizations.adopt(store, parent, report.reports)
                 self._log_usage(parent.run_id, usage, began_s)
                 whole = report.model_copy(
@@ -104,11 +118,15 @@ class Tracker:
             elif known is not None and store.recall(current, champion.digest) is not None:
                 return known
             else:
-                measured = self._measured(best)
+                measured, known = self._measured(best), self._chosen_in(champion)
                 parent = known or measured
                 if parent is None:
                     return None
                 self._register(dagster_run, champion, measured or parent)
+                if known is not None:
+                    optimizations.reopen(store, known, note(champion.reason, self._by(dagster_run)))
+                    # Should a later step of this run fail, it is this one's failure.
+                    store.remember(_parent_name(dagster_run, champion.target), known)
         store.remember(name, parent)
         store.remember(current, parent, champion.digest)
         return parent
@@ -152,10 +170,11 @@ class Tracker:
         if known is not None:
             return known
         with self._store.clear_errors():
-            parent = self._store.recall(_parent_name(dagster_run, champion.target)) or self._store.recall(
-                f"champion-{champion.digest}"
+            parent = (
+                self._store.recall_run(_parent_name(dagster_run, champion.target))
+                or self._find_parent(dagster_run, champion.model, champion.target)
+                or self._chosen_in(champion)
             )
-            parent = parent or self._find_parent(dagster_run, champion.model, champion.target)
             link = write(parent) if parent is not None else None
         if link is not None:
             self._store.remember(name, link)
@@ -175,7 +194,7 @@ class Tracker:
             return
         with self._store.clear_errors():
             link = tag_release(self._store, checkpoint, champion, number)
-            parent = self._store.recall(f"champion-{champion.digest}") if link is not None else None
+            parent = self._chosen_in(champion) if link is not None else None
             if parent is not None:
                 self._store.client.set_tag(parent.run_id, f"{TAG}release", str(number))
                 optimizations.amend(self._store, parent, release=number)
@@ -194,15 +213,22 @@ class Tracker:
         return int(number) if number.isdigit() else None
 
     def abandon(self, dagster_run: str, model: str, why: str, target: str | None = None) -> None:
-        """Close this Dagster run's parent as failed, if it has one; without a target, those of all. Its children go to
-        the parent of the next run.
+        """Close this Dagster run's parent for that target as failed, if it has one: also where it has its champion,
+        which could not be released then. Without a target, those of all that are not closed. Its children go to the
+        parent of the next run.
         """
-        name = _parent_name(dagster_run, target or "")
-        parents = self._store.recall_all(name) if target is None else [self._store.recall(name)]
-        for parent in parents:
-            if parent is not None:
-                with self._store.clear_errors():
-                    optimizations.fail(self._store, parent, note(f"{model}: {why}", self._by(dagster_run)))
+        store, name = self._store, _parent_name(dagster_run, target or "")
+        known = store.recall_all(name) if target is None else [store.recall(name)]
+        parents = [parent for parent in known if parent is not None]
+        with store.clear_errors():
+            if not parents and store.shared:
+                found = store.search(model, optimizations.parent_query(dagster_run, target))
+                parents = [store.link(run) for run in found]
+            for parent in parents:
+                why_not = note(f"{model}: {why}", self._by(dagster_run))
+                optimizations.fail(store, parent, why_not, finished=target is not None)
+        if target is not None:
+            store.forget(_current_name(model, target))  # so that a run that comes further says so
 
     def _log_candidate(
         self, dagster_run: str, checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport, missed: Sequence[str]
@@ -234,12 +260,38 @@ class Tracker:
 
     def _measured(self, report: BenchmarkReport) -> RunLink | None:
         """The candidate's run; also one that another machine wrote."""
-        known = self._store.recall(remembered_as(report))
+        known = self._store.recall_run(remembered_as(report))
         if known is not None:
             return known
-        query = f"tags.`{TAG}kind` = 'candidate' and tags.`{TAG}report` = '{report.digest}'"
+        # Not one that failed, whose report has the same digest, nor one that is half written.
+        query = (
+            f"tags.`{TAG}kind` = 'candidate' and tags.`{TAG}report` = '{report.digest}' "
+            "and attributes.status = 'FINISHED'"
+        )
         run = self._store.find(report.model, query)
         return self._store.link(run) if run is not None else None
+
+    def _take_over(self, dagster_run: str, best: BenchmarkReport) -> RunLink | None:
+        """The parent under which that was measured, as this run's own; None where it has its champion."""
+        measured = self._measured(best)
+        child = self._store.run(measured.run_id) if measured is not None else None
+        owner = self._store.run(child.data.tags.get(PARENT, "")) if child is not None else None
+        if owner is None or owner.info.status == "FINISHED" or f"{TAG}champion" in owner.data.tags:
+            return None
+        for tag, value in self._dagster_tags(dagster_run).items():
+            self._store.client.set_tag(owner.info.run_id, tag, value)
+        parent = self._store.link(owner)
+        self._store.remember(_parent_name(dagster_run, best.target), parent)
+        return parent
+
+    def _chosen_in(self, champion: Champion) -> RunLink | None:
+        """The run that chose that champion; also one that another machine wrote."""
+        known = self._store.recall_run(f"champion-{champion.digest}")
+        if known is not None:
+            return known
+        version = version_of(self._store, champion)
+        by = version.tags.get(f"{TAG}dagster_run", "") if version is not None else ""
+        return self._find_parent(by, champion.model, champion.target) if by else None
 
     def _log_usage(self, run_id: str, usage: Sequence[Usage | None], since_s: float = 0.0) -> None:
         metrics = system_metrics(usage, since_s)
@@ -253,7 +305,7 @@ class Tracker:
         """This Dagster run's parent. Steps in processes of their own must not make two."""
         name = _parent_name(dagster_run, report.target)
         with file_lock(self._store.folder / "parent.lock"):
-            parent = self._store.recall(name) or self._find_parent(dagster_run, checkpoint.model, report.target)
+            parent = self._store.recall_run(name) or self._find_parent(dagster_run, checkpoint.model, report.target)
             if parent is None:
                 tags = {**self._dagster_tags(dagster_run), **note(self._by(dagster_run))}
                 parent = optimizations.begin(self._store, checkpoint, report, tags)
@@ -286,6 +338,11 @@ class Tracker:
 def _parent_name(dagster_run: str, target: str) -> str:
     """What a parent is remembered as."""
     return f"parent-{dagster_run}-{target}"
+
+
+def _current_name(model: str, target: str) -> str:
+    """What a target's champion is remembered as, while its alias is known to be right."""
+    return f"current-{model}-{target}"
 
 
 def _release_name(champion: Champion, number: int) -> str:

@@ -18,7 +18,8 @@ from resources.workspace import Workspace
 class Incumbent:
     """What serves. `served`: its release, and the engine that it is measured by; None: no rival of the candidates.
 
-    `engine`: what is to be measured again; None where one of the candidates is the same, or nothing can be measured.
+    `engine`: what is to be measured again; None where one of the candidates is the same, or nothing can be measured:
+    then `served` may still be a rival, that nobody can measure.
     `story`: which it is, or why there is none.
     """
 
@@ -46,7 +47,8 @@ def find_incumbent(
         if one.digest == release.engine_digest or (engine and one.content_digest == engine.content_digest):
             return Incumbent(Served(release.number, one.digest), None, f"{named} serves {one.name}, a candidate")
     if engine is None:
-        return Incumbent(None, None, f"the engine of {named}, {release.engine}, is not in the store any more")
+        unmeasurable = Served(release.number, release.engine_digest)
+        return Incumbent(unmeasurable, None, f"the engine of {named}, {release.engine}, is not in the store any more")
     return Incumbent(
         Served(release.number, engine.digest),
         engine.model_copy(update={"name": SERVED}),

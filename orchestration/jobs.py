@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from assets.partitions import PARTITION_TAG
 from resources.tracking import Tracker
 
 
@@ -13,7 +14,7 @@ def close_tracking_of_killed_runs(context: dg.RunFailureSensorContext, tracker: 
     run = context.dagster_run
     if not context.get_step_failure_events():
         message = context.failure_event.message or "the run failed outside its steps"
-        tracker.abandon(run.run_id, run.tags.get("dagster/partition", ""), message)
+        tracker.abandon(run.run_id, run.tags.get(PARTITION_TAG, ""), message)
 
 
 optimize = dg.define_asset_job(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dagster as dg
 
-PARTITION_TAG = "dagster/partition"
-ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-_UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in ENDED]
+from assets.partitions import PARTITION_TAG
+
+_ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
 
 def models_under_way(instance: dg.DagsterInstance) -> set[str]:
@@ -14,5 +15,5 @@ def models_under_way(instance: dg.DagsterInstance) -> set[str]:
 
     A run whose process was killed is one of them until Dagster's run monitoring has failed it (orchestration.launcher).
     """
-    runs = instance.get_runs(dg.RunsFilter(statuses=_UNDER_WAY))
+    runs = instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
     return {run.tags[PARTITION_TAG] for run in runs if PARTITION_TAG in run.tags}

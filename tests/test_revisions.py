@@ -16,7 +16,7 @@ import pytest
 
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_access
-from resources.checkpoints import Access, SourceSettings, locate
+from resources.checkpoints import Access, SourceSettings, locate, registry
 from resources.checkpoints.registry import parse_reference
 from resources.errors import CheckpointError
 from resources.locks import file_lock
@@ -462,6 +462,23 @@ def flavored(folder, checkpoint):
     (model / "tokenizer.json").rename(tokenizer / "tokenizer.json")
     flavor = {"transformers": {"model_binary": "model", "components": ["tokenizer"]}}
     (folder / "MLmodel").write_text(json.dumps({"flavors": flavor}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"model_binary": "../../outside"}, {"model_binary": "model", "components": ["../../../outside"]}],
+)
+def test_a_version_that_leads_out_of_its_folder_is_refused(folder, tmp_path, fields):
+    """Nothing is written there, nor taken from there."""
+    logged = tmp_path / "a" / "logged"
+    flavored(logged, folder)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.json").write_text("{}")
+    (logged / "MLmodel").write_text(json.dumps({"flavors": {"transformers": {"components": ["tokenizer"], **fields}}}))
+    with pytest.raises(CheckpointError, match="outside what was logged"):
+        registry._join_tokenizers(logged)
+    assert [path.name for path in (tmp_path / "outside").iterdir()] == ["secret.json"]
+    assert not (logged / "model" / "secret.json").exists()
 
 
 def test_a_store_that_only_mlflow_can_read(settings, folder, tmp_path, monkeypatch):

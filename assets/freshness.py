@@ -6,17 +6,15 @@ model's run would hide that another is never run. So this is told by model.
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 
 import dagster as dg
 
 from assets.checkpoint import checkpoint
-from assets.partitions import models
+from assets.partitions import PARTITION_TAG, models
 from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
-from resources.errors import ArtifactError
 from resources.triton.layout import current_release
 from resources.triton.release import Release
 from resources.workspace import Workspace
@@ -24,7 +22,6 @@ from resources.workspace import Workspace
 CHECK = "up_to_date"
 #: Of a run that was asked for because a source holds that revision.
 REVISION_TAG = "refinery/revision"
-_PARTITION_TAG = "dagster/partition"
 #: Of a model's runs, among which there is one that was asked for so.
 _MOST_RUNS = 20
 
@@ -50,11 +47,11 @@ def release_check(target: str, limit_days: float) -> dg.AssetChecksDefinition:
 def judge(
     instance: dg.DagsterInstance, workspace: Workspace, model: str, target: str, limit_days: float
 ) -> dg.AssetCheckResult:
-    """The verdict on a model's release. Raises ReleaseError where the repository cannot be read."""
+    """The verdict on a model's release, by records alone. Raises ReleaseError where the repository cannot be read,
+    ArtifactError where a store that is elsewhere does not answer.
+    """
     release = current_release(workspace.repository(target), model)
-    collected = None
-    with suppress(ArtifactError):
-        collected = workspace.store.current(Checkpoint, f"checkpoint/{model}")
+    collected = workspace.store.known(Checkpoint, f"checkpoint/{model}")
     wanted = _wanted(instance, model, collected.revision if collected is not None else "")
     confirmed = confirmed_at(instance, model, [target])
     age_days = (time.time() - confirmed) / 86400
@@ -103,7 +100,7 @@ def _materialized_at(instance: dg.DagsterInstance, key: dg.AssetKey, model: str)
 
 def _wanted(instance: dg.DagsterInstance, model: str, collected: str) -> str:
     """The revision that a run was asked for after the checkpoint was collected last, and that is another; or none."""
-    for record in instance.get_run_records(dg.RunsFilter(tags={_PARTITION_TAG: model}), limit=_MOST_RUNS):
+    for record in instance.get_run_records(dg.RunsFilter(tags={PARTITION_TAG: model}), limit=_MOST_RUNS):
         revision = record.dagster_run.tags.get(REVISION_TAG)
         if revision is not None:
             later = record.create_timestamp.timestamp() > _materialized_at(instance, checkpoint.key, model)
@@ -115,5 +112,5 @@ def _is_of(store: ArtifactStore, release: Release, collected: Checkpoint) -> boo
     """Whether that checkpoint is what the release was made of. Another revision of the same files makes no release."""
     if release.checkpoint_digest == collected.digest or release.revision == collected.revision:
         return True
-    served = store.find(Checkpoint, release.checkpoint_digest)
+    served = store.record(Checkpoint, release.checkpoint_digest)
     return served is not None and served.content_digest == collected.content_digest

@@ -3,3 +3,5 @@
 import dagster as dg
 
 models = dg.DynamicPartitionsDefinition(name="model")
+#: As Dagster tags the runs of a partition.
+PARTITION_TAG = "dagster/partition"

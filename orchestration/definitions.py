@@ -35,8 +35,11 @@ def make_definitions(
     execution: Execution | None = None,
     cron: str = DEFAULT_CRON,
     policies: Policies | None = None,
+    webhook: str | None = None,
 ) -> dg.Definitions:
-    """The whole code location, working in that workspace. cron: when models are looked at again."""
+    """The whole code location, working in that workspace. cron: when models are looked at again. webhook: is told of
+    runs that fail.
+    """
     policies = policies or Policies()
     assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, onnx_graph]
     checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
@@ -58,7 +61,7 @@ def make_definitions(
         sensors=[
             checkpoint_sensor(workspace.watch_seconds),
             freshness_sensor(policies.warn_days),
-            failure_sensor(webhook_of(os.environ), os.environ.get("REFINERY_DAGSTER_UI") or None),
+            failure_sensor(webhook, workspace.dagster_ui),
             close_tracking_of_killed_runs,
         ],
         executor=make_executor(execution or Execution()),  # also for assets that are materialized by hand
@@ -72,4 +75,5 @@ defs = make_definitions(
     read_execution(os.environ),
     os.environ.get("REFINERY_SCHEDULE") or DEFAULT_CRON,
     read_policies(os.environ),
+    webhook_of(os.environ),
 )

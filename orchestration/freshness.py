@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 
 import dagster as dg
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from assets.freshness import CHECK, confirmed_at, judge, release_key
-from assets.partitions import models
-from orchestration.runs import PARTITION_TAG, models_under_way
+from assets.partitions import PARTITION_TAG, models
+from orchestration.runs import models_under_way
 from orchestration.sensors import MOST_RUNS, TICK_SECONDS
 from resources.errors import RefineryError, first_line
 from resources.workspace import Workspace
@@ -37,6 +37,14 @@ class Cursor(BaseModel):
     """By model, as far as something was told."""
 
     told: dict[str, Told] = {}
+
+    @classmethod
+    def read(cls, text: str | None) -> Cursor:
+        """An empty one where there is none yet, or one of another version: then all is told once more."""
+        try:
+            return cls.model_validate_json(text or "{}")
+        except ValidationError:
+            return cls()
 
 
 def freshness_job(targets: Sequence[str]) -> dg.UnresolvedAssetJobDefinition:
@@ -69,7 +77,7 @@ def freshness_sensor(limit_days: float) -> dg.SensorDefinition:
         context: dg.SensorEvaluationContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.SensorResult:
         instance, began = context.instance, time.monotonic()
-        told = Cursor.model_validate_json(context.cursor or "{}").told
+        told = Cursor.read(context.cursor).told
         busy = models_under_way(instance)
         there = set(instance.get_dynamic_partitions(models.name or ""))
         names = [name for name in workspace.catalog().names if name in there]

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from assets.partitions import PARTITION_TAG
 from resources.tracking import Tracker
 
 
@@ -11,7 +12,7 @@ from resources.tracking import Tracker
 )
 def close_tracking_of_killed_runs(context: dg.RunFailureSensorContext, tracker: dg.ResourceParam[Tracker]) -> None:
     run = context.dagster_run
-    model = run.tags.get("dagster/partition")
+    model = run.tags.get(PARTITION_TAG)
     if model is not None:  # else it optimized none
         tracker.abandon(run.run_id, model, context.failure_event.message or "the run failed outside its steps")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.partitions import PARTITION_TAG
 from resources.errors import NotificationError, first_line
 
 _TIMEOUT_SECONDS = 10.0
@@ -38,7 +39,7 @@ def failure_sensor(webhook: str | None, pages: str | None) -> dg.SensorDefinitio
 def message(context: dg.RunFailureSensorContext, pages: str | None) -> dict[str, Any]:
     """What a webhook gets: `text`, which chats show (Slack, Mattermost, Teams' workflows), and its parts by name."""
     run = context.dagster_run
-    model = run.tags.get("dagster/partition", "")
+    model = run.tags.get(PARTITION_TAG, "")
     steps = {}
     for event in context.get_step_failure_events():
         error = event.step_failure_data.error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dagster as dg
 
-PARTITION_TAG = "dagster/partition"
-ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in ENDED]
+from assets.partitions import PARTITION_TAG
+
+_ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
 
 def models_under_way(instance: dg.DagsterInstance) -> set[str]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import dagster as dg
 
 from assets.freshness import confirmed_at
+from assets.partitions import PARTITION_TAG, models
 from orchestration.jobs import optimize
 from orchestration.policies import FRESH_DAYS
+from orchestration.runs import UNDER_WAY
 from orchestration.settings import read_workspace
 from resources.errors import CatalogError
 
@@ -31,7 +34,6 @@ _LONGEST_TAG = 250
 _COMPARED = (
     "inputs, configuration, code, library, driver and device versions were compared with what made what is there"
 )
-_NOT_FINISHED = [status for status in dg.DagsterRunStatus if status.value not in ("SUCCESS", "FAILURE", "CANCELED")]
 
 
 def reoptimization(cron: str, fresh_days: float = FRESH_DAYS) -> dg.ScheduleDefinition:
@@ -62,15 +64,15 @@ def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
         # Where there is no time for all of them, others come first the next time.
         turn = context.scheduled_execution_time.toordinal() % max(1, len(names))
         plans = read_plans([*names[turn:], *names[:turn]], PLAN_SECONDS)
-        context.instance.add_dynamic_partitions("model", names)
+        context.instance.add_dynamic_partitions(models.name or "", names)
         requests, said = [], [f"{name}: there was no time to plan it" for name in names if name not in plans]
         for name, plan in plans.items():
             if plan["error"]:
                 said.append(f"{name}: it would fail: {plan['error']}")
             request = _request(name, plan) if plan["differing"] else None
             if request is None and not plan["error"]:
-                request = _confirmation(context, name, plan, workspace.targets, fresh_days)
-            why_not = _why_not(context.instance, name, plan["digest"]) if request is not None else ""
+                request = _confirmation(context, name, workspace.targets, fresh_days)
+            why_not = _why_not(context.instance, name, request.tags[PLAN_TAG]) if request is not None else ""
             if why_not:
                 said.append(f"{name}: {why_not}")
             elif request is not None:
@@ -87,10 +89,28 @@ def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
 
 
 def read_plans(names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """What `refinery plan --json` says of the models, as far as it comes in so many seconds. Raises CatalogError.
+    """What `refinery plan --json` says of the models, as far as it comes in so many seconds.
 
-    In a process of its own: this one may have been there before a library was upgraded, and knows the old version.
+    In a process of its own: this one may have been there before a library was upgraded, and knows the old version. One
+    that ends early costs the model whose turn it was, and is followed by another.
     """
+    plans: dict[str, dict[str, Any]] = {}
+    left, deadline = [*names], time.monotonic() + seconds
+    while left and (rest_s := deadline - time.monotonic()) > 0:
+        found, wrong = _plan(left, rest_s)
+        plans.update({plan["model"]: plan for plan in found})
+        left = left[len(found) :]
+        if wrong is None:
+            break
+        if left:
+            model = left.pop(0)
+            said = {"model": model, "error": f"planning it ended early: {wrong}"}
+            plans[model] = {**said, "steps": [], "differing": [], "digest": ""}
+    return plans
+
+
+def _plan(names: Sequence[str], seconds: float) -> tuple[list[dict[str, Any]], str | None]:
+    """Plans of the first of the models, and what the process said last; None where it did not end in time."""
     command = [sys.executable, "-m", "orchestration.cli", "plan", "--json", *names]
     with tempfile.TemporaryDirectory(prefix="refinery-plan-") as folder:
         said, wrong = Path(folder) / "said", Path(folder) / "wrong"
@@ -102,16 +122,14 @@ def read_plans(names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]
                 ended = False
         # What was being written when the time was over is no line.
         lines = [line for line in said.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        if ended and len(lines) < len(names):
-            raise CatalogError(f"The models could not be planned: {wrong.read_text(encoding='utf-8').strip()}")
-    plans: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return {plan["model"]: plan for plan in plans}
+        last = wrong.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    return [json.loads(line) for line in lines], last if ended else None
 
 
 def _why_not(instance: dg.DagsterInstance, model: str, digest: str) -> str:
     """Why the model is not submitted although something differs; empty where it is."""
-    of_model = {"dagster/partition": model}
-    busy = instance.get_runs(dg.RunsFilter(job_name=optimize.name, tags=of_model, statuses=_NOT_FINISHED), limit=1)
+    of_model = {PARTITION_TAG: model}
+    busy = instance.get_runs(dg.RunsFilter(job_name=optimize.name, tags=of_model, statuses=UNDER_WAY), limit=1)
     if busy:
         return f"run {busy[0].run_id} of it is under way"
     failed = instance.get_runs(
@@ -138,7 +156,6 @@ def _request(model: str, plan: dict[str, Any]) -> dg.RunRequest:
 def _confirmation(
     context: dg.ScheduleEvaluationContext,
     model: str,
-    plan: dict[str, Any],
     targets: Sequence[str],
     fresh_days: float,
 ) -> dg.RunRequest | None:
@@ -146,5 +163,8 @@ def _confirmation(
     confirmed = confirmed_at(context.instance, model, targets)
     if not confirmed or context.scheduled_execution_time.timestamp() - confirmed < fresh_days * 86400:
         return None
-    why = f"last confirmed {datetime.fromtimestamp(confirmed, UTC):%Y-%m-%d %H:%M} UTC"
-    return dg.RunRequest(partition_key=model, tags={PLAN_TAG: plan["digest"], WHY_TAG: why})
+    when = f"{datetime.fromtimestamp(confirmed, UTC):%Y-%m-%d %H:%M} UTC"
+    # All plans by which nothing differs are one: what failed before that time must not count.
+    return dg.RunRequest(
+        partition_key=model, tags={PLAN_TAG: f"confirmed {confirmed:.3f}", WHY_TAG: f"last confirmed {when}"}
+    )

@@ -8,15 +8,16 @@ import dagster as dg
 
 from assets.checkpoint import checkpoint
 from assets.freshness import REVISION_TAG
-from assets.partitions import models
+from assets.partitions import PARTITION_TAG, models
 from orchestration.jobs import optimize
-from orchestration.runs import PARTITION_TAG, models_under_way
+from orchestration.runs import models_under_way
 from orchestration.watch import Cursor, Ended, Memory, Newest, decide, is_due, saw
 from resources.artifacts.records import Checkpoint
 from resources.catalog import Catalog, ModelEntry
 from resources.checkpoints.sources import kind_of
 from resources.errors import ArtifactError, CheckpointError
 from resources.revisions import Looks, Seen, look
+from resources.revisions.hub import is_pinned
 from resources.revisions.source import REMOTE
 from resources.workspace import WATCH_SECONDS, Workspace
 
@@ -74,7 +75,8 @@ class _Tick:
     def __init__(self, instance: dg.DagsterInstance, workspace: Workspace, cursor: Cursor, now: float) -> None:
         self._instance, self._workspace, self._now = instance, workspace, now
         self._began = time.monotonic()
-        self._models = dict(cursor.models)
+        self._deadline = self._began + TICK_SECONDS
+        self._models = {name: memory.as_of(now) for name, memory in cursor.models.items()}
         self._partitions = set(instance.get_dynamic_partitions(models.name or ""))
         self._retired: list[str] = []
         self._requests: list[dg.RunRequest] = []
@@ -110,23 +112,37 @@ class _Tick:
                 interval_s=interval_s,
                 now=self._now,
             )
-        for (name, _), outcome in looks.take(jobs, self._began + TICK_SECONDS - _DECIDE_SECONDS).items():
+        for (name, _), outcome in looks.take(jobs, self._deadline - _DECIDE_SECONDS).items():
             self._models[name] = saw(self._models[name], outcome, self._now)
 
     def decide(self, catalog: Catalog) -> None:
         """Ask for runs of what is new, and tell what is wrong."""
         busy = models_under_way(self._instance)
-        for entry in sorted(catalog.models, key=lambda entry: self._models[entry.name].asked_at):
+        # New revisions first. What was asked for is only waited for, and what is stuck for ever must not be in the way.
+        turn = int(self._now) % max(1, len(catalog.models))
+        for entry in sorted((*catalog.models[turn:], *catalog.models[:turn]), key=self._was_asked):
             memory = self._models[entry.name]
             undecided = memory.revision and not memory.done == memory.asked == memory.revision
             free = entry.name not in busy and not self._just_added(entry)
-            if undecided and free and time.monotonic() < self._began + TICK_SECONDS:
-                decision = decide(memory, self._newest(entry.name), self._collected(entry), self._now)
-                if not decision.reason:
-                    memory = decision.memory
-                elif len(self._requests) < MOST_RUNS:
-                    memory = self._ask(entry, decision.memory, decision.reason)
+            if undecided and free and time.monotonic() < self._deadline:
+                memory = self._decided(entry, memory)
             self._models[entry.name] = self._told(entry, memory)
+
+    def _was_asked(self, entry: ModelEntry) -> bool:
+        memory = self._models[entry.name]
+        return memory.asked == memory.revision
+
+    def _decided(self, entry: ModelEntry, memory: Memory) -> Memory:
+        try:
+            collected = self._collected(entry)
+        except ArtifactError as error:  # the store is elsewhere and away, for the others too: no run could use it
+            self.lines.append(str(error))
+            self._deadline = self._began
+            return memory
+        decision = decide(memory, self._newest(entry.name), collected, self._now)
+        if not decision.reason:
+            return decision.memory
+        return self._ask(entry, decision.memory, decision.reason) if len(self._requests) < MOST_RUNS else memory
 
     def _just_added(self, entry: ModelEntry) -> bool:
         """Whether a command has added the entry so shortly ago that its own run of it may not be there yet."""
@@ -172,12 +188,9 @@ class _Tick:
         return None
 
     def _collected(self, entry: ModelEntry) -> str:
-        """The revision of this source that the newest run took; empty: none."""
-        try:
-            record = self._workspace.store.current(Checkpoint, f"checkpoint/{entry.name}")
-        except ArtifactError:
-            return ""
-        return record.revision if record.source == entry.source else ""
+        """The revision of this source that the newest run took; empty: none. Its files may be elsewhere."""
+        record = self._workspace.store.known(Checkpoint, f"checkpoint/{entry.name}")
+        return record.revision if record is not None and record.source == entry.source else ""
 
     def _ask(self, entry: ModelEntry, memory: Memory, reason: str) -> Memory:
         if memory.attempt == 1:  # not what was asked before the cursor was lost, or the model was away
@@ -225,7 +238,9 @@ class _Tick:
 
 
 def _is_remote(entry: ModelEntry) -> bool:
+    """Whether a look at its source asks a server."""
     try:
-        return kind_of(entry.source) in REMOTE
+        kind = kind_of(entry.source)
+        return kind in REMOTE and not (kind == "hub" and is_pinned(entry.source))
     except CheckpointError:  # of no kind: looking at it says so
         return False

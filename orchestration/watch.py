@@ -49,6 +49,13 @@ class Memory(BaseModel):
         """What could be optimized now: nothing while the source fails."""
         return self.seen.revision if self.seen is not None and not self.error else ""
 
+    def as_of(self, now: float) -> Memory:
+        """The same without times that are still to come: once a clock is put back, nothing waits until it caught up."""
+        changes: dict[str, object] = {name: now for name in ("looked", "asked_at") if getattr(self, name) > now}
+        if self.seen is not None and self.seen.since > now:
+            changes["seen"] = self.seen.model_copy(update={"since": now})
+        return self.model_copy(update=changes) if changes else self
+
 
 class Cursor(BaseModel):
     """What Dagster keeps between two ticks."""
@@ -68,7 +75,7 @@ class Cursor(BaseModel):
 
 
 class Newest(BaseModel):
-    """The newest run of a model that has ended. collected: the revision that the store holds since."""
+    """The newest run of a model, which has ended. created, at: when it was made and when it ended, since 1970."""
 
     model_config = ConfigDict(frozen=True)
     run_id: str
@@ -127,7 +134,8 @@ def decide(memory: Memory, newest: Newest | None, collected: str, now: float) ->
             "changes, or by hand: the job 'optimize' for this partition."
         )
         return Decision(memory=memory.model_copy(update={"stuck": stuck}))
-    if now - ended_at < RETRY_SECONDS[memory.tries - 1]:
+    # What ended in time to come did so before the clock was put back.
+    if -_CLOCKS_SECONDS <= now - ended_at < RETRY_SECONDS[memory.tries - 1]:
         return Decision(memory=memory)
     return _ask(memory, memory.tries + 1, f"try {memory.tries + 1} of {len(RETRY_SECONDS) + 1}", now)
 

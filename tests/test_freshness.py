@@ -208,5 +208,19 @@ def test_the_schedule_confirms_what_no_run_went_through_for_long(workspace, monk
         assert asked(29) == []
         # Of what Dagster never saw it cannot be said how long ago that was.
         (request,) = asked(31)
-    assert request.partition_key == "a" and not request.asset_selection
-    assert request.tags[schedules.WHY_TAG].startswith("last confirmed ")
+        assert request.partition_key == "a" and not request.asset_selection
+        assert request.tags[schedules.WHY_TAG].startswith("last confirmed ")
+        # What fails twice waits for a person; once it was confirmed again, that is no matter any more.
+        for _ in range(schedules.MOST_ATTEMPTS):
+            assert len(asked(31)) == 1
+            tags = {**request.tags, "dagster/partition": "a"}
+            instance.add_run(dg.DagsterRun(job_name="optimize", status=dg.DagsterRunStatus.FAILURE, tags=tags))
+        assert asked(32) == []
+        confirm(instance, "a")
+        assert len(asked(33)) == 1
+
+
+def test_a_cursor_of_another_version_is_an_empty_one():
+    cursor = freshness.Cursor(told={"a": freshness.Told(wrong="x", at=1.0)})
+    assert freshness.Cursor.read(cursor.model_dump_json()) == cursor
+    assert freshness.Cursor.read('{"told": 1}') == freshness.Cursor.read(None) == freshness.Cursor()

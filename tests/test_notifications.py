@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import dagster as dg
 import pytest
 
+from orchestration.definitions import make_definitions
 from orchestration.notifications import failure_sensor
 from orchestration.settings import webhook_of
 from resources.errors import CatalogError, NotificationError, ReleaseError
@@ -85,3 +86,9 @@ def test_a_webhook_is_a_web_address():
     assert webhook_of({"REFINERY_WEBHOOK": "https://chat/x"}) == "https://chat/x"
     with pytest.raises(CatalogError, match="REFINERY_WEBHOOK is not an address"):
         webhook_of({"REFINERY_WEBHOOK": "file:///etc/passwd"})
+
+
+def test_definitions_that_are_given_no_webhook_have_none(workspace, monkeypatch):
+    """Whatever the environment says: only what Dagster loads is made of that."""
+    monkeypatch.setenv("REFINERY_WEBHOOK", "file:///etc/passwd")
+    assert make_definitions(workspace).get_sensor_def("failed_runs") is not None

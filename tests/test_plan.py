@@ -11,18 +11,21 @@ from importlib.metadata import version
 import dagster as dg
 import pytest
 
+from orchestration import schedules
 from orchestration.definitions import make_definitions
 from orchestration.schedules import MOST_ATTEMPTS, PLAN_TAG, WHY_TAG, reoptimization
 from resources.artifacts import fingerprint as fingerprints
 from resources.artifacts.records import Engine
+from resources.checkpoints import Located, collect
 from resources.engines import ENGINES
 from resources.engines import make as engine_making
-from resources.errors import CatalogError, EngineError
+from resources.errors import CatalogError, EngineError, UnfetchedError
 from resources.isolation import Limits
 from resources.plan import differences, plan_model
 from resources.workspace import Workspace
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, instance, run_assets, run_job
+from tests.sources import COMMIT, OLDER, write_checkpoint
 from tests.test_cli import refinery
 
 #: By size the smaller engine wins whatever this machine's mood is.
@@ -248,6 +251,44 @@ def test_a_new_revision_on_the_hub_is_told_without_being_fetched(copy, monkeypat
     assert (first.step, first.state) == ("checkpoint", "run")
     assert first.reasons[0].endswith(" -> bbbbbbbbbbbb")
     assert {step.state for step in others} == {"follows"}
+
+
+def test_a_source_that_is_not_here_is_what_it_was_by_its_revision(copy, checkpoint_folder, monkeypatch):
+    """Another machine collected it, or its copy was tidied up: that is no reason for a run."""
+    monkeypatch.setattr(collect, "locate", lambda *_, **__: Located(checkpoint_folder, COMMIT))
+    assert run_assets(copy, "tiny", ["checkpoint"]).success
+
+    def elsewhere(source, *, fetch, **_):
+        assert not fetch
+        raise UnfetchedError(source, holds)
+
+    monkeypatch.setattr(collect, "locate", elsewhere)
+    entry = copy.entry("tiny")
+    holds = COMMIT
+    assert plan_model(copy, entry).differing == ()
+    pickles = plan_model(copy, entry.model_copy(update={"allow_pickle": True}))
+    assert pickles.steps[0].state == "run"  # other files may be fetched then
+    holds = OLDER
+    assert plan_model(copy, entry).steps[0].reasons == (f"revision {COMMIT[:12]} -> {OLDER[:12]}",)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_that_model_alone(workspace, tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/proc/self/mem")  # whoever reads it gets EIO
+    found = plan_model(workspace, entry_for(folder))
+    assert "Input/output error. Make the file readable" in found.error
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.0])
+def test_a_process_that_ends_early_costs_the_model_whose_turn_it_was(monkeypatch, seconds):
+    def plan(names, seconds):
+        count = names.index("b") if "b" in names else len(names)
+        return [{"model": name, "error": ""} for name in names[:count]], "Killed"
+
+    monkeypatch.setattr(schedules, "_plan", plan)
+    errors = {name: plan["error"] for name, plan in schedules.read_plans(["a", "b", "c"], seconds).items()}
+    assert errors == ({"a": "", "b": "planning it ended early: Killed", "c": ""} if seconds else {})
 
 
 @pytest.mark.parametrize(

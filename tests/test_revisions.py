@@ -16,9 +16,10 @@ import pytest
 
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_access
-from resources.checkpoints import Access, SourceSettings, locate
+from resources.checkpoints import Access, SourceSettings, locate, registry
 from resources.checkpoints.registry import parse_reference
 from resources.errors import CheckpointError
+from resources.locks import file_lock
 from resources.revisions import Looks, Seen, aside, look
 from resources.revisions import http as asking
 from resources.revisions import source as looking
@@ -135,6 +136,36 @@ def test_a_copy_in_progress_is_not_taken(folder, settings, tmp_path, break_it):
     assert at(500, entry, settings, broken).revision == revision(entry_for(whole), settings)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [".model.safetensors.Qx3f9a", "model.safetensors.part", ".cache/huggingface/download/x.0123.incomplete"],
+)
+def test_what_is_renamed_once_it_is_whole_is_waited_for(folder, settings, name):
+    """Meanwhile the new configuration lies beside the old weights."""
+    entry = entry_for(folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+    first = at(100, entry, settings)
+    assert "on its way" in first.waiting
+    assert at(301, entry, settings, first).revision  # it was left behind
+    assert at(100, entry, settings, at(301, entry, settings)).revision  # what lies there is known already
+    (folder / name).unlink()
+    assert at(100, entry, settings).revision
+
+
+def test_a_problem_of_a_moment_is_none_for_ever(folder, settings, monkeypatch):
+    def unreadable(*arguments):
+        raise CheckpointError("tiny: Input/output error.")
+
+    entry = entry_for(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(looking, "content_hashes", unreadable)
+        seen = at(3600, entry, settings)
+    assert "Input/output error" in seen.problem
+    assert at(3630, entry, settings, seen) is seen
+    assert at(3600 + 601, entry, settings, seen).revision
+
+
 def test_an_entry_that_is_put_right_is_looked_at_again(folder, settings):
     (folder / "config.json").write_text(
         json.dumps({**json.loads((folder / "config.json").read_text()), "auto_map": {"a": "b"}})
@@ -175,7 +206,7 @@ def wait_for(again, seen=None):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         seen = again(seen)
-        if seen.settled:
+        if seen.revision or seen.problem:
             return seen
         time.sleep(0.2)
     raise AssertionError(seen)
@@ -433,6 +464,23 @@ def flavored(folder, checkpoint):
     (folder / "MLmodel").write_text(json.dumps({"flavors": flavor}))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"model_binary": "../../outside"}, {"model_binary": "model", "components": ["../../../outside"]}],
+)
+def test_a_version_that_leads_out_of_its_folder_is_refused(folder, tmp_path, fields):
+    """Nothing is written there, nor taken from there."""
+    logged = tmp_path / "a" / "logged"
+    flavored(logged, folder)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.json").write_text("{}")
+    (logged / "MLmodel").write_text(json.dumps({"flavors": {"transformers": {"components": ["tokenizer"], **fields}}}))
+    with pytest.raises(CheckpointError, match="outside what was logged"):
+        registry._join_tokenizers(logged)
+    assert [path.name for path in (tmp_path / "outside").iterdir()] == ["secret.json"]
+    assert not (logged / "model" / "secret.json").exists()
+
+
 def test_a_store_that_only_mlflow_can_read(settings, folder, tmp_path, monkeypatch):
     """A real sqlite store: looked at by a process of its own, and only when its file has changed; then fetched."""
     from mlflow import MlflowClient
@@ -640,12 +688,60 @@ def test_a_problem_is_looked_at_again_after_a_while(folder, settings, monkeypatc
     started = []
     monkeypatch.setattr(aside, "_start", lambda entry, settings, key: started.append(key))
     entry = entry_for(folder)
-    problem = aside.Answer(key="key", asked="key", problem="database is locked", at=1000.0)
-    aside._write(aside._answer_file(settings, entry), problem)
+    problem = aside.Answer(source=entry.source, key="key", asked="key", problem="database is locked", at=1000.0)
+    answered(settings, entry, problem)
     assert aside.ask(entry, settings, "key", now=1599.0) == problem
     assert started == []
     aside.ask(entry, settings, "key", now=1601.0)
     assert started == ["key"]
+    # What will have been answered tomorrow was, before the clock was put back.
+    answered(settings, entry, problem.model_copy(update={"at": 1000.0 + 86400}))
+    aside.ask(entry, settings, "key", now=1000.0)
+    assert started == ["key", "key"]
+
+
+def answered(settings, entry, answer):
+    path = aside._answer_file(settings, entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(answer.model_dump_json())
+
+
+def test_an_answer_about_another_source_is_none_about_this_one(folder, settings, monkeypatch):
+    """The catalog has the model from elsewhere now, and MLflow's database is as it was."""
+    Path(settings.tracking_uri.removeprefix("sqlite:///")).touch()
+    started = []
+    monkeypatch.setattr(aside, "_start", lambda entry, settings, key: started.append((entry.source, key)))
+    before, after = entry_for("models:/bert@live"), entry_for("models:/roberta@live")
+    at(0, before, settings)
+    ((_, key),) = started
+    answered(settings, before, aside.Answer(source=before.source, key=key, revision="v1-of-bert", at=time.time()))
+    assert at(0, before, settings).revision == "v1-of-bert"
+    assert at(0, after, settings).revision == ""
+    assert started[1:] == [(after.source, key)]
+
+
+def test_processes_that_ask_a_database_and_end_without_an_answer_are_said(folder, monkeypatch):
+    """Each asks about another state of it."""
+    settings = SourceSettings(folder / "sources", "postgresql://nobody/mlflow")
+    started = []
+    monkeypatch.setattr(aside, "_start", lambda entry, settings, key: started.append(key))
+    for seconds in (0, 200, 400):
+        assert at(seconds, entry_for("models:/bert@live"), settings).waiting
+    with pytest.raises(CheckpointError, match="3 processes that looked at models:/bert@live ended"):
+        at(600, entry_for("models:/bert@live"), settings)
+    assert len(set(started)) == 3
+
+
+def test_a_process_that_is_at_work_has_not_ended(folder, settings, monkeypatch):
+    started = []
+    monkeypatch.setattr(aside, "_start", lambda entry, settings, key: started.append(key))
+    monkeypatch.setattr(looking, "SMALL_BYTES", 0)
+    entry = entry_for(folder)
+    for seconds in (3600, 3630, 3660):
+        at(seconds, entry, settings)
+    with file_lock(aside._answer_file(settings, entry).with_suffix(".lock")):
+        assert "digested by a process" in at(3690, entry, settings).waiting
+    assert len(started) == 3
 
 
 def test_processes_of_two_sources_at_once_and_no_more(folder, settings, monkeypatch):

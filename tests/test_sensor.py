@@ -15,10 +15,11 @@ from orchestration import sensors
 from orchestration.definitions import make_definitions
 from orchestration.settings import read_workspace
 from orchestration.watch import LAUNCH_SECONDS, RETRY_SECONDS, Cursor, Memory, Newest, decide, is_due, saw
-from resources.artifacts.records import Checkpoint
+from resources.artifacts.records import Checkpoint, StoredFile
+from resources.artifacts.store import ArtifactStore
 from resources.catalog import ModelEntry, write_entry
 from resources.checkpoints import Access
-from resources.errors import CatalogError, CheckpointError
+from resources.errors import ArtifactError, CatalogError, CheckpointError
 from resources.revisions import Seen
 from tests.performance.ticks import run_ticks
 from tests.pipeline import instance as real_instance
@@ -281,6 +282,74 @@ def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemo
     assert "503" in daemon.observed("m0")[0]
 
 
+def test_commits_that_nobody_is_asked_for_are_in_nobodys_way(daemon, monkeypatch):
+    monkeypatch.setattr(sensors, "MOST_REMOTE", 1)
+    pinned = {f"m{number}": f"org/m{number}@{COMMIT}" for number in range(3)}
+    write_catalog(daemon.workspace, {**pinned, "moves": "org/m"})
+    with serving(lambda path: (200, {"sha": COMMIT}, {})) as (address, _):
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address), watch_seconds=30)
+        assert len(daemon.tick()) == 4
+
+
+def test_files_of_what_was_optimized_are_not_looked_at(daemon, tmp_path):
+    """They may be gigabytes, or on another machine; what lost one is made again by the schedule."""
+    folder = write_checkpoint(tmp_path / "a")
+    write_catalog(daemon.workspace, {"a": folder})
+    (request,) = daemon.tick()
+    succeed(daemon, request, folder)
+    store = daemon.workspace.store
+    record = store.current(Checkpoint, "checkpoint/a")
+    lost = record.model_copy(update={"files": {"model.safetensors": StoredFile(sha256="0" * 64, size_bytes=1)}})
+    (store.folder(record) / "record.json").write_text(lost.model_dump_json())
+    assert daemon.run_keys() == []
+    assert "nothing new" in daemon.said
+
+
+def test_an_artifact_store_that_is_away_is_waited_for(daemon, tmp_path, monkeypatch):
+    asked = []
+
+    def away(*arguments):
+        asked.append(arguments)
+        raise ArtifactError("the store could not be asked")
+
+    write_catalog(daemon.workspace, {name: write_checkpoint(tmp_path / name) for name in ("a", "b")})
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactStore, "known", away)
+        assert daemon.run_keys() == []
+    assert daemon.said == "the store could not be asked"
+    assert len(asked) == 1  # each may take as long as the store takes not to answer
+    assert len(daemon.run_keys()) == 2
+
+
+def test_what_is_stuck_is_not_in_the_way_of_what_is_new(daemon, monkeypatch):
+    """Where there is no time for all."""
+    monkeypatch.setattr(sensors, "TICK_SECONDS", 1.0)
+    monkeypatch.setattr(sensors, "_DECIDE_SECONDS", 0.5)
+    monkeypatch.setattr(sensors._Tick, "_newest", lambda *_: time.sleep(0.2))
+    names = [f"m{number}" for number in range(20)]
+    write_catalog(daemon.workspace, {name: f"org/{name}@{COMMIT}" for name in (*names, "new")})
+    models = {
+        name: Memory(source=f"org/{name}@{COMMIT}", asked=COMMIT, asked_at=time.time(), tries=3) for name in names
+    }
+    models["new"] = Memory(source=f"org/new@{COMMIT}", asked="before", done="before", asked_at=time.time() + 1)
+    daemon.cursor = Cursor(models=models).text()
+    assert [request.partition_key for request in daemon.tick()] == ["new"]
+
+
+def test_a_clock_that_is_put_back_stops_nothing(daemon):
+    """A cursor of the day after tomorrow."""
+    later = time.time() + 2 * 86400
+    with serving(lambda path: (200, {"sha": COMMIT}, {})) as (address, _):
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address), watch_seconds=30)
+        write_catalog(daemon.workspace, {"a": "org/a"})
+        before = Seen(stat="s", since=later, revision="before")
+        memory = Memory(source="org/a", seen=before, looked=later, asked="before", asked_at=later, attempt=1)
+        daemon.cursor = Cursor(models={"a": memory}).text()
+        assert daemon.run_keys() == [f"a:{COMMIT}:2"]
+    kept = Cursor.read(daemon.cursor).models["a"]
+    assert max(kept.looked, kept.asked_at, kept.seen.since) < time.time()
+
+
 def test_so_many_runs_at_once_and_the_others_next(daemon, monkeypatch):
     monkeypatch.setattr(sensors, "MOST_RUNS", 3)
     daemon.workspace = replace(daemon.workspace, watch_seconds=30)
@@ -348,6 +417,7 @@ def newest(ended="failure", ago=50.0):
         (memory(asked_at=NOW - 9999, tries=2), newest("failure", RETRY_SECONDS[1] - 1), "B", ""),
         (memory(asked_at=NOW - 9999, tries=2), newest("failure", RETRY_SECONDS[1] + 1), "B", "try 3 of 3"),
         (memory(asked_at=NOW - 9999, tries=3), newest("failure", 9000), "B", ""),
+        (memory(asked_at=NOW - 9999), newest("failure", -9000), "B", "try 2 of 3"),  # the clock was put back since
         # Somebody ended it.
         (memory(asked_at=NOW - 9999), newest("canceled", 9000), "B", ""),
         # It went well, with what the source held by then.

@@ -11,7 +11,9 @@ from orchestration.settings import read_workspace
 from resources.artifacts.records import Checkpoint, Engine
 from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.store import ArtifactStore
+from resources.catalog import write_entry
 from resources.errors import ArtifactError, CatalogError
+from resources.plan import plan_model
 from tests.conftest import entry_for
 from tests.objects import s3_server
 from tests.pipeline import add_entry, run_assets
@@ -257,3 +259,14 @@ def test_two_homes_with_one_bucket(tmp_path, place, made_checkpoint):
     assert [one["reused"] for one in made] == [False, True]
     assert made[0]["digest"] == made[1]["digest"]
     assert str(tmp_path / "two") in str(made[1]["files"])
+    # A machine that only plans knows what was made, and brings none of it here.
+    planning = read_workspace(
+        {"REFINERY_HOME": str(tmp_path / "three"), "REFINERY_CATALOG": str(catalog), "REFINERY_ARTIFACTS": artifacts}
+    )
+    write_entry(entry_for(made_checkpoint()), planning.additions)
+    for here in (workspace, planning):
+        known = here.store.known(Checkpoint, "checkpoint/tiny")
+        assert known is not None and known.digest == made[0]["digest"]
+        steps = {step.step: step.state for step in plan_model(here, here.entry("tiny")).steps}
+        assert (steps["checkpoint"], steps["onnx_graph"]) == ("reused", "run")
+    assert not (tmp_path / "three" / "artifacts" / "checkpoint").exists()

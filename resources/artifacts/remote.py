@@ -77,6 +77,16 @@ class RemoteArtifacts:
                     return None, (name,)
         return record, ()
 
+    def record(self, kind: type[R], digest: str) -> R | None:
+        """The record of that digest without its files; None where there is none, or none that this version reads."""
+        with clear_errors():
+            try:
+                entry = _Entry.model_validate_json((self._place(kind.kind, digest) / _RECORD).read_bytes())
+                record = kind.model_validate_json(entry.record)
+            except (FileNotFoundError, ValidationError):
+                return None
+        return record if record.digest == digest else None
+
     def has(self, record: Record) -> bool:
         """Whether an artifact of that digest is there; it was used then, and is not removed for a while."""
         place = self._place(record.kind, record.digest)

@@ -245,6 +245,24 @@ class ArtifactStore:
             )
         return record
 
+    def known(self, kind: type[R], name: str) -> R | None:
+        """The record that the named step made last, see `record`; None where there is none."""
+        digest = self.pointed(name)
+        return self.record(kind, digest) if digest else None
+
+    def record(self, kind: type[R], digest: str) -> R | None:
+        """What is known of that digest, whatever became of its files: none of them is read, or brought here."""
+        here: R | None
+        try:
+            here = kind.model_validate_json((self._folder(kind.kind, digest) / RECORD_FILE).read_bytes())
+        except (OSError, ValidationError):
+            here = None
+        if here is not None and here.digest != digest:  # folders are named by half of the digest
+            here = None
+        if self.remote is None or (here is not None and here.reusable):
+            return here
+        return self.remote.record(kind, digest) or here  # what failed here may have been made elsewhere since
+
     def pointed(self, name: str) -> str:
         """The digest of the newest record that the named step made; empty if there is none."""
         try:

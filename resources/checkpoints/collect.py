@@ -92,30 +92,16 @@ def collect_checkpoint(
         raise CheckpointError(f"{entry.name}: {error}") from error
     try:
         found = validate(entry, located.folder)
+        hashes = hash_files(located.folder, found.files, store.caches / "sources")
     except CheckpointError:
         if not fetch and located.revision is not None:  # of the Hub, and perhaps not whole yet
             raise UnfetchedError(entry.source, located.revision) from None
         raise
-    try:
-        hashes = hash_files(located.folder, found.files, store.caches / "sources")
     except OSError as error:
         raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
     weights = _weights_digest(found.config, found.files, hashes)
-    made_of = Fingerprint.of(
-        "checkpoint",
-        model=entry.name,
-        source=entry.source,
-        revision=located.revision,
-        weights=weights,
-        files={name: sha256 for name, sha256 in hashes.items() if not name.endswith(_WEIGHTS)},
-        task=entry.task,
-        options=entry.task_options().model_dump(),
-        sample=_content_of(entry),
-        allow_pickle=entry.allow_pickle,
-        trust_remote_code=entry.trust_remote_code,
-        code=code_versions(*CODE),
-        libraries=library_versions("transformers", "tokenizers"),
-    )
+    others = {name: sha256 for name, sha256 in hashes.items() if not name.endswith(_WEIGHTS)}
+    made_of = _made_of(entry, located.revision, weights, others)
 
     def make(folder: Path) -> Checkpoint:
         for name in found.files:
@@ -188,6 +174,42 @@ def collect_checkpoint(
         )
 
     return store.get_or_make(Checkpoint, made_of, make)
+
+
+def _made_of(entry: ModelEntry, revision: str | None, weights: str, files: Mapping[str, str]) -> Fingerprint:
+    """What a checkpoint of the entry is made of. files: digests of all but its weights."""
+    return Fingerprint.of(
+        "checkpoint",
+        model=entry.name,
+        source=entry.source,
+        revision=revision,
+        weights=weights,
+        files=dict(files),
+        task=entry.task,
+        options=entry.task_options().model_dump(),
+        sample=_content_of(entry),
+        allow_pickle=entry.allow_pickle,
+        trust_remote_code=entry.trust_remote_code,
+        code=code_versions(*CODE),
+        libraries=library_versions("transformers", "tokenizers"),
+    )
+
+
+def unfetched_fingerprint(entry: ModelEntry, revision: str, known: Checkpoint) -> Fingerprint | None:
+    """What the checkpoint would be made of whose source is not on this machine, where `known` was copied from the same
+    revision: another machine did that, or the copy was tidied up. None where it says nothing about this one.
+    """
+    parts = known.made_of
+    same = {
+        "source": entry.source,
+        "revision": revision,
+        # They decide which files are fetched at all.
+        "allow_pickle": entry.allow_pickle,
+        "trust_remote_code": entry.trust_remote_code,
+    }
+    if not parts or any(parts.get(name) != value for name, value in same.items()):
+        return None
+    return _made_of(entry, revision, parts["weights"], parts["files"])
 
 
 def expected_checkpoint(made_of: Fingerprint, now: Checkpoint) -> Checkpoint:

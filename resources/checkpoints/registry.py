@@ -179,14 +179,14 @@ def _checkpoint_in(source: str, folder: Path) -> Path:
     """The folder that transformers can read, in what was downloaded of a version. Raises CheckpointError."""
     for root, name, fields in _flavors(folder):
         if name == "transformers" and fields.get("model_binary"):
-            return root / str(fields["model_binary"])
+            return _within(folder, root / str(fields["model_binary"]))
         if name == "transformers" and fields.get("source_model_name"):
             raise CheckpointError(
                 f"source: {source} holds no weights, but the name of a model of the Hub. Give that as the source "
                 f"({fields['source_model_name']}), or log it with save_pretrained=True."
             )
         if name == "sentence_transformers" and fields.get("data"):
-            return root / str(fields["data"])
+            return _within(folder, root / str(fields["data"]))
     found = sorted({path.parent for path in folder.rglob("config.json")}, key=lambda path: len(path.parts))
     if not found:
         raise CheckpointError(
@@ -194,6 +194,15 @@ def _checkpoint_in(source: str, folder: Path) -> Path:
             "mlflow.transformers, or log the folder that save_pretrained wrote."
         )
     return found[0]
+
+
+def _within(folder: Path, path: Path) -> Path:
+    """The path, which somebody else's description names. Raises CheckpointError where it leads out of the folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"source: its MLmodel names {path.name}, outside what was logged. Log the model again with mlflow."
+        )
+    return path
 
 
 def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
@@ -207,8 +216,10 @@ def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
 def _join_tokenizers(folder: Path) -> None:
     """MLflow keeps the tokenizer apart from the model; transformers looks for both in one folder."""
     for root, name, fields in _flavors(folder):
-        model = root / str(fields.get("model_binary"))
-        for part in (fields.get("components") or ()) if name == "transformers" else ():
-            for path in (root / "components" / str(part)).glob("*"):
+        if name != "transformers" or not fields.get("model_binary"):
+            continue
+        model = _within(folder, root / str(fields["model_binary"]))
+        for part in fields.get("components") or ():
+            for path in _within(folder, root / "components" / str(part)).glob("*"):
                 if path.is_file() and not (model / path.name).exists():
                     shutil.copyfile(path, model / path.name)

@@ -8,19 +8,20 @@ benchmarks, as builds do, and outlives whoever started it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from resources import locks
+from resources.artifacts.hashes import write_whole
 from resources.catalog import ModelEntry
 from resources.checkpoints.collect import content_hashes, content_revision
 from resources.checkpoints.registry import find_version
@@ -37,7 +38,7 @@ _MOST = 2
 _TRIES = 3
 _PAUSE_SECONDS = 3600.0
 #: A problem may have been another's: a database that was locked.
-_PROBLEM_SECONDS = 600.0
+PROBLEM_SECONDS = 600.0
 #: A new process needs a moment until its lock says that it is there.
 _START_SECONDS = 20.0
 #: For gigabytes from a slow disk; MLflow answers or not.
@@ -50,10 +51,11 @@ _started: list[subprocess.Popen[bytes]] = []
 class Answer(BaseModel):
     """The newest answer about one source: to which question (key), and what (revision or problem; neither: none yet).
 
-    asked: the newest question; so many processes (tries) were started for it. at: when one was started last, or has
-    answered, in seconds since 1970.
+    source: whose it is; the entry's may be another by now. asked: the newest question; so many processes (tries) were
+    started for it. at: when one was started last, or has answered, in seconds since 1970.
     """
 
+    source: str = ""
     key: str = ""
     revision: str = ""
     problem: str = ""
@@ -78,11 +80,18 @@ def ask(entry: ModelEntry, settings: SourceSettings, key: str, *, now: float, re
     """
     path = _answer_file(settings, entry)
     last = _read(path)
-    if last.key == key and (last.revision or now - last.at < _PROBLEM_SECONDS):
+    if last.source != entry.source:
+        last = Answer(source=entry.source)
+    # An answer of time to come was given before the clock was put back.
+    recent_s = now - last.at if last.at <= now + _START_SECONDS else math.inf
+    if last.key == key and (last.revision or recent_s < PROBLEM_SECONDS):
         return last
-    tries = last.tries if last.asked == key else 0
-    recent_s = now - last.at
-    if tries >= _TRIES and recent_s < _PAUSE_SECONDS:
+    known = last if last.key else None
+    if _is_held(path.with_suffix(".lock")):
+        return known
+    # A database looks otherwise each time; what ends there without an answer is one trouble all the same.
+    tries = last.tries if last.asked == key or kind_of(entry.source) == "registry" else 0
+    if tries >= _TRIES and _START_SECONDS <= recent_s < _PAUSE_SECONDS:
         raise CheckpointError(
             f"{entry.name}: {_TRIES} processes that looked at {entry.source} ended without an answer; their last words "
             f"are in {path.with_suffix('.log')}. Another is tried within the hour."
@@ -90,10 +99,11 @@ def ask(entry: ModelEntry, settings: SourceSettings, key: str, *, now: float, re
     rest_s = max(rest_s, _START_SECONDS if tries else 0.0)
     with _starting:
         _started[:] = [process for process in _started if process.poll() is None]
-        if recent_s >= rest_s and len(_started) < _MOST and not _is_held(path.with_suffix(".lock")):
-            _write(path, last.model_copy(update={"asked": key, "at": now, "tries": tries % _TRIES + 1}))
+        if recent_s >= rest_s and len(_started) < _MOST:
+            asked = last.model_copy(update={"asked": key, "at": now, "tries": tries % _TRIES + 1})
+            write_whole(path, asked.model_dump_json().encode())
             _start(entry, settings, key)
-    return last if last.key else None
+    return known
 
 
 def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
@@ -131,13 +141,6 @@ def _read(path: Path) -> Answer:
         return Answer()
 
 
-def _write(path: Path, answer: Answer) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(answer.model_dump_json())
-    draft.replace(path)
-
-
 def _is_held(lock: Path) -> bool:
     try:
         with file_lock(lock, timeout_s=0.0):
@@ -154,15 +157,16 @@ def main() -> None:
     settings = SourceSettings(job.folder, job.tracking_uri)
     path = _answer_file(settings, entry)
     os.nice(10)
-    with file_lock(path.with_suffix(".lock"), timeout_s=0.0), building():
+    # Whoever asks whether the lock is held has it for a moment.
+    with file_lock(path.with_suffix(".lock"), timeout_s=1.0), building():
         signal.alarm(_LONGEST_SECONDS[kind_of(entry.source)])
-        answer = Answer(key=job.key, asked=job.key, at=time.time())
+        answer = Answer(source=entry.source, key=job.key, asked=job.key, at=time.time())
         try:
             answer.revision = _revision(entry, settings, job.key)
-        except RefineryError as error:
+        except (RefineryError, OSError) as error:
             answer.problem = first_line(error, 1000)
         if answer.revision or answer.problem:
-            _write(path, answer)
+            write_whole(path, answer.model_dump_json().encode())
 
 
 def _revision(entry: ModelEntry, settings: SourceSettings, key: str) -> str:

@@ -16,6 +16,7 @@ from resources.checkpoints.sources import Kind, kind_of, local_folder
 from resources.checkpoints.validation import validate
 from resources.errors import CheckpointError, first_line
 from resources.revisions import aside
+from resources.revisions.aside import PROBLEM_SECONDS
 from resources.revisions.folder import stat_folder
 from resources.revisions.hub import hub_commit, is_pinned
 from resources.revisions.registry import ask_version
@@ -39,7 +40,7 @@ class Seen(BaseModel):
 
     stat: what says whether anything has changed. since: when it was first found so, in seconds since 1970.
     revision: what the source holds, as `Checkpoint.revision` has it; empty while that cannot be said: `waiting` says
-    why it may come by itself, `problem` why it does not.
+    why it may come by itself, `problem` why it does not, and `refused` when that was found.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,10 +49,13 @@ class Seen(BaseModel):
     revision: str = ""
     waiting: str = ""
     problem: str = ""
+    refused: float = 0.0
 
-    @property
-    def settled(self) -> bool:
-        return bool(self.revision or self.problem)
+    def holds(self, now: float) -> bool:
+        """Whether nobody has to look closer while it looks the same. A problem may have been that of a moment: a disk
+        that was away.
+        """
+        return bool(self.revision) or (bool(self.problem) and 0 <= now - self.refused < PROBLEM_SECONDS)
 
 
 def look(
@@ -82,23 +86,26 @@ def _look_at_folder(
     folder = local_folder(entry.source)
     stat = stat_folder(entry, folder)
     same = before is not None and before.stat == stat.digest
-    if before is not None and same and before.settled:
+    if before is not None and same and before.holds(now):
         return before
     seen = Seen(stat=stat.digest, since=before.since if before is not None and same else now)
     quiet_s = max(now - seen.since, now - stat.newest)
     if quiet_s < interval_s:
         return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
+    # What it lies beside may be of the revision before.
+    if abs(now - stat.on_its_way) < INCOMPLETE_INTERVALS * interval_s:
+        return _waits(seen, "a file is on its way into it")
     if stat.size_bytes > SMALL_BYTES or stat.tokenizer_bytes > SMALL_TOKENIZER_BYTES:
         answer = aside.ask(entry, settings, stat.digest, now=now)
         if answer is None or answer.key != stat.digest:
             return _waits(seen, "its content is being digested by a process of its own")
         if answer.problem:
-            return _incomplete(seen, answer.problem, quiet_s, interval_s)
+            return _incomplete(seen, answer.problem, quiet_s, interval_s, now)
         return seen.model_copy(update={"revision": answer.revision})
     try:
         hashes = content_hashes(entry, folder, validate(entry, folder).files)
     except CheckpointError as error:
-        return _incomplete(seen, str(error), quiet_s, interval_s)
+        return _incomplete(seen, str(error), quiet_s, interval_s, now)
     except OSError as error:
         raise CheckpointError(f"{entry.name}: {folder} cannot be read: {error}. Make it readable.") from error
     if stat_folder(entry, folder).digest != stat.digest:
@@ -144,7 +151,7 @@ def _look_at_objects(
         entry.source, settings, allow_pickle=entry.allow_pickle, trust_remote_code=entry.trust_remote_code
     )
     same = before is not None and before.stat == listing.revision
-    if before is not None and same and before.settled:
+    if before is not None and same and before.holds(now):
         return before
     if not listing.objects:
         raise CheckpointError(f"source: nothing of a checkpoint lies below {entry.source}. Give its prefix.")
@@ -155,7 +162,7 @@ def _look_at_objects(
     lacks = lacking(entry.source, listing)
     if lacks:
         text = f"{entry.name}: {lacks} is missing from {entry.source}. Put the checkpoint there whole."
-        return _incomplete(seen, text, quiet_s, interval_s)
+        return _incomplete(seen, text, quiet_s, interval_s, now)
     return seen.model_copy(update={"revision": listing.revision})
 
 
@@ -163,6 +170,8 @@ def _waits(seen: Seen, why: str) -> Seen:
     return seen.model_copy(update={"waiting": why})
 
 
-def _incomplete(seen: Seen, why: str, quiet_s: float, interval_s: float) -> Seen:
-    late = quiet_s >= INCOMPLETE_INTERVALS * interval_s
-    return seen.model_copy(update={"problem" if late else "waiting": first_line(CheckpointError(why), 1000)})
+def _incomplete(seen: Seen, why: str, quiet_s: float, interval_s: float, now: float) -> Seen:
+    said = first_line(CheckpointError(why), 1000)
+    if quiet_s < INCOMPLETE_INTERVALS * interval_s:
+        return _waits(seen, said)
+    return seen.model_copy(update={"problem": said, "refused": now})

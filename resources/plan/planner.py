@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import ValidationError
-
-from resources.artifacts.fingerprint import Fingerprint, fingerprint, is_pending, pending
+from resources.artifacts.fingerprint import Fingerprint, is_pending, pending
 from resources.artifacts.records import (
     BenchmarkReport,
     Champion,
@@ -27,10 +25,10 @@ from resources.artifacts.records import (
     ServingConfiguration,
     ServingReport,
 )
-from resources.artifacts.store import RECORD_FILE, ArtifactStore, Made
+from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
-from resources.checkpoints.collect import expected_checkpoint
+from resources.checkpoints.collect import expected_checkpoint, unfetched_fingerprint
 from resources.device import why_not_here
 from resources.engines import BASELINE, ENGINES, SERVED, Sources
 from resources.engines.make import make_engine
@@ -39,6 +37,9 @@ from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import Served, make_champion
 from resources.evaluation.reference import make_evaluation_set
 from resources.export.make import make_graph
+from resources.plan.reasons import NEVER, after, differences, failure_of, reasons_of
+from resources.plan.steps import ModelPlan, PlannedStep, State
+from resources.plan.store import PlanningStore, WouldMakeError
 from resources.triton.environment import is_installed
 from resources.triton.layout import current_release
 from resources.triton.make import is_provable, plan_release
@@ -51,69 +52,8 @@ from resources.workspace import Workspace
 
 R = TypeVar("R", bound=Record)
 
-#: `reused`: it is there, and current. `found`: it is there, and something else is current, so that a run takes it up in
-#: milliseconds. `run`: it would be made. `follows`: whether it would be is known once something else is made.
-#: `retry`: it failed with just these inputs before; a run tries again, and is not made for that alone.
-#: `elsewhere`: it was made on a machine with another device than this one, which alone can tell.
-State = Literal["reused", "found", "run", "follows", "retry", "elsewhere"]
-
 #: Steps that no target has for itself.
 _COMMON = ("checkpoint", "evaluation_set", "onnx_graph")
-_NEVER = "it was never made"
-#: How parts of fingerprints are called, where their names do not say it.
-_WORDS = {
-    "weights": "the weights or their configuration",
-    "tokenizer": "the tokenizer",
-    "ids": "the tokenizer's vocabulary or longest text",
-    "pipeline": "how answers are made of the engine's numbers",
-    "checkpoint": "the tokenizer, or how answers are made of the engine's numbers",
-    "items": "the evaluation requests",
-    "right": "the right answers of the evaluation requests",
-    "sample": "the sample of requests",
-    "graph": "onnx_graph",
-    "evaluation": "evaluation_set",
-    "baseline": f"PyTorch ({BASELINE})",
-    "engine": "the engine",
-    "profiles": "the lengths that engines are tuned to",
-}
-#: What the tokenizer's files are called, by how their names begin.
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
-_LONGEST_VALUE = 60
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One step of the pipeline: an asset, by its name in Dagster, with `/` between the parts.
-
-    reasons: why it is not reused, each in a few words. seconds: what making the one that is there now took; 0: unknown.
-    """
-
-    step: str
-    state: State
-    reasons: tuple[str, ...] = ()
-    digest: str = ""
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """What a run of one model would do. error: where it would fail, as far as that can be known; no later step is
-    among the steps then.
-    """
-
-    model: str
-    steps: tuple[PlannedStep, ...]
-    error: str = ""
-
-    @property
-    def differing(self) -> tuple[PlannedStep, ...]:
-        """The steps of which something may be another afterwards; none: there is no reason for a run."""
-        return tuple(step for step in self.steps if step.state in ("found", "run", "follows"))
-
-    @property
-    def digest(self) -> str:
-        """Of all that a run would begin from: the same digest, the same run."""
-        return fingerprint("plan", model=self.model, steps=self.differing)
 
 
 def plan_model(workspace: Workspace, entry: ModelEntry) -> ModelPlan:
@@ -128,53 +68,8 @@ def plan_model(workspace: Workspace, entry: ModelEntry) -> ModelPlan:
         return ModelPlan(entry.name, tuple(planner.steps), error)
 
 
-class _WouldMakeError(Exception):
-    """Something is not in the store. record: what it would be, where making it costs nothing."""
-
-    def __init__(self, made_of: Fingerprint, damaged: tuple[str, ...], record: Record | None) -> None:
-        super().__init__(made_of.kind)
-        self.made_of, self.damaged, self.record = made_of, damaged, record
-
-
 class _UnknownError(Exception):
-    """What a step depends on is not known before others are done."""
-
-    def __init__(self, *steps: str) -> None:
-        super().__init__(*steps)
-        self.steps = steps
-
-
-class PlanningStore(ArtifactStore):
-    """Another store's artifacts, read without leaving a trace; nothing is ever made in it but what is light."""
-
-    def __init__(self, root: Path, scratch: Path) -> None:
-        super().__init__(root)
-        self._scratch = scratch
-
-    def get_or_make(
-        self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R], *, light: bool = False
-    ) -> Made[R]:
-        """Raises _WouldMakeError for what is not there. What failed before is answered as it is."""
-        assert isinstance(made_of, Fingerprint), "only what is named part by part can be planned"
-        found, damaged = self.look(kind, made_of.digest)
-        if found is not None:
-            return Made(found, reused=True)
-        made = make(self._scratch).model_copy(update={"made_of": made_of.parts}) if light else None
-        raise _WouldMakeError(made_of, damaged, made)
-
-    def known(self, kind: type[R], name: str) -> R | None:
-        """The record that the named step made last, whatever became of its files; None for none that can be read."""
-        digest = self.pointed(name)
-        try:
-            return kind.model_validate_json((self._folder(kind.kind, digest) / RECORD_FILE).read_bytes())
-        except (OSError, ValidationError):
-            return None
-
-    def _touch(self, file: Path) -> None:
-        """Looking is no use."""
-
-    def _note_verified(self, folder: Path, seen: dict[str, list[int]]) -> None:
-        """Nor is it written down."""
+    """What the named step would make is not known before it is made."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +78,7 @@ class _PlanningWorkspace(Workspace):
 
     @property
     def store(self) -> PlanningStore:
-        return PlanningStore(super().store.root, self.scratch_folder)
+        return PlanningStore(super().store, self.scratch_folder)
 
 
 class _Planner:
@@ -224,10 +119,8 @@ class _Planner:
 
         def collect() -> Made[Checkpoint]:
             try:
-                return collect_checkpoint(
-                    self._entry, self._store, self._workspace.limits, settings=self._workspace.sources, fetch=False
-                )
-            except _WouldMakeError as would:
+                return self._collected(now)
+            except WouldMakeError as would:
                 unlike.append(would.made_of)
                 raise
 
@@ -237,17 +130,29 @@ class _Planner:
             )
         except UnfetchedError as error:
             was = now.revision[:12] if now is not None else ""
-            self._note("checkpoint", "run", (f"revision {was} -> {error.revision[:12]}" if was else _NEVER,), now)
+            self._note("checkpoint", "run", (f"revision {was} -> {error.revision[:12]}" if was else NEVER,), now)
         except _UnknownError:
             pass
         return None
 
+    def _collected(self, now: Checkpoint | None) -> Made[Checkpoint]:
+        """The checkpoint that the source holds. Raises UnfetchedError where nothing here tells what that is."""
+        try:
+            return collect_checkpoint(
+                self._entry, self._store, self._workspace.limits, settings=self._workspace.sources, fetch=False
+            )
+        except UnfetchedError as error:
+            made_of = unfetched_fingerprint(self._entry, error.revision, now) if now is not None else None
+            if made_of is None:
+                raise
+            return self._store.get_or_make(Checkpoint, made_of, lambda _: _told(now))
+
     def _whole_run(self) -> None:
         """Nothing is known but that there is another checkpoint."""
-        first = self.steps[0].reasons == (_NEVER,)
+        first = self.steps[0].reasons == (NEVER,)
         of_targets = [name for target in self._workspace.targets for name in _steps_of(target)]
         for name in (*_COMMON[1:], *of_targets):
-            self._note(name, "run" if first else "follows", (_NEVER,) if first else _after("checkpoint"))
+            self._note(name, "run" if first else "follows", (NEVER,) if first else after("checkpoint"))
 
     def _target(self, target: str, checkpoint: Checkpoint, evaluation: EvaluationSet, graph: OnnxGraph) -> None:
         workspace, entry, store = self._workspace, self._entry, self._store
@@ -255,7 +160,7 @@ class _Planner:
         if elsewhere is not None and baseline is not None and baseline.status == "built":
             changed = [step.step for step in self.steps if step.state != "reused" and step.step in _COMMON]
             for name in _steps_of(target):
-                self._note(name, "follows" if changed else "elsewhere", _after(*changed) if changed else (elsewhere,))
+                self._note(name, "follows" if changed else "elsewhere", after(*changed) if changed else (elsewhere,))
             return
         there = store.known(Checkpoint, f"checkpoint/{entry.name}")
         # Where the files of a checkpoint are that is not copied yet: those of the one before say what is asked here.
@@ -294,7 +199,7 @@ class _Planner:
             self._note(step, "reused")
         elif made_anew:
             # One of them may turn out to be what serves, byte for byte.
-            self._note(step, "follows", _after(*made_anew))
+            self._note(step, "follows", after(*made_anew))
             unknown.append(step)
         else:
             engines[SERVED] = measured_again
@@ -323,9 +228,9 @@ class _Planner:
         configuration_step, load_step = f"serving_configuration/{target}", f"serving_benchmark/{target}"
         if unknown:
             sure = any(step.state == "run" for step in self.steps if step.step in unknown)
-            self._note(champion_step, "run" if sure else "follows", _after(*unknown))
+            self._note(champion_step, "run" if sure else "follows", after(*unknown))
             for step in (configuration_step, repository, load_step):
-                self._note(step, "follows", _after(champion_step))
+                self._note(step, "follows", after(champion_step))
             return
         champion = self._ask(
             champion_step, Champion, lambda: make_champion(workspace, entry, target, reports, evaluation, served), None
@@ -339,14 +244,14 @@ class _Planner:
                 None,
             )
         except _UnknownError:
-            self._note(repository, "follows", _after(configuration_step))
-            self._note(load_step, "follows", _after(repository))
+            self._note(repository, "follows", after(configuration_step))
+            self._note(load_step, "follows", after(repository))
             return
         released = self._release(
             repository, plan_release(workspace, entry, checkpoint, engine, champion, configuration, {})
         )
         if not released:
-            self._note(load_step, "follows", _after(repository))
+            self._note(load_step, "follows", after(repository))
             return
         try:
             self._ask(
@@ -363,7 +268,7 @@ class _Planner:
         repository, settings = self._workspace.repository(plan.target), self._workspace.triton
         content = content_of(plan)
         if content.awaits:
-            self._note(step, "follows", _after(*content.awaits), digest=content.digest)
+            self._note(step, "follows", after(*content.awaits), digest=content.digest)
             return False
         waiting = waiting_release(repository, plan.model)
         if unchanged_release(plan, repository, waiting, provable=is_provable(settings)) is not None:
@@ -417,10 +322,10 @@ class _Planner:
         now = self._store.known(kind, name)
         try:
             record = make().record
-        except _WouldMakeError as would:
+        except WouldMakeError as would:
             made_of = would.made_of
-            reasons = tuple(_reasons(now, made_of, would.damaged))
-            self._note(step, "run" if reasons else "follows", reasons or _after(*made_of.awaits), now, made_of.digest)
+            reasons = tuple(reasons_of(now, made_of, would.damaged))
+            self._note(step, "run" if reasons else "follows", reasons or after(*made_of.awaits), now, made_of.digest)
             digest = pending(step) if made_of.awaits else made_of.digest
             if would.record is not None:
                 assert isinstance(would.record, kind), "a step makes records of its own kind"
@@ -429,9 +334,9 @@ class _Planner:
                 raise _UnknownError(step) from None
             return expected(digest)
         if not record.reusable:
-            self._note(step, "retry", (f"failed before: {_why(record)}",), record, record.digest)
+            self._note(step, "retry", (f"failed before: {failure_of(record)}",), record, record.digest)
         elif self._store.pointed(name) != record.digest:
-            said = tuple(_reasons(now, Fingerprint(kind.kind, record.digest, record.made_of), ()))
+            said = tuple(reasons_of(now, Fingerprint(kind.kind, record.digest, record.made_of), ()))
             self._note(step, "found", said, record, record.digest)
         else:
             self._note(step, "reused", (), record, record.digest)
@@ -454,102 +359,3 @@ def _steps_of(target: str) -> list[str]:
 def _told(now: Checkpoint | None) -> Checkpoint:
     assert now is not None, "nothing is expected of a checkpoint that never was there"
     return now
-
-
-def _after(*steps: str) -> tuple[str, ...]:
-    others = len(steps) - 1
-    more = "" if not others else f" and {others} other{'' if others == 1 else 's'}"
-    return (f"once {steps[0]}{more} {'are' if others else 'is'} made",)
-
-
-def _why(record: Record) -> str:
-    """The reason of what failed: an engine's or report's own, or what is wrong with a graph."""
-    return str(getattr(record, "reason", "") or " ".join(getattr(record, "problems", ())))
-
-
-def _reasons(now: Record | None, made_of: Fingerprint, damaged: tuple[str, ...]) -> Iterator[str]:
-    """Why what is current is not what is wanted. None where all that may differ is not known yet."""
-    if damaged:
-        yield f"{', '.join(damaged)} is damaged"
-        return
-    if now is None:
-        yield _NEVER
-    elif not now.made_of:
-        yield "an older version of transformer-refinery made it, and did not note of what"
-    elif now.digest == made_of.digest:
-        yield "its files are gone"
-    else:
-        yield from differences(now.made_of, made_of.parts)
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What is another in a fingerprint's parts, each in a few words. What is not known yet is not told."""
-    for name in sorted({*before, *now}, key=lambda part: (part == "code", part)):
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if isinstance(new, str) and is_pending(new):
-            continue
-        if isinstance(new, list) and any(isinstance(one, str) and is_pending(one) for one in new):
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _inner_differences(name, old, new)
-        elif name == "device" and isinstance(old, str) and isinstance(new, str):
-            yield _device_difference(old, new)
-        elif _is_digest(old) or _is_digest(new):
-            yield f"{_WORDS.get(name, name)} changed"
-        else:
-            yield _change(_WORDS.get(name, name), old, new)
-
-
-def _inner_differences(name: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    changed = [key for key in changed if not (isinstance(new.get(key), str) and is_pending(new[key]))]
-    if not changed:
-        return
-    if name == "files":
-        tokenizer = [file for file in changed if file.startswith(_TOKENIZER_FILES) or file.endswith(".model")]
-        others = [file for file in changed if file not in tokenizer]
-        if tokenizer:
-            yield f"the tokenizer's files ({', '.join(tokenizer)})"
-        if others:
-            yield f"the checkpoint's files ({', '.join(others)})"
-    elif name in ("code", "examiner"):
-        yield f"the code of {', '.join(changed)}"
-    elif name == "reports":
-        yield f"the reports on {', '.join(changed)}"
-    else:
-        prefix = "" if name in ("libraries", "tokenizers") else f"{name}."
-        for key in changed:
-            if _is_digest(old.get(key)) or _is_digest(new.get(key)):
-                yield f"{_WORDS.get(key, prefix + key)} changed"
-            else:
-                yield _change(f"{prefix}{key}", old.get(key), new.get(key))
-
-
-def _change(name: str, old: Any, new: Any) -> str:
-    was, will = (_text(value) for value in (old, new))
-    return f"{name} {was} -> {will}" if max(len(was), len(will)) <= _LONGEST_VALUE else f"{name} changed"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "none"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _device_difference(old: str, new: str) -> str:
-    """Of a description's parts (name, driver or cores) only those that differ."""
-    was, will = old.split(", "), new.split(", ")
-    if len(was) == len(will):
-        both = [pair for pair in zip(was, will, strict=True) if pair[0] != pair[1]]
-        was, will = [pair[0] for pair in both], [pair[1] for pair in both]
-    return f"{', '.join(was)} -> {', '.join(will)}"
-
-
-def _is_digest(value: Any) -> bool:
-    if isinstance(value, list):
-        return any(_is_digest(one) for one in value)
-    if not isinstance(value, str):
-        return False
-    return value.startswith("sha256:") or (len(value) == 64 and set(value) <= set("0123456789abcdef"))

@@ -20,8 +20,9 @@ from orchestration.launcher import HOST_TAG
 from orchestration.settings import read_workspace, tracker_of
 from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
+from resources.device import why_not_here
 from resources.engines import ENGINES
-from resources.errors import CatalogError, TrackingError
+from resources.errors import CatalogError, EngineError, TrackingError
 from resources.triton.storage import parse_location
 from resources.workspace import Workspace
 
@@ -41,6 +42,9 @@ LOCATION = "transformer-refinery"
 def optimize(options: Namespace) -> int:
     """Add the model to the catalog if need be, run the job, say what came of it."""
     workspace = _workspace(options)
+    missing = [why_not_here(target) for target in workspace.targets]
+    if all(missing):  # of several targets the others are made elsewhere
+        raise EngineError(" ".join(filter(None, missing)))
     entry = find_or_add(workspace, options)
     prepare_instance(workspace)
     # Those of the environment are there already.

@@ -11,7 +11,7 @@ from assets.freshness import REVISION_TAG
 from assets.partitions import PARTITION_TAG, models
 from orchestration.jobs import optimize
 from orchestration.runs import models_under_way
-from orchestration.watch import Cursor, Ended, Memory, Newest, decide, is_due, saw
+from orchestration.watch import RETRY_SECONDS, Cursor, Ended, Memory, Newest, decide, is_due, saw
 from resources.artifacts.records import Checkpoint
 from resources.catalog import Catalog, ModelEntry
 from resources.checkpoints.sources import kind_of
@@ -79,6 +79,7 @@ class _Tick:
         self._models = {name: memory.as_of(now) for name, memory in cursor.models.items()}
         self._partitions = set(instance.get_dynamic_partitions(models.name or ""))
         self._retired: list[str] = []
+        self._busy: set[str] = set()
         self._requests: list[dg.RunRequest] = []
         self._events: list[dg.AssetObservation] = []
         self.lines: list[str] = []
@@ -117,7 +118,7 @@ class _Tick:
 
     def decide(self, catalog: Catalog) -> None:
         """Ask for runs of what is new, and tell what is wrong."""
-        busy = models_under_way(self._instance)
+        self._busy = busy = models_under_way(self._instance)
         # New revisions first. What was asked for is only waited for, and what is stuck for ever must not be in the way.
         turn = int(self._now) % max(1, len(catalog.models))
         for entry in sorted((*catalog.models[turn:], *catalog.models[:turn]), key=self._was_asked):
@@ -231,6 +232,11 @@ class _Tick:
             f"{name}: {memory.seen.waiting}"
             for name, memory in sorted(self._models.items())
             if memory.seen is not None and memory.seen.waiting
+        ]
+        waiting += [
+            f"{name}: revision {memory.asked} is not optimized yet after try {memory.tries} of {len(RETRY_SECONDS) + 1}"
+            for name, memory in sorted(self._models.items())
+            if memory.tries and memory.asked == memory.revision and not memory.stuck and name not in self._busy
         ]
         wrong = sum(bool(memory.problem) for memory in self._models.values())
         said = f"{len(catalog.models)} models, nothing new"

@@ -11,6 +11,7 @@ from resources.artifacts.store import ArtifactStore
 from resources.catalog import Catalog, ModelEntry, load_catalog
 from resources.checkpoints.settings import Access, SourceSettings
 from resources.device import physical_cores
+from resources.errors import CatalogError
 from resources.isolation import Limits
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location, RemotePath
@@ -20,6 +21,10 @@ from resources.triton.storage import Location, RemotePath
 EXTERNAL_DATA_THRESHOLD_BYTES = 2**31 - 64 * 2**20
 #: Between two looks of the sensor at the same source, and how long a folder must have been still.
 WATCH_SECONDS = 30
+
+
+#: What this process read last: by the catalog's files, and the model.
+_ENTRIES: dict[tuple[Path, Path, str], ModelEntry] = {}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,18 @@ class Workspace:
         return load_catalog(self.catalog_path, self.additions)
 
     def entry(self, model: str) -> ModelEntry:
-        return self.catalog().get(model)
+        """The model's entry. Where the catalog cannot be read at the moment, somebody is editing it, and a run that is
+        under way goes on with what this process read last. Raises CatalogError where it has read nothing.
+        """
+        key = (self.catalog_path, self.additions, model)
+        try:
+            catalog = self.catalog()
+        except CatalogError:
+            if key in _ENTRIES:
+                return _ENTRIES[key]
+            raise
+        _ENTRIES[key] = catalog.get(model)
+        return _ENTRIES[key]
 
     @property
     def scratch(self) -> Path:

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from resources.catalog import BenchmarkSettings, ModelEntry, check_name, load_catalog, write_entry
 from resources.errors import CatalogError
+from resources.workspace import Workspace
 
 MODEL = "  - name: m\n    source: org/model\n    task: embedding\n"
 
@@ -246,3 +247,18 @@ def test_defaults_are_not_written_down(tmp_path):
     path = write_entry(ModelEntry(name="m", source="a/b", task="embedding"), tmp_path)
     assert "shapes" not in path.read_text()
     assert load_catalog(path).get("m").shapes is None
+
+
+def test_a_run_under_way_keeps_its_entry_while_somebody_edits_the_file(tmp_path):
+    workspace = Workspace(tmp_path / "home", tmp_path / "models.yaml")
+    text = "models:\n  - {name: tiny, source: ./tiny, task: embedding}\n"
+    workspace.catalog_path.write_text(text)
+    entry = workspace.entry("tiny")
+    workspace.catalog_path.write_text(text.replace("task", "taks"))
+    assert workspace.entry("tiny") == entry
+    with pytest.raises(CatalogError, match="taks: no such field"):
+        workspace.catalog()
+    with pytest.raises(CatalogError, match="taks: no such field"):
+        workspace.entry("another")
+    workspace.catalog_path.write_text(text.replace("./tiny", "./other"))
+    assert workspace.entry("tiny").source.endswith("other")

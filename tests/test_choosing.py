@@ -237,6 +237,13 @@ def test_an_engine_that_was_measured_after_all_is_judged_anew(workspace):
     assert "pairs" not in make_champion(workspace, entry, "cpu", sure, evaluation).record.reason
 
 
+@pytest.mark.parametrize(("ratio", "said"), [(1.2, False), (1.8, True), (0.4, True)])
+def test_a_machine_on_which_pytorch_differs_from_itself_is_said_to_be_too_busy(workspace, ratio, said):
+    reports = [report("torch", 1.0, ratio), accurate("new", 3.0)]
+    reason = make_champion(workspace, without_gates(workspace), "cpu", reports, EVALUATION).record.reason
+    assert ("PyTorch and PyTorch differed by a factor" in reason) is said
+
+
 def test_the_worse_of_two_ways_counts():
     import numpy as np
 

@@ -224,6 +224,13 @@ def test_a_target_is_one_that_there_could_be(arguments, capsys):
     assert "--target: 'abacus' is no target; use cpu, or cuda_sm" in capsys.readouterr().err
 
 
+def test_a_target_that_cannot_be_built_here_is_refused_before_anything_is_done(empty, made_checkpoint, capsys):
+    code, out, err = refinery(empty, "optimize", str(made_checkpoint()), "--target", "cuda_sm77")
+    assert (code, out) == (1, "")
+    assert "cuda_sm77 needs an NVIDIA GPU of compute capability 7.7" in err
+    assert not (empty.home / "models.d").exists()
+
+
 def test_a_mistyped_hub_id_can_be_put_right(empty):
     offline = {"HF_HUB_OFFLINE": "1"}
     code, _, err = refinery(empty, "optimize", "no-org/no-model", "--task", "embedding", **offline)

@@ -437,6 +437,8 @@ def test_how_it_is_served_is_found_under_load_and_released(made_checkpoint, begu
     }
     taken = [run for run in kinds["serving_trial"] if run.data.tags["refinery.taken"] == "true"]
     assert [run.data.params["queue_delay_us"] for run in taken] == [str(found.setting.queue_delay_us)]
+    notes = [run.data.tags["mlflow.note.content"] for run in kinds["serving_trial"]]
+    assert sum(found.reason in one for one in notes) == 1, "what is said of the winner is said of it alone"
     assert kinds["serving_benchmark"][0].data.metrics["tritonclient_4_clients_throughput_per_s"] > 0
     # The parent's report knows of all that, and Dagster leads to it.
     told = json.loads(Path(client.download_artifacts(parent.info.run_id, "report.json", str(tmp_path))).read_text())

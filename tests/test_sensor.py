@@ -181,6 +181,9 @@ def test_an_older_revision_again_after_the_newer_one_failed(daemon, tmp_path):
     (second,) = daemon.tick()
     collect(daemon.workspace, "a", folder, second.tags[sensors.REVISION_TAG])
     daemon.run(second, RUN.FAILURE)
+    assert daemon.run_keys() == []
+    revision = second.tags[sensors.REVISION_TAG]
+    assert f"a: revision {revision} is not optimized yet after try 1 of 3" in daemon.said
     write_weights(folder, 1)
     (third,) = daemon.tick()
     assert third.run_key == f"a:{first.tags[sensors.REVISION_TAG]}:3"

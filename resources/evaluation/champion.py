@@ -20,6 +20,8 @@ from resources.workspace import Workspace
 CODE = ("resources.evaluation.choosing", "resources.evaluation.champion")
 #: A median of fewer pairs says little.
 FEW_PAIRS = 5
+#: PyTorch beside itself takes the same time; on a machine where it differs by more, so may everything else.
+NOISY = 1.5
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,14 @@ def gates_missed(entry: ModelEntry, report: BenchmarkReport) -> list[str]:
     return missed_gates(TASKS[entry.task], report.accuracy, entry.accuracy_gates())
 
 
-def _doubt(report: BenchmarkReport) -> str:
-    """What the reader of a score has to know of the samples behind it."""
+def _doubt(report: BenchmarkReport, baseline: BenchmarkReport | None) -> str:
+    """What the reader of a score has to know of the samples behind it. baseline: PyTorch, measured beside itself."""
+    apart = max((max(one.speedup, 1 / one.speedup) for one in baseline.timings), default=1.0) if baseline else 1.0
+    if apart > NOISY:
+        return (
+            f" Do not rely on it: the machine was so busy that PyTorch and PyTorch differed by a factor of {apart:.1f} "
+            "at one shape. Raise benchmark.seconds in the models file, or measure on a quiet one."
+        )
     fewest = min((timing.pairs for timing in report.timings), default=FEW_PAIRS)
     if fewest >= FEW_PAIRS:
         return ""
@@ -62,7 +70,7 @@ def make_champion(
     if it is accurate, unless another is better by more than the noise. Where no report measured it, the best of the
     others replaces it, and the record's contest says so.
     """
-    sizes = [report.engine_size_bytes for report in reports if report.engine == BASELINE]
+    baseline = next((report for report in reports if report.engine == BASELINE), None)
     # Measured again under its own name, or one of the candidates.
     ours = [item for item in reports if served is not None and item.engine_digest == served.engine_digest]
     serving = next((item.engine for item in ours if item.status == "measured"), None)
@@ -70,7 +78,7 @@ def make_champion(
         reports,
         lambda report: gates_missed(entry, report),
         entry.objective,
-        sizes[0] if sizes else 1,
+        baseline.engine_size_bytes if baseline is not None else 1,
         serving,
     )
     best = require_champion(entry.name, target, verdicts)
@@ -128,7 +136,7 @@ def make_champion(
             objective=entry.objective,
             score=best.score,
             reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "
-            f"{len(chosen.timings)} shapes), {place} of {count} accurate engines.{story}{_doubt(chosen)}",
+            f"{len(chosen.timings)} shapes), {place} of {count} accurate engines.{story}{_doubt(chosen, baseline)}",
             verdicts=verdicts,
             contest=met,
         )

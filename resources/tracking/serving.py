@@ -16,7 +16,8 @@ def log_trials(
     """A child run for each setting. tags: of all runs of that optimization."""
     for trial in last_of_each(configuration.trials):
         setting = trial.setting
-        said = {**tags, f"{TAG}taken": yes(setting == configuration.setting)}
+        taken = setting == configuration.setting
+        said = {**tags, f"{TAG}taken": yes(taken)}
         parameters = {
             "engine": configuration.engine,
             **setting.model_dump(),
@@ -27,7 +28,7 @@ def log_trials(
         what = f"serving {setting.instances}x{setting.threads}, {setting.queue_delay_us} us"
         name = run_name(what, tags.get(f"{TAG}revision", ""), configuration.target)
         metrics = {} if trial.reason else {f"serving_{key}": float(value) for key, value in figures.items()}
-        said |= note(trial.reason or configuration.reason)
+        said |= note(trial.reason or (f"Taken. {configuration.reason}" if taken else "Not taken."))
         _log_child(store, parent, configuration, name, "serving_trial", said, parameters, metrics, bool(trial.reason))
     return parent
 

@@ -53,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--batch-size", metavar="N[,N]", help="batch sizes to optimize for, each with each --seq-len")
     new.add_argument("--engines", metavar="E[,E]", help="only these engines compete")
     new.add_argument("--seconds", type=_positive, metavar="N", help="bound for one engine's benchmark")
+    new.add_argument(
+        "--serving-seconds",
+        type=_not_negative,
+        metavar="N",
+        help="bound for finding how it is served, and for measuring that; 0: neither",
+    )
     command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
     command.set_defaults(command=_optimize)
@@ -248,6 +254,10 @@ def _positive(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def _not_negative(text: str) -> float:
+    return 0.0 if text == "0" else _positive(text)
 
 
 def _days(text: str) -> float:

@@ -26,7 +26,7 @@ _HEADS = {
     "ForQuestionAnswering": "question-answering",
 }
 #: What the command line may say about a new entry; None: nothing.
-ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds")
+ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds")
 
 
 def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = True) -> ModelEntry:
@@ -120,6 +120,8 @@ def _entry(name: str, source: str, options: Namespace, settings: SourceSettings)
         fields["engines"] = [engine.strip() for engine in options.engines.split(",")]
     if options.seconds is not None:
         fields["benchmark"] = {"seconds": options.seconds}
+    if options.serving_seconds is not None:
+        fields["serving"] = dict.fromkeys(("search_seconds", "benchmark_seconds"), options.serving_seconds)
     try:
         return ModelEntry.model_validate(fields)
     except ValidationError as error:

@@ -57,13 +57,14 @@ def empty(workspace):
 def test_a_folder_becomes_a_model_and_is_asked(empty, made_checkpoint, triton_settings):
     folder = made_checkpoint(labels=("no", "yes"))
     options = ["--name", "yes-or-no", "--seq-len", "16", "--batch-size", "1,2", "--engines", "onnxruntime_fp32"]
-    code, out, err = refinery(empty, "optimize", str(folder), *options, "--seconds", "5")
+    code, out, err = refinery(empty, "optimize", str(folder), *options, "--seconds", "5", "--serving-seconds", "0")
     assert code == 0, out + err
     # The task was told from the checkpoint; the entry is in a file of its own.
     entry = (empty.home / "models.d" / "yes-or-no.yaml").read_text()
     assert "task: classification" in entry
     assert "- 2x16" in entry
-    assert "seconds: 5.0" in entry
+    assert "  seconds: 5.0" in entry
+    assert "  search_seconds: 0.0" in entry
     # Plain lines in a log: no control characters, a line a step, the table, the release, and how to ask.
     assert "\x1b" not in out
     assert re.search(r"s  onnx_graph  made in", out)

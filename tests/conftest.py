@@ -23,6 +23,7 @@ from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
 from tests import servers
 from tests.checkpoints import make_checkpoint
+from tests.objects import S3Server, s3_server
 
 #: Files that run whole jobs, longest first: begun last, one of them would be all that is left to wait for.
 LONGEST = (
@@ -177,3 +178,17 @@ def entry_for(folder: Path | str, **fields: Any) -> ModelEntry:
         "serving": {"search_seconds": 0.0, "benchmark_seconds": 0.0},
     }
     return ModelEntry.model_validate({**settings, **fields})
+
+
+@pytest.fixture(scope="module")
+def s3_of_module() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_of_module: S3Server) -> Iterator[S3Server]:
+    """A server with a bucket, its requests not written down yet."""
+    s3_of_module.requests.clear()
+    yield s3_of_module
+    s3_of_module.refuses = lambda method, key: False

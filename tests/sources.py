@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from uuid import uuid4
+
+from resources.artifacts.records import Checkpoint
+from resources.workspace import Workspace
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -68,3 +72,25 @@ def serving(
         server.shutdown()
         thread.join(5)
         server.server_close()
+
+
+def collect(workspace: Workspace, model: str, source: Path | str, revision: str) -> None:
+    """What the step `checkpoint` leaves behind."""
+    record = Checkpoint(
+        digest=uuid4().hex,
+        model=model,
+        source=str(source),
+        revision=revision,
+        task="embedding",
+        architecture="BertModel",
+        weights_digest="w",
+        weights_bytes=8,
+        tokenizer_digest="t",
+        labels_digest="l",
+        pipeline_digest="p",
+        output="sentence_embedding",
+        settings={},
+        max_tokens=64,
+    )
+    store = workspace.store
+    store.point(f"checkpoint/{model}", store.get_or_make(Checkpoint, record.digest, lambda folder: record).record)

@@ -16,7 +16,8 @@ from resources.errors import ReleaseError
 from resources.triton import layout
 from resources.triton.release import Release
 from tests.pipeline import instance as real_instance
-from tests.test_sensor import collect, write_catalog
+from tests.sources import collect
+from tests.test_sensor import write_catalog
 
 RELEASE = dg.AssetKey(["triton_repository", "cpu"])
 CHECKPOINT = dg.AssetKey("checkpoint")

@@ -24,7 +24,6 @@ from resources.revisions import Looks, Seen, aside, look
 from resources.revisions import http as asking
 from resources.revisions import source as looking
 from tests.conftest import entry_for
-from tests.objects import s3_server
 from tests.sources import COMMIT, OLDER, serving, write_checkpoint, write_weights
 
 INTERVAL = 30.0
@@ -527,12 +526,6 @@ def test_no_store_yet(settings):
 
 
 # Object storage
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with s3_server() as server:
-        yield server
 
 
 def put(place, folder):

@@ -23,7 +23,7 @@ from resources.errors import ArtifactError, CatalogError, CheckpointError
 from resources.revisions import Seen
 from tests.performance.ticks import run_ticks
 from tests.pipeline import instance as real_instance
-from tests.sources import COMMIT, serving, write_checkpoint, write_weights
+from tests.sources import COMMIT, collect, serving, write_checkpoint, write_weights
 
 RUN = dg.DagsterRunStatus
 
@@ -89,28 +89,6 @@ def daemon(workspace):
 def write_catalog(workspace, sources):
     entries = [{"name": name, "source": str(source), "task": "embedding"} for name, source in sources.items()]
     workspace.catalog_path.write_text(json.dumps({"models": entries}))
-
-
-def collect(workspace, model, source, revision):
-    """What the step `checkpoint` leaves behind."""
-    record = Checkpoint(
-        digest=uuid4().hex,
-        model=model,
-        source=str(source),
-        revision=revision,
-        task="embedding",
-        architecture="BertModel",
-        weights_digest="w",
-        weights_bytes=8,
-        tokenizer_digest="t",
-        labels_digest="l",
-        pipeline_digest="p",
-        output="sentence_embedding",
-        settings={},
-        max_tokens=64,
-    )
-    store = workspace.store
-    store.point(f"checkpoint/{model}", store.get_or_make(Checkpoint, record.digest, lambda folder: record).record)
 
 
 def succeed(daemon, request, source):

@@ -15,23 +15,9 @@ from resources.catalog import write_entry
 from resources.errors import ArtifactError, CatalogError
 from resources.plan import plan_model
 from tests.conftest import entry_for
-from tests.objects import s3_server
 from tests.pipeline import add_entry, run_assets
 
 FILES = {"model.onnx": b"graph", "weights/part.bin": b"0123456789", "empty": b""}
-
-
-@pytest.fixture(scope="module")
-def s3_of_module():
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def s3(s3_of_module):
-    s3_of_module.requests.clear()
-    yield s3_of_module
-    s3_of_module.refuses = lambda method, key: False
 
 
 @pytest.fixture

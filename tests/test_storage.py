@@ -45,7 +45,7 @@ from resources.triton.server import serve_foreground
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import RemotePath, Store, parse_location
 from resources.triton.verify import verify_release
-from tests.objects import BUCKET, CHANGES, files_of, s3_credentials, s3_server, write_file
+from tests.objects import BUCKET, CHANGES, files_of, s3_credentials, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
 
 UNASKED = Steps(prove=unasked)
@@ -69,19 +69,6 @@ def followed(monkeypatch):
 def plans(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans")
     return [make_plan(folder, seed=seed) for seed in range(4)]
-
-
-@pytest.fixture(scope="module")
-def s3_of_module():
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def s3(s3_of_module):
-    s3_of_module.requests.clear()
-    yield s3_of_module
-    s3_of_module.refuses = lambda method, key: False
 
 
 @pytest.fixture

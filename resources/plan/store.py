@@ -39,11 +39,8 @@ class PlanningStore(ArtifactStore):
         made = make(self._scratch).model_copy(update={"made_of": made_of.parts}) if light else None
         raise WouldMakeError(made_of, damaged, made)
 
-    def find(self, kind: type[R], digest: str) -> R | None:
-        """The record that a run would find, without its files where those are another machine's."""
-        return self._here_or_there(kind, digest)[0]
-
     def _here_or_there(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
+        """The record that a run would find, without its files where those are another machine's."""
         found, damaged = self.look(kind, digest)
         if self.remote is None or (found is not None and found.reusable):
             return found, damaged

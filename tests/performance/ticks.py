@@ -15,14 +15,13 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 from uuid import uuid4
 
 if TYPE_CHECKING:
-    from resources.artifacts.records import Checkpoint
+    pass
 
 MODELS, NEW = 200, 5
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 200e6
@@ -102,41 +101,20 @@ def _optimize_all_but(new: int) -> None:
     import dagster as dg
 
     from orchestration.settings import read_workspace
-    from resources.artifacts.records import Checkpoint
     from resources.revisions import look
+    from tests.sources import collect
 
     workspace = read_workspace(os.environ)
     with dg.DagsterInstance.get() as instance:
         for entry in workspace.catalog().models[:-new]:
             revision = look(entry, None, workspace.sources, interval_s=1).revision
             assert revision, entry
-            record = Checkpoint(
-                digest=uuid4().hex,
-                model=entry.name,
-                source=entry.source,
-                revision=revision,
-                task=entry.task,
-                architecture="BertModel",
-                weights_digest="w",
-                weights_bytes=8,
-                tokenizer_digest="t",
-                labels_digest="l",
-                pipeline_digest="p",
-                output="sentence_embedding",
-                settings={},
-                max_tokens=64,
-            )
-            made = workspace.store.get_or_make(Checkpoint, record.digest, partial(_as_it_is, record))
-            workspace.store.point(f"checkpoint/{entry.name}", made.record)
+            collect(workspace, entry.name, entry.source, revision)
             tags = {"dagster/partition": entry.name}
             instance.add_run(
                 dg.DagsterRun(job_name="optimize", run_id=str(uuid4()), status=dg.DagsterRunStatus.SUCCESS, tags=tags)
             )
             instance.add_dynamic_partitions("model", [entry.name])
-
-
-def _as_it_is(record: Checkpoint, folder: Path) -> Checkpoint:
-    return record
 
 
 def tick() -> None:

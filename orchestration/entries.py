@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from argparse import Namespace
 from itertools import product
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from resources.artifacts.records import Checkpoint
 from resources.catalog import DEFAULT_SHAPES, ModelEntry, explain, load_catalog, write_entry
 from resources.checkpoints import SourceSettings, locate
+from resources.checkpoints.configuration import read_architecture
 from resources.checkpoints.registry import parse_reference
 from resources.errors import ArtifactError, CatalogError, CheckpointError
 from resources.workspace import Workspace
@@ -131,11 +131,5 @@ def _entry(name: str, source: str, options: Namespace, settings: SourceSettings)
 def _guess_task(source: str, settings: SourceSettings) -> str:
     """By the class the checkpoint was saved from; what has no head of its own embeds."""
     folder = locate(source, allow_pickle=False, trust_remote_code=False, settings=settings).folder
-    try:
-        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    except (OSError, ValueError, AttributeError):
-        return "embedding"  # collecting the checkpoint says what is wrong with it, better than a guess could
-    for head, task in _HEADS.items():
-        if str(architectures[0]).endswith(head):
-            return task
-    return "embedding"
+    architecture = read_architecture(folder)  # empty: collecting the checkpoint says better than a guess what is wrong
+    return next((task for head, task in _HEADS.items() if architecture.endswith(head)), "embedding")

@@ -194,20 +194,27 @@ def _find_on_hub(model: str, catalog: Catalog, access: Access) -> None:
 
     Raises CatalogError where the Hub does not have it, nor its cache here.
     """
+    why = _absence(model, access)
+    if why is not None:
+        close = get_close_matches(model, catalog.names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there: {', '.join(catalog.names) or 'none'}."
+        raise CatalogError(
+            f"There is no model named {model!r} in the catalog; {hint} It is no folder here either, and no model of "
+            f"the Hub: {why}. Add it to the models file, or give a folder or a Hub id."
+        )
+    print(f"refinery: {model} is not in the catalog and no folder here: taking the Hub's model.", file=sys.stderr)
+
+
+def _absence(model: str, access: Access) -> str | None:
+    """Why the Hub's model cannot be had; None where the Hub names it, or its cache here holds it."""
     try:
         hub_commit(model, access)
     except CheckpointError as error:
         with suppress(CheckpointError):
             hub_commit(model, replace(access, hub_offline=True))
-            return
-        close = get_close_matches(model, catalog.names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there: {', '.join(catalog.names) or 'none'}."
-        why = first_line(error).removeprefix("source: ").split(". ")[0]
-        raise CatalogError(
-            f"There is no model named {model!r} in the catalog; {hint} It is no folder here either, and no model of "
-            f"the Hub: {why}. Add it to the models file, or give a folder or a Hub id."
-        ) from error
-    print(f"refinery: {model} is not in the catalog and no folder here: taking the Hub's model.", file=sys.stderr)
+            return None
+        return first_line(error).removeprefix("source: ").split(". ")[0]
+    return None
 
 
 def _name_from(source: str) -> str:

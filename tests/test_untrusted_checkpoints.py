@@ -297,7 +297,7 @@ def test_what_nobody_can_take_is_refused(folder, name, text):
 @pytest.mark.parametrize("config", ['{"architectures": 1.5}', "[" * 100_000, '{"architectures": []}', "7", ""])
 def test_guessing_a_task_of_what_cannot_be_read(folder, config):
     (folder / "config.json").write_text(config)
-    assert _guess_task(str(folder), SourceSettings()) == "embedding"
+    assert _guess_task({"source": str(folder)}, SourceSettings()) == "embedding"
 
 
 def test_headers_whose_tensors_are_not_in_the_file(folder):

@@ -21,6 +21,7 @@ from resources.triton.client import TextClient
 from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix
 from resources.triton.pointer import require_current
+from resources.triton.release import require_embeddable
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import measure_load, measure_with_perf_analyzer
 
@@ -43,10 +44,13 @@ def load(options: Namespace) -> int:
     with ExitStack() as stack:
         address = options.url
         if address is None:
+            release = require_current(repository, options.model)
+            require_embeddable(
+                release, "Give the address of a server that has them with --url; its users will wait for the load"
+            )
             stack.enter_context(
                 benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
             )
-            require_current(repository, options.model)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             server = EmbeddedServer(
                 served_folder(repository, workspace.copies), workspace.triton, models=[options.model], log=log

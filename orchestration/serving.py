@@ -21,6 +21,7 @@ from resources.triton.layout import public_models
 from resources.triton.limits import require_resources
 from resources.triton.mirror import Mirror, served_folder
 from resources.triton.pointer import current_problem, require_current
+from resources.triton.release import require_embeddable
 from resources.triton.server import EmbeddedServer, serve_foreground
 from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
@@ -43,8 +44,11 @@ def query(options: Namespace) -> int:
         # Who names a server wants that one's answer and no other.
         if options.url is None and not workspace.triton.servers and not serves(address, options.model):
             folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
-            if current_problem(folder, options.model):  # of the repository, where that is a copy
-                require_current(repository, options.model)
+            # Said of the repository, where the folder is a copy of it.
+            release = require_current(repository if current_problem(folder, options.model) else folder, options.model)
+            require_embeddable(
+                release, "Ask a server that has them: give its address with --url, or set REFINERY_TRITON_GRPC"
+            )
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
             server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)

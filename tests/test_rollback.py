@@ -15,6 +15,7 @@ from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
 from resources.triton import fleet, verify
 from resources.triton import rollback as module
+from resources.triton.asking import ask
 from resources.triton.client import TextClient
 from resources.triton.files import staging_root
 from resources.triton.layout import CONFIG, current_number
@@ -23,7 +24,7 @@ from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
-from resources.triton.verify import ask, differences, find_release
+from resources.triton.verify import differences, find_release
 from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
 
 TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]

@@ -31,6 +31,11 @@ def load(options: Namespace) -> int:
     workspace = read_workspace(os.environ)
     store, repository = workspace.store, workspace.repository(options.target)
     workspace.entry(options.model)  # an unknown model is said to be unknown
+    if options.url is None:
+        require_embeddable(
+            require_current(repository, options.model),
+            "Give the address of a server that has them with --url; its users will wait for the load",
+        )
     checkpoint = store.current(Checkpoint, f"checkpoint/{options.model}")
     evaluation = store.current(EvaluationSet, f"evaluation_set/{options.model}")
     folder = store.folder(checkpoint)
@@ -44,10 +49,6 @@ def load(options: Namespace) -> int:
     with ExitStack() as stack:
         address = options.url
         if address is None:
-            release = require_current(repository, options.model)
-            require_embeddable(
-                release, "Give the address of a server that has them with --url; its users will wait for the load"
-            )
             stack.enter_context(
                 benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
             )

@@ -17,7 +17,7 @@ from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
 from resources.triton.launch import caching, limited
-from resources.triton.layout import public_models
+from resources.triton.layout import current_release, public_models
 from resources.triton.limits import require_resources
 from resources.triton.mirror import Mirror, served_folder
 from resources.triton.pointer import current_problem, require_current
@@ -151,6 +151,7 @@ def serve(options: Namespace) -> int:
                 "REFINERY_TRITON_REPOSITORIES."
             ) from error
         say(f"{repository} holds no release yet; the first is waited for: refinery optimize MODEL")
+    _require_embeddable(folder, options.control)
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
     resources = dict(options.resource)
     for name in require_resources(folder, resources, options.control):
@@ -171,6 +172,19 @@ def serve(options: Namespace) -> int:
         refresh=_follow(workspace, repository, say),
     )
     return 0
+
+
+def _require_embeddable(repository: Path, control: str) -> None:
+    """Raise ReleaseError where no model of the repository could be served here, or, unless they are loaded one by one,
+    where one could not: then Triton ends.
+    """
+    served = [current_release(repository, model) for model in public_models(repository)]
+    native = [release for release in served if release is not None and release.flavour == "native"]
+    if native and (control != "explicit" or len(native) == len(served)):
+        require_embeddable(
+            native[0],
+            f"Start a Triton that has them on {repository}, or publish with REFINERY_TRITON_FLAVOUR=python",
+        )
 
 
 def _follow(workspace: Workspace, repository: Location, say: Callable[[str], None]) -> Callable[[], None]:

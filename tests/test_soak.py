@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.performance.soak import judge
+from tests.performance.soak_verdict import judge
 
 WARM_UP, CYCLE = 1200.0, 900.0
 

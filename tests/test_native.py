@@ -14,7 +14,6 @@ from orchestration import cli
 from resources.artifacts.records import ServingSetting, ThreadSetting
 from resources.catalog import ServingSettings
 from resources.errors import ReleaseError, ServerError
-from resources.triton.client import TextClient
 from resources.triton.config import engine_config
 from resources.triton.fleet import Fleet
 from resources.triton.layout import current_number
@@ -65,10 +64,16 @@ def test_any_native_release_is_verified_and_the_next_one_searched_for_beside_wha
     play_native_backend(monkeypatch)
     log = tmp_path / "log"
     with EmbeddedServer(repository, triton_settings, models=[], log=log, control=control) as server:
-        settings = replace(triton_settings, flavour="native", servers=(server.grpc_address,), control=control)
+        settings = replace(
+            triton_settings,
+            flavour="native",
+            servers=(server.grpc_address,),
+            control=control,
+            connection=server.connection,
+        )
         for plan in plans[:2]:
             published(plan, repository, settings)
-        with TextClient(server.grpc_address) as client:
+        with server.client() as client:
             there, before = loaded(client), tree_digest(repository)
             for number in (None, 1, 2):
                 release, said = verify_release(repository, "tiny", settings, number, log=log)

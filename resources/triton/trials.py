@@ -62,7 +62,7 @@ def embedded_trials(
         stage(plan, _NUMBER, root)
         with (
             EmbeddedServer(root, settings, models=[plan.model], log=log) as server,
-            TextClient(server.grpc_address) as client,
+            server.client() as client,
         ):
 
             def serve_with(setting: ServingSetting) -> None:
@@ -122,7 +122,8 @@ def _measuring(
 
     serve_with: has the server load that part anew, with another setting.
     """
-    address, contract, loaded = client.address, client.contract(model), plan.serving
+    address, connection = client.address, client.connection
+    contract, loaded = client.contract(model), plan.serving
 
     def measure(setting: ServingSetting, seconds: float, number: int) -> ServingTrial:
         nonlocal loaded
@@ -132,7 +133,7 @@ def _measuring(
             if setting != loaded:
                 serve_with(setting)
                 loaded = setting
-            before = server_statistics(address, [counted])
+            before = server_statistics(address, [counted], connection)
             # What loading took is taken from the trial's own time: the bound is for all of it.
             left = seconds - (time.monotonic() - started) - WARM_UP_SECONDS / 2
             result = closed_loop(
@@ -144,8 +145,9 @@ def _measuring(
                 seconds=max(left, SHORTEST_SECONDS),
                 warm_up_seconds=WARM_UP_SECONDS / 2,
                 seed=number,
+                connection=connection,
             )
-            after = server_statistics(address, [counted])
+            after = server_statistics(address, [counted], connection)
         except ServerError as error:
             return trial.model_copy(update={"reason": str(error)})
         if result.requests < FEWEST_REQUESTS:

@@ -83,7 +83,7 @@ def verify_release(
             if release.flavour == "native" and settings.servers:
                 if current == release.number:
                     for address in settings.servers:
-                        with TextClient(address) as client:
+                        with TextClient(address, connection=settings.connection_to(address)) as client:
                             ask(client, repository, release)
                 else:
                     _ask_aside(repository, release, settings, writable=alone)
@@ -146,7 +146,7 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
             _link(repository / name, root / name)
         alias = write_alias(repository, release, root)
         server = EmbeddedServer(root, settings, models=[alias], log=log)
-        with server, TextClient(server.grpc_address) as client:
+        with server, server.client() as client:
             ask(client, repository, release, alias)
 
 

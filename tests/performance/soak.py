@@ -291,7 +291,8 @@ def soak(product: Product, server: Server, load: Load, report: Report, given: ar
 
     report.begun = begun
     while (now := time.monotonic()) - begun < 60 * given.minutes and not server.ended() and not load.ended():
-        if now - begun >= (number + 1) * given.interval and not busy.is_set():
+        left = 60 * given.minutes - (now - begun)
+        if now - begun >= (number + 1) * given.interval and left > given.interval / 2 and not busy.is_set():
             busy.set()
             turn = threading.Thread(target=change, args=(COMMANDS[number % len(COMMANDS)],), daemon=True)
             turn.start()
@@ -300,7 +301,14 @@ def soak(product: Product, server: Server, load: Load, report: Report, given: ar
             rested_since = now
         at_rest = not busy.is_set() and now - rested_since >= min(SETTLE_SECONDS, given.interval / 3)
         with suppress(psutil.Error, StopIteration):  # it ends just now
-            report.add("sample", at_rest=at_rest, models=server.models(), served=server.serves(), **server.sample())
+            report.add(
+                "sample",
+                at_rest=at_rest,
+                models=server.models(),
+                served=server.serves(),
+                busy_processors=round(os.getloadavg()[0], 1),
+                **server.sample(),
+            )
         time.sleep(SAMPLE_SECONDS)
     if turn is not None:
         turn.join(COMMAND_SECONDS + FOLLOW_SECONDS)

@@ -214,7 +214,8 @@ def main() -> int:
         ended.set()
 
     threading.Thread(target=wait, daemon=True).start()
-    asyncio.run(run(given, ended))
+    with suppress(BrokenPipeError):  # nobody waits for what is left to say
+        asyncio.run(run(given, ended))
     return 0
 
 

@@ -72,12 +72,12 @@ def test_what_cannot_be_put_back_is_said_beside_why_it_was(repository, monkeypat
 
     servers = SimpleNamespace(
         require_ready=lambda: None,
+        ask_aside=lambda place, release: None,
         served=lambda model: [],
         retire=lambda names: None,
         take_up=refuse,
         go_back=lambda place, model: ["Nor does it load what was there."],
     )
-    monkeypatch.setattr(module, "_ask_aside", lambda *arguments: None)
     message = (
         r"Out of memory\. The pointer was not put back: The store is away\. The pointer may have moved all the same.* "
         r"Nor does it load what was there\."
@@ -224,9 +224,12 @@ def test_where_the_pointer_is_gone_and_no_server_takes_the_release_up_it_is_gone
 
     (repository / "tiny" / CONFIG).unlink()
     servers = SimpleNamespace(
-        served=lambda model: [], retire=lambda names: None, take_up=refuse, go_back=lambda place, model: []
+        ask_aside=lambda place, release: None,
+        served=lambda model: [],
+        retire=lambda names: None,
+        take_up=refuse,
+        go_back=lambda place, model: [],
     )
-    monkeypatch.setattr(module, "_ask_aside", lambda *arguments: None)
     with pytest.raises(ServerError, match=r"Out of memory\. What served before"):
         module._switch(repository, find_release(repository, "tiny", 1), servers)
     assert not (repository / "tiny" / CONFIG).exists()

@@ -104,7 +104,7 @@ def test_both_pages_are_served_and_sources_are_watched(pages):
 def first(fetch, model):
     """The first record of the model's partition of `checkpoint`, which is waited for."""
     which = dg.AssetRecordsFilter(asset_key=dg.AssetKey("checkpoint"), asset_partitions=[model])
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180  # benchmarks of others on this machine come first
     while not (records := fetch(which, limit=1).records):
         assert time.monotonic() < deadline, f"{model}: nothing was seen"
         time.sleep(0.5)
@@ -221,10 +221,18 @@ def websocket(pages, origin, host=None):
     )
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example.org", "null", "http://127.0.0.1:1"])
-def test_another_page_opens_no_websocket(pages, origin):
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("https://evil.example.org", None),
+        ("null", None),
+        ("http://127.0.0.1:1", None),
+        ("http://evil.example.org:3000", "evil.example.org:3000"),
+    ],
+)
+def test_another_page_opens_no_websocket(pages, origin, host):
     with pytest.raises(InvalidStatus) as caught:
-        websocket(pages, origin)
+        websocket(pages, origin, host)
     assert caught.value.response.status_code == 403
 
 

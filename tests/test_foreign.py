@@ -19,6 +19,7 @@ from resources.foreign import (
     read_below,
     values_of,
 )
+from resources.triton.layout import list_releases, parse_internal, pinned_number
 from resources.triton.mirror import Mirror
 from resources.triton.storage import parse_location
 
@@ -217,3 +218,12 @@ def test_graphs_whose_weights_are_elsewhere(tmp_path, runtime):
             import openvino
 
             openvino.Core().read_model(path)
+
+
+def test_numbers_that_python_does_not_read(tmp_path):
+    """In a bucket's folders, names and configurations."""
+    digits = "9" * 5000
+    assert pinned_number(f"version_policy {{ specific {{ versions: {digits} }} }}") is None
+    assert parse_internal(f"bert__r{digits}__engine") is None
+    (tmp_path / "bert" / ("9" * 200)).mkdir(parents=True)
+    assert list_releases(tmp_path, "bert") == []

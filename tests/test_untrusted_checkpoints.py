@@ -231,6 +231,15 @@ def test_names_of_a_registry_that_lead_out_of_the_copy(tmp_path, monkeypatch):
         registry._check_listing("anything", "sqlite://")
 
 
+def test_links_of_a_version_that_lead_out_of_its_folder(folder, tmp_path):
+    """In an artifact store that is a folder of this machine, whose files MLflow copies with what they link to."""
+    registry._check_listing(folder.as_uri(), "sqlite://")
+    (tmp_path / "secret").write_text("of somebody else")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(registry.ForeignError, match="leads out"):
+        registry._check_listing(folder.as_uri(), "sqlite://")
+
+
 def test_a_description_of_a_registry_that_has_no_end(tmp_path):
     """YAML nests, and its aliases multiply."""
     bomb = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40))])
@@ -350,12 +359,10 @@ def test_a_model_that_is_larger_than_its_weights(own_checkpoint, store):
 
 
 def test_a_tokenizer_that_makes_the_library_panic(own_checkpoint, store):
-    """Tokenizers 0.23 answers this with a panic, which is no Exception."""
-    folder = own_checkpoint(tokenizer="unigram")
-    data = json.loads((folder / "tokenizer.json").read_text())
-    data["model"]["unk_id"] = 2**40
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    assert "tokenizer" in collected(entry_for(folder), store)
+    """The answer of tokenizers 0.23 to such a table is no Exception."""
+    folder = own_checkpoint()
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    assert "transformers cannot read its tokenizer (tokenizer.json)" in collected(entry_for(folder), store)
 
 
 def crashing(*args):

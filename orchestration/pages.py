@@ -89,7 +89,7 @@ def serve_pages(options: Namespace) -> int:
 
 def is_tracking_server(workspace: Workspace) -> bool:
     """Whether MLflow runs elsewhere, with pages of its own."""
-    return workspace.mlflow_uri().startswith("http")
+    return workspace.mlflow_uri().is_web
 
 
 def page_addresses(workspace: Workspace, dagster_port: int, mlflow_port: int) -> dict[str, str]:

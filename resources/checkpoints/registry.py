@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from resources.addresses import Address
 from resources.artifacts.fingerprint import fingerprint
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.staging import kept, kept_copy
@@ -87,7 +88,7 @@ def checked(reference: Reference, version: Version) -> Version:
     return version
 
 
-def missing(reference: Reference, tracking_uri: str) -> CheckpointError:
+def missing(reference: Reference, tracking_uri: Address) -> CheckpointError:
     """There is no such version."""
     return CheckpointError(
         f"source: {reference.source}: the registry at {tracking_uri} has no such version. Check its name, and the "
@@ -95,7 +96,7 @@ def missing(reference: Reference, tracking_uri: str) -> CheckpointError:
     )
 
 
-def unanswered(reference: Reference, tracking_uri: str, error: Exception) -> CheckpointError:
+def unanswered(reference: Reference, tracking_uri: Address, error: BaseException) -> CheckpointError:
     """The registry could not be asked."""
     return CheckpointError(
         f"source: {reference.source}: the registry at {tracking_uri} could not be asked: {first_line(error)}. Start "
@@ -128,8 +129,9 @@ def find_version(source: str, settings: SourceSettings) -> Version:
         raise
     except Exception as error:
         if isinstance(error, MlflowException) and error.error_code in _MISSING:
-            raise missing(reference, uri) from error
-        raise unanswered(reference, uri, error) from error
+            raise missing(reference, uri) from uri.without_secrets(error)
+        shown = uri.without_secrets(error)
+        raise unanswered(reference, uri, shown) from shown
     version = Version(
         name=found.name,
         number=str(found.version),
@@ -156,23 +158,24 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
         uri = settings.tracking_uri
         try:
             address = _client(uri).get_model_version_download_uri(version.name, version.number)
-            download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri)
+            download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri.for_library)
         except Exception as error:
+            shown = uri.without_secrets(error)
             raise CheckpointError(
-                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(error)}. See "
+                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(shown)}. See "
                 "that MLflow's artifact store can be reached from here, with its credentials."
-            ) from error
+            ) from shown
         _join_tokenizers(folder)
 
     copy = kept_copy(settings.folder / "registry", what, version.revision, download)
     return _checkpoint_in(source, copy), version.revision
 
 
-def _client(uri: str) -> MlflowClient:
+def _client(uri: Address) -> MlflowClient:
     import mlflow
 
-    mlflow.set_tracking_uri(uri)  # addresses such as models:/m-1234 are looked up where this says
-    return mlflow.MlflowClient(uri)
+    mlflow.set_tracking_uri(uri.for_library)  # addresses such as models:/m-1234 are looked up where this says
+    return mlflow.MlflowClient(uri.for_library)
 
 
 def _checkpoint_in(source: str, folder: Path) -> Path:

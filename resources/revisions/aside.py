@@ -21,6 +21,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from resources import locks
+from resources.addresses import Address
 from resources.artifacts.hashes import write_whole
 from resources.catalog import ModelEntry
 from resources.checkpoints.collect import content_hashes, content_revision
@@ -111,7 +112,7 @@ def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
     job = _Job(
         entry=entry.fields(),
         folder=settings.folder.resolve(),
-        tracking_uri=settings.tracking_uri,
+        tracking_uri=settings.tracking_uri.reveal(),
         key=key,
         machine_lock=locks.MACHINE_LOCK,
     )
@@ -154,7 +155,7 @@ def main() -> None:
     job = _Job.model_validate(json.load(sys.stdin))
     locks.MACHINE_LOCK = job.machine_lock
     entry = ModelEntry.model_validate(job.entry)
-    settings = SourceSettings(job.folder, job.tracking_uri)
+    settings = SourceSettings(job.folder, Address(job.tracking_uri))
     path = _answer_file(settings, entry)
     os.nice(10)
     # Whoever asks whether the lock is held has it for a moment.

@@ -42,7 +42,9 @@ def load(options: Namespace) -> int:
             raise ReleaseError(f"--tokens {options.tokens}: the shortest request has {min(longest)} tokens.")
     with ExitStack() as stack:
         address = options.url
-        if address is None:
+        if address is not None:
+            connection = workspace.triton.connection_to(address)
+        else:
             stack.enter_context(
                 benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
             )
@@ -51,12 +53,14 @@ def load(options: Namespace) -> int:
             server = EmbeddedServer(
                 served_folder(repository, workspace.copies), workspace.triton, models=[options.model], log=log
             )
-            address = stack.enter_context(server).grpc_address
-        with TextClient(address) as client:
+            address, connection = stack.enter_context(server).grpc_address, server.connection
+        with TextClient(address, connection=connection) as client:
             title = f"{options.model}, release {client.release_of(options.model)}, on {client.version()} at {address}"
-        found = measure_load(address, options.model, items, options.clients, options.seconds)
+        found = measure_load(address, options.model, items, options.clients, options.seconds, connection)
         try:
-            found += measure_with_perf_analyzer(address, options.model, items, options.clients, options.seconds)
+            found += measure_with_perf_analyzer(
+                address, options.model, items, options.clients, options.seconds, connection
+            )
         except ServerError as error:  # it is an extra
             print(f"refinery: {error}", file=sys.stderr)
     print_table(table_console(), title, *load_table(found))

@@ -22,6 +22,7 @@ from resources.triton.limits import require_resources
 from resources.triton.mirror import Mirror, served_folder
 from resources.triton.pointer import current_problem, require_current
 from resources.triton.server import EmbeddedServer, serve_foreground
+from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
 
@@ -39,17 +40,18 @@ def query(options: Namespace) -> int:
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
     with ExitStack() as stack:
-        address = options.url or _configured(workspace.triton.servers, options.model) or DEFAULT_ADDRESS
+        address = options.url or _configured(workspace.triton, options.model) or DEFAULT_ADDRESS
+        connection = workspace.triton.connection_to(address)
         # Who names a server wants that one's answer and no other.
-        if options.url is None and not workspace.triton.servers and not serves(address, options.model):
+        if options.url is None and not workspace.triton.servers and not serves(address, options.model, connection):
             folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
             if current_problem(folder, options.model):  # of the repository, where that is a copy
                 require_current(repository, options.model)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
             server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)
-            address = stack.enter_context(server).grpc_address
-        with TextClient(address) as client:
+            address, connection = stack.enter_context(server).grpc_address, server.connection
+        with TextClient(address, connection=connection) as client:
             contract = client.contract(options.model)
             items = _items(options, contract.inputs)
             # One request each: batching is the server's work.
@@ -63,12 +65,13 @@ def query(options: Namespace) -> int:
     return 0
 
 
-def _configured(servers: Sequence[str], model: str) -> str | None:
+def _configured(settings: TritonSettings, model: str) -> str | None:
     """The first of the configured servers that has the model; None where none is configured."""
-    found = next((address for address in servers if serves(address, model)), None)
+    servers = settings.servers
+    found = next((address for address in servers if serves(address, model, settings.connection_to(address))), None)
     if servers and found is None:
         for address in servers:
-            with TextClient(address) as client:
+            with TextClient(address, connection=settings.connection_to(address)) as client:
                 if client.is_live():
                     break
         else:

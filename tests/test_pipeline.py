@@ -497,7 +497,9 @@ def test_a_release_that_waits_is_promoted_where_a_server_proves_it(made_checkpoi
         EmbeddedServer(repository, begun.triton, models=["tiny"], log=tmp_path / "log") as server,
         pytest.raises(ServerError, match="lacks that backend"),
     ):
-        promoted(replace(native, triton=replace(native.triton, servers=(server.grpc_address,))))
+        promoted(
+            replace(native, triton=replace(native.triton, servers=(server.grpc_address,), connection=server.connection))
+        )
     assert current_number(repository, "tiny") == 2
     # Where a server has it, what waits is published: this one's proof nobody gave.
     monkeypatch.setattr(make, "fleet_steps", lambda *arguments, **options: Steps(prove=unasked))

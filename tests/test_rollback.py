@@ -15,7 +15,6 @@ from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
 from resources.triton import fleet, verify
 from resources.triton import rollback as module
-from resources.triton.client import TextClient
 from resources.triton.files import staging_root
 from resources.triton.layout import CONFIG, current_number
 from resources.triton.publish import Steps, publish
@@ -274,8 +273,8 @@ def test_native_releases_need_a_server_that_has_their_backend(tmp_path):
 
 def test_a_running_server_is_told_and_asked(repository, broken, plans, triton_settings, tmp_path):
     with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
-        settings = replace(triton_settings, servers=(server.grpc_address,))
-        with TextClient(server.grpc_address) as client:
+        settings = replace(triton_settings, servers=(server.grpc_address,), connection=server.connection)
+        with server.client() as client:
             roll_back(repository, "tiny", settings, to=1, log=tmp_path / "log")
             number, answers = served(client)
             assert number == 1
@@ -309,9 +308,9 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
         monkeypatch.setattr(asking, "ask", failing)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
-        settings = replace(triton_settings, servers=(server.grpc_address,))
+        settings = replace(triton_settings, servers=(server.grpc_address,), connection=server.connection)
         with pytest.raises(KeyboardInterrupt):
             roll_back(repository, "tiny", settings, log=tmp_path / "log")
         assert asked == ["tiny__r2__proof", None, None], "and what it goes back to"

@@ -18,7 +18,6 @@ from resources.errors import ReleaseError, ServerError
 from resources.reporting import load_plot, load_table
 from resources.tasks.samples import sample_texts
 from resources.tracking.serving import last_of_each
-from resources.triton.client import TextClient
 from resources.triton.config import engine_config, front_config
 from resources.triton.launch import caching, limited
 from resources.triton.limits import require_resources
@@ -174,7 +173,7 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     names = ["tiny", "tiny__r1__pipeline"]
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log", options=options) as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
         before = server_statistics(server.grpc_address, names)
         answers = [ask_together(client, ["the same text"]) for _ in range(5)]
@@ -257,7 +256,7 @@ def test_the_first_instance_has_what_is_alone_and_others_help(triton_settings, t
     code.write_text(code.read_text() + COUNTING.format(path=str(log), what=PROCESS, pause=0.002))
     with EmbeddedServer(tmp_path / "cpu", triton_settings, models=["tiny"], log=tmp_path / "log") as server:
         log.write_text("")
-        with TextClient(server.grpc_address) as client:
+        with server.client() as client:
             for _ in range(50):
                 ask_together(client, ["one"])
                 time.sleep(0.01)  # an instance is free a moment after its answer
@@ -338,7 +337,7 @@ def test_a_server_that_lacks_resources_says_what_to_do(triton_settings, tmp_path
     server = EmbeddedServer(tmp_path / "cpu", triton_settings, models=[], log=tmp_path / "log", options=options)
     with (
         server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
         pytest.raises(ServerError, match=r"limited to 0.*--resource NAME"),
     ):
         client.load("tiny")

@@ -41,15 +41,17 @@ class Fleet:
 
     def __init__(self, settings: TritonSettings) -> None:
         self._polling = settings.control == "poll"
-        self._addresses = settings.driven
+        self._settings = settings
         self._stack = ExitStack()
         self.clients: list[TextClient] = []
 
     def __bool__(self) -> bool:
-        return bool(self._addresses)
+        return bool(self._settings.driven)
 
     def __enter__(self) -> Self:
-        self.clients = [self._stack.enter_context(TextClient(address)) for address in self._addresses]
+        for address in self._settings.driven:
+            client = TextClient(address, connection=self._settings.connection_to(address))
+            self.clients.append(self._stack.enter_context(client))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -155,8 +155,8 @@ def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http:
             fleet.hold(repository, name, release.number)
             for client in fleet.clients[1:]:
                 ask(client, repository, release, name)
-            first = fleet.clients[0].address
-            proof = prove(exam(), name, grpc=first, http=http[0] if http else None)
+            first = fleet.clients[0]
+            proof = prove(exam(), name, grpc=first.address, http=http[0] if http else None, connection=first.connection)
             time.sleep(REST_SECONDS)
             return proof
         finally:

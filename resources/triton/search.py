@@ -33,7 +33,6 @@ from resources.errors import ReleaseError, ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.targets import device_of
-from resources.triton.client import TextClient
 from resources.triton.config import front_config, write_config
 from resources.triton.environment import is_installed, requirements
 from resources.triton.layout import CONFIG, internal_name
@@ -320,7 +319,7 @@ def trial_server(
         stage(plan, _NUMBER, root)
         with (
             EmbeddedServer(root, settings, models=[plan.model], log=log) as server,
-            TextClient(server.grpc_address) as client,
+            server.client() as client,
         ):
             contract = client.contract(plan.model)
             loaded = plan.serving

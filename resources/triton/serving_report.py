@@ -15,6 +15,7 @@ from resources.errors import ReleaseError, ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.triton.client import TextClient
+from resources.triton.connection import PLAIN, Connection
 from resources.triton.environment import is_installed, requirements
 from resources.triton.layout import current_release
 from resources.triton.load import closed_loop, server_statistics, statistics_since
@@ -45,29 +46,41 @@ def levels_of(clients: int) -> tuple[int, ...]:
 
 
 def measure_load(
-    address: str, model: str, items: Sequence[Item], levels: Sequence[int], seconds: float
+    address: str,
+    model: str,
+    items: Sequence[Item],
+    levels: Sequence[int],
+    seconds: float,
+    connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
     """The model under closed loops of tritonclient's asyncio client over gRPC, one a level, `seconds` in all.
 
     Raises ServerError; ReleaseError where requests fail.
     """
-    with TextClient(address) as client:
+    with TextClient(address, connection=connection) as client:
         contract, steps = client.contract(model), client.steps(model)
     engines = steps[-1:]
     share, found = seconds / len(levels), []
     for clients in levels:
         warm_up = share * _WARM_UP_SHARE
         # A model that counts is asked before and after; what the warm-up did is in it too, and changes no ratio.
-        before = server_statistics(address, [model, *engines])
+        before = server_statistics(address, [model, *engines], connection)
         result = closed_loop(
-            address, model, contract, items, concurrency=clients, seconds=share - warm_up, warm_up_seconds=warm_up
+            address,
+            model,
+            contract,
+            items,
+            concurrency=clients,
+            seconds=share - warm_up,
+            warm_up_seconds=warm_up,
+            connection=connection,
         )
         if result.failures:
             raise ReleaseError(
                 f"{model}: {result.failures} of {result.failures + result.requests} requests failed under {clients} "
                 f"clients: {result.first_error}"
             )
-        done = statistics_since(before, server_statistics(address, [model, *engines]))
+        done = statistics_since(before, server_statistics(address, [model, *engines], connection))
         engine = done[engines[0]] if engines else None
         asked = done[model].requests
         found.append(
@@ -86,13 +99,22 @@ def measure_load(
 
 
 def measure_with_perf_analyzer(
-    address: str, model: str, items: Sequence[Item], levels: Sequence[int], seconds: float
+    address: str,
+    model: str,
+    items: Sequence[Item],
+    levels: Sequence[int],
+    seconds: float,
+    connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
-    """The same by NVIDIA's perf_analyzer; nothing where it is not installed. Raises ServerError."""
+    """The same by NVIDIA's perf_analyzer; nothing where it is not installed. Raises ServerError.
+
+    It takes headers by its command line alone, which every user of the machine can read, so it is not asked to
+    measure a server that wants any. It calls no restricted API, so it needs no key.
+    """
     program = find_perf_analyzer()
-    if program is None:
+    if program is None or connection.headers:
         return []
-    return run_perf_analyzer(program, address, model, items, levels, seconds / len(levels))
+    return run_perf_analyzer(program, address, model, items, levels, seconds / len(levels), connection)
 
 
 def make_serving_report(
@@ -141,7 +163,7 @@ def make_serving_report(
         with (
             benchmarking(),
             EmbeddedServer(folder, workspace.triton, models=[entry.name], log=log) as server,
-            TextClient(server.grpc_address) as client,
+            server.client() as client,
         ):
             seconds, version = serving.benchmark_seconds, client.version()
             found = measure_load(server.grpc_address, entry.name, items, levels, seconds)

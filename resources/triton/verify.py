@@ -88,7 +88,7 @@ def verify_release(
                 require_own_pointer(repository, release)
             if release.flavour == "native" and settings.servers:
                 for address in settings.servers:
-                    with TextClient(address) as client:
+                    with TextClient(address, connection=settings.connection_to(address)) as client:
                         ask(client, repository, release)
                 return release, f"Triton at {' and '.join(settings.servers)}"
             ask_embedded(copy, release, settings, log)
@@ -127,7 +127,7 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
             _link(repository / name, root / name)
         alias = write_alias(repository, release, root)
         server = EmbeddedServer(root, settings, models=[alias], log=log)
-        with server, TextClient(server.grpc_address) as client:
+        with server, server.client() as client:
             ask(client, repository, release, alias)
 
 

@@ -145,6 +145,11 @@ def web_address(text: str, *, path: bool = True) -> Address:
     return address
 
 
+def holds_login(place: str) -> bool:
+    """Whether a place in object storage, such as `s3://http://user:password@host:9000/bucket`, holds a password."""
+    return re.match(r"[a-z0-9]+://(https?://)?+[^/]*?(:(?!\d+/)[^/]*/.*)?@", place) is not None
+
+
 def _shown(whole: str, path: bool) -> str:
     scheme = _SCHEME.match(whole)
     if scheme is None or scheme[0] == "sqlite://":  # a file's name; it has no password, and may have any character

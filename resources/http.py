@@ -116,10 +116,14 @@ class _Until(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         left_s = self._deadline - time.monotonic()
+        late = TimeoutError(f"there was no whole answer within {ANSWER_SECONDS:g} s")
         if left_s <= 0:
-            raise TimeoutError(f"it went on answering for more than {ANSWER_SECONDS:g} s")
+            raise late
         self._sock.settimeout(min(left_s, _SILENCE_SECONDS))
-        read: int | None = self._raw.readinto(buffer)
+        try:
+            read: int | None = self._raw.readinto(buffer)
+        except TimeoutError:
+            raise (late if left_s < _SILENCE_SECONDS else TimeoutError(f"it was silent for {_SILENCE_SECONDS:g} s")) from None
         return read
 
     def close(self) -> None:

@@ -33,6 +33,8 @@ NETWORK = (
 #: Of MLflow's client and server. Its databases' drivers read variables of their own.
 MLFLOW = ("MLFLOW_*",)
 DATABASE = ("PG*", "MYSQL_*")
+#: Of clouds' object storage: keys and where they lie.
+CLOUD = ("AWS_*", "BOTO_*", "GOOGLE_*", "GCLOUD_*", "CLOUDSDK_*", "AZURE_*")
 #: Of pip.
 PIP = ("PIP_*", "NETRC")
 

@@ -14,11 +14,13 @@ from pydantic import BaseModel
 
 from orchestration.settings import read_access, read_workspace, tracker_of, webhook_of
 from resources.addresses import Address, LibraryError, web_address
+from resources.catalog import load_catalog
 from resources.checkpoints.settings import Access, SourceSettings
 from resources.errors import CatalogError, CheckpointError, TrackingError
 from resources.http import get_json, post_json
 from resources.revisions.hub import hub_commit
 from resources.revisions.registry import ask_version
+from tests.conftest import entry_for
 from tests.sources import COMMIT, serving
 
 #: A name, a password, and a value of the query that nothing may show.
@@ -232,3 +234,31 @@ def test_servers_of_triton_take_no_password():
 def test_get_json_asks_web_servers_alone():
     with pytest.raises(ValueError, match="file: is no address"):
         get_json("file:///etc/passwd", {})
+
+
+@pytest.mark.parametrize(
+    ("place", "holds"),
+    [
+        ("s3://bucket/models@v1", False),
+        ("s3://http://host:9000/bucket/a@b", False),
+        ("s3://key:canary@bucket/prefix", True),
+        ("s3://http://key:canary@host:9000/bucket", True),
+        ("s3://http://key:can/ary@host:9000/bucket", True),
+        ("as://account:canary@host/container", True),
+        ("models:/bert@live", False),
+        ("org/name@revision", False),
+    ],
+)
+def test_places_in_object_storage_hold_no_password(place, holds, tmp_path):
+    """They stand in records, reports and catalogs."""
+    if not holds:
+        assert entry_for(place).source == place
+        return
+    with pytest.raises(CatalogError, match="name or password") as caught:
+        read_workspace({"REFINERY_ARTIFACTS": place, "REFINERY_HOME": str(tmp_path)})
+    catalog = tmp_path / "models.yaml"
+    catalog.write_text(f"models:\n- name: tiny\n  source: {place}\n  task: embedding\n")
+    with pytest.raises(CatalogError, match="name or password") as other:
+        load_catalog(catalog)
+    assert "canary" not in f"{caught.value} {other.value}"
+    assert "ary@" not in f"{caught.value} {other.value}"

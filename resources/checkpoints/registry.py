@@ -7,25 +7,32 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from resources.addresses import Address
+from resources.apart import download_apart
 from resources.artifacts.fingerprint import fingerprint
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.staging import kept, kept_copy
+from resources.deadlines import within
 from resources.errors import CheckpointError, UnfetchedError, first_line
+from resources.variables import CLOUD, DATABASE, MLFLOW, NETWORK, PROGRAM, PYTHON, inherited
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 _FORM = re.compile(r"models:/(?P<name>[^/:@'\"]+)(@(?P<alias>[^/:@]+)|/(?P<version>[1-9]\d*|latest))")
 #: What resources.tracking writes: the address and the tags of engines that this project registered itself.
 _OWN_ADDRESS, _OWN_TAG = "refinery:", "refinery."
 #: Of a version's status; the others are still being registered, or could not be.
 _READY = "READY"
+#: For one question to MLflow, importing it included. Its own limits begin anew with each byte of an answer.
+_ASK_SECONDS = 60.0
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -128,18 +135,7 @@ def find_version(source: str, settings: SourceSettings) -> Version:
 
     reference, uri = parse_reference(source), settings.tracking_uri
     try:
-        client = _client(uri)
-        if reference.alias is not None:
-            found = client.get_model_version_by_alias(reference.name, reference.alias)
-        elif reference.version is not None:
-            found = client.get_model_version(reference.name, reference.version)
-        else:
-            newest = client.search_model_versions(
-                f"name = '{reference.name}'", max_results=1, order_by=["version_number DESC"]
-            )
-            if not newest:
-                raise missing(reference, uri)
-            found = newest[0]
+        found = within(_ASK_SECONDS, partial(_find, reference, uri))
     except CheckpointError:
         raise
     except Exception as error:
@@ -158,6 +154,18 @@ def find_version(source: str, settings: SourceSettings) -> Version:
     return checked(reference, version)
 
 
+def _find(reference: Reference, uri: Address) -> ModelVersion:
+    client = _client(uri)
+    if reference.alias is not None:
+        return client.get_model_version_by_alias(reference.name, reference.alias)
+    if reference.version is not None:
+        return client.get_model_version(reference.name, reference.version)
+    newest = client.search_model_versions(f"name = '{reference.name}'", max_results=1, order_by=["version_number DESC"])
+    if not newest:
+        raise missing(reference, uri)
+    return newest[0]
+
+
 def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) -> tuple[Path, str]:
     """The folder of the version's checkpoint on this machine, downloaded unless it is there, and its revision.
 
@@ -168,13 +176,15 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
         raise UnfetchedError(source, version.revision)
 
     def download(folder: Path) -> None:
-        from mlflow.artifacts import download_artifacts
-
         uri = settings.tracking_uri
+        # Artifacts may lie in object storage, which MLflow reads with the keys of the environment.
+        variables = inherited(PROGRAM, PYTHON, NETWORK, MLFLOW, secrets=(*MLFLOW, *DATABASE, *CLOUD))
+        if uri.is_web and settings.mlflow_login is not None:
+            name, password = settings.mlflow_login
+            variables |= {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
         try:
-            address = _client(uri).get_model_version_download_uri(version.name, version.number)
-            download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri.for_library)
-        except Exception as error:
+            download_apart(_download, uri, version.name, version.number, folder, folder=folder, variables=variables)
+        except (TimeoutError, ConnectionError) as error:
             shown = uri.without_secrets(error)
             raise CheckpointError(
                 f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(shown)}. See "
@@ -184,6 +194,14 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
 
     copy = kept_copy(settings.folder / "registry", what, version.revision, download)
     return _checkpoint_in(source, copy), version.revision
+
+
+def _download(uri: Address, name: str, number: str, folder: Path) -> None:
+    """In a process of its own: MLflow has no limit for an answer that drips."""
+    from mlflow.artifacts import download_artifacts
+
+    address = _client(uri).get_model_version_download_uri(name, number)
+    download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri.for_library)
 
 
 def _client(uri: Address) -> MlflowClient:

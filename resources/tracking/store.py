@@ -8,10 +8,12 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from resources.addresses import Address
+from resources.deadlines import within
 from resources.errors import TrackingError, first_line
 from resources.locks import file_lock
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 #: MLflow cuts parameters there, and refuses longer ones in some stores.
 _LONGEST_PARAMETER = 6000
+#: For one call of a server or of a database elsewhere, its own tries again and the files of a report included.
+ANSWER_SECONDS = 120.0
 #: MLflow's codes: for what is not there, and for what another process made first.
 _ABSENT, _THERE = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 
@@ -62,11 +66,12 @@ class TrackingStore:
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
             with file_lock(self.folder / "store.lock"):
                 fresh = self._file is not None and not self._file.exists()
-                client = MlflowClient(self.uri.for_library)
-                client.search_experiments(max_results=1)
+                client = within(ANSWER_SECONDS, partial(MlflowClient, self.uri.for_library))
+                within(ANSWER_SECONDS, partial(client.search_experiments, max_results=1))
                 if fresh:  # what was written to one that lay there before is gone with it
                     self._forget_links()
-            self._client = client
+            # A database file is on this machine: nobody else's server answers for it.
+            self._client = client if self._file is not None else cast("MlflowClient", _Bounded(client))
         return self._client
 
     def experiment(self, model: str) -> str:
@@ -194,6 +199,17 @@ class TrackingStore:
             ) from shown
 
 
+class _Bounded:
+    """A client each of whose calls ends: MLflow's own limits begin anew with each byte of an answer."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        return lambda *args, **options: within(ANSWER_SECONDS, partial(method, *args, **options))
+
+
 @contextlib.contextmanager
 def already_there() -> Iterator[None]:
     """Another process, of another target say, may make the same at the same time; then it is there all the same."""
@@ -210,4 +226,4 @@ def exceptions() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, requests.RequestException, SQLAlchemyError)
+    return (MlflowException, requests.RequestException, SQLAlchemyError, TimeoutError)

@@ -149,6 +149,15 @@ def check_plan(plan: ReleasePlan) -> None:
         )
 
 
+def require_embeddable(release: Release, remedy: str) -> None:
+    """Raise ReleaseError for a release that the embedded server cannot load. remedy: the sentence on what to do."""
+    if release.flavour != "python":
+        raise ReleaseError(
+            f"{release.model}: release {release.number} runs on Triton's own backends, which the embedded server does "
+            f"not have. {remedy}."
+        )
+
+
 def check_copies(plan: ReleasePlan, files: dict[str, StoredFile]) -> None:
     """Raise ReleaseError where a copied file of the engine or tokenizer is not what its record says, byte for byte."""
     copied = {file.sha256 for file in files.values()}

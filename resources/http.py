@@ -123,7 +123,8 @@ class _Until(io.RawIOBase):
         try:
             read: int | None = self._raw.readinto(buffer)
         except TimeoutError:
-            raise (late if left_s < _SILENCE_SECONDS else TimeoutError(f"it was silent for {_SILENCE_SECONDS:g} s")) from None
+            silent = TimeoutError(f"it was silent for {_SILENCE_SECONDS:g} s")
+            raise (late if left_s < _SILENCE_SECONDS else silent) from None
         return read
 
     def close(self) -> None:

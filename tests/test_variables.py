@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from orchestration.pages import mlflow_variables
+from resources.addresses import Address
+from resources.triton.server import EmbeddedServer
 from resources.variables import (
     COMPUTE,
     DATABASE,
@@ -115,3 +120,24 @@ def test_children_that_load_checkpoints_have_no_secret(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "canary" not in result.stdout
     assert "OMP_NUM_THREADS=3" in result.stdout
+
+
+def test_the_server_of_mlflow_has_its_database_and_no_other_secret(environment, workspace):
+    database = "postgresql+psycopg2://user:password@host/db"
+    given = mlflow_variables(replace(workspace, tracking_uri=Address(database)))
+    assert given["MLFLOW_BACKEND_STORE_URI"] == database
+    assert [name for name, value in given.items() if "canary" in value] == ["PGPASSWORD"]
+    assert "canary" not in str(mlflow_variables(workspace))
+
+
+def test_triton_has_no_secret(tmp_path, monkeypatch, triton_settings):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (tmp_path / "repository").mkdir()
+    with EmbeddedServer(tmp_path / "repository", triton_settings, models=[], log=tmp_path / "log") as server:
+        (triton,) = psutil.Process(server.pid).children()
+        assert "tritonserver" in triton.name()
+        for process in (psutil.Process(server.pid), triton):
+            assert "canary" not in str(process.environ())
+            assert process.environ()["OMP_NUM_THREADS"] == "3"

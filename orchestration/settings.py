@@ -136,6 +136,7 @@ def read_access(environment: Mapping[str, str]) -> Access:
     """Where sources are asked and as whom, by the variables of huggingface_hub, MLflow and Azure."""
     cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
     home = Path(environment.get("HF_HOME") or cache / "huggingface").expanduser()
+    hub_cache = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE")
     offline = environment.get("HF_HUB_OFFLINE") or environment.get("TRANSFORMERS_OFFLINE") or ""
     token = environment.get("HF_TOKEN")
     if not token:
@@ -144,7 +145,7 @@ def read_access(environment: Mapping[str, str]) -> Access:
     return Access(
         hub_endpoint=_web(environment, "HF_ENDPOINT") or HUB,
         hub_token=token or None,
-        hub_cache=Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),
+        hub_cache=Path(hub_cache or home / "hub").expanduser(),
         hub_offline=offline.upper() in ("1", "ON", "YES", "TRUE"),
         mlflow_username=environment.get("MLFLOW_TRACKING_USERNAME"),
         mlflow_password=environment.get("MLFLOW_TRACKING_PASSWORD"),

@@ -13,7 +13,7 @@ from resources import deadlines, http
 from resources.addresses import Address
 from resources.checkpoints.settings import Access, SourceSettings
 from resources.deadlines import Pace, within
-from resources.errors import CheckpointError, NotificationError, ServerError, TrackingError
+from resources.errors import CheckpointError, NotificationError, ReleaseError, ServerError, TrackingError
 from resources.http import get_json
 from resources.revisions.hub import hub_commit
 from resources.revisions.registry import ask_version
@@ -133,6 +133,20 @@ def test_a_call_within_its_time_is_as_without_a_limit():
         within(10, lambda: 1 / 0)
     with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
         within(0.1, lambda: time.sleep(5))
+
+
+def test_a_download_from_object_storage_that_drips_is_given_up(s3, tmp_path, monkeypatch):
+    """Long before the limit of the whole, which follows its size."""
+    monkeypatch.setattr(deadlines, "WINDOW_SECONDS", LIMIT_SECONDS)
+    place = s3.place("ckpt/model.safetensors", tmp_path)
+    place.write_bytes(bytes(100_000))
+    place.download(tmp_path / "fast", 100_000)
+    assert (tmp_path / "fast").stat().st_size == 100_000
+    monkeypatch.setattr(s3, "drips", lambda key: key.endswith("model.safetensors"))
+    began = time.monotonic()
+    with pytest.raises(ReleaseError, match=r"could not be asked to read it: it brought \d+ bytes in \d s, less than"):
+        place.download(tmp_path / "slow", 100_000)
+    assert time.monotonic() - began < 10 * LIMIT_SECONDS
 
 
 def test_the_pace_of_a_download_is_looked_at_in_windows(monkeypatch):

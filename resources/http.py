@@ -14,6 +14,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from resources.deadlines import within
+from resources.foreign import parse_json
 
 #: For connecting, and for each piece of the answer.
 _SILENCE_SECONDS = 4.0
@@ -29,7 +30,7 @@ def get_json(url: str, headers: Mapping[str, str]) -> Any:
     url: without name and password, which urllib would take for the host's name; see resources.addresses. Raises
     urllib.error.HTTPError, another OSError (TimeoutError where it takes too long) or ValueError.
     """
-    return json.loads(_answer(urllib.request.Request(url, headers=dict(headers))))  # noqa: S310 - see _answer
+    return parse_json(_answer(urllib.request.Request(url, headers=dict(headers))))  # noqa: S310 - see _answer
 
 
 def post_json(url: str, headers: Mapping[str, str], document: Any) -> None:

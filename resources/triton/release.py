@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
-from resources.artifacts.records import Checkpoint, Engine, ServingSetting, StoredFile, sha256_file
+from resources.artifacts.records import Checkpoint, Engine, FileName, ServingSetting, StoredFile, sha256_file
 from resources.catalog import RateLimiter
 from resources.errors import ReleaseError
 from resources.pipelines import PIPELINE_FILE, pipeline_class
@@ -57,7 +57,7 @@ class Release(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     number: int
-    model: str
+    model: FileName
     task: str
     target: str
     flavour: Flavour
@@ -75,7 +75,7 @@ class Release(BaseModel):
     status: Literal["published", "unverified"]
     proof: Proof | None = None
     lineage: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, StoredFile] = Field(default_factory=dict, description="Of the internals, by path.")
+    files: dict[FileName, StoredFile] = Field(default_factory=dict, description="Of the internals, by path.")
     pointer: StoredFile | None = Field(default=None, description="The public config.pbtxt. None: an older manifest.")
     serving: ServingSetting | None = Field(default=None, description="How its engine runs. None: an older manifest.")
 

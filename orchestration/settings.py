@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 import orchestration
+from orchestration.certificates import share_certificates
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from orchestration.policies import FRESH_DAYS, Policies, check_owners
 from resources.checkpoints.registry import source_names
@@ -133,9 +134,11 @@ def _headers(text: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def complete_environment(environment: MutableMapping[str, str]) -> None:
-    """Give libraries a home and a user's name where the system has none, as for a container's user without an account.
+    """Give libraries what they need and the environment lacks.
 
-    Libraries ask for both when they look for their caches, and fail or make a folder called `~` without them.
+    A home and a user's name where the system has none, as for a container's user without an account: libraries ask for
+    both when they look for their caches, and fail or make a folder called `~` without them. And the certificates of
+    REQUESTS_CA_BUNDLE also for what does not use requests: our own questions, huggingface_hub and its Xet client.
     """
     try:
         Path.home()
@@ -145,6 +148,7 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
         getpass.getuser()
     except (KeyError, OSError):
         environment["USER"] = f"uid-{os.getuid()}"
+    share_certificates(environment)
 
 
 def require_plain(folder: Path, variable: str) -> None:

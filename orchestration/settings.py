@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import cast, get_args
 
 import orchestration
+from orchestration.certificates import share_certificates
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from orchestration.policies import FRESH_DAYS, Policies, check_owners
 from resources.addresses import WEB, Address, web_address
@@ -37,7 +39,7 @@ DEFAULT_MLFLOW_UI = "http://127.0.0.1:5000"
 
 def read_workspace(environment: Mapping[str, str]) -> Workspace:
     """The workspace that the variables describe. Raises CatalogError naming the variable that is wrong."""
-    home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
+    home = _home(environment)
     targets = tuple(environment.get("REFINERY_TARGETS", "cpu").replace(",", " ").split())
     if not targets:
         raise CatalogError("REFINERY_TARGETS is empty; name one, or leave it unset for cpu.")
@@ -130,6 +132,40 @@ def _headers(text: str | None) -> tuple[tuple[str, str], ...]:
         if not _HEADER_NAME.fullmatch(name) or not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise wanted
     return tuple((name.lower(), value) for name, value in found.items())
+
+
+def complete_environment(environment: MutableMapping[str, str]) -> None:
+    """Give libraries what they need and the environment lacks.
+
+    A home and a user's name where the system has none, as for a container's user without an account: libraries ask for
+    both when they look for their caches, and fail or make a folder called `~` without them. And the certificates of
+    REQUESTS_CA_BUNDLE also for what does not use requests: our own questions, huggingface_hub and its Xet client.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        environment["HOME"] = str(_home(environment) / "user")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        environment["USER"] = f"uid-{os.getuid()}"
+    share_certificates(environment)
+
+
+def require_plain(folder: Path, variable: str) -> None:
+    """Raise CatalogError for a path that Dagster or MLflow would not find as part of a SQLite database's address."""
+    for sign in "?%":
+        if sign in str(folder):
+            raise CatalogError(
+                f"{variable}: {str(folder)!r} holds {sign!r}, which has another meaning in the addresses of the SQLite "
+                "databases that Dagster and MLflow keep there. Choose a folder whose path has no '?' and no '%'."
+            )
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
+    require_plain(home, "REFINERY_HOME")
+    return home
 
 
 def read_access(environment: Mapping[str, str]) -> Access:

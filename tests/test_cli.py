@@ -104,8 +104,8 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
     ready = replace(empty, triton=triton_settings)
     add_entry(ready, entry_for(made_checkpoint(), shapes=["1x16"], engines=["onnxruntime_fp32"]))
     assert run_job(ready, "tiny").success
-    ports = [free() for _ in range(3)]
-    named = [f"--{name}-port" for name in ("http", "grpc", "metrics")]
+    ports = [free() for _ in range(4)]
+    named = [f"--{name}-port" for name in ("http", "grpc", "metrics", "health")]
     options = [part for pair in zip(named, map(str, ports), strict=True) for part in pair]
     command = [REFINERY, "serve", *options]
     server = subprocess.Popen(command, env=environment(empty), stdout=subprocess.PIPE, text=True)

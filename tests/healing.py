@@ -53,15 +53,16 @@ class Clients:
 def kill_and_measure(
     repository: Path, model: str, settings: TritonSettings, log: Path, *, texts: Sequence[str], kills: int, clients: int
 ) -> list[float]:
-    """Seconds from each kill of the model's process to the first good answer that was asked for after it."""
+    """Seconds from each kill of the model's processes to the first good answer that was asked for after it."""
     took = []
     with serving(repository, settings, log) as served, Clients(served.address, model, texts, clients) as asking:
         wait_until(lambda: asking.answers)
         for number in range(kills):
             time.sleep(1.0 + number % 7 / 7)  # at any moment of the guard's rounds
-            stub = served.stubs()[0]
-            killed = time.monotonic()
-            stub.kill()
+            wait_until(lambda: served.health()[0] == 200, 60.0)
+            stubs, killed = served.stubs(), time.monotonic()
+            for stub in stubs:
+                stub.kill()
             wait_until(partial(asking.after, killed + 0.1), 60.0)  # not an answer that had left before
             took.append(time.monotonic() - killed)
             print(f"kill {number + 1}: {took[-1]:.2f} s; {served.said[-1]}", flush=True)

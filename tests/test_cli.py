@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -126,6 +127,15 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
         assert code == 1
         assert "other is served by none of" in err
         assert "REFINERY_TRITON_GRPC" in err
+        # What loads and unloads finds the key by itself, and another home does not.
+        key = empty.home / "keys" / f"{ports[1]}.key"
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        assert (
+            "is what is pointed to and served already" in refinery(empty, "rollback", "tiny", "--to", "1", **named)[2]
+        )
+        named["REFINERY_TRITON_REPOSITORIES"] = str(empty.repository("cpu").parent)
+        named["REFINERY_HOME"] = str(empty.home.parent / "other")
+        assert "Set REFINERY_TRITON_KEY" in refinery(empty, "rollback", "tiny", "--to", "1", **named)[2]
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0

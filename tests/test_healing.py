@@ -164,6 +164,7 @@ def test_after_many_repairs_the_server_is_started_again(repository, plan, triton
             back_after(served, plan, begun)
         assert "and 1 repairs have left memory behind; the embedded Triton is started again" in served.said[-3]
         assert served.triton() != server
+        assert time.monotonic() - begun < BACK_SECONDS
 
 
 def test_a_model_is_repaired_in_poll_mode_too(repository, plan, triton_settings, tmp_path):

@@ -231,18 +231,18 @@ class TextClient:
             raise self._trouble("does not list its models", error) from error
         return {item.name: item.reason if item.state == "UNAVAILABLE" else "" for item in index.models}
 
-    def ready_models(self) -> set[str]:
+    def ready_models(self, *, seconds: float = TIMEOUT_SECONDS) -> set[str]:
         """The models that the server holds ready, gRPC alone. Raises ServerError."""
         try:
-            index = self._client.get_model_repository_index(client_timeout=TIMEOUT_SECONDS)
+            index = self._client.get_model_repository_index(client_timeout=seconds)
         except Exception as error:
             raise self._trouble("does not list its models", error) from error
         return {item.name for item in index.models if item.state == "READY"}
 
-    def failed_requests(self) -> dict[str, int]:
+    def failed_requests(self, *, seconds: float = TIMEOUT_SECONDS) -> dict[str, int]:
         """How many requests to each model have failed since it was loaded, gRPC alone. Raises ServerError."""
         try:
-            found = self._client.get_inference_statistics(client_timeout=TIMEOUT_SECONDS)
+            found = self._client.get_inference_statistics(client_timeout=seconds)
         except Exception as error:
             raise self._trouble("does not say what its models did", error) from error
         return {item.name: int(item.inference_stats.fail.count) for item in found.model_stats}

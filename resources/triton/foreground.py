@@ -158,6 +158,7 @@ class _Serving:
             try:
                 guard.look()
             except BeyondRepairError as error:
+                self._server.end_soon()
                 return str(error)
         return None
 

@@ -21,8 +21,8 @@ MOST_REPAIRS = 10
 _TRIES = 3
 #: Triton's words where the process of a Python model does not react at all.
 _UNHEALTHY = "is not healthy"
-#: A question that is asked so often, and how long its answer is waited for.
-_PROBE, _PROBES, _PROBE_SECONDS = "Is anybody there?", 3, 2.0
+#: A question that is asked so often, and how long any answer is waited for: meanwhile nothing is repaired.
+_PROBE, _PROBES, _ANSWER_SECONDS = "Is anybody there?", 3, 2.0
 
 
 class BeyondRepairError(ServerError):
@@ -74,9 +74,9 @@ class Guard:
                     self._broken.setdefault(model, f"the process of {internal} {lost[internal]}")
         if time.monotonic() - self._checked > CHECK_SECONDS:
             self._checked = time.monotonic()
-            with suppress(ServerError):  # it ends, which is seen elsewhere, or is too busy to say
-                self._find_unloaded(serving)
-                self._find_unhealthy(serving)
+            for find in (self._find_unloaded, self._find_unhealthy):
+                with suppress(ServerError):  # it ends, which is seen elsewhere, or is too busy to say
+                    find(serving)
         for model in [model for model in self._broken if model not in serving]:
             del self._broken[model]
         self._show(self._broken)
@@ -87,7 +87,7 @@ class Guard:
     def _find_unloaded(self, serving: Mapping[str, str]) -> None:
         if not self._explicit:
             return
-        ready = self._client.ready_models()
+        ready = self._client.ready_models(seconds=_ANSWER_SECONDS)
         missing = set()
         for model, config in serving.items():
             if gone := [name for name in (*named_internals(config), model) if name not in ready]:
@@ -102,7 +102,7 @@ class Guard:
         Where a process did not react for a second, Triton 2.51 refuses the request and goes on. If the process reacts
         later, the next request gets the answer of the refused one, and so on: such a process must not live.
         """
-        failed = self._client.failed_requests()
+        failed = self._client.failed_requests(seconds=_ANSWER_SECONDS)
         before, self._failed = self._failed if self._failed is not None else failed, failed
         for model, config in serving.items():
             internals = named_internals(config)
@@ -120,7 +120,7 @@ class Guard:
         try:
             contract = self._client.contract(model)
             item = dict.fromkeys(contract.inputs, _PROBE)
-            answers = [self._client.ask(model, contract, [item], seconds=_PROBE_SECONDS)[0] for _ in range(_PROBES)]
+            answers = [self._client.ask(model, contract, [item], seconds=_ANSWER_SECONDS)[0] for _ in range(_PROBES)]
         except ServerError as error:
             return "Triton says that its process is not healthy" if _UNHEALTHY in str(error) else None
         if contract.structured or all(_is_like(answers[0], answer) for answer in answers):

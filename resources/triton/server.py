@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
+
 from resources.errors import ServerError
 from resources.triton.client import TextClient
 from resources.triton.connection import Connection, Protocol, new_key, restrictions
@@ -24,6 +26,8 @@ from resources.triton.settings import Control, TritonSettings
 from resources.triton.stubs import signal_text
 
 READY_SECONDS = 120.0
+#: For requests under way, of a server that ends because it is broken.
+_SOON_SECONDS = 1.0
 #: Of a log, which may be long.
 _LAST_BYTES = 2**18
 #: More than the server is given to finish what it is at, see launch.EXIT_SECONDS.
@@ -128,6 +132,15 @@ class EmbeddedServer:
         if status < 0:
             return f"lost its supervisor by {signal_text(-status)}"
         return f"ended by itself with exit status {status}"
+
+    def end_soon(self) -> None:
+        """End a server that is broken. It would wait for the models of dead processes until its time to exit is over."""
+        with suppress(psutil.Error):
+            begun = psutil.Process(self.pid).children()
+            for process in begun:
+                process.terminate()
+            for process in psutil.wait_procs(begun, _SOON_SECONDS)[1]:
+                process.kill()
 
     def last_words(self) -> str:
         """The lines of its log that say what went wrong, or its last."""

@@ -78,7 +78,7 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         artifacts=_location(environment, "REFINERY_ARTIFACTS", home),
         tracking_uri=environment.get("REFINERY_MLFLOW_URI") or None,
         tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
-        dagster_ui=environment.get("REFINERY_DAGSTER_UI") or None,
+        dagster_ui=_web_address(environment, "REFINERY_DAGSTER_UI"),
         triton=triton,
         access=read_access(environment),
         watch_seconds=max(1, round(_number(environment, "REFINERY_WATCH_SECONDS", WATCH_SECONDS))),
@@ -169,10 +169,7 @@ def read_policies(environment: Mapping[str, str]) -> Policies:
 
 def webhook_of(environment: Mapping[str, str]) -> str | None:
     """Where failed runs are told to. Raises CatalogError for what is no web address."""
-    given = environment.get("REFINERY_WEBHOOK") or None
-    if given is not None and not given.startswith(("http://", "https://")):
-        raise CatalogError("REFINERY_WEBHOOK is not an address that begins with http:// or https://.")
-    return given
+    return _web_address(environment, "REFINERY_WEBHOOK")
 
 
 def tracker_of(workspace: Workspace) -> Tracker:
@@ -211,6 +208,13 @@ def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
         if not host or not port.isdigit() or "/" in address:
             raise CatalogError(f"{name}: {address!r} is not host:port, such as triton:8001 (several: with commas).")
     return found
+
+
+def _web_address(environment: Mapping[str, str], name: str) -> str | None:
+    given = environment.get(name) or None
+    if given is not None and not given.startswith(("http://", "https://")):
+        raise CatalogError(f"{name} is not an address that begins with http:// or https://.")
+    return given
 
 
 def _path(environment: Mapping[str, str], name: str) -> Path | None:

@@ -10,6 +10,7 @@ import pytest
 from orchestration.settings import read_workspace
 from resources.errors import CatalogError, ServerError
 from resources.triton import fleet as module
+from resources.triton.asking import ask
 from resources.triton.client import TextClient
 from resources.triton.fleet import Fleet
 from resources.triton.layout import current_number
@@ -18,7 +19,6 @@ from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.triton.verify import ask
 from tests.releases import answers_of, exam_of, make_plan, query_texts, tree_digest, unasked
 
 TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]

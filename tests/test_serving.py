@@ -25,9 +25,10 @@ from resources.triton.load import closed_loop, server_statistics
 from resources.triton.mix import mix
 from resources.triton.perf_analyzer import find_perf_analyzer, read_report, run_perf_analyzer
 from resources.triton.publish import Steps, publish
-from resources.triton.search import choose, halve, last_stage, rank, settings_to_try, trial_server
+from resources.triton.search import choose, halve, last_stage, rank, settings_to_try
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import levels_of, measure_load
+from resources.triton.trials import embedded_trials
 from tests.releases import CONTRACT, answers_of, ask_together, counted, make_plan, unasked
 
 ITEMS = [{"TEXT": text} for text in sample_texts()[:40]]
@@ -139,7 +140,7 @@ def plan(tmp_path_factory):
 
 
 def test_settings_are_measured_on_a_real_server(plan, triton_settings, tmp_path):
-    with trial_server(plan, triton_settings, ITEMS, 4, tmp_path / "log") as measure:
+    with embedded_trials(plan, triton_settings, ITEMS, 4, tmp_path / "log") as measure:
         one = measure(ServingSetting(), 1.0, 1)
         two = measure(ServingSetting(instances=2, queue_delay_us=500), 1.5, 1)
         patient = measure(ServingSetting(queue_delay_us=30_000), 1.5, 2)

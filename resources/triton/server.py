@@ -134,7 +134,7 @@ class EmbeddedServer:
         return f"ended by itself with exit status {status}"
 
     def end_soon(self) -> None:
-        """End a server that is broken. It would wait for the models of dead processes until its time to exit is over."""
+        """End a server that is broken. By itself it would wait for models whose processes are dead."""
         with suppress(psutil.Error):
             begun = psutil.Process(self.pid).children()
             for process in begun:

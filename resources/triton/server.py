@@ -24,6 +24,7 @@ from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command,
 from resources.triton.layout import CONFIG, called_internals
 from resources.triton.settings import Control, TritonSettings
 from resources.triton.stubs import signal_text
+from resources.variables import COMPUTE, PROGRAM, inherited
 
 READY_SECONDS = 120.0
 #: For requests under way, of a server that ends because it is broken.
@@ -169,9 +170,9 @@ class EmbeddedServer:
         )
 
     def _environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        ours = variables(self._settings.environment)
-        return {**inherited, **ours, "PATH": f"{ours['PATH']}{os.pathsep}{inherited.get('PATH', '')}"}
+        # Models and what they run come from outside: they get no key, token or address of ours.
+        given, ours = inherited(PROGRAM, COMPUTE), variables(self._settings.environment)
+        return {**given, **ours, "PATH": f"{ours['PATH']}{os.pathsep}{given.get('PATH', '')}"}
 
     def _loaded(self) -> list[str]:
         """The models, each after those that it calls."""

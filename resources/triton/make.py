@@ -95,6 +95,7 @@ def plan_release(
         serving=configuration.setting,
         response_cache=entry.serving.response_cache,
         rate_limiter=entry.serving.rate_limiter,
+        limits=entry.limits,
         lineage=lineage,
     )
 

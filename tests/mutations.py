@@ -13,28 +13,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_NAMES = ("", "text", "TEXT\0", "T" * 10_000, "🙂", "QUERY", "..", "sentence_embedding")
+_NAMES: tuple[str, ...] = ("", "text", "TEXT\0", "T" * 10_000, "🙂", "QUERY", "..", "sentence_embedding")
 _SHAPES: tuple[Any, ...] = (
     *([], [0], [1], [0, 1], [1, 0], [2, 1], [9, 1], [1, 2], [1, 1, 1], [-1, 1], [1, -1], [2**31, 1], [2**63 - 1, 1]),
     *([2**63, 2], [2**32, 2**32], [1.5, 1], ["1", 1], [None, 1], "1", None, {}, [[1, 1]], [1] * 5000),
 )
-_KINDS = ("INT64", "INT32", "UINT8", "FP32", "FP16", "BF16", "BOOL", "bytes", "STRING", "", None, 5, [], "B" * 5000)
+_KINDS: tuple[Any, ...] = (
+    "INT64",
+    "INT32",
+    "UINT8",
+    "FP32",
+    "FP16",
+    "BF16",
+    "BOOL",
+    "bytes",
+    "STRING",
+    "",
+    None,
+    5,
+    [],
+    "B" * 5000,
+)
 _DATA: tuple[Any, ...] = (
     *([], [1], [None], [True], [1.5], [[]], [{}], ["a", "b"], ["a"] * 3000, "a", None, {}, [["a"], ["b"]], 10**30),
     *(["\ud800"], ["\0"], ["🙂" * 2000], ["word " * 20_000], ["a." * 30_000], ["a" * 100_000], [" " * 50_000]),
     ["e" + "\u0301" * 30_000],
 )
+_ODD: tuple[Any, ...] = (True, 0, 1, -1, 2**63, 2**64, "1", None, [])
 _PARAMETERS: tuple[Any, ...] = (
     *({"binary_data_size": size} for size in (-1, 2**31, 2**63, 2**64, "4", 1.5, None)),
     {"shared_memory_region": "no", "shared_memory_byte_size": 64},
     {"shared_memory_region": "no", "shared_memory_byte_size": 2**63, "shared_memory_offset": 2**63},
     *({"classification": count} for count in (-1, 0, 3, 2**31, 2**64, "3", None)),
-    *({"binary_data": value} for value in (True, "yes", 1, None, [])),
-    *({"sequence_id": value, "sequence_start": True} for value in (1, -1, "s", 2**64, None, [])),
-    *({"priority": value, "timeout": value} for value in (0, 1, -1, 2**63, 2**64, "1", None)),
+    *({"binary_data": value} for value in _ODD),
+    *({"sequence_id": value, "sequence_start": True} for value in _ODD),
+    *({"priority": value, "timeout": value} for value in _ODD),
     *({"triton_enable_empty_final_response": True}, {"unknown": {"deep": [1]}}, [], "text", 7),
 )
-_IDS = ("", "an id", 5, None, [], {}, "i" * 50_000, "\n\r", "🙂")
+_IDS: tuple[Any, ...] = ("", "an id", 5, None, [], {}, "i" * 50_000, "\n\r", "🙂")
 _HEADER = "Inference-Header-Content-Length"
 _LENGTHS = ("-1", "0", "1", "5", "99999999", str(2**63), str(2**64), "x", "", " 12")
 
@@ -126,8 +142,8 @@ class Mutations:
 
     def _break(self, body: dict[str, Any]) -> None:
         pick = self._random.choice
-        tensors = body.get("inputs")
-        tensor = pick(tensors) if isinstance(tensors, list) and tensors else None
+        tensors = body["inputs"] if isinstance(body.get("inputs"), list) else []
+        tensor = pick(tensors) if tensors else None
         kind = self._random.randrange(11)
         if not isinstance(tensor, dict) or kind == 0:
             body[pick(("inputs", "outputs", "id", "parameters", "x"))] = pick((None, [], {}, 5, "x", [None], [[]]))
@@ -145,7 +161,7 @@ class Mutations:
         elif kind == 9:
             tensor.pop(pick(tuple(tensor)))
         else:
-            body["inputs"] = tensors * pick((2, 100))
+            body["inputs"] = [*tensors] * pick((2, 100))
 
     def _binary(self, path: str, body: dict[str, Any]) -> Request:
         """With Triton's binary tensors, and lengths around them that lie."""

@@ -26,7 +26,7 @@ from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import locate
 from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
 from resources.errors import CatalogError, CheckpointError, UnfetchedError, first_line
-from resources.evaluation.requests import sampled_requests
+from resources.evaluation.requests import require_answers, sampled_requests
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
@@ -136,6 +136,7 @@ def collect_checkpoint(
             lengths, _ = run_isolated(
                 _profile,
                 folder,
+                entry.name,
                 items,
                 max_tokens,
                 limits=limits,
@@ -233,12 +234,14 @@ def _changed_files(parts: dict[str, Any], before: dict[str, Any]) -> set[str]:
     return {name for name in {*now, *then} if now.get(name) != then.get(name)}
 
 
-def _profile(folder: Path, items: list[dict[str, str]], max_tokens: int) -> LengthProfile:
+def _profile(folder: Path, model: str, items: list[dict[str, str]], max_tokens: int) -> LengthProfile:
     """In the child, because of numpy and of samples of any size."""
     from resources.checkpoints.lengths import profile_lengths
     from resources.pipelines import open_pipeline
 
-    return profile_lengths(open_pipeline(str(folder)), items, max_tokens)
+    pipeline = open_pipeline(str(folder))
+    require_answers(model, "sample", pipeline, items)
+    return profile_lengths(pipeline, items, max_tokens)
 
 
 def _content_of(entry: ModelEntry) -> str | None:

@@ -201,7 +201,7 @@ def valid_requests(server, plan):
                 found = client.ask("tiny", CONTRACT, [{"TEXT": text} for text in TEXTS])
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
                 done += 1
-                stop.wait(0.005)
+                stop.wait(0.03)
         return done
 
     with ThreadPoolExecutor(2) as pool:

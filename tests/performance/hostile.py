@@ -189,7 +189,7 @@ def measure(server: EmbeddedServer, tasks: Sequence[str], sizes: Sequence[int]) 
                         before, most = memory.now(), dict[int, int]()
                         memory.forget()
                         neighbours.forget()
-                        took = []
+                        took: list[float] = []
                         # Again and again for as long as the quiet time, but with gaps: one client.
                         end = time.monotonic() + (2.0 if size >= 100 else 4.0)
                         while not took or time.monotonic() < end:

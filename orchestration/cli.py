@@ -9,8 +9,10 @@ import argparse
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
+from orchestration.terminal import printable_output
 from resources.errors import RefineryError
 from resources.targets import check_target
 
@@ -19,19 +21,25 @@ SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 for success, 1 for failure, 2 for a wrong command line, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
-    try:
-        return command(options)
-    except RefineryError as error:
-        print(f"refinery: {error}", file=sys.stderr)
-        return FAILURE
-    except KeyboardInterrupt:
-        print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `refinery models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
+    with printable_output():
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = options.command
+        try:
+            code = command(options)
+            sys.stdout.flush()
+            return code
+        except RefineryError as error:
+            print(f"refinery: {error}", file=sys.stderr)
+            return FAILURE
+        except KeyboardInterrupt:
+            print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # `refinery models | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return SUCCESS
+        except Exception:  # a defect, whose words are as foreign as any
+            traceback.print_exc()
+            return FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="a name of the catalog, a folder, a Hub id (org/name[@revision]), or another source",
+        help="a name of the catalog, else a folder, else a Hub id ([hub:][org/]name[@revision]), or another source",
     )
     new = command.add_argument_group("for a source, which becomes a catalog entry of its own")
     new.add_argument("--name", help="its name in the catalog (default: the last part of MODEL)")
@@ -59,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="bound for finding how it is served, and for measuring that; 0: neither",
     )
+    _add_allow_pickle(new)
     command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
     command.set_defaults(command=_optimize)
@@ -84,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help="as for optimize: a name, or a source")
     command.add_argument("--name", help="for a source: its name in the catalog")
     command.add_argument("--task", help="for a source: what it is for")
+    _add_allow_pickle(command)
     command.add_argument(
         "--engines", metavar="E[,E]", help="only these, beside PyTorch (default: all that can compete)"
     )
@@ -202,6 +212,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("setup", help="install the embedded Triton's environment")
     command.set_defaults(command=_setup)
     return parser
+
+
+def _add_allow_pickle(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        default=None,
+        help="for a source: read weights that are a pickle, which run code of whoever made them",
+    )
 
 
 def _target(text: str) -> str:

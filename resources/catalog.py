@@ -371,11 +371,16 @@ def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
     return Catalog(models=tuple(entry for entry, _ in models.values()))
 
 
+def entry_text(entry: ModelEntry) -> str:
+    """What `write_entry` writes. A file with any other text has been edited."""
+    return yaml.safe_dump({"models": [entry.fields()]}, sort_keys=False)
+
+
 def write_entry(entry: ModelEntry, folder: Path) -> Path:
     """Write one entry as a models file of its own, named as the model; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{entry.name}.yaml"
     draft = path.with_suffix(".tmp")
-    draft.write_text(yaml.safe_dump({"models": [entry.fields()]}, sort_keys=False), encoding="utf-8")
+    draft.write_text(entry_text(entry), encoding="utf-8")
     draft.replace(path)
     return path

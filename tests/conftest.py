@@ -37,6 +37,7 @@ LONGEST = (
     "test_storage",
     "test_killed",
     "test_under_load",
+    "test_pages",
 )
 
 

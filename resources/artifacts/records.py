@@ -5,12 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from resources.foreign import ForeignError, check_name
 
 #: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+def _file_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except ForeignError as error:
+        raise ValueError(str(error)) from None
+
+
+#: A path below the folder of what a record or a manifest describes. Whoever writes to a shared store writes these too.
+FileName = Annotated[str, AfterValidator(_file_name)]
 
 
 class StoredFile(BaseModel):
@@ -44,7 +57,7 @@ class Record(BaseModel):
     kind: ClassVar[str]
     digest: str
     model: str
-    files: dict[str, StoredFile] = Field(default_factory=dict)
+    files: dict[FileName, StoredFile] = Field(default_factory=dict)
     build_seconds: float = 0.0
     peak_memory_bytes: int = 0
     usage: Usage | None = Field(default=None, description="None: made by no process of its own, or not watched.")

@@ -44,7 +44,8 @@ MOST_MEMORY = 4 * 10**9
 SECONDS, GROWTH = 1.0, 256 * 10**6
 REFUSING = "refusing"
 _NEIGHBOURS = 4
-_QUIET_SECONDS, _PAUSE_SECONDS = 8.0, 0.02
+#: Of the neighbours alone, and beside each kind of text; between two requests of a client.
+_QUIET_SECONDS, _HOSTILE_SECONDS, _PAUSE_SECONDS = 5.0, 1.5, 0.02
 _MODEL = """
 import triton_python_backend_utils as pb_utils
 
@@ -190,8 +191,7 @@ def measure(server: EmbeddedServer, tasks: Sequence[str], sizes: Sequence[int]) 
                         memory.forget()
                         neighbours.forget()
                         took: list[float] = []
-                        # Again and again for as long as the quiet time, but with gaps: one client.
-                        end = time.monotonic() + (2.0 if size >= 100 else 4.0)
+                        end = time.monotonic() + _HOSTILE_SECONDS
                         while not took or time.monotonic() < end:
                             seconds, said = ask(client, task, contract, text)
                             took.append(seconds)

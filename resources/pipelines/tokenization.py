@@ -172,13 +172,13 @@ class TextEncoder:
         return text[0] if isinstance(text, tuple) and len(text) == 1 else text
 
     def _enough_of_both(self, first: str, second: str) -> tuple[str, str]:
-        find, margin = self._beginnings.find, self._beginnings.margin
-        short = [find(text, self.max_tokens + 2 * margin) for text in (first, second)]
+        settled, margin = self.max_tokens + 2 * self.margin, self.margin
+        short = [self._beginnings.find(text, settled) for text in (first, second)]
         cut = [len(part) < len(text) for part, text in zip(short, (first, second), strict=True)]
         counts = [self._count(part) for part in short]
-        # An odd token goes to the text with more tokens, or to the second. With one text whole the beginnings may say
-        # already which it is.
-        if not any(cut) or (not cut[0] and counts[0] <= counts[1]) or (not cut[1] and counts[1] < counts[0]):
+        # An odd token goes to the text with more tokens, or to the second. The last tokens of a beginning are not
+        # settled, so its count says only that there are as many as were asked for.
+        if not any(cut) or any(count < settled and not was_cut for count, was_cut in zip(counts, cut, strict=True)):
             return short[0], short[1]
         if max(len(first), len(second)) <= self.longest_read():
             first_has_more = self._count(first) > self._count(second)

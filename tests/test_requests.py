@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from resources.catalog import LimitSettings
+from resources.errors import ServerError
 from resources.pipelines.limits import RequestLimits
 from resources.tasks import TASKS
 from resources.triton.client import TextClient
@@ -153,8 +154,9 @@ def test_others_do_not_wait_for_a_large_request(plan, triton_settings, tmp_path)
 
 def ask_hostile(triton_settings, folder, tasks, megabytes):
     """Every hostile text to every task: answered or refused, in time and memory that do not follow its size."""
-    for task in tasks:
-        publish(make_task_plan(folder / task, task), folder / "cpu", UNASKED)
+    plans = {task: make_task_plan(folder / task, task) for task in tasks}
+    for plan in plans.values():
+        publish(plan, folder / "cpu", UNASKED)
     with (
         EmbeddedServer(folder / "cpu", triton_settings, models=tasks, log=folder / "log") as server,
         TextClient(server.grpc_address) as client,
@@ -163,6 +165,10 @@ def ask_hostile(triton_settings, folder, tasks, megabytes):
         for task in tasks:
             contract = client.contract(task)
             ask(client, task, contract, "warm")
+            for item in TASKS[task].refused_items(plans[task].checkpoint.settings):
+                with pytest.raises(ServerError) as caught:
+                    client.ask(task, contract, [item])
+                assert caught.value.__cause__.status() == "StatusCode.INVALID_ARGUMENT", item
             for kind, unit in KINDS.items():
                 text, before = unit * (megabytes * 10**6 // len(unit.encode())), memory.now()
                 memory.forget()
@@ -176,7 +182,9 @@ def ask_hostile(triton_settings, folder, tasks, megabytes):
 
 
 def test_hostile_texts_take_no_time_and_no_memory(triton_settings, tmp_path):
-    ask_hostile(triton_settings, tmp_path, ["embedding", "token-classification", "fill-mask"], 1)
+    ask_hostile(
+        triton_settings, tmp_path, ["embedding", "token-classification", "fill-mask", "zero-shot-classification"], 1
+    )
 
 
 @pytest.mark.whole

@@ -172,11 +172,13 @@ def ask_hostile(triton_settings, folder, tasks, megabytes):
             for kind, unit in KINDS.items():
                 text, before = unit * (megabytes * 10**6 // len(unit.encode())), memory.now()
                 memory.forget()
-                seconds, said = ask(client, task, contract, text)
+                begun = memory.processor_seconds()
+                _, said = ask(client, task, contract, text)
+                computed = memory.processor_seconds() - begun
                 assert said in ("answered", "refused"), said
                 assert said == "answered" or megabytes > 1 or kind not in ("words", "a."), (task, kind)
-                # On a quiet machine 0.3 s: tests.performance.hostile measures that.
-                assert seconds < 5, (task, kind)
+                # What it takes on a quiet machine tests.performance.hostile measures.
+                assert computed < 2, (task, kind)
                 grown = max((size - before.get(pid, 0) for pid, size in memory.most.items()), default=0)
                 assert grown < 256 * 10**6 + len(text.encode()), (task, kind)
 

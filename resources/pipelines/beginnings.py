@@ -43,7 +43,7 @@ class Beginnings:
 
     def most(self, tokens: int) -> int:
         """The most characters that are tokenized for so many tokens."""
-        return max(MOST_CHARACTERS, 16 * tokens)
+        return max(MOST_CHARACTERS, 2 * _CHARACTERS_PER_TOKEN * tokens)
 
     def find(self, text: str, tokens: int) -> str:
         """A beginning of the text whose first `tokens` tokens, with their offsets, are those of the whole text; the

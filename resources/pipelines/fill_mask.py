@@ -56,7 +56,8 @@ class FillMaskPipeline(Pipeline):
         masks = text.count(mask)
         self._require(masks)
         # For all masks together, so that many of them cost no more than a few.
-        most = _LONGEST_READS * self.encoder.longest_read() // (2 * masks)
+        longest = self.encoder.longest_read()
+        most = min(longest // 2, _LONGEST_READS * longest // (2 * masks))
         rows, place = [], text.find(mask)
         while place >= 0:
             rows.append(self._row_of_long(text, place, place + len(mask), most))

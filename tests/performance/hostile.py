@@ -84,6 +84,11 @@ class Memory:
                 continue
         return found
 
+    def processor_seconds(self) -> float:
+        """What the server and its Python models have computed since they began."""
+        processes = psutil.Process(self.server.pid).children(recursive=True)
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
     def watch(self) -> None:
         while not self.stop.wait(0.01):
             for pid, size in self.now().items():

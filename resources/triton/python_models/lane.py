@@ -17,6 +17,8 @@ from reading import BusyError, attempt, refusal
 MOST_WAITING = 64 * 2**20
 #: Tokens, with padding, that a large request gives to the engine at a time. On two cores all-MiniLM-L6-v2 takes 40 ms.
 _TOKENS = 256
+#: For how long a thread of Python may keep the others from running, of which the default is ten times as much.
+_SWITCH_SECONDS = 0.0005
 #: How long a large request waits for a gap. Without a limit it would wait for ever on a busy server.
 _PATIENCE_SECONDS = 0.02
 
@@ -30,6 +32,7 @@ class Lane:
         self._gap.set()
         self._jobs, self._waiting, self._count = queue.SimpleQueue(), 0, threading.Lock()
         self._thread = threading.Thread(target=self._work, daemon=True)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
 
     @contextmanager

@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = options.command
         try:
+            from orchestration.settings import complete_environment
+
+            complete_environment(os.environ)
             code = command(options)
             sys.stdout.flush()
             return code

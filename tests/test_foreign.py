@@ -19,6 +19,7 @@ from resources.foreign import (
     read_below,
     values_of,
 )
+from resources.triton.layout import list_releases, parse_internal, pinned_number
 from resources.triton.mirror import Mirror
 from resources.triton.storage import parse_location
 
@@ -186,3 +187,43 @@ def test_a_model_of_a_bucket_that_leads_out_of_the_mirror(tmp_path, monkeypatch)
     monkeypatch.setattr("resources.triton.mirror.public_models", lambda where: [".."] if where is place else [])
     with pytest.raises(ReleaseError, match="leads out of its folder"):
         mirror.refresh()
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnx_ir", "openvino"])
+def test_graphs_whose_weights_are_elsewhere(tmp_path, runtime):
+    """The libraries that open a graph from a shared store refuse them; this holds them to it."""
+    import onnx
+
+    (tmp_path / "secret").write_bytes(bytes(16))
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    weights = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    weights.external_data.add(key="location", value="../secret")
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [4]) for name in "xy"]
+    node = onnx.helper.make_node("Add", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weights])
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    path = folder / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(Exception, match=r"escapes model directory|outside the base directory"):
+        if runtime == "onnxruntime":
+            from resources.engines.sessions import open_session
+
+            open_session(str(path), 1)
+        elif runtime == "onnx_ir":
+            from resources.engines.typed import plain_graph
+
+            plain_graph(path)
+        else:
+            import openvino
+
+            openvino.Core().read_model(path)
+
+
+def test_numbers_that_python_does_not_read(tmp_path):
+    """In a bucket's folders, names and configurations."""
+    digits = "9" * 5000
+    assert pinned_number(f"version_policy {{ specific {{ versions: {digits} }} }}") is None
+    assert parse_internal(f"bert__r{digits}__engine") is None
+    (tmp_path / "bert" / ("9" * 200)).mkdir(parents=True)
+    assert list_releases(tmp_path, "bert") == []

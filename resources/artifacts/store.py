@@ -37,6 +37,7 @@ from resources.artifacts.hashes import signature, write_json
 from resources.artifacts.records import Record, sha256_file
 from resources.artifacts.remote import RemoteArtifacts
 from resources.errors import ArtifactError
+from resources.foreign import parse_json
 from resources.locks import file_lock
 
 R = TypeVar("R", bound=Record)
@@ -267,9 +268,8 @@ class ArtifactStore:
         """The digest of the newest record that the named step made; empty if there is none."""
         try:
             remote, path = self.remote, self._pointer(name)
-            return str(
-                json.loads(path.read_text(encoding="utf-8") if remote is None else remote.pointer(name))["digest"]
-            )
+            text = path.read_text(encoding="utf-8") if remote is None else remote.pointer(name)
+            return str(parse_json(text.encode())["digest"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return ""
 

@@ -22,6 +22,7 @@ from resources.artifacts.hashes import hash_below, hash_files
 from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
+from resources.checkpoints.configuration import CONFIG
 from resources.checkpoints.reading import TOKENIZER
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import locate
@@ -34,6 +35,7 @@ from resources.isolation import Limits, run_isolated
 from resources.locks import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.tasks import TASKS, CheckpointFiles
+from resources.tasks.sentence_transformers import read_json
 
 #: What a stored checkpoint depends on, beside its source.
 CODE = ("resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests")
@@ -308,9 +310,9 @@ def _weights_digest(config: dict[str, Any], names: tuple[str, ...], hashes: dict
 
 
 def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
-    """What tasks read of a stored checkpoint."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return CheckpointFiles(record.model, folder, config)
+    """What tasks read of a stored checkpoint. Raises CheckpointError."""
+    files = CheckpointFiles(record.model, folder, {})
+    return CheckpointFiles(record.model, folder, read_json(files, CONFIG, dict))
 
 
 def load_arguments(record: Checkpoint) -> dict[str, Any]:

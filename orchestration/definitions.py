@@ -25,7 +25,15 @@ from orchestration.policies import Policies
 from orchestration.progress import progress_logger
 from orchestration.schedules import DEFAULT_CRON, reoptimization
 from orchestration.sensors import checkpoint_sensor
-from orchestration.settings import read_execution, read_policies, read_workspace, tracker_of, webhook_of
+from orchestration.settings import (
+    complete_environment,
+    read_execution,
+    read_policies,
+    read_workspace,
+    tracker_of,
+    webhook_of,
+)
+from resources.addresses import Address
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
@@ -35,7 +43,7 @@ def make_definitions(
     execution: Execution | None = None,
     cron: str = DEFAULT_CRON,
     policies: Policies | None = None,
-    webhook: str | None = None,
+    webhook: Address | None = None,
 ) -> dg.Definitions:
     """The whole code location, working in that workspace. cron: when models are looked at again. webhook: is told of
     runs that fail.
@@ -70,6 +78,7 @@ def make_definitions(
     )
 
 
+complete_environment(os.environ)
 defs = make_definitions(
     read_workspace(os.environ),
     read_execution(os.environ),

@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from orchestration.settings import require_plain
 from resources.errors import CatalogError
 from resources.workspace import Workspace
 
@@ -81,7 +82,11 @@ load_from:
 def instance_folder(workspace: Workspace) -> Path:
     """Where the instance lies, or would."""
     given = os.environ.get("DAGSTER_HOME")
-    return Path(given).resolve() if given else workspace.home / "dagster"
+    if not given:
+        return workspace.home / "dagster"
+    folder = Path(given).resolve()
+    require_plain(folder, "DAGSTER_HOME")
+    return folder
 
 
 def prepare_instance(workspace: Workspace) -> Path:
@@ -116,7 +121,7 @@ def prepare_instance(workspace: Workspace) -> Path:
 
 def _require_postgres(url: str) -> None:
     if not url.startswith(_POSTGRES_SCHEME):
-        shown = url.split("://")[0]  # the rest has the password
+        shown = url.partition("://")[0] if "://" in url else ""  # the rest has the password
         raise CatalogError(
             f"{POSTGRES_VARIABLE} begins with {shown!r}. Write {_POSTGRES_SCHEME}user:password@host:5432/database, so "
             "that SQLAlchemy takes the driver that dagster-postgres brings."

@@ -111,11 +111,14 @@ def first(fetch, model):
     return records
 
 
-def adding(partition):
-    """A mutation that leaves a trace."""
-    repository = '{repositoryLocationName: "transformer-refinery", repositoryName: "__repository__"}'
-    what = f'partitionsDefName: "model", partitionKey: "{partition}", repositorySelector: {repository}'
-    return f"mutation {{ addDynamicPartition({what}) {{ __typename }} }}"
+def limiting(pool):
+    """A mutation that leaves a trace, which nothing else removes."""
+    return f'mutation {{ setConcurrencyLimit(concurrencyKey: "{pool}", limit: 1) }}'
+
+
+def limited(instance):
+    """The pools that have a limit."""
+    return instance.event_log_storage.get_concurrency_keys()
 
 
 @pytest.mark.parametrize(
@@ -130,17 +133,15 @@ def adding(partition):
 )
 def test_a_mutation_of_the_pages_own_is_done(pages, host, headers):
     port = pages.ports["dagster"]
-    partition = f"own{abs(hash((host, *headers)))}"
     filled = {name: value.format(port=port) for name, value in headers.items()}
-    status, text = pages.post(adding(partition), filled, host=host and host.format(port=port))
+    status, text = pages.post(limiting("own"), filled, host=host and host.format(port=port))
     assert status == 200, text
-    assert "AddDynamicPartitionSuccess" in text
     with pages.instance() as instance:
-        assert partition in instance.get_dynamic_partitions("model")
-        instance.delete_dynamic_partition("model", partition)
+        assert "own" in limited(instance)
+        instance.event_log_storage.delete_concurrency_limit("own")
 
 
-ATTACK = adding("attack")
+ATTACK = limiting("attack")
 QUERY = f"/graphql?query={quote(ATTACK)}"
 DOCUMENT = json.dumps({"query": ATTACK})
 REPORT = "/report_asset_materialization/checkpoint?partition=attack"
@@ -194,7 +195,7 @@ FOREIGN = {"Origin": "https://evil.example.org"}
 def test_what_another_page_can_send_is_refused(pages, status, method, path, headers, body, host):
     assert pages.ask(method, path, headers, body, host=host)[0] == status
     with pages.instance() as instance:
-        assert "attack" not in instance.get_dynamic_partitions("model")
+        assert "attack" not in limited(instance)
         events = instance.fetch_materializations(
             dg.AssetRecordsFilter(asset_key=dg.AssetKey("checkpoint"), asset_partitions=["attack"]), limit=1
         )
@@ -243,7 +244,7 @@ def test_a_websocket_subscribes_and_changes_nothing(pages):
         socket.send(json.dumps({"type": "start", "id": "1", "payload": {"query": ATTACK}}))
         assert json.loads(socket.recv(30))["type"] == "error"
         with pages.instance() as instance:
-            assert "attack" not in instance.get_dynamic_partitions("model")
+            assert "attack" not in limited(instance)
             run = instance.create_run_for_job(nothing)
         query = f'subscription {{ pipelineRunLogs(runId: "{run.run_id}") {{ __typename }} }}'
         socket.send(json.dumps({"type": "start", "id": "2", "payload": {"query": query}}))

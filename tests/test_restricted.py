@@ -1,8 +1,6 @@
 """What needs a key on a Triton server of ours, who has the key, and how the user's own servers are spoken to."""
 
 import base64
-import datetime
-import ipaddress
 import json
 import os
 import signal
@@ -172,36 +170,6 @@ with kept_key(Path({str(folder)!r}), 8001, "left over"):
         process.send_signal(signal.SIGKILL)
     assert path.exists()
     assert held_key(folder, "localhost:8001") is None
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """A certificate authority, and a certificate with its key that it signed, for servers and clients on loopback."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    folder = tmp_path_factory.mktemp("certificates")
-    now = datetime.datetime.now(datetime.UTC)
-
-    def named(name):
-        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-
-    def sign(subject, key, issuer, issuer_key, ca):
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = x509.CertificateBuilder().subject_name(named(subject)).issuer_name(named(issuer))
-        builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
-        builder = builder.add_extension(x509.BasicConstraints(ca, None), critical=True)
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    (folder / "ca.pem").write_bytes(sign("authority", authority, "authority", authority, ca=True))
-    (folder / "certificate.pem").write_bytes(sign("localhost", key, "authority", authority, ca=False))
-    pem, plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    (folder / "key.pem").write_bytes(key.private_bytes(pem, plain, serialization.NoEncryption()))
-    return folder
 
 
 @contextmanager

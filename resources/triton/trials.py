@@ -31,7 +31,7 @@ from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG, internal_name, internal_names
 from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
 from resources.triton.publish import sweep
-from resources.triton.release import ReleasePlan
+from resources.triton.release import ReleasePlan, check_plan
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.triton.stage import stage, stage_alias
@@ -81,6 +81,7 @@ def configured_trials(
     The repository's lock is held meanwhile, and what is left of a killed search the next publisher sweeps up. Raises
     ServerError, ReleaseError.
     """
+    check_plan(plan)
     alias, engine = internal_name(plan.model, _NUMBER, "proof"), internal_name(plan.model, _NUMBER, "engine")
     with clear_disk_errors(plan.model, repository, plan.engine.size_bytes):
         repository.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from resources.addresses import holds_login
 from resources.artifacts.hashes import signature
 from resources.errors import CatalogError
 from resources.tasks import TASKS, Gates, Options
@@ -142,6 +143,8 @@ class ModelEntry(_Strict):
         from resources.engines import BASELINE, ENGINES
 
         check_name(self.name)
+        if holds_login(self.source):  # as a mistake of the whole entry, so that it is not repeated
+            raise ValueError("source: it holds a name or password; give credentials by the variables of that store")
         if self.task not in TASKS:
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(sorted(TASKS))}")
         self.accuracy_gates()

@@ -949,7 +949,7 @@ def test_a_store_that_stops_in_the_middle_of_a_file_is_given_up(s3, bucket, tmp_
     s3.refuses = lambda method, key: stopped.wait(20)
     begun = time.monotonic()
     try:
-        with pytest.raises(ReleaseError, match="no answer in time"):
+        with pytest.raises(ReleaseError, match="no answer in time|not whole within 1 s"):
             place.upload(tmp_path / "one") if way == "upload" else place.download(tmp_path / "two", 4)
         assert time.monotonic() - begun < 10
     finally:

@@ -34,6 +34,25 @@ class Contract:
     structured: bool
 
 
+class _Bounded:
+    """An HTTP client each of whose calls ends: its own limit begins anew with each byte of an answer."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        import gevent
+
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            late = TimeoutError(f"there was no whole answer within {TIMEOUT_SECONDS:g} s")
+            with gevent.Timeout(TIMEOUT_SECONDS, late):  # its sockets are gevent's
+                return method(*args, **options)
+
+        return call
+
+
 class TextClient:
     """One connection to a server. A context manager; one thread at a time over HTTP, any number over gRPC.
 
@@ -52,7 +71,8 @@ class TextClient:
             limits = {"network_timeout": TIMEOUT_SECONDS, "connection_timeout": _LIVE_SECONDS}
         self._api = api
         try:
-            self._client: Any = connection.open(api, address, protocol, **limits)
+            client = connection.open(api, address, protocol, **limits)
+            self._client: Any = client if protocol == "grpc" else _Bounded(client)
         except OSError as error:
             raise ServerError(
                 f"A file for TLS could not be read for the server at {address}: {error}. Correct REFINERY_TRITON_CA, "

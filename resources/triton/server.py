@@ -25,6 +25,7 @@ from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command,
 from resources.triton.layout import CONFIG, called_internals, public_models
 from resources.triton.settings import Control, TritonSettings
 from resources.triton.watch import Watcher
+from resources.variables import COMPUTE, PROGRAM, inherited
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,9 +141,9 @@ class EmbeddedServer:
         )
 
     def _environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        ours = variables(self._settings.environment)
-        return {**inherited, **ours, "PATH": f"{ours['PATH']}{os.pathsep}{inherited.get('PATH', '')}"}
+        # Models and what they run come from outside: they get no key, token or address of ours.
+        given, ours = inherited(PROGRAM, COMPUTE), variables(self._settings.environment)
+        return {**given, **ours, "PATH": f"{ours['PATH']}{os.pathsep}{given.get('PATH', '')}"}
 
     def _loaded(self) -> list[str]:
         """The models, each after those that it calls."""

@@ -153,8 +153,6 @@ def variables(environment: Path) -> dict[str, str]:
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "VIRTUAL_ENV": str(environment),
         "TOKENIZERS_PARALLELISM": "true",
-        # In the locale C, the Python inside Triton finds no file whose path is not ASCII, and ignores PYTHONUTF8.
-        "LC_ALL": "C.UTF-8",
     }
 
 

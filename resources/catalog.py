@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from resources.artifacts.hashes import signature
 from resources.errors import CatalogError
 from resources.tasks import TASKS, Gates, Options
+from resources.trust import Trust
 
 #: Triton's folder names and Dagster's partition keys both have to take a model's name: no `/`, no `|`, no `...`, and
 #: nothing that looks like one of our own immutable parts (`minilm__r3__engine`). No dot at the end: Dagster writes a
@@ -159,6 +160,11 @@ class ModelEntry(_Strict):
                     "max_batch_size, or list the shapes that matter without it"
                 )
         return self
+
+    @property
+    def trust(self) -> Trust:
+        """What loading its checkpoint may do."""
+        return Trust(self.allow_pickle, self.trust_remote_code)
 
     def accuracy_gates(self) -> Gates:
         """The task's gates, with this entry's own values in place of the defaults. Raises ValueError."""

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from resources.artifacts.fingerprint import is_made_of, is_of_earlier_version
+
 #: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -56,6 +58,20 @@ class Record(BaseModel):
     def reusable(self) -> bool:
         """Whether the same digest may be answered with this record instead of new work."""
         return True
+
+    @property
+    def fits_its_digest(self) -> bool:
+        """Whether the digest is that of what the record says it was made of.
+
+        Also of records that an earlier version wrote, whose digests cannot be computed again.
+        """
+        parts = self.made_of
+        return not parts or is_made_of(self.kind, self.digest, parts) or is_of_earlier_version(parts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every path below the artifact's folder that the record says."""
+        return tuple(self.files)
 
     @property
     def content(self) -> dict[str, StoredFile]:
@@ -226,6 +242,10 @@ class Engine(Record):
         default=(),
         description="Files for people: how to build it again, reports. Never served, nor counted as its size.",
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.files, *([self.entry_file] if self.entry_file else []))
 
     @property
     def content(self) -> dict[str, StoredFile]:

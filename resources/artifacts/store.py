@@ -24,11 +24,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeGuard, TypeVar
 
 from pydantic import ValidationError
 
@@ -38,6 +38,7 @@ from resources.artifacts.records import Record, sha256_file
 from resources.artifacts.remote import RemoteArtifacts
 from resources.errors import ArtifactError
 from resources.locks import file_lock
+from resources.triton.storage import stays_below
 
 R = TypeVar("R", bound=Record)
 
@@ -111,6 +112,8 @@ class ArtifactStore:
             return None, (RECORD_FILE,) if error.errors()[0]["type"] == "json_invalid" else ()
         if record.digest != digest:  # folders are named by half of the digest
             return None, ()
+        if not record.fits_its_digest:
+            return None, (RECORD_FILE,)
         damaged = tuple(self.damaged(record))
         return (None, damaged) if damaged else (record, ())
 
@@ -122,8 +125,10 @@ class ArtifactStore:
         """
         folder = self.folder(record)
         verified = {} if every_byte else self._verified(folder)
-        wrong, seen = [], dict[str, list[int]]()
+        wrong, seen = [name for name in record.names if not stays_below(name)], dict[str, list[int]]()
         for name, file in sorted(record.files.items()):
+            if name in wrong:
+                continue
             try:
                 seen[name] = signature(folder / name)
                 as_it_was = verified.get(name) == seen[name]
@@ -162,6 +167,12 @@ class ArtifactStore:
         with lock, self.staging() as aside, suppress(FileNotFoundError):
             folder.rename(aside / folder.name)
 
+    def reject(self, record: Record) -> None:
+        """Take an artifact out of the store and out of what machines share, so that it is made anew everywhere."""
+        if self.remote is not None:
+            self.remote.withdraw(record)
+        self.remove(record)
+
     def get_or_make(
         self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R], *, light: bool = False
     ) -> Made[R]:
@@ -175,11 +186,11 @@ class ArtifactStore:
         del light
         digest, parts = (made_of, {}) if isinstance(made_of, str) else (made_of.digest, made_of.parts)
         found, _ = self.look(kind, digest)
-        if found is not None and found.reusable:
+        if _answers(found, parts):
             return Made(found, reused=True)
         with file_lock(self.lock_of(kind.kind, digest)):
             found, damaged = self._newest(kind, digest)
-            if found is not None and found.reusable:
+            if _answers(found, parts):
                 return Made(found, reused=True, damaged=damaged)
             with self.staging() as folder:
                 started = time.monotonic()
@@ -257,7 +268,7 @@ class ArtifactStore:
             here = kind.model_validate_json((self._folder(kind.kind, digest) / RECORD_FILE).read_bytes())
         except (OSError, ValidationError):
             here = None
-        if here is not None and here.digest != digest:  # folders are named by half of the digest
+        if here is not None and (here.digest != digest or not here.fits_its_digest):
             here = None
         if self.remote is None or (here is not None and here.reusable):
             return here
@@ -339,3 +350,8 @@ class ArtifactStore:
             with suppress(FileNotFoundError):  # another process was done with it
                 if time.time() - entry.stat().st_mtime > STALE_STAGING_SECONDS:
                     shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _answers(record: R | None, parts: Mapping[str, Any]) -> TypeGuard[R]:
+    """Whether the record is what was asked for by those parts, and may be used again."""
+    return record is not None and record.reusable and (not parts or record.made_of == parts)

@@ -25,7 +25,7 @@ from resources.catalog import ModelEntry
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import locate
 from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
-from resources.errors import CatalogError, CheckpointError, UnfetchedError, first_line
+from resources.errors import ArtifactError, CatalogError, CheckpointError, UnfetchedError, first_line
 from resources.evaluation.requests import sampled_requests
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
@@ -173,7 +173,29 @@ def collect_checkpoint(
             peak_memory_bytes=peak,
         )
 
-    return store.get_or_make(Checkpoint, made_of, make)
+    made = store.get_or_make(Checkpoint, made_of, make)
+    if made.reused:
+        _require_source(made.record, hashes, store)
+    return made
+
+
+def _require_source(record: Checkpoint, hashes: Mapping[str, str], store: ArtifactStore) -> None:
+    """Raise ArtifactError where the stored copy says of itself that it holds other files than the source.
+
+    The digest of a checkpoint is that of its source's files. A record with other files under it was written by
+    somebody else, who may have put code or weights of their own in their place.
+    """
+    ours = (ENCODER_FILE, PIPELINE_FILE)  # written into the copy, over files of those names
+    stored = {name: file.sha256 for name, file in record.files.items()}
+    foreign = [name for name, sha256 in hashes.items() if name not in ours and stored.get(name) != sha256]
+    foreign += sorted(stored.keys() - {*hashes, *ours, TOKENIZER})
+    if foreign:
+        store.reject(record)
+        raise ArtifactError(
+            f"{record.model}: {foreign[0]} of the stored copy in {store.folder(record)} is not the source's, although "
+            "the copy lies under the source's digest. Somebody else wrote it, and it was removed. See who can write to "
+            "the artifact store, and optimize again."
+        )
 
 
 def _made_of(entry: ModelEntry, revision: str | None, weights: str, files: Mapping[str, str]) -> Fingerprint:
@@ -348,8 +370,3 @@ def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
     """What tasks read of a stored checkpoint."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return CheckpointFiles(record.model, folder, config)
-
-
-def load_arguments(record: Checkpoint) -> dict[str, Any]:
-    """What `from_pretrained` gets beyond the folder: pickles and remote code only where the catalog allowed them."""
-    return {"trust_remote_code": record.trust_remote_code, "use_safetensors": None if record.allow_pickle else True}

@@ -99,7 +99,7 @@ def compare(
     measured_at = _checked(entry, checkpoint, shapes) if shapes else shapes_of(entry, checkpoint)
     evaluation = _said(say, "evaluation_set", make_evaluation_set(workspace, entry, checkpoint))
     graph = _said(say, "onnx_graph", make_graph(workspace, entry, checkpoint))
-    sources = sources_of(workspace, checkpoint, graph)
+    sources = sources_of(workspace, entry, checkpoint, graph)
     engines = []
     for spec in [engine_spec(BASELINE), *(spec for spec in specs if spec.name != BASELINE)]:
         made = make_engine(workspace, entry, spec, target, sources, evaluation)

@@ -48,6 +48,8 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
     if source is None:
         return catalog.get(options.model)  # raises, naming what there is
     name = options.name or _name_from(source)
+    if name in catalog.refused:  # its file is there, and nobody can tell what it holds
+        raise CatalogError(catalog.refused[name])
     # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
     if source.startswith("/") and not (locate(source).folder / "config.json").is_file():
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from resources.artifacts.records import BenchmarkReport, CandidateVerdict
+    from resources.catalog import Catalog
 
 #: A log has no width of its own.
 WIDTH_OF_LOGS = 180
@@ -22,6 +24,12 @@ def table_console() -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH_OF_LOGS)
+
+
+def print_refused(catalog: Catalog) -> None:
+    """Say on stderr which additions to the catalog could not be read, and why."""
+    for why in catalog.refused.values():
+        print(f"refinery: {why}", file=sys.stderr)
 
 
 def print_step(console: Console, elapsed_s: float, name: str, text: str, colour: str = "default") -> None:

@@ -70,13 +70,14 @@ class Workspace:
         under way goes on with what this process read last. Raises CatalogError where it has read nothing.
         """
         key = (self.catalog_path, self.additions, model)
+        unreadable = True
         try:
             catalog = self.catalog()
+            unreadable = bool(catalog.refused)
+            _ENTRIES[key] = catalog.get(model)
         except CatalogError:
-            if key in _ENTRIES:
-                return _ENTRIES[key]
-            raise
-        _ENTRIES[key] = catalog.get(model)
+            if not unreadable or key not in _ENTRIES:
+                raise
         return _ENTRIES[key]
 
     @property

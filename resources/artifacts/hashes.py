@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from resources.artifacts.records import sha256_file
+from resources.files import write_whole
 
 #: A file that changed so recently may change again without another time of change: file systems' clocks are coarse.
 _SETTLED_SECONDS = 2.0
@@ -25,17 +25,9 @@ def signature(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_bytes(data)
-    draft.replace(path)
-
-
 def write_json(path: Path, data: object) -> None:
-    """The same of what JSON can say."""
-    write_whole(path, json.dumps(data).encode())
+    """Write what JSON can say, whole or not at all."""
+    write_whole(path, json.dumps(data))
 
 
 def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, str]:

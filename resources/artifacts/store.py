@@ -37,6 +37,7 @@ from resources.artifacts.hashes import signature, write_json
 from resources.artifacts.records import Record, sha256_file
 from resources.artifacts.remote import RemoteArtifacts
 from resources.errors import ArtifactError
+from resources.files import move_whole
 from resources.locks import file_lock
 from resources.triton.storage import stays_below
 
@@ -207,8 +208,7 @@ class ArtifactStore:
                     )
                 if record.files:
                     self._note_verified(folder, {name: signature(folder / name) for name in record.files})
-                (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-                self._put(folder, self.folder(record))
+                self._put(folder, record)
             if self.remote is not None:
                 self.remote.push(record, self.folder(record))
         return Made(record, reused=False, damaged=damaged)
@@ -304,8 +304,7 @@ class ArtifactStore:
         with self.staging() as folder:
             record, damaged = self.remote.pull(kind, digest, folder)
             if record is not None:
-                (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-                self._put(folder, self.folder(record))
+                self._put(folder, record)
         return record, damaged
 
     def _pointer(self, name: str) -> Path:
@@ -337,12 +336,15 @@ class ArtifactStore:
         """The lock of whoever makes or removes the artifact; of its digest the beginning is enough, as in `_folder`."""
         return self.root / "locks" / f"{kind}-{digest[:32]}.lock"
 
-    def _put(self, staged: Path, place: Path) -> None:
+    def _put(self, staged: Path, record: Record) -> None:
+        """Move what was made to its place, whole and on the disk, with its record."""
+        place = self.folder(record)
+        (staged / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
         place.parent.mkdir(parents=True, exist_ok=True)
         aside = self.root / "staging" / uuid.uuid4().hex
         if place.exists():  # not reusable, or damaged: it goes aside whole, never file by file
             place.rename(aside)
-        staged.rename(place)
+        move_whole(staged, place)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _sweep(self, parent: Path) -> None:

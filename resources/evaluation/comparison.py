@@ -33,6 +33,7 @@ from resources.evaluation.rivals import Progress, Rivals
 from resources.evaluation.shapes import shapes_of
 from resources.evaluation.statistics import geometric_mean
 from resources.export.make import make_graph
+from resources.files import write_whole
 from resources.locks import benchmarking
 from resources.reporting import candidate_table, latency_plot, markdown
 from resources.workspace import Workspace
@@ -140,11 +141,8 @@ def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         TABLE_FILE: report_text(comparison).encode(),
         PLOT_FILE: plot,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        draft = folder / f".{name}.draft"
-        draft.write_bytes(content)
-        draft.replace(folder / name)
+        write_whole(folder / name, content)
     return [folder / name for name in contents]
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from resources import locks
-from resources.artifacts.hashes import write_whole
 from resources.catalog import ModelEntry
 from resources.checkpoints.collect import content_hashes, content_revision
 from resources.checkpoints.registry import find_version
@@ -29,6 +28,7 @@ from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import kind_of, local_folder
 from resources.checkpoints.validation import validate
 from resources.errors import CheckpointError, RefineryError, first_line
+from resources.files import write_whole
 from resources.locks import building, file_lock
 from resources.revisions.folder import stat_folder
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from resources.device import first_gpu
 from resources.engines.presence import tensorrt_packages
 from resources.errors import ServerError
+from resources.files import write_whole
 from resources.locks import file_lock
 
 #: 0.7.0 ships Triton 2.51.0 (24.10). Without its dependencies: those are of its Python API, which is not used.
@@ -111,9 +112,7 @@ def _build(environment: Path) -> None:
     wanted = requirements()
     _run([*pip, "--no-deps", *wanted["alone"]])
     _run([*pip, *wanted["whole"]])
-    draft = environment / f"{_STAMP}.tmp"
-    draft.write_text(json.dumps(_wanted(environment)), encoding="utf-8")
-    draft.replace(environment / _STAMP)
+    write_whole(environment / _STAMP, json.dumps(_wanted(environment)))
 
 
 def _wanted(environment: Path) -> dict[str, object]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from resources import files
 from resources.errors import ReleaseError
 from resources.locks import file_lock
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
@@ -30,20 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 def sync(path: Location) -> None:
     """Make a file's bytes, or a folder's names, durable. Object storage has done so when it answers."""
-    if isinstance(path, RemotePath):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(root: Path) -> None:
-    """Files first, then folders from the deepest up: a rename must not reach the disk before what it names."""
-    for path in sorted(root.rglob("*"), reverse=True):
-        sync(path)
-    sync(root)
+    if isinstance(path, Path):
+        files.sync(path)
 
 
 def bring_in(folder: Path, place: Location) -> None:
@@ -286,11 +274,7 @@ def remember_number(repository: Location, model: str, number: int) -> None:
     if isinstance(path, RemotePath):
         path.write_bytes(str(number).encode())
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(str(number), encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
+    files.write_whole(path, str(number))
 
 
 def _numbers(repository: Location, model: str) -> Location:

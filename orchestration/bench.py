@@ -24,7 +24,7 @@ def bench(options: Namespace) -> int:
     workspace = read_workspace(os.environ)
     # Before any work: what is mistyped costs nothing.
     target, shapes, wanted = options.target or workspace.targets[0], _shapes(options), _engines(options)
-    said = dict.fromkeys(ENTRY_OPTIONS) | {"name": options.name, "task": options.task}
+    said = dict.fromkeys(ENTRY_OPTIONS) | {name: getattr(options, name) for name in ("name", "task", "allow_pickle")}
     for spec in (engine_spec(BASELINE), *(wanted or ())):
         reason = unsupported_reason(spec, target)
         if reason is not None:

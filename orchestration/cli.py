@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="a name of the catalog, a folder, a Hub id (org/name[@revision]), or another source",
+        help="a name of the catalog, else a folder, else a Hub id ([hub:][org/]name[@revision]), or another source",
     )
     new = command.add_argument_group("for a source, which becomes a catalog entry of its own")
     new.add_argument("--name", help="its name in the catalog (default: the last part of MODEL)")
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="bound for finding how it is served, and for measuring that; 0: neither",
     )
+    _add_allow_pickle(new)
     command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
     command.set_defaults(command=_optimize)
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help="as for optimize: a name, or a source")
     command.add_argument("--name", help="for a source: its name in the catalog")
     command.add_argument("--task", help="for a source: what it is for")
+    _add_allow_pickle(command)
     command.add_argument(
         "--engines", metavar="E[,E]", help="only these, beside PyTorch (default: all that can compete)"
     )
@@ -202,6 +204,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("setup", help="install the embedded Triton's environment")
     command.set_defaults(command=_setup)
     return parser
+
+
+def _add_allow_pickle(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        default=None,
+        help="for a source: read weights that are a pickle, which run code of whoever made them",
+    )
 
 
 def _target(text: str) -> str:

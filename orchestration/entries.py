@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from resources.artifacts.records import Checkpoint
-from resources.catalog import DEFAULT_SHAPES, ModelEntry, explain, load_catalog, write_entry
-from resources.checkpoints import SourceSettings, locate
+from resources.catalog import (
+    DEFAULT_SHAPES,
+    Catalog,
+    ModelEntry,
+    Shape,
+    check_name,
+    entry_text,
+    explain,
+    load_catalog,
+    write_entry,
+)
+from resources.checkpoints import Access, SourceSettings, locate
 from resources.checkpoints.registry import parse_reference
-from resources.errors import ArtifactError, CatalogError, CheckpointError
+from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of
+from resources.errors import ArtifactError, CatalogError, CheckpointError, first_line
+from resources.revisions.hub import hub_commit
 from resources.workspace import Workspace
 
 #: What a checkpoint saved from such a class is for. Those for sequences may also rerank or judge labels; that only
@@ -26,56 +43,130 @@ _HEADS = {
     "ForQuestionAnswering": "question-answering",
 }
 #: What the command line may say about a new entry; None: nothing.
-ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds")
+ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds", "allow_pickle")
+_PICKLE_WARNING = (
+    "refinery: warning: --allow-pickle: weights that are a pickle run their author's code as you, each time they are "
+    "read. Their entry keeps allow_pickle: true."
+)
 
 
 def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = True) -> ModelEntry:
-    """The catalog's entry for `options.model`, added below the workspace's home if it is a source.
+    """Return the catalog's entry for `options.model`, added below the workspace's home if it is a source.
 
-    rewrite: whether an entry that was added from the same source is written anew; else it stays as it is, unless
-    something is said about it. Raises CatalogError, CheckpointError.
+    An entry that was added before stays as it is. Options change their own fields of it alone, and nothing in a file
+    that somebody edited.
+
+    Args:
+        rewrite: Whether options may change an entry that was added before.
+
+    Raises:
+        CatalogError, CheckpointError: There is no such model, or its entry cannot be added or changed.
     """
     catalog = workspace.catalog()
     given = [name for name in ENTRY_OPTIONS if getattr(options, name) is not None]
     if options.model in catalog.names:
-        if given:
+        known = catalog.get(options.model)
+        if not given:
+            return known
+        # The same command may be given again: ./bert and the Hub's bert are called as their entries are.
+        if known.source not in (options.model, str(Path(options.model).resolve())):
             raise CatalogError(
                 f"{options.model} is in the catalog already, where its --{given[0].replace('_', '-')} is written: edit "
                 f"{workspace.catalog_path} or its file in {workspace.additions}."
             )
-        return catalog.get(options.model)
-    source = _source(options.model)
-    if source is None:
-        return catalog.get(options.model)  # raises, naming what there is
+        source = known.source
+    else:
+        _require_read(catalog, options.model)
+        source = _source(options.model, catalog, workspace.access)
     name = options.name or _name_from(source)
-    if name in catalog.refused:  # its file is there, and nobody can tell what it holds
-        raise CatalogError(catalog.refused[name])
+    _require_read(catalog, name)
     # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
     if source.startswith("/") and not (locate(source).folder / "config.json").is_file():
         raise CheckpointError(
             f"{name}: config.json is missing from {source}. Give the folder that save_pretrained wrote, whole."
         )
-    # Only the models file can hold that name for another purpose; an earlier entry of our own is written anew.
-    for known in load_catalog(workspace.catalog_path).models:
-        if known.name == name:
+    if options.allow_pickle:
+        print(_PICKLE_WARNING, file=sys.stderr)
+    return _keep(workspace, catalog, name, source, options, rewrite=rewrite)
+
+
+def _keep(
+    workspace: Workspace, catalog: Catalog, name: str, source: str, options: Namespace, *, rewrite: bool
+) -> ModelEntry:
+    """Return the entry of that name and source: the one there is, changed as the options say, or a new one."""
+    # On some disks `M` and `m` are one folder, so the catalog takes one of them.
+    same = [known for known in catalog.models if known.name.casefold() == name.casefold()]
+    own = load_catalog(workspace.catalog_path).names
+    for known in same:
+        if known.name in own or known.name != name:
+            where = workspace.catalog_path if known.name in own else workspace.additions
+            raise CatalogError(f"{where} has a model named {known.name!r} already; give another with --name.")
+    earlier = next(iter(same), None)
+    path = workspace.additions / f"{name}.yaml"
+    if earlier is None:
+        entry = _entry({"name": name, "source": source}, options, workspace.sources)
+    elif earlier.source == source:
+        entry = _entry(earlier.fields(), options, workspace.sources)
+        if entry == earlier:
+            return earlier
+        if not rewrite:
             raise CatalogError(
-                f"{workspace.catalog_path} has a model named {name!r} already; give another with --name."
+                f"{name!r} is in the catalog, where {_differences(entry, earlier)} is not so; leave that out, or give "
+                "another name with --name."
             )
-    earlier = next((known for known in catalog.models if known.name == name), None)
-    if not rewrite and earlier is not None and earlier.source == source:
-        if options.task not in (None, earlier.task):
+    else:
+        if _was_collected(workspace, name):
             raise CatalogError(
-                f"{name!r} is in the catalog for {earlier.task}; leave --task out, or give another name with --name."
+                f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with "
+                f"--name, or remove {path}."
             )
-        return earlier
-    entry = _entry(name, source, options, workspace.sources)
-    if earlier is not None and earlier.source != entry.source and _was_collected(workspace, name):
-        raise CatalogError(
-            f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with --name, "
-            f"or remove {workspace.additions / name}.yaml."
-        )
+        entry = _entry({**earlier.fields(), "source": source}, options, workspace.sources)
+    _require_unedited(path, entry, earlier)
     write_entry(entry, workspace.additions)
     return entry
+
+
+def _require_read(catalog: Catalog, name: str) -> None:
+    """Raise CatalogError where the file of that name in the folder of additions could not be read."""
+    if name in catalog.refused:
+        raise CatalogError(catalog.refused[name])
+
+
+def _require_unedited(path: Path, entry: ModelEntry, earlier: ModelEntry | None) -> None:
+    """Refuse to replace what somebody else wrote. Raises CatalogError that says what to write there instead."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        text = ""
+        if earlier is not None:  # somebody put it into another file
+            path = path.parent
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{path} cannot be read: {error}. Mend or remove it.") from None
+    if earlier is None and text.strip():
+        raise CatalogError(
+            f"{path} is there, and holds no model named {entry.name!r}. Rename that file, or give another name with "
+            "--name."
+        )
+    if earlier is not None and text != entry_text(earlier):
+        raise CatalogError(
+            f"{entry.name}: its entry in {path} was edited, so no command rewrites it. Write there: "
+            f"{_differences(entry, earlier)}."
+        )
+
+
+def _differences(entry: ModelEntry, earlier: ModelEntry) -> str:
+    """The fields that the entry has otherwise than the earlier one, as a models file has them."""
+    fields, before = entry.fields(), earlier.fields()
+    return ", ".join(f"{name}: {_flow(value)}" for name, value in fields.items() if before.get(name) != value)
+
+
+def _flow(value: object) -> str:
+    """A value of an entry in one line of YAML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _was_collected(workspace: Workspace, name: str) -> bool:
@@ -87,52 +178,100 @@ def _was_collected(workspace: Workspace, name: str) -> bool:
     return True
 
 
-def _source(model: str) -> str | None:
-    """The catalog's spelling of a source; None for what can only be a name."""
-    path = Path(model).expanduser()
-    if model.startswith(("package:", "hub:")):
-        return model
-    if path.is_dir() or model.startswith(("/", "./", "../", "~")):
-        return str(path.resolve())
-    return model if "/" in model else None
+def _source(model: str, catalog: Catalog, access: Access) -> str:
+    """The catalog's spelling of a source. Raises CatalogError or CheckpointError for what can be none."""
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir() or model.startswith(("/", "./", "../", "~")):
+            return str(path.resolve())
+    except (OSError, RuntimeError) as error:  # a name longer than the system takes; ~nobody
+        raise CatalogError(f"{model[:100]}: is no folder: {error}. Write its whole path.") from None
+    if is_hub_id(model):
+        source = model.removeprefix(HUB_PREFIX)
+        if "/" not in source.split("@")[0] and source == model:
+            _find_on_hub(model, catalog, access)
+        return source
+    if "/" not in model and ":" not in model:
+        catalog.get(model)  # raises, naming what there is
+    kind_of(model)
+    return model
+
+
+def _find_on_hub(model: str, catalog: Catalog, access: Access) -> None:
+    """Say that the Hub's model is taken, which may be no more than a mistyped name of the catalog.
+
+    Raises CatalogError where the Hub does not have it, nor its cache here.
+    """
+    why = _absence(model, access)
+    if why is not None:
+        close = get_close_matches(model, catalog.names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there: {', '.join(catalog.names) or 'none'}."
+        raise CatalogError(
+            f"There is no model named {model!r} in the catalog; {hint} It is no folder here either, and no model of "
+            f"the Hub: {why}. Add it to the models file, or give a folder or a Hub id."
+        )
+    print(f"refinery: {model} is not in the catalog and no folder here: taking the Hub's model.", file=sys.stderr)
+
+
+def _absence(model: str, access: Access) -> str | None:
+    """Why the Hub's model cannot be had; None where the Hub names it, or its cache here holds it."""
+    try:
+        hub_commit(model, access)
+    except CheckpointError as error:
+        with suppress(CheckpointError):
+            hub_commit(model, replace(access, hub_offline=True))
+            return None
+        return first_line(error).removeprefix("source: ").split(". ")[0]
+    return None
 
 
 def _name_from(source: str) -> str:
-    if source.startswith("models:"):
-        source = parse_reference(source).name
-    last = source.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._").lower()
+    """The default name of a source's entry. Raises CatalogError where none can be made of it."""
+    kind = kind_of(source)
+    if kind == "registry":
+        last = parse_reference(source).name
+    else:
+        last = (hub_reference(source)[0] if kind == "hub" else source).rstrip("/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._").lower()
+    try:
+        check_name(name)
+    except ValueError:
+        raise CatalogError(f"{source}: no name can be made of it; give one with --name.") from None
+    return name
 
 
-def _entry(name: str, source: str, options: Namespace, settings: SourceSettings) -> ModelEntry:
+def _entry(known: Mapping[str, Any], options: Namespace, settings: SourceSettings) -> ModelEntry:
+    """The entry with those fields, changed as the options say."""
     for option in ("seq_len", "batch_size"):
         for number in (getattr(options, option) or "1").split(","):
             if not number.strip().isdigit() or int(number) < 1:
                 raise CatalogError(f"--{option.replace('_', '-')}: {number!r} is not a number from 1 up.")
-    fields: dict[str, Any] = {"name": name, "source": source, "task": options.task or _guess_task(source, settings)}
+    fields = dict(known)
+    if options.allow_pickle:
+        fields["allow_pickle"] = True
+    fields["task"] = options.task or fields.get("task") or _guess_task(fields, settings)
     if options.seq_len or options.batch_size:
-        lengths = (
-            options.seq_len or ",".join(str(n) for n in dict.fromkeys(s.sequence for s in DEFAULT_SHAPES))
-        ).split(",")
-        batches = (
-            options.batch_size or ",".join(str(n) for n in dict.fromkeys(s.batch for s in DEFAULT_SHAPES))
-        ).split(",")
+        shapes = [Shape.parse(shape) for shape in fields.get("shapes", DEFAULT_SHAPES)]
+        lengths = (options.seq_len or ",".join(str(n) for n in dict.fromkeys(s.sequence for s in shapes))).split(",")
+        batches = (options.batch_size or ",".join(str(n) for n in dict.fromkeys(s.batch for s in shapes))).split(",")
         fields["shapes"] = [f"{batch.strip()}x{length.strip()}" for batch, length in product(batches, lengths)]
     if options.engines:
         fields["engines"] = [engine.strip() for engine in options.engines.split(",")]
     if options.seconds is not None:
-        fields["benchmark"] = {"seconds": options.seconds}
+        fields["benchmark"] = {**fields.get("benchmark", {}), "seconds": options.seconds}
     if options.serving_seconds is not None:
-        fields["serving"] = dict.fromkeys(("search_seconds", "benchmark_seconds"), options.serving_seconds)
+        bounds = dict.fromkeys(("search_seconds", "benchmark_seconds"), options.serving_seconds)
+        fields["serving"] = {**fields.get("serving", {}), **bounds}
     try:
         return ModelEntry.model_validate(fields)
     except ValidationError as error:
         raise CatalogError(f"{options.model}: {explain(error, ModelEntry)}") from None
 
 
-def _guess_task(source: str, settings: SourceSettings) -> str:
+def _guess_task(fields: Mapping[str, Any], settings: SourceSettings) -> str:
     """By the class the checkpoint was saved from; what has no head of its own embeds."""
-    folder = locate(source, allow_pickle=False, trust_remote_code=False, settings=settings).folder
+    allow_pickle = bool(fields.get("allow_pickle", False))
+    folder = locate(fields["source"], allow_pickle=allow_pickle, settings=settings).folder
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
     except (OSError, ValueError, AttributeError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import cast, get_args
 
 import orchestration
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from orchestration.policies import FRESH_DAYS, Policies, check_owners
+from resources.checkpoints.registry import source_names
 from resources.checkpoints.settings import HUB, Access
 from resources.errors import CatalogError
 from resources.isolation import Limits
@@ -124,7 +126,25 @@ def tracker_of(workspace: Workspace) -> Tracker:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
     uri = workspace.mlflow_uri()
     ui = workspace.tracking_ui or (uri if uri.startswith("http") else DEFAULT_MLFLOW_UI)
-    return Tracker(uri, ui=ui.rstrip("/"), folder=workspace.home / "tracking", dagster_ui=workspace.dagster_ui)
+    return Tracker(
+        uri,
+        ui=ui.rstrip("/"),
+        folder=workspace.home / "tracking",
+        dagster_ui=workspace.dagster_ui,
+        sources=partial(_source_names, workspace),
+    )
+
+
+def _source_names(workspace: Workspace) -> frozenset[str]:
+    """The registered models that entries of the catalog take checkpoints from.
+
+    While the catalog cannot be read, somebody is editing it, and a run goes on. The tracker takes no registered model
+    that holds versions of others then either.
+    """
+    try:
+        return source_names(entry.source for entry in workspace.catalog().models)
+    except CatalogError:
+        return frozenset()
 
 
 def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:

@@ -389,8 +389,13 @@ def _add(file: Path, entries: tuple[ModelEntry, ...], models: dict[str, tuple[Mo
     models.update(fresh)
 
 
+def entry_text(entry: ModelEntry) -> str:
+    """What `write_entry` writes. A file with any other text has been edited."""
+    return yaml.safe_dump({"models": [entry.fields()]}, sort_keys=False)
+
+
 def write_entry(entry: ModelEntry, folder: Path) -> Path:
     """Write one entry as a models file of its own, named as the model; whole or not at all."""
     path = folder / f"{entry.name}.yaml"
-    write_whole(path, yaml.safe_dump({"models": [entry.fields()]}, sort_keys=False))
+    write_whole(path, entry_text(entry))
     return path

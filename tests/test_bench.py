@@ -109,6 +109,7 @@ def test_what_is_saved(benched, home):
 
 
 def run(home, monkeypatch, capsys, *arguments):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, value in settings(home).items():
         monkeypatch.setenv(name, value)
     code = main(["bench", *arguments])

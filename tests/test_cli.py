@@ -180,7 +180,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
     ],
 )
 def test_mistakes_are_one_clear_message(empty, arguments, expected):
-    code, out, err = refinery(empty, *arguments)
+    code, out, err = refinery(empty, *arguments, HF_HUB_OFFLINE="1")
     assert code == 1, out
     assert err.startswith("refinery: ")
     assert expected in err

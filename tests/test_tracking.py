@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 
 from assets.materialization import closing_tracking
+from orchestration.settings import tracker_of
 from resources.artifacts.records import (
     Champion,
     Checkpoint,
@@ -18,12 +19,14 @@ from resources.artifacts.records import (
     Usage,
     UsageSample,
 )
-from resources.errors import NoChampionError, TrackingError
+from resources.checkpoints.registry import find_version
+from resources.errors import CheckpointError, NoChampionError, TrackingError
 from resources.evaluation.choosing import judge
 from resources.report.optimization import Gate, OptimizationReport
 from resources.tracking import RunLink, Tracker
 from resources.tracking.store import TrackingStore
 from resources.tracking.system_metrics import system_metrics
+from resources.workspace import Workspace
 from tests.pipeline import empty_tracking_store
 from tests.test_choosing import no_gates, report
 
@@ -428,7 +431,7 @@ def test_mlflow_and_dagster_lead_to_each_other(tracker, tmp_path):
     assert f"Dagster run [0a1b2c3d]({page})" in version.description
     note = client.get_run(parent.run_id).data.tags["mlflow.note.content"]
     assert f"[Report]({parent.url}/artifacts/report.html)" in note
-    assert "[registered as version 1](http://127.0.0.1:5000/#/models/m/versions/1)" in note
+    assert "[registered as version 1 of m](http://127.0.0.1:5000/#/models/m/versions/1)" in note
     # Without an address of Dagster's pages, its id.
     other = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="", folder=tmp_path / "elsewhere")
     child = client.get_run(other.candidate("run-2", CHECKPOINT, engine("fp16"), report("fp16", 2.0), []).run_id)
@@ -658,3 +661,97 @@ def test_several_machines_are_told_apart():
     assert {item.key for item in system_metrics([seen("a", 1.0, cpu=1.0), seen("b", 2.0, cpu=2.0)], 1.5)} == {
         "system/cpu"
     }
+
+
+# Registered models of others
+
+
+CHECKPOINT_ADDRESS = "file:///logged/model"
+
+
+def registered(client, name, count=1):
+    """A registered model of a user's, with versions that are checkpoints."""
+    client.create_registered_model(name, description="Checkpoints of ours.")
+    for _ in range(count):
+        client.create_model_version(name, source=CHECKPOINT_ADDRESS)
+
+
+def choose(tracker, run, reports):
+    """Another champion."""
+    champion = champion_of(reports).model_copy(update={"digest": f"champion of {run}"})
+    write_all(tracker, run, reports, champion=champion)
+
+
+def everything_in(client, name):
+    """All that a registered model holds."""
+    model = client.get_registered_model(name)
+    versions = client.search_model_versions(f"name = '{name}'")
+    return (
+        (model.description, model.tags, model.aliases),
+        sorted((one.version, one.source, one.description, str(one.tags), str(one.aliases)) for one in versions),
+    )
+
+
+def test_a_champion_never_becomes_a_version_of_its_own_source(tmp_path):
+    """The name of an entry is by default the one that its source has in the registry."""
+    (tmp_path / "mlflow.db").write_bytes(empty_tracking_store())
+    (tmp_path / "models.yaml").write_text("models:\n- {name: m, source: models:/m/latest, task: embedding}\n")
+    workspace = Workspace(tmp_path, tmp_path / "models.yaml")
+    tracker, client = tracker_of(workspace), store_client(tmp_path)
+    registered(client, "m", 2)
+    before, reports = everything_in(client, "m"), [report("torch", 1.0), report("int8", 2.0)]
+    chosen = write_all(tracker, "run-1", reports)
+    tracker.release(CHECKPOINT, champion_of(reports), 4)
+    assert everything_in(client, "m") == before
+    assert find_version("models:/m/latest", workspace.sources).number == "2"
+    # All that leads to the version leads to the other registered model.
+    version = client.get_model_version_by_alias("m+engines", "champion-cpu")
+    assert version.tags["refinery.release"] == "4"
+    assert tracker.champion_release("m", "cpu") == 4
+    assert tracker.release_runs("m", "cpu")[4].run_id == version.run_id
+    tags = client.get_run(chosen.run_id).data.tags
+    assert (tags["refinery.registered_model"], tags["refinery.model_version"]) == ("m+engines", "1")
+    page = "[registered as version 1 of m+engines](http://127.0.0.1:5000/#/models/m%2Bengines/versions/1)"
+    assert page in tags["mlflow.note.content"]
+    assert tracker.released(champion_of(reports), 4).url.endswith("#/models/m%2Bengines/versions/1")
+    # An engine is no checkpoint there either, and the next champion stays there, whatever the catalog says by then.
+    with pytest.raises(CheckpointError, match="this project registered itself"):
+        find_version("models:/m+engines/latest", workspace.sources)
+    (tmp_path / "models.yaml").write_text("models: []\n")
+    client.delete_registered_model("m")
+    choose(tracker, "run-2", measured_again(reports, 3.0))
+    assert [one.name for one in client.search_registered_models()] == ["m+engines"]
+
+
+@pytest.mark.parametrize("made_by", ["this version", "an earlier version"])
+def test_what_becomes_a_source_gets_no_more_champions(tracker, tmp_path, made_by):
+    reports, client = [report("torch", 1.0), report("int8", 2.0)], store_client(tmp_path)
+    write_all(tracker, "run-1", reports)
+    if made_by == "an earlier version":
+        client.delete_registered_model_tag("m", "refinery.model")
+    again = measured_again(reports, 2.5)
+    choose(tracker, "run-2", again)
+    assert len(client.search_model_versions("name = 'm'")) == 2
+    before = everything_in(client, "m")
+    sourced = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="", folder=tmp_path / "t", sources=lambda: ["M"])
+    choose(sourced, "run-3", measured_again(again, 3.0))
+    assert everything_in(client, "m") == before
+    assert client.get_model_version_by_alias("m+engines", "champion-cpu").version in (1, "1")
+
+
+@pytest.mark.parametrize("versions", [0, 1])
+def test_somebody_elses_registered_model_is_left_alone(tracker, tmp_path, versions):
+    reports, client = [report("torch", 1.0), report("int8", 2.0)], store_client(tmp_path)
+    registered(client, "m", versions)
+    before = everything_in(client, "m")
+    write_all(tracker, "run-1", reports)
+    assert everything_in(client, "m") == before
+    assert client.get_model_version_by_alias("m+engines", "champion-cpu").version in (1, "1")
+
+
+def test_two_taken_names_are_refused(tracker, tmp_path):
+    reports, client = [report("torch", 1.0), report("int8", 2.0)], store_client(tmp_path)
+    for name in ("m", "m+engines"):
+        registered(client, name)
+    with pytest.raises(TrackingError, match="m: its champion cannot be registered .* 'm' and 'm.engines' are sources"):
+        write_all(tracker, "run-1", reports)

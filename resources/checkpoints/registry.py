@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +71,28 @@ def parse_reference(source: str) -> Reference:
     return Reference(source, match["name"], None if version == "latest" else version, match["alias"])
 
 
+def is_own(address: str, tags: Iterable[str]) -> bool:
+    """Tell whether a version is an engine that this project registered itself."""
+    return address.startswith(_OWN_ADDRESS) or any(tag.startswith(_OWN_TAG) for tag in tags)
+
+
+def source_names(sources: Iterable[str]) -> frozenset[str]:
+    """Name the registered models that the sources of a catalog's entries take checkpoints from."""
+    found = set()
+    for source in sources:
+        if source.startswith("models:"):
+            with suppress(CheckpointError):  # a source of another form is refused where it is looked at
+                found.add(parse_reference(source).name)
+    return frozenset(found)
+
+
 def checked(reference: Reference, version: Version) -> Version:
     """The version, if it can be a checkpoint. Raises CheckpointError where this project made it, or it is not ready."""
-    if version.address.startswith(_OWN_ADDRESS) or any(tag.startswith(_OWN_TAG) for tag in version.tags):
+    if is_own(version.address, version.tags):
         raise CheckpointError(
             f"source: {reference.source}: version {version.number} of {version.name!r} is an engine that this project "
-            "registered itself, not a checkpoint. Register the checkpoint under another name than the catalog's, or "
-            "give an alias of its own."
+            "registered itself, not a checkpoint. Write the number or an alias of the checkpoint's version, or "
+            "register the checkpoint once more, so that it is the latest."
         )
     if version.status != _READY:
         raise CheckpointError(

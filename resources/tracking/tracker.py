@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,16 +38,28 @@ from resources.tracking.store import RunLink, TrackingStore
 from resources.tracking.system_metrics import BATCH, system_metrics
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
     from resources.report.optimization import OptimizationReport
 
 
 class Tracker:
     """uri: the tracking store. ui: the address of its pages. dagster_ui: that of Dagster's, where there is one to link
-    to. folder: see TrackingStore.
+    to. folder: see TrackingStore. sources: names the registered models that checkpoints are taken from, which nothing
+    is written to.
     """
 
-    def __init__(self, uri: str, *, ui: str | None, folder: Path, dagster_ui: str | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        ui: str | None,
+        folder: Path,
+        dagster_ui: str | None = None,
+        sources: Callable[[], Collection[str]] = tuple,
+    ) -> None:
         self._store = TrackingStore(uri, ui=ui, folder=folder)
+        self._sources = sources
         self._dagster_ui = dagster_ui.rstrip("/") if dagster_ui else None
 
     def prepare(self) -> None:
@@ -110,9 +122,10 @@ class Tracker:
                 )
                 version = self._register(dagster_run, champion, self._measured(best) or parent)
                 page = optimizations.report_address(parent)
-                registered = version_address(store, champion.model, version)
-                seen = f"[Report]({page.url}), [registered as version {version}]({registered})"
-                tags = {f"{TAG}model_version": version, **note(champion.reason, seen, self._by(dagster_run))}
+                registered = f"version {version.version} of {version.name}"
+                seen = f"[Report]({page.url}), [registered as {registered}]({version_address(store, version)})"
+                tags = {f"{TAG}model_version": str(version.version), f"{TAG}registered_model": version.name}
+                tags |= note(champion.reason, seen, self._by(dagster_run))
                 optimizations.close(store, parent, whole, pictures, tags)
                 store.remember(f"report-{champion.digest}", page)
             elif known is not None and store.recall(current, champion.digest) is not None:
@@ -298,8 +311,9 @@ class Tracker:
         for start in range(0, len(metrics), BATCH):
             self._store.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
 
-    def _register(self, dagster_run: str, champion: Champion, measured: RunLink) -> str:
-        return register(self._store, champion, measured, self._by(dagster_run), self._dagster_tags(dagster_run))
+    def _register(self, dagster_run: str, champion: Champion, measured: RunLink) -> ModelVersion:
+        by, tags = self._by(dagster_run), self._dagster_tags(dagster_run)
+        return register(self._store, champion, measured, by, tags, sources=self._sources())
 
     def _parent(self, dagster_run: str, checkpoint: Checkpoint, report: BenchmarkReport) -> RunLink:
         """This Dagster run's parent. Steps in processes of their own must not make two."""

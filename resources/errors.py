@@ -4,6 +4,11 @@ Every message is written for the person who has to act: what was being done, to 
 wrong, and what to do now. Anything that is not a `RefineryError` is a defect of this project.
 """
 
+import errno
+
+#: What the system says where nothing more can be written: no room, no quota, or a file too large for its limit.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def first_line(error: BaseException, length: int = 300) -> str:
     """What a library says first: its error's first line, or the error's type where it says nothing."""

@@ -6,6 +6,7 @@
     <root>/<kind>/<digest>/.verified      their sizes and times when their bytes were read last
     <root>/current/<name>.json            what a step of the pipeline made last (kind and digest)
     <root>/staging/<random>/              work under way; renamed into place when whole
+    <root>/staging/<random>.lock          held while somebody is at work there
     <root>/caches/                        what saves work and is no artifact: timings, digests, plots
 
 Nothing is ever edited in place, so readers need no lock, and a killed writer leaves only a staging folder behind.
@@ -21,9 +22,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.hashes import signature, write_json
 from resources.artifacts.records import Record, sha256_file
 from resources.artifacts.remote import RemoteArtifacts
+from resources.artifacts.staging import claimed, staging_folder
 from resources.errors import ArtifactError
 from resources.files import move_whole
 from resources.locks import file_lock
@@ -44,8 +44,6 @@ from resources.triton.storage import stays_below
 R = TypeVar("R", bound=Record)
 
 RECORD_FILE = "record.json"
-#: A staging folder older than this belongs to nobody: no step may run that long (see isolation.Limits).
-STALE_STAGING_SECONDS = 24 * 3600
 #: A disk may lose bits without touching a file's times; bytes that were read so long ago are read again.
 VERIFY_AGAIN_SECONDS = 7 * 24 * 3600
 _VERIFIED_FILE = ".verified"
@@ -287,15 +285,8 @@ class ArtifactStore:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """An empty folder on the store's own file system, removed at the end whatever happens."""
-        parent = self.root / "staging"
-        parent.mkdir(parents=True, exist_ok=True)
-        self._sweep(parent)
-        folder = parent / uuid.uuid4().hex
-        folder.mkdir()
-        try:
+        with staging_folder(self.root / "staging") as folder:
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _pull(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
         """What another machine has made, brought here whole; or the files that are not what they were there."""
@@ -341,17 +332,10 @@ class ArtifactStore:
         place = self.folder(record)
         (staged / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.root / "staging" / uuid.uuid4().hex
-        if place.exists():  # not reusable, or damaged: it goes aside whole, never file by file
-            place.rename(aside)
-        move_whole(staged, place)
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _sweep(self, parent: Path) -> None:
-        for entry in os.scandir(parent):
-            with suppress(FileNotFoundError):  # another process was done with it
-                if time.time() - entry.stat().st_mtime > STALE_STAGING_SECONDS:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+        with claimed(self.root / "staging") as aside:
+            if place.exists():  # not reusable, or damaged: it goes aside whole, never file by file
+                place.rename(aside)
+            move_whole(staged, place)
 
 
 def _answers(record: R | None, parts: Mapping[str, Any]) -> TypeGuard[R]:

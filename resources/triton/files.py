@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path, PurePosixPath
 
 from resources import files
-from resources.errors import ReleaseError
+from resources.errors import FULL, ReleaseError
 from resources.locks import file_lock
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
 from resources.triton.lease import PATIENCE_SECONDS, leased
@@ -235,7 +235,7 @@ def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> It
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             needed = (engine_bytes + _BESIDE_ENGINE_BYTES) / 1e6
             if isinstance(repository, RemotePath):
                 place, elsewhere = f"in {repository.store.scratch}, where it is made", "REFINERY_HOME"

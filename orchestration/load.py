@@ -44,7 +44,7 @@ def load(options: Namespace) -> int:
         address = options.url
         if address is None:
             stack.enter_context(
-                benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
+                benchmarking(lambda who: print(f"waiting for other work on this machine to end: {who}", flush=True))
             )
             require_current(repository, options.model)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"

@@ -64,6 +64,10 @@ class ArtifactError(RefineryError):
     """The artifact store lacks what a step needs."""
 
 
+class LockError(RefineryError):
+    """A lock cannot be held."""
+
+
 class TrackingError(RefineryError):
     """MLflow could not be written."""
 

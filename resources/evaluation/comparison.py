@@ -108,7 +108,7 @@ def compare(
     candidates = sum(engine.status == "built" for engine in engines[1:])
     bound = entry.benchmark.seconds * max(1, candidates) if seconds is None else seconds
     rivals = Rivals(workspace, entry, sources, evaluation, engines, measured_at, bound, say)
-    with benchmarking(lambda: say("waiting", "another benchmark or build is under way on this machine")):
+    with benchmarking(lambda who: say("waiting", f"other work is under way on this machine: {who}")):
         rivals.run(accuracy)
     return Comparison(
         model=entry.name,

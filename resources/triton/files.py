@@ -130,16 +130,16 @@ def repository_lock(repository: Location) -> AbstractContextManager[None]:
 
 @contextmanager
 def _locked(place: Path, repository: Location) -> Iterator[None]:
-    def say() -> None:
-        _LOG.warning("%s is being changed by another process; waiting", repository)
+    def say(who: str) -> None:
+        _LOG.warning("%s is being changed by %s; waiting", repository, who)
 
     with ExitStack() as held:
         try:
             held.enter_context(file_lock(place, timeout_s=PATIENCE_SECONDS, waiting=say))
         except TimeoutError as error:
             raise ReleaseError(
-                f"{repository}: another process has been changing it for {PATIENCE_SECONDS / 60:.0f} minutes. Wait for "
-                f"that to end, or stop it: fuser {place} names it."
+                f"{repository} has been changed by another process for {PATIENCE_SECONDS / 60:.0f} minutes: {error}. "
+                "Wait for that to end, or stop it."
             ) from error
         yield
 

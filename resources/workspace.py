@@ -34,7 +34,7 @@ class Workspace:
     home: Path
     catalog_path: Path
     targets: tuple[str, ...] = ("cpu",)
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     external_data_threshold_bytes: int = EXTERNAL_DATA_THRESHOLD_BYTES
     artifacts: Location | None = None
     tracking_uri: str | None = None

@@ -7,11 +7,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from rich.console import Console
-
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_workspace
-from orchestration.terminal import print_candidates, print_step, print_table, table_console
+from orchestration.terminal import print_candidates, print_step, print_table, step_console, table_console
 from resources.catalog import ModelEntry, Shape
 from resources.engines import BASELINE, ENGINES, EngineSpec, engine_spec, unsupported_reason
 from resources.errors import CatalogError, EngineError
@@ -33,7 +31,7 @@ def bench(options: Namespace) -> int:
     folder = _folder(workspace, entry, target, options)
     if wanted is not None:  # whoever names an engine wants it, whatever the catalog lists
         entry = entry.model_copy(update={"engines": None})
-    console, started = Console(soft_wrap=True), time.monotonic()
+    console, started = step_console(), time.monotonic()
     comparison = compare(
         workspace,
         entry,

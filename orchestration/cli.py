@@ -9,8 +9,10 @@ import argparse
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
+from orchestration.terminal import printable_output
 from resources.errors import RefineryError
 from resources.targets import check_target
 
@@ -19,19 +21,28 @@ SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 for success, 1 for failure, 2 for a wrong command line, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
-    try:
-        return command(options)
-    except RefineryError as error:
-        print(f"refinery: {error}", file=sys.stderr)
-        return FAILURE
-    except KeyboardInterrupt:
-        print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `refinery models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
+    with printable_output():
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = options.command
+        try:
+            from orchestration.settings import complete_environment
+
+            complete_environment(os.environ)
+            code = command(options)
+            sys.stdout.flush()
+            return code
+        except RefineryError as error:
+            print(f"refinery: {error}", file=sys.stderr)
+            return FAILURE
+        except KeyboardInterrupt:
+            print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # `refinery models | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return SUCCESS
+        except Exception:  # a defect, whose words are as foreign as any
+            traceback.print_exc()
+            return FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:

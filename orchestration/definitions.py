@@ -25,7 +25,14 @@ from orchestration.policies import Policies
 from orchestration.progress import progress_logger
 from orchestration.schedules import DEFAULT_CRON, reoptimization
 from orchestration.sensors import checkpoint_sensor
-from orchestration.settings import read_execution, read_policies, read_workspace, tracker_of, webhook_of
+from orchestration.settings import (
+    complete_environment,
+    read_execution,
+    read_policies,
+    read_workspace,
+    tracker_of,
+    webhook_of,
+)
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
@@ -70,6 +77,7 @@ def make_definitions(
     )
 
 
+complete_environment(os.environ)
 defs = make_definitions(
     read_workspace(os.environ),
     read_execution(os.environ),

@@ -29,6 +29,7 @@ from resources.catalog import (
     write_entry,
 )
 from resources.checkpoints import Access, SourceSettings, locate
+from resources.checkpoints.configuration import read_architecture
 from resources.checkpoints.registry import parse_reference
 from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of
 from resources.errors import ArtifactError, CatalogError, CheckpointError, first_line
@@ -272,11 +273,5 @@ def _guess_task(fields: Mapping[str, Any], settings: SourceSettings) -> str:
     """By the class the checkpoint was saved from; what has no head of its own embeds."""
     allow_pickle = bool(fields.get("allow_pickle", False))
     folder = locate(fields["source"], allow_pickle=allow_pickle, settings=settings).folder
-    try:
-        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    except (OSError, ValueError, AttributeError):
-        return "embedding"  # collecting the checkpoint says what is wrong with it, better than a guess could
-    for head, task in _HEADS.items():
-        if str(architectures[0]).endswith(head):
-            return task
-    return "embedding"
+    architecture = read_architecture(folder)  # empty: collecting the checkpoint says better than a guess what is wrong
+    return next((task for head, task in _HEADS.items() if architecture.endswith(head)), "embedding")

@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from orchestration.settings import require_plain
 from resources.errors import CatalogError
 from resources.files import write_whole
 from resources.workspace import Workspace
@@ -82,7 +83,11 @@ load_from:
 def instance_folder(workspace: Workspace) -> Path:
     """Where the instance lies, or would."""
     given = os.environ.get("DAGSTER_HOME")
-    return Path(given).resolve() if given else workspace.home / "dagster"
+    if not given:
+        return workspace.home / "dagster"
+    folder = Path(given).resolve()
+    require_plain(folder, "DAGSTER_HOME")
+    return folder
 
 
 def prepare_instance(workspace: Workspace) -> Path:

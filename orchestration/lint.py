@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from resources.errors import ReleaseError
 from resources.triton.files import copy_tree
@@ -60,7 +61,12 @@ def as_text(findings: Sequence[Finding]) -> str:
     """A line for each finding, and their count."""
     errors = sum(finding.severity == "error" for finding in findings)
     count = f"{errors} errors, {len(findings) - errors} warnings" if findings else "nothing found"
-    return "\n".join([*map(str, findings), count])
+    return "\n".join([*(_plain(str(finding)) for finding in findings), count])
+
+
+def _plain(text: str) -> str:
+    """The text without what a terminal would obey, or a line break that would pass for another finding."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def as_json(findings: Sequence[Finding]) -> str:
@@ -87,7 +93,7 @@ def as_sarif(findings: Sequence[Finding]) -> str:
 
 
 def _result(finding: Finding) -> dict[str, Any]:
-    place: dict[str, Any] = {"artifactLocation": {"uri": finding.path}}
+    place: dict[str, Any] = {"artifactLocation": {"uri": quote(os.fsencode(finding.path))}}
     if finding.line:
         place["region"] = {"startLine": finding.line}
     return {

@@ -21,6 +21,7 @@ from resources.triton.client import TextClient
 from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix
 from resources.triton.pointer import require_current
+from resources.triton.release import require_embeddable
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import measure_load, measure_with_perf_analyzer
 
@@ -30,6 +31,11 @@ def load(options: Namespace) -> int:
     workspace = read_workspace(os.environ)
     store, repository = workspace.store, workspace.repository(options.target)
     workspace.entry(options.model)  # an unknown model is said to be unknown
+    if options.url is None:
+        require_embeddable(
+            require_current(repository, options.model),
+            "Give the address of a server that has them with --url; its users will wait for the load",
+        )
     checkpoint = store.current(Checkpoint, f"checkpoint/{options.model}")
     evaluation = store.current(EvaluationSet, f"evaluation_set/{options.model}")
     folder = store.folder(checkpoint)
@@ -42,21 +48,24 @@ def load(options: Namespace) -> int:
             raise ReleaseError(f"--tokens {options.tokens}: the shortest request has {min(longest)} tokens.")
     with ExitStack() as stack:
         address = options.url
-        if address is None:
+        if address is not None:
+            connection = workspace.triton.connection_to(address)
+        else:
             stack.enter_context(
                 benchmarking(lambda who: print(f"waiting for other work on this machine to end: {who}", flush=True))
             )
-            require_current(repository, options.model)
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             server = EmbeddedServer(
                 served_folder(repository, workspace.copies), workspace.triton, models=[options.model], log=log
             )
-            address = stack.enter_context(server).grpc_address
-        with TextClient(address) as client:
+            address, connection = stack.enter_context(server).grpc_address, server.connection
+        with TextClient(address, connection=connection) as client:
             title = f"{options.model}, release {client.release_of(options.model)}, on {client.version()} at {address}"
-        found = measure_load(address, options.model, items, options.clients, options.seconds)
+        found = measure_load(address, options.model, items, options.clients, options.seconds, connection)
         try:
-            found += measure_with_perf_analyzer(address, options.model, items, options.clients, options.seconds)
+            found += measure_with_perf_analyzer(
+                address, options.model, items, options.clients, options.seconds, connection
+            )
         except ServerError as error:  # it is an extra
             print(f"refinery: {error}", file=sys.stderr)
     print_table(table_console(), title, *load_table(found))

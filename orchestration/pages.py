@@ -45,9 +45,9 @@ def serve_pages(options: Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     workspace_file = folder / "workspace.yaml"
     workspace_file.write_text(WORKSPACE)
-    dagster = [sys.executable, "-m", "dagster", "dev", "-w", str(workspace_file), "-h", _LOOPBACK]
+    dagster = [sys.executable, "-m", "orchestration.webserver", "--workspace", str(workspace_file), "--daemon"]
     mlflow = [sys.executable, "-m", "mlflow", "server", "--host", _LOOPBACK, "--workers", "1"]
-    commands = {"dagster": [*dagster, "-p", str(options.dagster_port)]}
+    commands = {"dagster": [*dagster, "--host", _LOOPBACK, "--port", str(options.dagster_port)]}
     if not is_tracking_server(workspace):
         commands["mlflow"] = [
             *mlflow,

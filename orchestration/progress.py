@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from orchestration.terminal import print_step
+from orchestration.terminal import print_step, step_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,8 +89,6 @@ def describe(metadata: dict[str, Any], seconds: float) -> str:
 def progress_logger(context: dg.InitLoggerContext) -> logging.Logger:
     """Used by `refinery optimize`."""
     del context
-    from rich.console import Console
-
     logger = logging.Logger("refinery.progress", logging.DEBUG)
-    logger.addHandler(ProgressHandler(Console(file=sys.stdout, soft_wrap=True)))
+    logger.addHandler(ProgressHandler(step_console()))
     return logger

@@ -16,6 +16,7 @@ from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
 from resources.triton.layout import current_number
 from resources.triton.rollback import roll_back
+from resources.triton.settings import TritonSettings
 from resources.triton.verify import verify_release
 
 #: `refinery serve` looks every second, and loads in less than this.
@@ -33,8 +34,8 @@ def rollback(options: Namespace) -> int:
         f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision})"
         f"{done.instead}. Optimizing the same again does not undo it."
     )
-    if not workspace.triton.servers and serves(DEFAULT_ADDRESS, options.model):
-        _await(options.model, release.number)
+    if not workspace.triton.servers:
+        _await(workspace.triton, options.model, release.number)
     return 0
 
 
@@ -50,15 +51,17 @@ def promote(options: Namespace) -> int:
         f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision})"
         f"{done.instead}."
     )
-    if not workspace.triton.servers and serves(DEFAULT_ADDRESS, options.model):
-        _await(options.model, release.number)
+    if not workspace.triton.servers:
+        _await(workspace.triton, options.model, release.number)
     return 0
 
 
-def _await(model: str, number: int) -> None:
-    """Say when the server on the usual port answers with the release. It may be one of another repository."""
-    deadline = time.monotonic() + _TAKEN_UP_SECONDS
-    with TextClient(DEFAULT_ADDRESS) as client, suppress(ServerError):  # it ended meanwhile
+def _await(settings: TritonSettings, model: str, number: int) -> None:
+    """Say when a server on the usual port answers with the release. It may be one of another repository."""
+    deadline, connection = time.monotonic() + _TAKEN_UP_SECONDS, settings.connection_to(DEFAULT_ADDRESS)
+    if not serves(DEFAULT_ADDRESS, model, connection):
+        return
+    with TextClient(DEFAULT_ADDRESS, connection=connection) as client, suppress(ServerError):  # it ended meanwhile
         found = client.release_of(model)
         while found != number and time.monotonic() < deadline:
             time.sleep(0.2)

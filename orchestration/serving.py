@@ -17,11 +17,13 @@ from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
 from resources.triton.launch import caching, limited
-from resources.triton.layout import public_models
+from resources.triton.layout import current_release, public_models
 from resources.triton.limits import require_resources
 from resources.triton.mirror import Mirror, served_folder
 from resources.triton.pointer import current_problem, require_current
+from resources.triton.release import require_embeddable
 from resources.triton.server import EmbeddedServer, serve_foreground
+from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
 
@@ -39,17 +41,21 @@ def query(options: Namespace) -> int:
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
     with ExitStack() as stack:
-        address = options.url or _configured(workspace.triton.servers, options.model) or DEFAULT_ADDRESS
+        address = options.url or _configured(workspace.triton, options.model) or DEFAULT_ADDRESS
+        connection = workspace.triton.connection_to(address)
         # Who names a server wants that one's answer and no other.
-        if options.url is None and not workspace.triton.servers and not serves(address, options.model):
+        if options.url is None and not workspace.triton.servers and not serves(address, options.model, connection):
             folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
-            if current_problem(folder, options.model):  # of the repository, where that is a copy
-                require_current(repository, options.model)
+            # Said of the repository, where the folder is a copy of it.
+            release = require_current(repository if current_problem(folder, options.model) else folder, options.model)
+            require_embeddable(
+                release, "Ask a server that has them: give its address with --url, or set REFINERY_TRITON_GRPC"
+            )
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
             server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)
-            address = stack.enter_context(server).grpc_address
-        with TextClient(address) as client:
+            address, connection = stack.enter_context(server).grpc_address, server.connection
+        with TextClient(address, connection=connection) as client:
             contract = client.contract(options.model)
             items = _items(options, contract.inputs)
             # One request each: batching is the server's work.
@@ -63,12 +69,13 @@ def query(options: Namespace) -> int:
     return 0
 
 
-def _configured(servers: Sequence[str], model: str) -> str | None:
+def _configured(settings: TritonSettings, model: str) -> str | None:
     """The first of the configured servers that has the model; None where none is configured."""
-    found = next((address for address in servers if serves(address, model)), None)
+    servers = settings.servers
+    found = next((address for address in servers if serves(address, model, settings.connection_to(address))), None)
     if servers and found is None:
         for address in servers:
-            with TextClient(address) as client:
+            with TextClient(address, connection=settings.connection_to(address)) as client:
                 if client.is_live():
                     break
         else:
@@ -147,6 +154,7 @@ def serve(options: Namespace) -> int:
                 "REFINERY_TRITON_REPOSITORIES."
             ) from error
         say(f"{repository} holds no release yet; the first is waited for: refinery optimize MODEL")
+    _require_embeddable(folder, options.control)
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
     resources = dict(options.resource)
     for name in require_resources(folder, resources, options.control):
@@ -167,6 +175,19 @@ def serve(options: Namespace) -> int:
         refresh=_follow(workspace, repository, say),
     )
     return 0
+
+
+def _require_embeddable(repository: Path, control: str) -> None:
+    """Raise ReleaseError where no model of the repository could be served here, or, unless they are loaded one by one,
+    where one could not: then Triton ends.
+    """
+    served = [current_release(repository, model) for model in public_models(repository)]
+    native = [release for release in served if release is not None and release.flavour == "native"]
+    if native and (control != "explicit" or len(native) == len(served)):
+        require_embeddable(
+            native[0],
+            f"Start a Triton that has them on {repository}, or publish with REFINERY_TRITON_FLAVOUR=python",
+        )
 
 
 def _follow(workspace: Workspace, repository: Location, say: Callable[[str], None]) -> Callable[[], None]:

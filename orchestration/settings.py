@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import cast, get_args
 
 import orchestration
+from orchestration.certificates import share_certificates
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from orchestration.policies import FRESH_DAYS, Policies, check_owners
 from resources.checkpoints.registry import source_names
@@ -18,17 +22,23 @@ from resources.errors import CatalogError
 from resources.isolation import Limits
 from resources.targets import check_target
 from resources.tracking import Tracker
+from resources.triton.connection import Connection
 from resources.triton.settings import Control, Flavour, TritonSettings
 from resources.triton.storage import Location, parse_location
 from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, WATCH_SECONDS, Workspace
 
 DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")
+#: RFC 9110, section 5: tokens as names, and values without control characters.
+_HEADER_NAME, _HEADER_VALUE = (
+    re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"),
+    re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?"),
+)
 DEFAULT_MLFLOW_UI = "http://127.0.0.1:5000"
 
 
 def read_workspace(environment: Mapping[str, str]) -> Workspace:
     """The workspace that the variables describe. Raises CatalogError naming the variable that is wrong."""
-    home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
+    home = _home(environment)
     targets = tuple(environment.get("REFINERY_TARGETS", "cpu").replace(",", " ").split())
     if not targets:
         raise CatalogError("REFINERY_TARGETS is empty; name one, or leave it unset for cpu.")
@@ -53,6 +63,8 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         control=cast(Control, given),
         repositories=_location(environment, "REFINERY_TRITON_REPOSITORIES", home),
         environment=_path(environment, "REFINERY_TRITON_ENVIRONMENT") or TritonSettings().environment,
+        connection=read_connection(environment),
+        keys=home / "keys",
     )
     limits = Limits(
         timeout_s=_number(environment, "REFINERY_STEP_SECONDS", Limits().timeout_s),
@@ -68,11 +80,91 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         artifacts=_location(environment, "REFINERY_ARTIFACTS", home),
         tracking_uri=environment.get("REFINERY_MLFLOW_URI") or None,
         tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
-        dagster_ui=environment.get("REFINERY_DAGSTER_UI") or None,
+        dagster_ui=_web_address(environment, "REFINERY_DAGSTER_UI"),
         triton=triton,
         access=read_access(environment),
         watch_seconds=max(1, round(_number(environment, "REFINERY_WATCH_SECONDS", WATCH_SECONDS))),
     )
+
+
+def read_connection(environment: Mapping[str, str]) -> Connection:
+    """How the configured Tritons are spoken to. Raises CatalogError naming the variable that is wrong."""
+    files = {name: _path(environment, f"REFINERY_TRITON_{name}") for name in ("CA", "CERTIFICATE", "PRIVATE_KEY")}
+    for name, path in files.items():
+        if path is not None and not path.is_file():
+            raise CatalogError(f"REFINERY_TRITON_{name}: {path} is not a file.")
+    if (files["CERTIFICATE"] is None) != (files["PRIVATE_KEY"] is None):
+        raise CatalogError("REFINERY_TRITON_CERTIFICATE and REFINERY_TRITON_PRIVATE_KEY belong together; give both.")
+    given = environment.get("REFINERY_TRITON_TLS", "")
+    if given not in ("", "0", "1"):
+        raise CatalogError(f"REFINERY_TRITON_TLS: {given!r} is neither 0 nor 1.")
+    named = any(path is not None for path in files.values())
+    if given == "0" and named:
+        raise CatalogError(
+            "REFINERY_TRITON_TLS is 0, and files for TLS are named all the same. Unset one or the other."
+        )
+    key = environment.get("REFINERY_TRITON_KEY") or None
+    if key is not None and not _HEADER_VALUE.fullmatch(key):
+        raise CatalogError("REFINERY_TRITON_KEY holds characters that a header cannot.")
+    return Connection(
+        key=key,
+        headers=_headers(environment.get("REFINERY_TRITON_HEADERS")),
+        tls=given == "1" or named,
+        ca=files["CA"],
+        certificate=files["CERTIFICATE"],
+        private_key=files["PRIVATE_KEY"],
+    )
+
+
+def _headers(text: str | None) -> tuple[tuple[str, str], ...]:
+    """Read a JSON object of headers. Names are lower-case, as HTTP/2 has them."""
+    wanted = CatalogError(
+        'REFINERY_TRITON_HEADERS is not a JSON object of headers, such as {"authorization": "Bearer ..."}.'
+    )
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        raise wanted from None
+    if not isinstance(found, dict):
+        raise wanted
+    for name, value in found.items():
+        if not _HEADER_NAME.fullmatch(name) or not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            raise wanted
+    return tuple((name.lower(), value) for name, value in found.items())
+
+
+def complete_environment(environment: MutableMapping[str, str]) -> None:
+    """Give libraries what they need and the environment lacks.
+
+    A home and a user's name where the system has none, as for a container's user without an account: libraries ask for
+    both when they look for their caches, and fail or make a folder called `~` without them. And the certificates of
+    REQUESTS_CA_BUNDLE also for what does not use requests: our own questions, huggingface_hub and its Xet client.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        environment["HOME"] = str(_home(environment) / "user")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        environment["USER"] = f"uid-{os.getuid()}"
+    share_certificates(environment)
+
+
+def require_plain(folder: Path, variable: str) -> None:
+    """Raise CatalogError for a path that Dagster or MLflow would not find as part of a SQLite database's address."""
+    for sign in "?%":
+        if sign in str(folder):
+            raise CatalogError(
+                f"{variable}: {str(folder)!r} holds {sign!r}, which has another meaning in the addresses of the SQLite "
+                "databases that Dagster and MLflow keep there. Choose a folder whose path has no '?' and no '%'."
+            )
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
+    require_plain(home, "REFINERY_HOME")
+    return home
 
 
 def read_access(environment: Mapping[str, str]) -> Access:
@@ -113,10 +205,7 @@ def read_policies(environment: Mapping[str, str]) -> Policies:
 
 def webhook_of(environment: Mapping[str, str]) -> str | None:
     """Where failed runs are told to. Raises CatalogError for what is no web address."""
-    given = environment.get("REFINERY_WEBHOOK") or None
-    if given is not None and not given.startswith(("http://", "https://")):
-        raise CatalogError("REFINERY_WEBHOOK is not an address that begins with http:// or https://.")
-    return given
+    return _web_address(environment, "REFINERY_WEBHOOK")
 
 
 def tracker_of(workspace: Workspace) -> Tracker:
@@ -155,6 +244,13 @@ def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
         if not host or not port.isdigit() or "/" in address:
             raise CatalogError(f"{name}: {address!r} is not host:port, such as triton:8001 (several: with commas).")
     return found
+
+
+def _web_address(environment: Mapping[str, str], name: str) -> str | None:
+    given = environment.get(name) or None
+    if given is not None and not given.startswith(("http://", "https://")):
+        raise CatalogError(f"{name} is not an address that begins with http:// or https://.")
+    return given
 
 
 def _path(environment: Mapping[str, str], name: str) -> Path | None:

@@ -1,12 +1,13 @@
-"""What commands print alike: a line for each step, and a table of what was measured."""
+"""How commands print: what a terminal may be sent, a line for each step, and a table of what was measured."""
 
 from __future__ import annotations
 
+import io
+import re
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from resources.reporting import candidate_table
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,14 +17,91 @@ if TYPE_CHECKING:
 
 #: A log has no width of its own.
 WIDTH_OF_LOGS = 180
+#: Control characters but for tabs and line feeds, and those that turn the direction of the text around them
+#: (Bidi_Control, Unicode's UAX 9).
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Replace control and bidirectional characters by escapes, which are JSON's, so that a document stays one.
+
+    Names, files and servers' answers are other people's text. Sent to a terminal as it is, it could move the cursor,
+    hide lines, or write into the clipboard.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class _Printable(io.TextIOWrapper):
+    """A text stream that writes what is printable, and escapes what its encoding lacks."""
+
+    def write(self, text: str) -> int:
+        super().write(printable(text))
+        return len(text)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Have everything that is printed to standard output and standard error pass through `printable`."""
+    with ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stack.enter_context(_replaced(name))
+        yield
+
+
+@contextmanager
+def _replaced(name: str) -> Iterator[None]:
+    before: TextIO = getattr(sys, name)
+    if not isinstance(before, io.TextIOWrapper):  # closed, or a caller's own
+        yield
+        return
+    before.flush()
+    before.reconfigure(errors="backslashreplace", write_through=True)
+    stream = _Printable(
+        before.buffer,
+        before.encoding,
+        errors="backslashreplace",
+        line_buffering=before.line_buffering,
+        write_through=True,  # nothing may wait here while a console writes to the stream below
+    )
+    stream.below = before  # type: ignore[attr-defined]
+    setattr(sys, name, stream)
+    try:
+        yield
+    finally:
+        setattr(sys, name, before)
+        stream.detach()
+
+
+def step_console() -> Console:
+    """Where lines go that are as long as they have to be."""
+    return _console(soft_wrap=True)
 
 
 def table_console() -> Console:
     """Where tables go: as wide as the terminal, and in a file or pipe wide enough for most."""
-    from rich.console import Console
+    console = _console()
+    return console if console.is_terminal else _console(width=WIDTH_OF_LOGS)
 
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_OF_LOGS)
+
+def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
+    """A console of standard output, which takes texts as they are but for what is not printable."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class PrintableConsole(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                # A segment of the line break alone, or of the console's own control codes, is no text of anybody's.
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    return PrintableConsole(
+        file=getattr(sys.stdout, "below", sys.stdout),  # where colours are not escaped
+        soft_wrap=soft_wrap,
+        width=width,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
 
 
 def print_refused(catalog: Catalog) -> None:
@@ -34,7 +112,9 @@ def print_refused(catalog: Catalog) -> None:
 
 def print_step(console: Console, elapsed_s: float, name: str, text: str, colour: str = "default") -> None:
     """What a step came to."""
-    console.print(f"[dim]{elapsed_s:7.1f} s[/]  [bold]{name}[/]  ", end="", highlight=False)
+    from rich.text import Text
+
+    console.print(Text.assemble((f"{elapsed_s:7.1f} s", "dim"), "  ", (name, "bold"), "  "), end="")
     console.print(text, style=colour, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -63,6 +143,8 @@ def print_candidates(
     best: str | None,
 ) -> None:
     """What was measured as a table, and below it a line for each that was not."""
+    from resources.reporting import candidate_table
+
     header, rows = candidate_table(reports, verdicts)
     measured = {report.engine for report in reports if report.status == "measured"}
     print_table(console, title, header, [row for row in rows if row[0] in measured], best)

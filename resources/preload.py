@@ -10,6 +10,10 @@ from types import TracebackType
 # Tokenizers warns, and turns itself single-threaded, when a process forks after using it; the server never uses it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Children read checkpoints that were fetched before. Whatever a checkpoint's files ask for, they fetch nothing more: no
+# second model, no configuration, and no native code for attention (transformers' "kernels").
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["USE_HUB_KERNELS"] = "NO"
 
 import onnx
 import onnx_ir

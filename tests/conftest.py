@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
 import shutil
 import subprocess
@@ -37,6 +39,7 @@ LONGEST = (
     "test_storage",
     "test_killed",
     "test_under_load",
+    "test_pages",
 )
 
 
@@ -112,6 +115,36 @@ def sharing(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> W
     """Such a workspace, with the artifacts of all tests that ask for this: what one exported, others find."""
     base = tmp_path_factory.getbasetemp()
     return replace(workspace, artifacts=(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate authority, and a certificate with its key that it signed, for servers and clients on loopback."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder = tmp_path_factory.mktemp("certificates")
+    now = datetime.datetime.now(datetime.UTC)
+
+    def named(name: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+
+    def sign(subject: str, key: Any, issuer: str, issuer_key: Any, ca: bool) -> bytes:
+        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        builder = x509.CertificateBuilder().subject_name(named(subject)).issuer_name(named(issuer))
+        builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+        builder = builder.add_extension(x509.BasicConstraints(ca, None), critical=True)
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    (folder / "ca.pem").write_bytes(sign("authority", authority, "authority", authority, ca=True))
+    (folder / "certificate.pem").write_bytes(sign("localhost", key, "authority", authority, ca=False))
+    pem, plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, plain, serialization.NoEncryption()))
+    return folder
 
 
 @pytest.fixture

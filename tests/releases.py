@@ -16,7 +16,8 @@ from resources.artifacts.records import Checkpoint, Engine, ServingSetting
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
-from resources.triton.client import Contract, Protocol, TextClient
+from resources.triton.client import Contract, TextClient
+from resources.triton.connection import Protocol
 from resources.triton.load import ModelStatistics, server_statistics, statistics_since
 from resources.triton.make import make_exam
 from resources.triton.proof import Exam, Proof

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -57,17 +58,22 @@ class Answers(BaseHTTPRequestHandler):
 @contextmanager
 def serving(
     answer: Callable[[str], tuple[int, object, dict[str, str]]],
+    certificates: Path | None = None,
 ) -> Iterator[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """A server's address, and what it was asked."""
+    """A server's address, and what it was asked. certificates: of conftest.py, for a server over TLS."""
     asked: list[tuple[str, dict[str, str]]] = []
     handler = type("Handler", (Answers,), {"answer": staticmethod(answer), "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if certificates is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / "certificate.pem", certificates / "key.pem")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     server.daemon_threads = True
     server.block_on_close = False
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http{'s' if certificates else ''}://127.0.0.1:{server.server_port}", asked
     finally:
         server.shutdown()
         thread.join(5)

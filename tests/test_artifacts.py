@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from resources.artifacts import fingerprint as fingerprints
-from resources.artifacts import hashes
+from resources.artifacts import hashes, records
 from resources.artifacts import store as stores
 from resources.artifacts.fingerprint import (
     Fingerprint,
@@ -147,7 +147,7 @@ def test_a_changed_bit_is_seen_by_its_digest_and_said(store):
 def test_files_are_read_when_they_changed_and_once_a_week(store, monkeypatch):
     record = store.get_or_make(Engine, "a" * 64, writer()).record
     read = []
-    monkeypatch.setattr(stores, "sha256_file", lambda path: read.append(path.name) or hashes.sha256_file(path))
+    monkeypatch.setattr(stores, "sha256_file", lambda path: read.append(path.name) or records.sha256_file(path))
     assert store.find(Engine, "a" * 64) == record
     assert read == []
     file = store.folder(record) / "sub" / "model.onnx"
@@ -167,7 +167,7 @@ def test_what_something_is_made_from_is_read_whole_first(store, monkeypatch):
     other = store.get_or_make(Engine, "b" * 64, writer(record=engine("b" * 64))).record
     store.require_whole(record)
     read = []
-    monkeypatch.setattr(stores, "sha256_file", lambda path: read.append(path.name) or hashes.sha256_file(path))
+    monkeypatch.setattr(stores, "sha256_file", lambda path: read.append(path.name) or records.sha256_file(path))
     store.require_whole(record)  # once a process
     assert read == []
     flip(store, other, unseen=True)
@@ -187,7 +187,9 @@ def test_digests_of_files_outside_are_remembered_while_they_do_not_change(tmp_pa
     later = time.time() + 60
     monkeypatch.setattr(hashes.time, "time", lambda: later)
     read = []
-    monkeypatch.setattr(hashes, "sha256_file", lambda path: read.append(path.name) or path.read_text().ljust(64, "0"))
+    monkeypatch.setattr(
+        hashes, "hash_below", lambda folder, name: read.append(name) or (folder / name).read_text().ljust(64, "0")
+    )
     first = hashes.hash_files(folder, ["old", "new"], memory)
     assert hashes.hash_files(folder, ["old", "new"], memory) == first
     assert read == ["old", "new"]

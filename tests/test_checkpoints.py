@@ -8,6 +8,7 @@ from hashlib import sha256
 
 import pytest
 
+from resources.artifacts import hashes
 from resources.artifacts.store import ArtifactStore
 from resources.checkpoints import SourceSettings, collect_checkpoint
 from resources.checkpoints.collect import copy_unchanged
@@ -24,6 +25,7 @@ COLLECT = """
 import sys
 from pathlib import Path
 import psutil
+from resources.artifacts import hashes
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
@@ -251,11 +253,11 @@ def test_a_file_that_changes_while_it_is_copied(tmp_path):
     source = tmp_path / "model.safetensors"
     source.write_bytes(b"epoch 1")
     hashed = sha256(b"epoch 1").hexdigest()
-    copy_unchanged("tiny", source, tmp_path / "a" / "copy", hashed)
+    copy_unchanged("tiny", tmp_path, "model.safetensors", tmp_path / "a" / "copy", hashed)
     assert (tmp_path / "a" / "copy").read_bytes() == b"epoch 1"
     source.write_bytes(b"epoch 2")
     with pytest.raises(CheckpointError, match=r"tiny: .*model\.safetensors changed while"):
-        copy_unchanged("tiny", source, tmp_path / "b" / "copy", hashed)
+        copy_unchanged("tiny", tmp_path, "model.safetensors", tmp_path / "b" / "copy", hashed)
 
 
 def test_missing_folder(tmp_path, store):
@@ -390,8 +392,10 @@ def test_task_that_does_not_fit(made_checkpoint, store):
         ("tokenizer.json", '{"model": null}', "tokenizer.json holds no vocabulary"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json holds no JSON object"),
         ("model.safetensors", "\2\0\0\0\0\0\0\0[]", "no safetensors file"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}', "which files hold the weights"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}', "which files hold the weights"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}', "end in .safetensors"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "weights.txt"}}', "end in .safetensors"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}', "end in .safetensors"),
+        ("model.safetensors.index.json", '{"weight_map": {}}', "which files hold the weights"),
     ],
 )
 def test_damaged_file(own_checkpoint, store, name, content, expected):
@@ -403,9 +407,12 @@ def test_damaged_file(own_checkpoint, store, name, content, expected):
     assert expected in refused(entry_for(folder), store)
 
 
-def test_unreadable_file(own_checkpoint, store):
+def test_unreadable_file(own_checkpoint, store, monkeypatch):
+    def fails(folder, name):
+        raise PermissionError(13, "Permission denied", str(folder / name))  # root, who runs tests, may read all
+
     folder = own_checkpoint()
-    (folder / "notes.txt").symlink_to("/proc/self/mem")  # opens, and cannot be read, not even by root
+    monkeypatch.setattr(hashes, "open_below", fails)
     assert "Make the file readable" in refused(entry_for(folder), store)
 
 

@@ -7,18 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-import dagster as dg
-import psutil
 import pytest
 
 from orchestration.cli import main
 from orchestration.pages import page_addresses
-from orchestration.sensors import SENSOR
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
 
@@ -306,49 +301,6 @@ def test_runs_that_the_pages_start_know_where_the_pages_are(empty, fields, dagst
         "REFINERY_DAGSTER_UI": dagster,
         "REFINERY_MLFLOW_UI": mlflow,
     }
-
-
-def test_ui_serves_both_pages_and_watches_sources_until_terminated(empty, tmp_path, made_checkpoint):
-    """The sensor is on: what is new in a folder is optimized, and what is wrong with a source is seen in its partition.
-    A run that is under way ends with the pages.
-    """
-    nowhere, folder = tmp_path / "nowhere", made_checkpoint()
-    sources = {"m": nowhere, "tiny": folder}
-    models = [{"name": name, "source": str(source), "task": "embedding"} for name, source in sources.items()]
-    empty.catalog_path.write_text(json.dumps({"models": models}))
-    ports = {name: free() for name in ("dagster", "mlflow")}
-    command = [REFINERY, "ui", *(part for name in ports for part in (f"--{name}-port", str(ports[name])))]
-    variables = environment(empty, REFINERY_WATCH_SECONDS="1")
-    pages = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
-    try:
-        said = [pages.stdout.readline() for _ in range(3)]
-        for name, port in ports.items():
-            assert f"http://127.0.0.1:{port}" in "".join(said)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as page:
-                assert name in page.read().decode().lower()
-        with dg.DagsterInstance.from_config(str(empty.home / "dagster")) as instance:
-            (record,) = first(instance.fetch_observations, "m")
-            assert f"the folder {nowhere} does not exist" in record.asset_observation.description
-            (record,) = first(instance.fetch_materializations, "tiny")
-            (run,) = instance.get_runs(dg.RunsFilter(job_name="optimize"))
-        assert run.run_id == record.run_id
-        assert run.tags["dagster/sensor_name"] == SENSOR
-        begun = psutil.Process(pages.pid).children(recursive=True)
-        assert len(begun) >= 2
-    finally:
-        pages.terminate()
-        assert pages.wait(60) == 0
-    assert not [process for process in psutil.wait_procs(begun, timeout=20)[1] if process.is_running()]
-
-
-def first(fetch, model):
-    """The first record of the model's partition of `checkpoint`, which is waited for."""
-    which = dg.AssetRecordsFilter(asset_key=dg.AssetKey("checkpoint"), asset_partitions=[model])
-    deadline = time.monotonic() + 90
-    while not (records := fetch(which, limit=1).records):
-        assert time.monotonic() < deadline, f"{model}: nothing was seen"
-        time.sleep(0.5)
-    return records
 
 
 def test_dagster_accepts_the_definitions(empty):

@@ -25,6 +25,7 @@ from resources.workspace import Workspace
 from tests.conftest import entry_for
 from tests.kubernetes import cluster
 from tests.pipeline import add_entry, materialize, settings_of
+from tests.test_deployment import loose_pod
 from tests.test_tracking import CHECKPOINT
 
 DEPLOYMENT = Path(__file__).resolve().parents[1] / "orchestration" / "deployment"
@@ -276,12 +277,10 @@ def test_kubernetes_asks_for_a_gpu_where_the_target_has_one(ready, tmp_path, wor
                 }
             )
         )
-        config = configuration(
-            tmp_path,
-            **access,
-            job_image="registry.example/refinery:1",
-            step_k8s_config={"pod_spec_config": {"node_selector": {"pool": "refinery"}}},
-        )
+        # The settings of the example deployment, and what is this cluster's.
+        given = yaml.safe_load((DEPLOYMENT / "kubernetes.yaml").read_text())["execution"]["config"]
+        given["step_k8s_config"]["pod_spec_config"]["node_selector"] = {"pool": "refinery"}
+        config = configuration(tmp_path, **access, **given, job_image="registry.example/refinery:1")
         variables = {"REFINERY_EXECUTOR": "k8s", "REFINERY_EXECUTOR_CONFIG": config}
         materialize(ready, "tiny", STEPS, fails=not works, **variables)
     with dg.DagsterInstance.get() as instance:
@@ -297,7 +296,12 @@ def test_kubernetes_asks_for_a_gpu_where_the_target_has_one(ready, tmp_path, wor
         pod = job["spec"]["template"]["spec"]
         (container,) = pod["containers"]
         assert container["image"] == "registry.example/refinery:1"
-        assert pod["serviceAccountName"] == "dagster"
+        assert pod["serviceAccountName"] == "refinery-steps"
+        assert list(loose_pod(pod["securityContext"], container["securityContext"])) == []
+        (apart,) = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert apart["topologyKey"] == "kubernetes.io/hostname"
+        labels = job["spec"]["template"]["metadata"]["labels"]
+        assert apart["labelSelector"]["matchLabels"].items() <= labels.items(), "a step stays away from its like"
         if PLACES[step] == GPU:
             capability = {"nvidia.com/gpu.compute.major": "9", "nvidia.com/gpu.compute.minor": "0"}
             assert pod["nodeSelector"] == {"pool": "refinery", **capability}

@@ -10,6 +10,7 @@ import pytest
 from orchestration.settings import read_workspace
 from resources.errors import CatalogError, ServerError
 from resources.triton import fleet as module
+from resources.triton.asking import ask
 from resources.triton.client import TextClient
 from resources.triton.fleet import Fleet
 from resources.triton.layout import current_number
@@ -18,7 +19,6 @@ from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.triton.verify import ask
 from tests.releases import answers_of, exam_of, make_plan, query_texts, tree_digest, unasked
 
 TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
@@ -49,11 +49,17 @@ def settings(request, repository, triton_settings, tmp_path):
                     models=["tiny"],
                     log=tmp_path / f"triton-{number}.log",
                     control=request.param,
+                    key="of-all-servers",
                 )
             )
             for number in range(2)
         ]
-        yield replace(triton_settings, servers=tuple(one.grpc_address for one in servers), control=request.param)
+        yield replace(
+            triton_settings,
+            servers=tuple(one.grpc_address for one in servers),
+            control=request.param,
+            connection=servers[0].connection,
+        )
 
 
 def check_served(settings, number, plan):
@@ -131,23 +137,44 @@ def test_servers_that_are_not_what_was_said(
         monkeypatch.context() as patch,
     ):
         here = server.grpc_address
-        refused("runs in explicit model control, where .* says poll, and nothing was", servers=(here,), control="poll")
-        refused(rf"{here} does not see tiny__r.__proof of {repository}, so .* another folder", servers=(here,))
+        refused(
+            "runs in explicit model control, where .* says poll, and nothing was",
+            servers=(here,),
+            connection=server.connection,
+            control="poll",
+        )
+        refused(
+            rf"{here} does not see tiny__r.__proof of {repository}, so .* another folder",
+            servers=(here,),
+            connection=server.connection,
+        )
         patch.setattr(TextClient, "runs_explicit", lambda client: None)
         patch.setattr(module, "UNSEEN_SECONDS", 0.2)
-        refused(rf"{here} does not see tiny__r.__proof of {repository}", servers=(here,), control="poll")
+        refused(
+            rf"{here} does not see tiny__r.__proof of {repository}",
+            servers=(here,),
+            connection=server.connection,
+            control="poll",
+        )
     dead = f"127.0.0.1:{unused_port}"
     with EmbeddedServer(
         repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log", control="none"
     ) as server:
         here = server.grpc_address
         refused(rf"No Triton answers gRPC at {dead} \(REFINERY_TRITON_GRPC\), and nothing was changed", servers=(dead,))
-        refused(rf"No Triton answers gRPC at {dead} ", servers=(here, dead))
-        refused("does not run in explicit model control, where REFINERY_TRITON_CONTROL says explicit", servers=(here,))
+        refused(rf"No Triton answers gRPC at {dead} ", connection=server.connection, servers=(here, dead))
+        refused(
+            "does not run in explicit model control, where REFINERY_TRITON_CONTROL says explicit",
+            servers=(here,),
+            connection=server.connection,
+        )
         monkeypatch.setattr(module, "LOAD_TIMEOUT_SECONDS", 1.0)
         monkeypatch.setattr(module, "SAY_SECONDS", 0.2)
         refused(
-            "did not take tiny__r.__proof up within 1 s.*--model-control-mode=poll", servers=(here,), control="poll"
+            "did not take tiny__r.__proof up within 1 s.*--model-control-mode=poll",
+            servers=(here,),
+            connection=server.connection,
+            control="poll",
         )
         (said,) = caplog.messages
         assert re.fullmatch(
@@ -157,17 +184,18 @@ def test_servers_that_are_not_what_was_said(
         monkeypatch.setattr(TextClient, "version", lambda client: next(versions))
         refused(
             r"not of one version \(.*2\.51\.0, .*2\.40\.0\)",
+            connection=server.connection,
             servers=(here, here.replace("127.0.0.1", "localhost")),
             control="poll",
         )
-    assert not Fleet(replace(triton_settings, servers=(here,), control="none"))
+    assert not Fleet(replace(triton_settings, servers=(here,), connection=server.connection, control="none"))
 
 
 def test_a_native_release_on_a_server_without_its_backend(repository, triton_settings, tmp_path):
     plan, before = make_plan(tmp_path / "native", seed=5, flavour="native"), tree_digest(repository)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
-        Fleet(replace(triton_settings, servers=(server.grpc_address,))) as fleet,
+        Fleet(replace(triton_settings, servers=(server.grpc_address,), connection=server.connection)) as fleet,
         pytest.raises(ServerError, match=r"lacks that backend.*REFINERY_TRITON_FLAVOUR=python"),
     ):
         publish(plan, repository, fleet_steps(fleet, lambda: exam_of(plan), repository))

@@ -243,3 +243,19 @@ def test_no_hub_at_the_endpoint(tmp_path):
     found = locate("tiny/bert", "allow_pickle", HF_ENDPOINT=NOBODY, HF_HOME=tmp_path / "hf")
     assert found.startswith("refused: source: tiny/bert is not in the Hub cache and cannot be fetched")
     assert "Check the network" in found
+
+
+@pytest.mark.parametrize("name", ["../x.json", "../../../../x.json", "a/../../x.json", "/x.json"])
+def test_names_of_the_hub_that_lead_out_of_its_snapshot(hub, tmp_path, monkeypatch, name):
+    """huggingface_hub itself refuses them, or keeps them inside of its cache's snapshot."""
+    handler, variables = hub
+    monkeypatch.setattr(handler, "_files", lambda self: ["config.json", name])
+    monkeypatch.setattr(handler, "folder", tmp_path / "served" / "a" / "b" / "c" / "d")
+    for folder in (handler.folder, handler.folder.parent, tmp_path / "served"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "x.json").write_text("{}")
+    (handler.folder / "config.json").write_text("{}")
+    answer = locate("tiny/bert", **variables)
+    snapshot = tmp_path / "hf" / "hub" / "models--tiny--bert" / "snapshots" / COMMIT
+    written = [path for path in (tmp_path / "hf").rglob("x.json") if snapshot not in path.parents]
+    assert not written, answer

@@ -23,7 +23,6 @@ import pytest
 from resources.errors import ReleaseError
 from resources.triton import retain as retaining
 from resources.triton import rollback as rolling_back
-from resources.triton.client import TextClient
 from resources.triton.files import staging_root
 from resources.triton.layout import current_number, internal_names, list_releases
 from resources.triton.lint import lint
@@ -177,7 +176,7 @@ def check_serves(repository: Path, settings: TritonSettings, plan, control, log:
     """A server starts on the repository, with all that is in it, and answers with the release of that plan."""
     with (
         EmbeddedServer(repository, settings, models=["tiny"], log=log, control=control) as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
         assert client.release_of("tiny") == current_number(repository, "tiny")
         np.testing.assert_allclose(ask_together(client, TEXTS), answers_of(plan, TEXTS), rtol=0, atol=1e-5)

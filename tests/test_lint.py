@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import onnx
@@ -158,17 +159,128 @@ def without_weights(root):
     (root / "double" / "1" / "model.onnx" / "weights.bin").unlink()
 
 
+def sparse(path, size_bytes):
+    """A file of that size that takes no room."""
+
+    def change(root):
+        with (root / path).open("r+b") as file:
+            file.truncate(size_bytes)
+
+    return change
+
+
+def link(path, target):
+    """A link in place of what is there, to what is outside of the repository unless it is given otherwise."""
+
+    def change(root):
+        place = root / path
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+        place.symlink_to(target)
+
+    return change
+
+
+def pipe(path):
+    """A pipe that nobody writes into: whoever opens it waits for ever."""
+
+    def change(root):
+        (root / path).unlink()
+        os.mkfifo(root / path)
+
+    return change
+
+
+def weights_in(location, *, where="initializer", **entries):
+    """A graph in a folder of its own whose weights are said to lie in that place."""
+
+    def change(root):
+        tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[3], data_location=TensorProto.EXTERNAL)
+        for key, value in {"location": location, "offset": "0", "length": "12", **entries}.items():
+            tensor.external_data.add(key=key, value=value)
+        proto = graph()
+        if where == "initializer":
+            proto.graph.initializer.append(tensor)
+        elif where == "attribute":
+            proto.graph.node[0].attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
+        elif where == "inner graph":
+            inner = proto.graph.node[0].attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH)
+            inner.g.initializer.append(tensor)
+        elif where == "function":
+            node = proto.functions.add(name="f").node.add(op_type="Constant")
+            node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
+        else:
+            proto.graph.sparse_initializer.add().values.CopyFrom(tensor)
+        folder = root / "double" / "1" / "model.onnx"
+        folder.unlink()
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(proto.SerializeToString())
+
+    return change
+
+
+def linked_weights(root):
+    in_a_folder(root)
+    (root / "double" / "1" / "model.onnx" / "weights.bin").rename(root / "double" / "weights.bin")
+    (root / "double" / "1" / "model.onnx" / "weights.bin").symlink_to(root / "double" / "weights.bin")
+
+
 def move_echo(root):
     edit("twice", '"echo"', '"an echo"')(root)
     edit("echo", '"echo"', '"an echo"')(root)
     (root / "echo").rename(root / "an echo")
 
 
+OUT = "lead out of the graph's folder. Put them beside the graph."
 RANDOM = """
 model_warmup { name: "w" batch_size: 1 inputs { key: "x" value { data_type: TYPE_INT64 dims: [3] random_data: true } } }
 """
 #: What is done to the repository, and the one rule that it breaks, with what is said of it.
 BROKEN = {
+    "weights elsewhere": (weights_in("../../../../etc/passwd"), "external-data", f"in '../../../../etc/passwd' {OUT}"),
+    "weights at a path": (weights_in("/etc/passwd"), "external-data", f"in '/etc/passwd' {OUT}"),
+    "weights by a link": (linked_weights, "external-data", f"in 'weights.bin' {OUT}"),
+    "weights with a null in their name": (weights_in("a\0b"), "external-data", OUT),
+    "a tensor of an operator elsewhere": (weights_in("../x", where="attribute"), "external-data", OUT),
+    "weights of an inner graph elsewhere": (weights_in("../x", where="inner graph"), "external-data", OUT),
+    "weights of a function elsewhere": (weights_in("../x", where="function"), "external-data", OUT),
+    "sparse weights elsewhere": (weights_in("../x", where="sparse"), "external-data", OUT),
+    "weights that begin nowhere": (
+        weights_in("w.bin", offset="²"),
+        "external-data",
+        "'w' begins at '²' of 'w.bin' and has '12' bytes. Export it again.",
+    ),
+    "weights of any length": (
+        lambda root: (weights_in("w", length="")(root), write("double/1/model.onnx/w", "1234")(root)),
+        "external-data",
+        "w has 4 bytes of 12",
+    ),
+    "4 GB of configuration": (sparse(f"double/{CONFIG}", 4 * 2**30), "too-large", "double/config.pbtxt: error: is lar"),
+    "4 GB of Python": (sparse("echo/1/model.py", 4 * 2**30), "too-large", "larger than 1,048,576 bytes"),
+    "4 GB of graph": (sparse("double/1/model.onnx", 4 * 2**30), "too-large", "larger than 2,147,483,647 bytes"),
+    "a configuration of mistakes": (
+        write(f"double/{CONFIG}", "input {}\n" * 500),
+        "too-large",
+        "double: error: has 200 findings or more",
+    ),
+    "a configuration elsewhere": (link(f"double/{CONFIG}", "/etc/passwd"), "link", "double/config.pbtxt: warning: lea"),
+    "a graph elsewhere": (link("double/1/model.onnx", "/etc/passwd"), "link", "double/1/model.onnx: warning: lea"),
+    "a model elsewhere": (link("double", "/etc"), "link", "double: warning: leads out of the repository"),
+    "a version elsewhere": (link("double/1", "/etc"), "link", "double/1: warning: leads out of the repository"),
+    "any file elsewhere": (link("echo/1/more.txt", "/etc/passwd"), "link", "echo/1/more.txt: warning: leads out"),
+    "a link in a circle": (link("echo/1/model.py", "model.py"), "model-file", "model.py is missing"),
+    "a configuration that is a pipe": (pipe(f"double/{CONFIG}"), "no-config", "double: "),
+    "Python that is a pipe": (pipe("echo/1/model.py"), "model-file", "model.py is missing"),
+    "a graph that is a pipe": (pipe("double/1/model.onnx"), "model-file", "holds no model.onnx"),
+    "labels elsewhere": (edit("echo", "labels.txt", "../../etc/passwd"), "label-file", "leads out of the model's fold"),
+    "labels at a path": (edit("echo", "labels.txt", "/etc/passwd"), "label-file", "leads out of the model's folder"),
+    "a warm-up from elsewhere": (
+        edit("echo", "zero_data: true", 'input_data_file: "../labels.txt"'),
+        "warm-up",
+        "'../labels.txt' leads out of warmup/",
+    ),
     "a space in a name": (
         lambda root: (edit("twice", '"echo"', '"an echo"')(root), move_echo(root)),
         "shell-path",
@@ -333,6 +445,9 @@ BROKEN = {
 FOLLOWING = {
     "a policy of what is not there": {"ensemble-step"},
     "no type": {"warm-up"},
+    "a configuration of mistakes": {"tensor-type", "tensor-dims"},
+    "a configuration elsewhere": {"no-config"},
+    "a version elsewhere": {"no-version"},
     "batches of nothing": {"tensor-dims"},
     "a tensor that nothing makes": {"ensemble-unused"},
     "a step that waits for itself": {"ensemble-unused"},
@@ -490,3 +605,82 @@ def test_text_is_what_editors_jump_to():
     finding = Finding("model-name", "a/config.pbtxt", "says 'b', and its folder is 'a'.", 3)
     assert re.match(r"a/config\.pbtxt:3: error: says .*\[model-name\]\n1 errors", as_text([finding]))
     assert json.loads(as_sarif([]))["runs"][0]["results"] == []
+
+
+def test_names_in_a_graph_may_be_no_text(repository):
+    proto = graph()
+    proto.graph.input[0].name = "name of the input"
+    data = proto.SerializeToString().replace(b"name of the input", b"\xff\x1b[31mf the input")
+    (repository / "double" / "1" / "model.onnx").write_bytes(data)
+    (found, other) = lint(repository)
+    assert {found.rule, other.rule} == {"tensor-name"}
+    assert "\\xff" in found.message + other.message
+    assert "\x1b" not in as_text([found, other])
+
+
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        lambda inner: inner,  # nothing around
+        lambda inner: b"\x07" + inner,  # a tag that there is not
+        lambda inner: inner[: len(inner) // 2],
+    ],
+)
+def test_graphs_that_are_nested_without_end_are_refused(repository, graphs):
+    def field(number, data):
+        size, prefix = len(data), b""
+        while size > 127:
+            size, prefix = size >> 7, prefix + bytes([size & 127 | 128])
+        return bytes([number << 3 | 2]) + prefix + bytes([size]) + data
+
+    inner = b""
+    for _ in range(5000):  # a graph in an attribute of an operator of a graph
+        inner = field(1, field(5, field(6, inner)))
+    (repository / "double" / "1" / "model.onnx").write_bytes(graphs(field(7, inner)))
+    (found,) = lint(repository)
+    assert (found.rule, "cannot be read" in found.message) == ("onnx-graph", True)
+
+
+HOSTILE = "a\x1b]0;owned\x07\n\u202eb: error: forged [no-config]\udcff"
+
+
+def test_hostile_names_are_shown_as_they_are_written(repository, capsys):
+    """Neither a command to the terminal, nor a line that passes for a finding, nor text that no encoding takes."""
+    (repository / "double").rename(repository / HOSTILE)
+    assert main(["lint", str(repository)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "a\\x1b]0;owned\\x07\\n\\u202eb: error: forged [no-config]\\udcff/config.pbtxt:2: error: says" in lines[0]
+    assert len(lines) == 2
+    for form in ("json", "sarif"):
+        assert main(["lint", str(repository), "--format", form]) == 1
+        out = capsys.readouterr().out
+        assert out.isascii()
+        assert "\x1b" not in out
+        assert json.loads(out)
+    place = json.loads(out)["runs"][0]["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    assert place.startswith("a%1B%5D0%3Bowned%07%0A%E2%80%AEb")
+    assert place.endswith("%FF/config.pbtxt")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param([("t0", "TEXT")] + [(f"t{n}", f"t{n - 1}") for n in range(1, 7000)], id="in order"),
+        pytest.param([(f"t{n}", f"t{n + 1}") for n in range(7000)] + [("t7000", "TEXT")], id="in reverse"),
+    ],
+)
+def test_what_a_configuration_can_hold_is_looked_at_within_seconds(repository, steps):
+    """No rule may take the square of a megabyte."""
+    step = (
+        "step {{ model_name: 'echo' model_version: 1 input_map {{ key: 'TEXT' value: '{}' }} "
+        "output_map {{ key: 'COPY' value: '{}' }} }}\n"
+    )
+    last = steps[-1][0] if steps[0][1] == "TEXT" else "t0"
+    text = TWICE.split("ensemble_scheduling")[0].replace("RESULT", last)
+    text += "ensemble_scheduling {" + "".join(step.format(read, made) for made, read in steps) + "}"
+    assert 7e5 < len(text) < 2**20
+    (repository / "twice" / CONFIG).write_text(text)
+    began = time.process_time()
+    assert lint(repository) == []
+    assert time.process_time() - began < 10

@@ -29,6 +29,7 @@ from resources.triton.server import EmbeddedServer
 from resources.workspace import Workspace
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
+from tests.native import play_native_backend
 from tests.pipeline import add_entry, run_assets, run_job
 from tests.releases import query_texts, unasked
 
@@ -497,7 +498,9 @@ def test_a_release_that_waits_is_promoted_where_a_server_proves_it(made_checkpoi
         EmbeddedServer(repository, begun.triton, models=["tiny"], log=tmp_path / "log") as server,
         pytest.raises(ServerError, match="lacks that backend"),
     ):
-        promoted(replace(native, triton=replace(native.triton, servers=(server.grpc_address,))))
+        promoted(
+            replace(native, triton=replace(native.triton, servers=(server.grpc_address,), connection=server.connection))
+        )
     assert current_number(repository, "tiny") == 2
     # Where a server has it, what waits is published: this one's proof nobody gave.
     monkeypatch.setattr(make, "fleet_steps", lambda *arguments, **options: Steps(prove=unasked))
@@ -598,3 +601,28 @@ def test_what_would_keep_a_release_from_being_published_is_said_before_anything_
     # What makes no release asks for none of that; nor does a server that is started anew for each release.
     assert run_assets(dead, "tiny", ["checkpoint"]).success
     require_publishable(replace(dead, triton=replace(dead.triton, control="none")), "tiny", "cpu")
+
+
+def test_a_native_release_is_searched_for_proven_and_measured_on_the_configured_server(
+    made_checkpoint, begun, tmp_path, monkeypatch
+):
+    play_native_backend(monkeypatch)
+    serving = {"search_seconds": 6.0, "benchmark_seconds": 2.0, "clients": 4}
+    add_entry(begun, entry_for(made_checkpoint(), **{**QUICK, "serving": serving}))
+    repository = begun.repository("cpu")
+    repository.mkdir(parents=True)
+    with EmbeddedServer(repository, begun.triton, models=[], log=tmp_path / "log") as server:
+        settings = replace(begun.triton, flavour="native", servers=(server.grpc_address,), connection=server.connection)
+        outcome = run_job(replace(begun, triton=settings), "tiny")
+    assert outcome.success, outcome.messages
+    assert "settings tried" in outcome.metadata("serving_configuration", "cpu")["reason"]
+    release = current_release(repository, "tiny")
+    assert (release.flavour, release.number, release.status) == ("native", 1, "published")
+    load = outcome.metadata("serving_benchmark", "cpu")
+    assert (load["status"], load["release_number"]) == ("measured", 1)
+    assert load["throughput_per_s"] > 0
+    # The next run has no such server: what it would measure on is named.
+    add_entry(begun, entry_for(made_checkpoint(), **{**QUICK, "serving": serving, "max_batch_size": 4}))
+    alone = run_job(replace(begun, triton=replace(settings, servers=())), "tiny")
+    assert "no server with Triton's own backends is configured" in alone.metadata("serving_benchmark", "cpu")["reason"]
+    assert "is configured to measure on" in alone.metadata("serving_configuration", "cpu")["reason"]

@@ -1,6 +1,8 @@
 """What a plan says, and what a run then does: one small model, and one thing changed at a time."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from orchestration import schedules
 from orchestration.definitions import make_definitions
 from orchestration.schedules import MOST_ATTEMPTS, PLAN_TAG, WHY_TAG, reoptimization
 from resources.artifacts import fingerprint as fingerprints
+from resources.artifacts import hashes
 from resources.artifacts.records import Engine
 from resources.checkpoints import Located, collect
 from resources.engines import ENGINES
@@ -272,11 +275,12 @@ def test_a_source_that_is_not_here_is_what_it_was_by_its_revision(copy, checkpoi
     assert plan_model(copy, entry).steps[0].reasons == (f"revision {COMMIT[:12]} -> {OLDER[:12]}",)
 
 
-def test_a_file_that_cannot_be_read_is_an_error_of_that_model_alone(workspace, tmp_path):
-    folder = write_checkpoint(tmp_path / "checkpoint")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to("/proc/self/mem")  # whoever reads it gets EIO
-    found = plan_model(workspace, entry_for(folder))
+def test_a_file_that_cannot_be_read_is_an_error_of_that_model_alone(workspace, tmp_path, monkeypatch):
+    def fails(folder, name):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / name))
+
+    monkeypatch.setattr(hashes, "open_below", fails)  # a broken disk
+    found = plan_model(workspace, entry_for(write_checkpoint(tmp_path / "checkpoint")))
     assert "Input/output error. Make the file readable" in found.error
 
 

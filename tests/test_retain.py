@@ -13,7 +13,6 @@ from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
 from resources.triton import publish as publishing
 from resources.triton import retain as module
-from resources.triton.client import TextClient
 from resources.triton.files import discard, staging_root
 from resources.triton.layout import CONFIG, current_number, current_release, is_whole, list_releases
 from resources.triton.publish import Steps, publish
@@ -74,12 +73,16 @@ def test_what_a_server_serves_stays_and_answers(repository, plans, triton_settin
     point_to(repository, 3)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log") as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
         client.load("tiny__r1__pipeline")
         point_to(repository, 5)  # and nobody has told the server
         done = retain(
-            repository, "tiny", keep=1, settings=TritonSettings(servers=(server.grpc_address,)), asked=["127.0.0.1:9"]
+            repository,
+            "tiny",
+            keep=1,
+            settings=TritonSettings(servers=(server.grpc_address,), connection=server.connection),
+            asked=["127.0.0.1:9"],
         )
         assert done.removed == (1, 2, 4)
         assert done.kept[3] == f"served at {server.grpc_address}"

@@ -15,7 +15,7 @@ from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
 from resources.triton import fleet, verify
 from resources.triton import rollback as module
-from resources.triton.client import TextClient
+from resources.triton.asking import ask
 from resources.triton.files import staging_root
 from resources.triton.layout import CONFIG, current_number
 from resources.triton.publish import Steps, publish
@@ -23,7 +23,7 @@ from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
-from resources.triton.verify import ask, differences, find_release
+from resources.triton.verify import differences, find_release
 from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
 
 TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
@@ -72,12 +72,12 @@ def test_what_cannot_be_put_back_is_said_beside_why_it_was(repository, monkeypat
 
     servers = SimpleNamespace(
         require_ready=lambda: None,
+        ask_aside=lambda place, release: None,
         served=lambda model: [],
         retire=lambda names: None,
         take_up=refuse,
         go_back=lambda place, model: ["Nor does it load what was there."],
     )
-    monkeypatch.setattr(module, "_ask_aside", lambda *arguments: None)
     message = (
         r"Out of memory\. The pointer was not put back: The store is away\. The pointer may have moved all the same.* "
         r"Nor does it load what was there\."
@@ -224,9 +224,12 @@ def test_where_the_pointer_is_gone_and_no_server_takes_the_release_up_it_is_gone
 
     (repository / "tiny" / CONFIG).unlink()
     servers = SimpleNamespace(
-        served=lambda model: [], retire=lambda names: None, take_up=refuse, go_back=lambda place, model: []
+        ask_aside=lambda place, release: None,
+        served=lambda model: [],
+        retire=lambda names: None,
+        take_up=refuse,
+        go_back=lambda place, model: [],
     )
-    monkeypatch.setattr(module, "_ask_aside", lambda *arguments: None)
     with pytest.raises(ServerError, match=r"Out of memory\. What served before"):
         module._switch(repository, find_release(repository, "tiny", 1), servers)
     assert not (repository / "tiny" / CONFIG).exists()
@@ -274,8 +277,8 @@ def test_native_releases_need_a_server_that_has_their_backend(tmp_path):
 
 def test_a_running_server_is_told_and_asked(repository, broken, plans, triton_settings, tmp_path):
     with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server:
-        settings = replace(triton_settings, servers=(server.grpc_address,))
-        with TextClient(server.grpc_address) as client:
+        settings = replace(triton_settings, servers=(server.grpc_address,), connection=server.connection)
+        with server.client() as client:
             roll_back(repository, "tiny", settings, to=1, log=tmp_path / "log")
             number, answers = served(client)
             assert number == 1
@@ -305,13 +308,12 @@ def test_what_fails_after_the_switch_is_switched_back(repository, plans, triton_
         if name is None and release.number == 2:  # the public model, which everybody asks
             raise KeyboardInterrupt
 
-    for asking in (module, fleet):
-        monkeypatch.setattr(asking, "ask", failing)
+    monkeypatch.setattr(fleet, "ask", failing)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
-        settings = replace(triton_settings, servers=(server.grpc_address,))
+        settings = replace(triton_settings, servers=(server.grpc_address,), connection=server.connection)
         with pytest.raises(KeyboardInterrupt):
             roll_back(repository, "tiny", settings, log=tmp_path / "log")
         assert asked == ["tiny__r2__proof", None, None], "and what it goes back to"

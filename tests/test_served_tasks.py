@@ -80,7 +80,7 @@ def test_served_answers_are_those_of_transformers(served, task):
     server, folders, repository, _ = served
     items = items_of(task, repository)
     expected = transformers_answers(task, folders[task], items, **SERVED[task][2])
-    with TextClient(server.grpc_address) as client:
+    with server.client() as client:
         contract = client.contract(task)
         assert set(contract.inputs) == set(items[0])
         assert_same([client.ask(task, contract, [item])[0] for item in items], expected, 1e-4)
@@ -101,7 +101,7 @@ def test_served_answers_are_those_of_transformers(served, task):
 def test_odd_texts_are_answered(served, task):
     server, _, repository, _ = served
     settings = settings_of(task, repository)
-    with TextClient(server.grpc_address) as client:
+    with server.client() as client:
         contract = client.contract(task)
         for text in [*ODD, MILLION]:
             for item in TASKS[task].odd_items(settings, text):
@@ -115,7 +115,7 @@ def test_what_cannot_be_answered_fails_alone(served, task):
     settings = settings_of(task, repository)
     right = items_of(task, repository)[:8]
     wrong = [dict.fromkeys(right[0], b"\xff\xfe no text"), *TASKS[task].refused_items(settings)]
-    with TextClient(server.grpc_address) as client, ThreadPoolExecutor(12) as pool:
+    with server.client() as client, ThreadPoolExecutor(12) as pool:
         contract = client.contract(task)
         alone = [client.ask(task, contract, [item])[0] for item in right]
 
@@ -140,7 +140,7 @@ def test_labels_beyond_the_batch_are_split(served):
     task, labels = "zero-shot-classification", [f"label {number}" for number in range(40)]
     items = [{"TEXT": text, "LABELS": json.dumps(labels)} for text in sample_texts()[:8]]
     expected = transformers_answers(task, folders[task], items[:2], multi_label=True)
-    with TextClient(server.grpc_address) as client:
+    with server.client() as client:
         found = client.ask(task, client.contract(task), items)
     assert [len(answer["labels"]) for answer in found] == [40] * 8
     for answer, right in zip(found, expected, strict=False):
@@ -160,7 +160,7 @@ def test_an_engine_that_answers_nan_is_refused_not_made_an_answer(served, triton
     model.write_text(model.read_text().replace(line, "return np.nan * self._engine.run("))
     with (
         EmbeddedServer(copy, triton_settings, models=[task], log=tmp_path / "log") as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
         pytest.raises(ServerError, match="NaN or infinity"),
     ):
         client.ask(task, client.contract(task), [{"TEXT": "Sarah lives in Berlin"}])

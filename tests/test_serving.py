@@ -18,7 +18,6 @@ from resources.errors import ReleaseError, ServerError
 from resources.reporting import load_plot, load_table
 from resources.tasks.samples import sample_texts
 from resources.tracking.serving import last_of_each
-from resources.triton.client import TextClient
 from resources.triton.config import engine_config, front_config
 from resources.triton.launch import caching, limited
 from resources.triton.limits import require_resources
@@ -26,9 +25,10 @@ from resources.triton.load import closed_loop, server_statistics
 from resources.triton.mix import mix
 from resources.triton.perf_analyzer import find_perf_analyzer, read_report, run_perf_analyzer
 from resources.triton.publish import Steps, publish
-from resources.triton.search import choose, halve, last_stage, rank, settings_to_try, trial_server
+from resources.triton.search import choose, halve, last_stage, rank, settings_to_try
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import levels_of, measure_load
+from resources.triton.trials import embedded_trials
 from tests.releases import CONTRACT, answers_of, ask_together, counted, make_plan, unasked
 
 ITEMS = [{"TEXT": text} for text in sample_texts()[:40]]
@@ -140,7 +140,7 @@ def plan(tmp_path_factory):
 
 
 def test_settings_are_measured_on_a_real_server(plan, triton_settings, tmp_path):
-    with trial_server(plan, triton_settings, ITEMS, 4, tmp_path / "log") as measure:
+    with embedded_trials(plan, triton_settings, ITEMS, 4, tmp_path / "log") as measure:
         one = measure(ServingSetting(), 1.0, 1)
         two = measure(ServingSetting(instances=2, queue_delay_us=500), 1.5, 1)
         patient = measure(ServingSetting(queue_delay_us=30_000), 1.5, 2)
@@ -174,7 +174,7 @@ def test_the_chosen_configuration_is_in_the_release(plan, triton_settings, tmp_p
     names = ["tiny", "tiny__r1__pipeline"]
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log", options=options) as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
         before = server_statistics(server.grpc_address, names)
         answers = [ask_together(client, ["the same text"]) for _ in range(5)]
@@ -257,7 +257,7 @@ def test_the_first_instance_has_what_is_alone_and_others_help(triton_settings, t
     code.write_text(code.read_text() + COUNTING.format(path=str(log), what=PROCESS, pause=0.002))
     with EmbeddedServer(tmp_path / "cpu", triton_settings, models=["tiny"], log=tmp_path / "log") as server:
         log.write_text("")
-        with TextClient(server.grpc_address) as client:
+        with server.client() as client:
             for _ in range(50):
                 ask_together(client, ["one"])
                 time.sleep(0.01)  # an instance is free a moment after its answer
@@ -338,7 +338,7 @@ def test_a_server_that_lacks_resources_says_what_to_do(triton_settings, tmp_path
     server = EmbeddedServer(tmp_path / "cpu", triton_settings, models=[], log=tmp_path / "log", options=options)
     with (
         server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
         pytest.raises(ServerError, match=r"limited to 0.*--resource NAME"),
     ):
         client.load("tiny")

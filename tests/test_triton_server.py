@@ -154,7 +154,7 @@ def test_a_request_that_is_wrong_fails_alone(served, plans):
     right = answers_of(plans[0], TEXTS)
 
     def ask(number):
-        with TextClient(served.grpc_address) as client:
+        with served.client() as client:
             if number % 3 == 0:
                 return ask_together(client, list(TEXTS))
             with pytest.raises(ServerError) as caught:
@@ -186,7 +186,7 @@ def test_what_the_engine_cannot_compute_fails_alone(repository, plans, triton_se
     right = answers_of(plans[0], texts)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log") as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
 
         def ask(number):
@@ -311,7 +311,7 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
     first = release_digest(repository, "tiny", 1)
     with (
         EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "triton.log") as server,
-        Fleet(replace(triton_settings, servers=(server.grpc_address,))) as fleet,
+        Fleet(replace(triton_settings, servers=(server.grpc_address,), connection=server.connection)) as fleet,
     ):
         http = [server.http_address]
         # A release that fails: the server holds and answers what it did before, and no trace is left.
@@ -320,7 +320,7 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
         with pytest.raises(ReleaseError, match="cosine_mean"):
             publish(plans[1], repository, wrong)
         assert tree_digest(repository) == before
-        with TextClient(server.grpc_address) as client:
+        with server.client() as client:
             assert client.is_ready("tiny__r1__pipeline")
             assert not any(client.is_ready(f"tiny__r2__{part}") for part in ("tokenizer", "engine", "proof"))
         np.testing.assert_allclose(
@@ -332,7 +332,7 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
         np.testing.assert_allclose(
             query_texts(server.grpc_address, "tiny", TEXTS), answers_of(plans[1], TEXTS), rtol=0, atol=1e-6
         )
-        with TextClient(server.grpc_address) as client:
+        with server.client() as client:
             assert not client.is_ready("tiny__r3__proof")
             assert client.is_ready("tiny__r3__pipeline")
         assert not list(repository.glob("*__proof"))
@@ -341,7 +341,7 @@ def test_a_running_server_proves_and_takes_up_a_release(repository, plans, trito
         shutil.copytree(repository / "tiny__r1__pipeline", repository / "tiny__r7__pipeline")
         config = repository / "tiny__r7__pipeline" / CONFIG
         config.write_text(config.read_text().replace("__r1__", "__r7__"))
-        with TextClient(server.grpc_address) as client:
+        with server.client() as client:
             client.load("tiny__r7__pipeline")
             assert client.is_ready("tiny__r7__pipeline")
             assert publish(plans[1], repository, steps).changed is False

@@ -17,7 +17,6 @@ import pytest
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks.samples import sample_texts
 from resources.triton import retain as retaining
-from resources.triton.client import TextClient
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG, list_releases
 from resources.triton.make import fleet_steps
@@ -66,7 +65,9 @@ class Cycle:
 
     def attach(self, server):
         if self.told:
-            self.settings = replace(self.settings, servers=(server.grpc_address,), control=self.control)
+            self.settings = replace(
+                self.settings, servers=(server.grpc_address,), connection=server.connection, control=self.control
+            )
 
     def publish(self, *, proven=False):
         """The next release; the number of each is that of its plan, counted from 1."""
@@ -117,7 +118,7 @@ def under_load(cycle, triton_settings, tmp_path, rounds, control, *, proven):
     known = np.stack([answers_of(plan, TEXTS) for plan in plans])
     with (
         EmbeddedServer(cycle.repository, triton_settings, models=["tiny"], log=log, control=control) as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
         cycle.attach(server)
         with Load(server.grpc_address, "tiny", TEXTS, known, PER_SECOND) as load:

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from resources.artifacts.records import sha256_file
 from resources.files import write_whole
+from resources.foreign import open_below
 
 #: A file that changed so recently may change again without another time of change: file systems' clocks are coarse.
 _SETTLED_SECONDS = 2.0
@@ -30,8 +30,14 @@ def write_json(path: Path, data: object) -> None:
     write_whole(path, json.dumps(data))
 
 
+def hash_below(folder: Path, name: str) -> str:
+    """Hex SHA-256 of a file of somebody else's folder. Raises OSError, and ForeignError where it is no file of it."""
+    with open_below(folder, name) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, str]:
-    """Hex SHA-256 of files below the folder, by name. Raises OSError.
+    """Hex SHA-256 of files of somebody else's folder, by name. Raises OSError and ForeignError.
 
     memory: a folder for what was found, which is taken as it is where a file's size and times are as they were.
     """
@@ -51,7 +57,7 @@ def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, st
         if before is not None and before[:-1] == now:
             found[name] = str(before[-1])
         else:
-            found[name] = sha256_file(path)
+            found[name] = hash_below(folder, name)
             if time.time() - max(now[1:3]) / 1e9 < _SETTLED_SECONDS or signature(path) != now:
                 continue
         fresh[name] = [*now, found[name]]

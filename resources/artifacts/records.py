@@ -5,14 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from resources.artifacts.fingerprint import is_made_of, is_of_earlier_version
+from resources.foreign import ForeignError, check_name
 
 #: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+def _file_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except ForeignError as error:
+        raise ValueError(str(error)) from None
+
+
+#: A path below the folder of what a record or a manifest describes. Whoever writes to a shared store writes these too.
+FileName = Annotated[str, AfterValidator(_file_name)]
 
 
 class StoredFile(BaseModel):
@@ -46,7 +58,7 @@ class Record(BaseModel):
     kind: ClassVar[str]
     digest: str
     model: str
-    files: dict[str, StoredFile] = Field(default_factory=dict)
+    files: dict[FileName, StoredFile] = Field(default_factory=dict)
     build_seconds: float = 0.0
     peak_memory_bytes: int = 0
     usage: Usage | None = Field(default=None, description="None: made by no process of its own, or not watched.")
@@ -67,11 +79,6 @@ class Record(BaseModel):
         """
         parts = self.made_of
         return not parts or is_made_of(self.kind, self.digest, parts) or is_of_earlier_version(parts)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every path below the artifact's folder that the record says."""
-        return tuple(self.files)
 
     @property
     def content(self) -> dict[str, StoredFile]:
@@ -228,7 +235,9 @@ class Engine(Record):
     precision: str
     status: EngineStatus
     reason: str = ""
-    entry_file: str = Field(default="", description="What the runtime opens, relative to the artifact.")
+    entry_file: FileName | Literal[""] = Field(
+        default="", description="What the runtime opens, relative to the artifact."
+    )
     inputs: tuple[str, ...] = ()
     output: str = ""
     width: int = 0
@@ -242,10 +251,6 @@ class Engine(Record):
         default=(),
         description="Files for people: how to build it again, reports. Never served, nor counted as its size.",
     )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.files, *([self.entry_file] if self.entry_file else []))
 
     @property
     def content(self) -> dict[str, StoredFile]:

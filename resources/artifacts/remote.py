@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resources.artifacts.records import Record, StoredFile, sha256_file
 from resources.errors import ArtifactError, ReleaseError
-from resources.triton.storage import RemotePath, stays_below
+from resources.foreign import ForeignError, local_path
+from resources.triton.storage import RemotePath
 
 R = TypeVar("R", bound=Record)
 _RECORD = "record.json"
@@ -137,11 +138,9 @@ def upload_of(place: RemotePath) -> str | None:
 
 def _fetched(source: RemotePath, folder: Path, name: str, file: StoredFile) -> bool:
     """Whether the file is in the folder now, byte for byte. Else it is not there, or not what was put there."""
-    if not stays_below(name):
-        return False
     try:
-        source.download(folder / name, file.size_bytes)
-    except FileNotFoundError:
+        source.download(local_path(folder, name), file.size_bytes)
+    except (FileNotFoundError, ForeignError):
         return False
     return sha256_file(folder / name) == file.sha256
 

@@ -38,8 +38,8 @@ from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.staging import claimed, staging_folder
 from resources.errors import ArtifactError
 from resources.files import move_whole
+from resources.foreign import parse_json
 from resources.locks import file_lock
-from resources.triton.storage import stays_below
 
 R = TypeVar("R", bound=Record)
 
@@ -124,10 +124,8 @@ class ArtifactStore:
         """
         folder = self.folder(record)
         verified = {} if every_byte else self._verified(folder)
-        wrong, seen = [name for name in record.names if not stays_below(name)], dict[str, list[int]]()
+        wrong, seen = [], dict[str, list[int]]()
         for name, file in sorted(record.files.items()):
-            if name in wrong:
-                continue
             try:
                 seen[name] = signature(folder / name)
                 as_it_was = verified.get(name) == seen[name]
@@ -276,9 +274,8 @@ class ArtifactStore:
         """The digest of the newest record that the named step made; empty if there is none."""
         try:
             remote, path = self.remote, self._pointer(name)
-            return str(
-                json.loads(path.read_text(encoding="utf-8") if remote is None else remote.pointer(name))["digest"]
-            )
+            text = path.read_text(encoding="utf-8") if remote is None else remote.pointer(name)
+            return str(parse_json(text.encode())["digest"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return ""
 

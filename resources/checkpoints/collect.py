@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +18,49 @@ from resources.artifacts.fingerprint import (
     library_versions,
     pending,
 )
-from resources.artifacts.hashes import hash_files
+from resources.artifacts.hashes import hash_below, hash_files
 from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
 from resources.catalog import ModelEntry
+from resources.checkpoints.configuration import CONFIG
+from resources.checkpoints.reading import TOKENIZER
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import locate
-from resources.checkpoints.validation import TOKENIZER, slow_tokenizer, validate
-from resources.errors import ArtifactError, CatalogError, CheckpointError, UnfetchedError, first_line
+from resources.checkpoints.tokenizer import Signature, prepare_tokenizer
+from resources.checkpoints.validation import validate
+from resources.errors import ArtifactError, CatalogError, CheckpointError, IsolationError, UnfetchedError
 from resources.evaluation.requests import sampled_requests
+from resources.foreign import ForeignError, open_below
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
-from resources.tasks import TASKS, CheckpointFiles, SpecialTokens
+from resources.tasks import TASKS, CheckpointFiles
+from resources.tasks.sentence_transformers import read_json
 
 #: What a stored checkpoint depends on, beside its source.
 CODE = ("resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests")
 ENCODER_FILE = "encoder.json"
 #: A larger sample says nothing more about lengths.
 _MOST_SAMPLED = 20_000
+_COPIED_AT_ONCE = 2**20
+#: Many times what reading the largest tokenizer takes; a step's own limits are for building engines.
+_READING = Limits(timeout_s=300.0, memory_bytes=16 * 10**9)
 #: How names of weights end.
 _WEIGHTS = (".safetensors", ".bin")
 #: Fields of config.json that say nothing about what the model computes; labels have a digest of their own.
 _NOT_WEIGHTS = ("id2label", "label2id", "_name_or_path", "transformers_version")
 
 
-@dataclass(frozen=True)
-class _Signature:
-    inputs: tuple[str, ...]
-    pad_id: int
-    vocabulary_size: int
-    tokens: SpecialTokens
-
-
 def content_hashes(entry: ModelEntry, folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Hex SHA-256 of each of the checkpoint's files. Raises CheckpointError."""
     try:
-        return {name: sha256_file(folder / name) for name in names}
-    except OSError as error:
-        raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
+        return {name: hash_below(folder, name) for name in names}
+    except (OSError, ForeignError) as error:
+        raise _unreadable(entry, error) from error
+
+
+def _unreadable(entry: ModelEntry, error: OSError | ForeignError) -> CheckpointError:
+    return CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})")
 
 
 def content_revision(hashes: Mapping[str, str]) -> str:
@@ -97,25 +101,16 @@ def collect_checkpoint(
         if not fetch and located.revision is not None:  # of the Hub, and perhaps not whole yet
             raise UnfetchedError(entry.source, located.revision) from None
         raise
-    except OSError as error:
-        raise CheckpointError(f"{entry.name}: {error}. Make the file readable. (source: {entry.source})") from error
+    except (OSError, ForeignError) as error:
+        raise _unreadable(entry, error) from error
     weights = _weights_digest(found.config, found.files, hashes)
     others = {name: sha256 for name, sha256 in hashes.items() if not name.endswith(_WEIGHTS)}
     made_of = _made_of(entry, located.revision, weights, others)
 
     def make(folder: Path) -> Checkpoint:
         for name in found.files:
-            copy_unchanged(entry.name, located.folder / name, folder / name, hashes[name])
-        with building():
-            signature, peak = run_isolated(
-                _prepare_tokenizer,
-                folder,
-                entry.name,
-                entry.trust_remote_code,
-                limits=limits,
-                what=f"{entry.name}: reading the checkpoint's tokenizer",
-                log=log,
-            )
+            copy_unchanged(entry.name, located.folder, name, folder / name, hashes[name])
+        signature, peak = _read_isolated(entry, folder, found.weights, limits, log)
         task, options = TASKS[entry.task], entry.task_options()
         files = CheckpointFiles(entry.name, folder, found.config)
         labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
@@ -275,17 +270,48 @@ def _content_of(entry: ModelEntry) -> str | None:
         ) from None
 
 
-def copy_unchanged(model: str, source: Path, place: Path, sha256: str) -> None:
+def _read_isolated(
+    entry: ModelEntry, folder: Path, weights: Sequence[str], limits: Limits, log: Path | None
+) -> tuple[Signature, int]:
+    """What transformers makes of the copy, and the memory that took, found out in a child process: its libraries may
+    crash or take all memory for a file that looks right. Raises CheckpointError.
+    """
+    stored = sum((folder / name).stat().st_size for name in weights)
+    limits = replace(
+        limits,
+        timeout_s=min(limits.timeout_s, _READING.timeout_s),
+        memory_bytes=min(limits.memory_bytes, _READING.memory_bytes),
+    )
+    try:
+        with building():
+            return run_isolated(
+                prepare_tokenizer,
+                folder,
+                entry.name,
+                entry.trust_remote_code,
+                stored,
+                limits=limits,
+                what=f"{entry.name}: reading the checkpoint's config.json and tokenizer",
+                log=log,
+            )
+    except IsolationError as error:
+        raise CheckpointError(f"{error} (source: {entry.source})") from error
+
+
+def copy_unchanged(model: str, folder: Path, name: str, place: Path, sha256: str) -> None:
     """Copy a file that was hashed before. Raises CheckpointError where it has changed since: someone is writing it."""
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.copyfile(source, place)
-    except OSError as error:
-        raise CheckpointError(f"{model}: {source} cannot be copied: {error}. Try again when it is whole.") from None
+        with open_below(folder, name) as source, place.open("wb") as target:
+            shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
+    except (OSError, ForeignError) as error:
+        raise CheckpointError(
+            f"{model}: {folder / name} cannot be copied: {error}. Try again when it is whole."
+        ) from None
     if sha256_file(place) != sha256:
         raise CheckpointError(
-            f"{model}: {source} changed while the checkpoint was being copied. Try again when whatever writes it is "
-            "done, or give a copy of the folder."
+            f"{model}: {folder / name} changed while the checkpoint was being copied. Try again when whatever writes "
+            "it is done, or give a copy of the folder."
         )
 
 
@@ -302,71 +328,7 @@ def _weights_digest(config: dict[str, Any], names: tuple[str, ...], hashes: dict
     return digest_of_files(parts)
 
 
-def _prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool) -> _Signature:
-    """In the child: write tokenizer.json where only older files are there, and find which arrays the model takes."""
-    import inspect
-
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    trust = {"trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
-        # On the meta device nothing is allocated: only the signature is wanted.
-        with torch.device("meta"):
-            accepted = inspect.signature(AutoModel.from_config(config, **trust).forward).parameters
-    except Exception as error:
-        raise CheckpointError(
-            f"{model}: transformers cannot make a model of its config.json: {first_line(error)}"
-        ) from error
-    file = TOKENIZER if (folder / TOKENIZER).is_file() else slow_tokenizer(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **trust)
-        if file != TOKENIZER:
-            tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-    except Exception as error:
-        raise CheckpointError(
-            f"{model}: transformers cannot read its tokenizer ({file}): {first_line(error)}. Save it again, as a fast "
-            "tokenizer (tokenizer.json), with tokenizer.save_pretrained."
-        ) from error
-    # DeBERTa's tokenizers make segment ids although most of its models have no table for them (type_vocab_size 0).
-    segments = "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 1) != 0
-    inputs = tuple(
-        name
-        for name in ("input_ids", "attention_mask", "token_type_ids")
-        if name in accepted and (name != "token_type_ids" or segments)
-    )
-    # Of byte-pair encodings transformers never removes spaces, whatever their configuration says.
-    pieces = type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
-    tokens = SpecialTokens(
-        pad_id=tokenizer.pad_token_id,
-        clean_up=bool(tokenizer.clean_up_tokenization_spaces) and pieces,
-        unknown_id=tokenizer.unk_token_id,
-        mask_id=tokenizer.mask_token_id,
-        mask_token=tokenizer.mask_token,
-    )
-    return _Signature(
-        inputs=inputs,
-        pad_id=_pad_id(model, config, tokenizer),
-        vocabulary_size=tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True),
-        tokens=tokens,
-    )
-
-
-def _pad_id(model: str, config: Any, tokenizer: Any) -> int:
-    """The id that pads: the model's own, else the tokenizer's, else 0. Raises CheckpointError where it has no row."""
-    known = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, 0)
-    pad = next(int(value) for value in known if value is not None)
-    rows = getattr(config, "vocab_size", None)
-    if pad < 0 or (rows is not None and pad >= rows):
-        raise CheckpointError(
-            f"{model}: the pad id {pad} is not a row of the model's embedding (vocab_size {rows}). "
-            "Set pad_token_id in config.json to the id that the model was trained with."
-        )
-    return pad
-
-
 def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
-    """What tasks read of a stored checkpoint."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return CheckpointFiles(record.model, folder, config)
+    """What tasks read of a stored checkpoint. Raises CheckpointError."""
+    files = CheckpointFiles(record.model, folder, {})
+    return CheckpointFiles(record.model, folder, read_json(files, CONFIG, dict))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,13 +9,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from resources.artifacts.fingerprint import fingerprint
+from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import UNWANTED, WANTED, WANTED_CODE, WANTED_PICKLE, WANTED_WEIGHTS
 from resources.checkpoints.staging import kept, kept_copy
+from resources.checkpoints.weights import INDEX, PICKLE_INDEX, shard_names
 from resources.errors import CheckpointError, ReleaseError, UnfetchedError, first_line
+from resources.foreign import MOST_CONFIG_BYTES, ForeignError, check_name, local_path, parse_json
 from resources.triton.storage import Listed, RemotePath, parse_location
 
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDICES = (INDEX, PICKLE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -45,27 +47,37 @@ def list_objects(source: str, settings: SourceSettings, *, allow_pickle: bool, t
     wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
     if allow_pickle and not any(fnmatch(name, pattern) for name in found for pattern in WANTED_WEIGHTS):
         wanted += WANTED_PICKLE
-    return Listing(
-        place,
-        {
-            name: one
-            for name, one in found.items()
-            if any(fnmatch(name, pattern) for pattern in wanted)
-            and not any(fnmatch(name, pattern) for pattern in UNWANTED)
-            and ".." not in name.split("/")  # a key may hold that, and a file's path would lead outside
-        },
-    )
+    objects = {
+        name: one
+        for name, one in found.items()
+        if any(fnmatch(name, pattern) for pattern in wanted) and not any(fnmatch(name, pattern) for pattern in UNWANTED)
+    }
+    for name in objects:
+        try:
+            check_name(name)  # a store takes any key, and this one becomes a path
+        except ForeignError as error:
+            raise CheckpointError(
+                f"source: {source}: {error}, as no checkpoint's file is named. Remove that object."
+            ) from None
+    return Listing(place, objects)
 
 
 def lacking(source: str, listing: Listing) -> str:
-    """The first file that a whole checkpoint would have and this one does not; empty: none. Raises CheckpointError."""
+    """The first file that a whole checkpoint would have and this one does not; empty: none. Raises CheckpointError,
+    also for an adapter, which never becomes a whole checkpoint.
+    """
+    if ADAPTER in listing.objects:
+        raise CheckpointError(f"source: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
     if "config.json" not in listing.objects:
         return "config.json"
     for index in _INDICES:
         if index in listing.objects:
             with _as_checkpoint_errors(source):
-                shards = set(json.loads((listing.place / index).read_bytes())["weight_map"].values())
-            return next(iter(sorted(shards - {*listing.objects})), "")
+                if listing.objects[index].size_bytes > MOST_CONFIG_BYTES:
+                    raise ValueError(f"{index} is larger than {MOST_CONFIG_BYTES // 2**20} MB")
+                data = parse_json((listing.place / index).read_bytes())
+                shards = shard_names(index, data.get("weight_map"))
+            return next((name for name in shards if name not in listing.objects), "")
     weights = (*WANTED_WEIGHTS, *WANTED_PICKLE)
     return "" if any(fnmatch(name, pattern) for name in listing.objects for pattern in weights) else WANTED_WEIGHTS[0]
 
@@ -89,7 +101,7 @@ def fetch_objects(
     def download(folder: Path) -> None:
         with _as_checkpoint_errors(source):
             for name, one in listing.objects.items():
-                (listing.place / name).download(folder / name, one.size_bytes)
+                (listing.place / name).download(local_path(folder, name), one.size_bytes)
         if list_objects(source, settings, **allowed).revision != listing.revision:
             raise CheckpointError(
                 f"source: {source} changed while it was downloaded. Try again when whatever writes it is done."
@@ -113,7 +125,7 @@ def _place(source: str, settings: SourceSettings) -> RemotePath:
 def _as_checkpoint_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except ReleaseError as error:
+    except (ReleaseError, ForeignError) as error:
         raise CheckpointError(f"source: {error}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from resources.artifacts.fingerprint import fingerprint
+from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.staging import kept, kept_copy
 from resources.errors import CheckpointError, UnfetchedError, first_line
+from resources.foreign import MOST_TOKENIZER_BYTES, ForeignError, check_name, is_file_below, local_path, read_below
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,6 +26,9 @@ _FORM = re.compile(r"models:/(?P<name>[^/:@'\"]+)(@(?P<alias>[^/:@]+)|/(?P<versi
 _OWN_ADDRESS, _OWN_TAG = "refinery:", "refinery."
 #: Of a version's status; the others are still being registered, or could not be.
 _READY = "READY"
+#: A logged model has some ten files. What MLflow says of it has some kilobytes, its signature included.
+_MOST_FILES = 10_000
+_MOST_DESCRIPTION_BYTES = 2**18
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -171,7 +175,13 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
         uri = settings.tracking_uri
         try:
             address = _client(uri).get_model_version_download_uri(version.name, version.number)
+            _check_listing(address, uri)
             download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri)
+        except ForeignError as error:
+            raise CheckpointError(
+                f"source: {source}: version {version.number} holds a file that is not fetched: {error}. Log the model "
+                "again with mlflow."
+            ) from error
         except Exception as error:
             raise CheckpointError(
                 f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(error)}. See "
@@ -181,6 +191,26 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
 
     copy = kept_copy(settings.folder / "registry", what, version.revision, download)
     return _checkpoint_in(source, copy), version.revision
+
+
+def _check_listing(address: str, uri: str) -> None:
+    """Raise ForeignError where the artifact store lists a name that would lead out of the folder of its copy, or is a
+    folder of this machine that holds a link to elsewhere.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository, left, seen = get_artifact_repository(address, tracking_uri=uri), [""], 0
+    here = getattr(repository, "artifact_dir", None)
+    while left:
+        for one in repository.list_artifacts(left.pop()):
+            check_name(one.path)
+            if here is not None and not one.is_dir:
+                is_file_below(Path(here), one.path)
+            seen += 1
+            if seen > _MOST_FILES:
+                raise ForeignError(f"{address} lists more than {_MOST_FILES} files")
+            if one.is_dir:
+                left.append(one.path)
 
 
 def _client(uri: str) -> MlflowClient:
@@ -194,15 +224,17 @@ def _checkpoint_in(source: str, folder: Path) -> Path:
     """The folder that transformers can read, in what was downloaded of a version. Raises CheckpointError."""
     for root, name, fields in _flavors(folder):
         if name == "transformers" and fields.get("model_binary"):
-            return _within(folder, root / str(fields["model_binary"]))
-        if name == "transformers" and fields.get("source_model_name"):
+            return _within(root, fields["model_binary"])
+        if name == "transformers" and isinstance(fields.get("source_model_name"), str):
             raise CheckpointError(
                 f"source: {source} holds no weights, but the name of a model of the Hub. Give that as the source "
-                f"({fields['source_model_name']}), or log it with save_pretrained=True."
+                f"({fields['source_model_name']:.100}), or log it with save_pretrained=True."
             )
         if name == "sentence_transformers" and fields.get("data"):
-            return _within(folder, root / str(fields["data"]))
+            return _within(root, fields["data"])
     found = sorted({path.parent for path in folder.rglob("config.json")}, key=lambda path: len(path.parts))
+    if not found and any(folder.rglob(ADAPTER)):
+        raise CheckpointError(f"source: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
     if not found:
         raise CheckpointError(
             f"source: {source} holds no Hugging Face checkpoint: there is no config.json among its files. Log it with "
@@ -211,20 +243,32 @@ def _checkpoint_in(source: str, folder: Path) -> Path:
     return found[0]
 
 
-def _within(folder: Path, path: Path) -> Path:
-    """The path, which somebody else's description names. Raises CheckpointError where it leads out of the folder."""
-    if not path.resolve().is_relative_to(folder.resolve()):
+def _within(folder: Path, name: object) -> Path:
+    """The path of what somebody else's description names. Raises CheckpointError where it leads out of the folder."""
+    try:
+        return local_path(folder, name)
+    except ForeignError as error:
         raise CheckpointError(
-            f"source: its MLmodel names {path.name}, outside what was logged. Log the model again with mlflow."
-        )
-    return path
+            f"source: its MLmodel names a place outside what was logged: {error}. Log the model again with mlflow."
+        ) from None
 
 
 def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
     """MLflow's own description of what was logged: where, as what, and how."""
     for path in sorted(folder.rglob("MLmodel")):
-        with suppress(OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with suppress(
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            ForeignError,
+            yaml.YAMLError,
+        ):
+            text = read_below(folder, path.relative_to(folder).as_posix(), _MOST_DESCRIPTION_BYTES)
+            # libyaml's loader bounds how deep a document nests; for brackets alone the one in Python takes minutes.
+            data = yaml.load(text, yaml.CSafeLoader)
             yield from [(path.parent, str(name), dict(fields)) for name, fields in data["flavors"].items()]
 
 
@@ -233,8 +277,13 @@ def _join_tokenizers(folder: Path) -> None:
     for root, name, fields in _flavors(folder):
         if name != "transformers" or not fields.get("model_binary"):
             continue
-        model = _within(folder, root / str(fields["model_binary"]))
-        for part in fields.get("components") or ():
-            for path in _within(folder, root / "components" / str(part)).glob("*"):
-                if path.is_file() and not (model / path.name).exists():
-                    shutil.copyfile(path, model / path.name)
+        model = _within(root, fields["model_binary"])
+        parts = fields.get("components")
+        for part in parts if isinstance(parts, list) else ():
+            place = _within(root / "components", part)
+            for path in place.glob("*"):
+                try:
+                    if is_file_below(place, path.name) and not (model / path.name).exists():
+                        (model / path.name).write_bytes(read_below(place, path.name, MOST_TOKENIZER_BYTES))
+                except ForeignError as error:
+                    raise CheckpointError(f"source: {error}. Log the model again with mlflow.") from None

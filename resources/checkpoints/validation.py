@@ -1,29 +1,35 @@
-"""What must hold before a checkpoint is copied: complete, loadable without running anybody's code, fit for its task."""
+"""What must hold before a checkpoint is copied: complete, loadable without running anybody's code, fit for its task.
+
+Nothing here loads torch, transformers or tokenizers: plans and the sensor ask it too. What only they can tell is found
+out in a child process, by resources.checkpoints.collect.
+"""
 
 from __future__ import annotations
 
-import json
-import struct
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from resources.catalog import ModelEntry
-from resources.checkpoints.sources import (
-    PICKLE_REMEDY,
-    WANTED,
-    WANTED_CODE,
-    WANTED_PICKLE,
-    WANTED_WEIGHTS,
-    is_hub_id,
+from resources.checkpoints.configuration import check_config, check_tokenizer_config, length_of
+from resources.checkpoints.reading import (
+    ADAPTER,
+    IS_ADAPTER,
+    MERGE_REMEDY,
+    TOKENIZER,
+    has_file,
+    read_document,
+    read_object,
+    refuse,
 )
+from resources.checkpoints.sources import WANTED, WANTED_CODE, WANTED_PICKLE, WANTED_WEIGHTS
+from resources.checkpoints.weights import INDEX, PICKLE_INDEX, check_whole, find_weights
 from resources.errors import CheckpointError
+from resources.foreign import ForeignError, check_name
 from resources.tasks import TASKS, CheckpointFiles
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-TOKENIZER = "tokenizer.json"
 #: Sets of files that transformers can make a fast tokenizer from, as patterns.
 SLOW_TOKENIZERS = (("vocab.txt",), ("vocab.json", "merges.txt"), ("*.model",))
 #: Model types whose first token has position pad id + 1, so that the first rows of the table are never used. Their pad
@@ -41,8 +47,15 @@ POSITIONS_AFTER_PAD = (
     "xlm-roberta-xl",
     "xmod",
 )
-#: transformers writes "no limit" as numbers of this size.
-_NO_LIMIT = 10**9
+#: transformers writes "no limit" as 1e30. No encoder takes a million tokens.
+_MOST_TOKENS = 10**6
+#: Special tokens before and behind, and one between them.
+_FEWEST_TOKENS = 4
+#: Files other than weights are vocabularies, of some ten megabytes.
+_MOST_OTHER_BYTES = 256 * 2**20
+#: Saved checkpoints have some ten files, and a folder that is trained into has a hundred.
+_MOST_FILES = 10_000
+_MOST_MODULES = 100
 
 
 @dataclass(frozen=True)
@@ -57,22 +70,15 @@ class Validated:
 
 def validate(entry: ModelEntry, folder: Path) -> Validated:
     """Read a checkpoint's folder without loading weights. Raises CheckpointError naming model, file and remedy."""
-    config = _read_object(entry, folder, "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise _refuse(
-            entry, f"{folder / 'config.json'} has no model_type", "Give the folder that transformers saved, whole"
-        )
-    if config.get("auto_map") and not entry.trust_remote_code:
-        raise _refuse(
-            entry,
-            "config.json names Python code of the checkpoint's own (auto_map)",
-            "Set trust_remote_code: true in its catalog entry if you trust its author: the code runs on this machine",
-        )
-    stored = _weights(entry, folder)
+    if has_file(entry, folder, ADAPTER):
+        raise refuse(entry, f"{IS_ADAPTER} ({folder / ADAPTER})", MERGE_REMEDY)
+    config = check_config(entry, folder)
+    tokenizer_config = check_tokenizer_config(entry, folder)
+    stored = find_weights(entry, folder)
     weights = tuple(name for name in stored if not name.endswith(".json"))
     for file in weights:
         if file.endswith(".safetensors"):
-            _check_whole(entry, folder / file)
+            check_whole(entry, folder, file)
     files = {*stored, *_files(entry, folder)}
     _check_tokenizer(entry, folder, config)
     TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config))
@@ -80,51 +86,49 @@ def validate(entry: ModelEntry, folder: Path) -> Validated:
         files=tuple(sorted(files)),
         weights=weights,
         config=config,
-        max_tokens=_max_tokens(entry, folder, config),
+        max_tokens=_max_tokens(entry, folder, config, tokenizer_config),
     )
 
 
-def _refuse(entry: ModelEntry, why: str, remedy: str) -> CheckpointError:
-    return CheckpointError(f"{entry.name}: {why}. {remedy}. (source: {entry.source})")
-
-
-def _whole(entry: ModelEntry) -> str:
-    """The remedy for a folder that lacks something."""
-    if is_hub_id(entry.source):
-        return "Fetch it again with the network on, after removing that folder, or ask its author for the file"
-    return "Give the folder that save_pretrained wrote, whole"
-
-
-def _read(entry: ModelEntry, folder: Path, name: str) -> Any:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _refuse(entry, f"{name} is missing from {folder}", _whole(entry)) from None
-    except (OSError, ValueError) as error:
-        raise _refuse(entry, f"{folder / name} cannot be read: {error}", "Copy the checkpoint again") from None
-
-
-def _read_object(entry: ModelEntry, folder: Path, name: str) -> dict[str, Any]:
-    data = _read(entry, folder, name)
-    if not isinstance(data, dict):
-        raise _refuse(entry, f"{folder / name} holds no JSON object", "Copy the checkpoint again")
-    return data
-
-
 def _files(entry: ModelEntry, folder: Path) -> list[str]:
-    """Files other than weights, relative to the folder.
+    """Files other than weights, relative to the folder. Raises CheckpointError where one is a link to elsewhere, no
+    regular file, or too large.
+    """
+    found = []
+    for name in _names(entry, folder):
+        if not has_file(entry, folder, name):
+            continue
+        if (folder / name).stat().st_size > _MOST_OTHER_BYTES:
+            raise refuse(
+                entry, f"{folder / name} is larger than {_MOST_OTHER_BYTES // 2**20} MB", "Remove it from the folder"
+            )
+        found.append(name)
+    return found
+
+
+def _names(entry: ModelEntry, folder: Path) -> list[str]:
+    """What may be files other than weights, by their names alone.
 
     Of its sub-folders only those that modules.json names: a folder that is trained into is full of intermediate states.
     """
     patterns = [name for name in (*WANTED, *(WANTED_CODE if entry.trust_remote_code else ())) if name.startswith("*")]
-    names = [
-        (Path(place) / path.name).as_posix()
-        for place in ("", *_module_folders(entry, folder))
-        for path in (folder / place).iterdir()
-        if path.is_file() and not path.name.startswith(".")
-    ]
     indices = {INDEX, PICKLE_INDEX}  # they come with the weights, or not at all
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns) and name not in indices]
+    names: list[str] = []
+    for place in ("", *_module_folders(entry, folder)):
+        with os.scandir(folder / place) as entries:
+            for one in entries:
+                if one.name.startswith(".") or not any(fnmatch(one.name, pattern) for pattern in patterns):
+                    continue
+                name = (Path(place) / one.name).as_posix()
+                if name not in indices:
+                    names.append(name)
+                if len(names) > _MOST_FILES:
+                    raise refuse(
+                        entry,
+                        f"{folder} holds more than {_MOST_FILES} files",
+                        "Give the folder of the checkpoint alone",
+                    )
+    return names
 
 
 def candidate_files(entry: ModelEntry, folder: Path) -> list[str]:
@@ -132,95 +136,53 @@ def candidate_files(entry: ModelEntry, folder: Path) -> list[str]:
     weights = [*WANTED_WEIGHTS, INDEX, *((*WANTED_PICKLE, PICKLE_INDEX) if entry.allow_pickle else ())]
     names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in weights)]
     try:
-        return [*names, *_files(entry, folder)]
+        return [*names, *_names(entry, folder)]
     except CheckpointError:  # modules.json is half written, or names folders that are elsewhere
         return [*names, "modules.json"]
 
 
 def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:
     """The sub-folders that sentence-transformers' modules.json names and that are there."""
-    if not (folder / "modules.json").is_file():
+    if not has_file(entry, folder, "modules.json"):
         return []
-    modules = _read(entry, folder, "modules.json")
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise _refuse(entry, f"{folder / 'modules.json'} holds no list of modules", "Copy the checkpoint again")
-    places = {str(module.get("path") or "") for module in modules} - {"", "."}
-    outside = [place for place in places if Path(place).is_absolute() or ".." in Path(place).parts]
-    if outside:
-        raise _refuse(
-            entry,
-            f"{folder / 'modules.json'} names {outside[0]}, outside the checkpoint",
-            "Give a checkpoint that is whole in its own folder",
-        )
+    modules = read_document(entry, folder, "modules.json")
+    if (
+        not isinstance(modules, list)
+        or len(modules) > _MOST_MODULES
+        or not all(isinstance(module, dict) for module in modules)
+    ):
+        raise refuse(entry, f"{folder / 'modules.json'} holds no list of modules", "Copy the checkpoint again")
+    places = set()
+    for module in modules:
+        place = module.get("path") or ""
+        if place in ("", "."):
+            continue
+        try:
+            places.add(check_name(place))
+        except ForeignError as error:
+            raise refuse(
+                entry,
+                f"{folder / 'modules.json'} names a folder outside the checkpoint: {error}",
+                "Give a checkpoint that is whole in its own folder",
+            ) from None
     return sorted(place for place in places if (folder / place).is_dir())
 
 
-def _weights(entry: ModelEntry, folder: Path) -> tuple[str, ...]:
-    """The weight files, all there, with their index where they are several."""
-    for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
-        if (folder / single).is_file():
-            files = [single]
-        elif (folder / index).is_file():
-            files = [index, *_shards(entry, folder, index)]
-        else:
-            continue
-        if single == PICKLE and not entry.allow_pickle:
-            raise _refuse(entry, f"its weights are a pickle ({files[-1]})", PICKLE_REMEDY)
-        return tuple(files)
-    raise _refuse(entry, f"there are no weights ({SINGLE}) in {folder}", _whole(entry))
-
-
-def _shards(entry: ModelEntry, folder: Path, index: str) -> list[str]:
-    table = _read_object(entry, folder, index).get("weight_map")
-    named = list(table.values()) if isinstance(table, dict) else []
-    # A name with a folder in it could lead out of the checkpoint, and transformers never writes one.
-    if not named or not all(isinstance(name, str) and Path(name).name == name for name in named):
-        raise _refuse(entry, f"{folder / index} does not say which files hold the weights", "Copy the checkpoint again")
-    names = sorted(set(named))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise _refuse(entry, f"{index} names {', '.join(missing)}, which is missing from {folder}", _whole(entry))
-    return names
-
-
-def _check_whole(entry: ModelEntry, path: Path) -> None:
-    """Refuse a safetensors file that is not as long as its header says it is.
-
-    The format: 8 bytes, the header's length; the header, JSON with each tensor's byte range; the tensors' bytes.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        try:
-            header: Any = json.loads(stream.read(length)) if length <= size - 8 else None
-            header.pop("__metadata__", None)
-            expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, TypeError, AttributeError, LookupError):
-            raise _refuse(
-                entry, f"{path} is truncated or no safetensors file ({size} bytes)", "Copy or download it again"
-            ) from None
-    if size != expected:
-        raise _refuse(
-            entry, f"{path} is damaged: {size} bytes where its header says {expected}", "Copy or download it again"
-        )
-
-
 def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> None:
-    if not (folder / TOKENIZER).is_file():
+    if not has_file(entry, folder, TOKENIZER):
         if slow_tokenizer(folder) is None:
-            raise _refuse(
+            raise refuse(
                 entry,
                 f"there is no tokenizer ({TOKENIZER}) in {folder}",
                 "Save it there too (tokenizer.save_pretrained)",
             )
         return
-    largest = largest_token_id(_read_object(entry, folder, TOKENIZER))
+    largest = largest_token_id(read_object(entry, folder, TOKENIZER))
     vocabulary = config.get("vocab_size")
     if largest is None:
-        raise _refuse(entry, f"{folder / TOKENIZER} holds no vocabulary", "Save the tokenizer again with transformers")
+        raise refuse(entry, f"{folder / TOKENIZER} holds no vocabulary", "Save the tokenizer again with transformers")
     if isinstance(vocabulary, int) and largest >= vocabulary:
-        raise _refuse(
+        raise refuse(
             entry,
             f"{TOKENIZER} does not match the model: it gives ids up to {largest}, and the model's embedding has "
             f"{vocabulary} rows (config.json, vocab_size)",
@@ -242,29 +204,37 @@ def largest_token_id(tokenizer: dict[str, Any]) -> int | None:
     try:
         vocabulary = tokenizer["model"]["vocab"]
         ids = [token["id"] for token in tokenizer.get("added_tokens") or []]
-        # WordPiece, BPE and WordLevel: a table of ids. Unigram: a list, and the position is the id.
-        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        return max(ids) if vocabulary else None
     except (TypeError, LookupError):
         return None
+    if not vocabulary or not isinstance(vocabulary, dict | list):
+        return None
+    # WordPiece, BPE and WordLevel: a table of ids. Unigram: a list, and the position is the id.
+    ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    # tokenizers holds ids in 32 bits.
+    return max(ids) if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < 2**32 else None
 
 
-def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> int:
+def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> int:
     """The checkpoint's own limit: sentence-transformers', else the tokenizer's, and never beyond the positions."""
     limits = []
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and positions > 0:
+    positions = length_of(config.get("max_position_embeddings"), _MOST_TOKENS)
+    if positions is not None:
         limits.append(positions - _positions_before_the_first(config))
-    for name, field in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        value = _read_object(entry, folder, name).get(field) if (folder / name).is_file() else None
-        if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
-            limits.append(int(value))
-            break
+    own = "sentence_bert_config.json"
+    sentences = read_object(entry, folder, own) if has_file(entry, folder, own) else {}
+    said = (sentences.get("max_seq_length"), tokenizer_config.get("model_max_length"))
+    limits += [length for length in (length_of(value, _MOST_TOKENS) for value in said) if length is not None][:1]
     if not limits:
-        raise _refuse(
+        raise refuse(
             entry,
             "neither sentence_bert_config.json, tokenizer_config.json nor config.json limits the length of a text",
             "Write model_max_length into tokenizer_config.json",
+        )
+    if min(limits) < _FEWEST_TOKENS:
+        raise refuse(
+            entry,
+            f"a text may have {min(limits)} tokens (max_position_embeddings, max_seq_length or model_max_length)",
+            "Correct those fields",
         )
     return min(limits)
 

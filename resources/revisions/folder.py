@@ -9,8 +9,9 @@ from pathlib import Path
 
 from resources.artifacts.fingerprint import fingerprint
 from resources.catalog import ModelEntry
+from resources.checkpoints.reading import TOKENIZER
 from resources.checkpoints.sources import PACKAGE_PREFIX, WANTED, WANTED_PICKLE, package_version
-from resources.checkpoints.validation import TOKENIZER, candidate_files
+from resources.checkpoints.validation import candidate_files
 from resources.errors import CheckpointError
 
 #: Names of files on their way in, which are renamed once they are whole: rsync's, and those of downloads.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPMessage
 from typing import IO, Any
 from urllib.parse import urlsplit
+
+from resources.foreign import parse_json
 
 #: For connecting, and for each piece of the answer.
 _SILENCE_SECONDS = 4.0
@@ -45,4 +46,4 @@ def get_json(url: str, headers: Mapping[str, str]) -> Any:
             parts.append(part)
             if time.monotonic() > deadline or sum(map(len, parts)) > _MOST_BYTES:
                 raise TimeoutError(f"{url} went on answering for more than {ANSWER_SECONDS:g} s or too much")
-    return json.loads(b"".join(parts))
+    return parse_json(b"".join(parts))

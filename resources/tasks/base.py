@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 
+_MOST_LABELS = 100_000
+
 
 class Gates(BaseModel):
     """Thresholds a candidate must keep to be eligible. Every task has its own; the models file can change them.
@@ -98,7 +100,8 @@ class CheckpointFiles:
     @property
     def architecture(self) -> str:
         """The class transformers saved it from, `BertForSequenceClassification` say; empty where not recorded."""
-        return str((self.config.get("architectures") or [""])[0])
+        named = self.config.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
 
     def refuse(self, why: str, remedy: str) -> CheckpointError:
         """The error for a checkpoint that the task cannot take."""
@@ -317,14 +320,34 @@ def load_pretrained(
 
 
 def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
-    """`id2label` of config.json in order; `LABEL_0` and so on where it has none. Raises CheckpointError."""
-    table = files.config.get("id2label") or {}
-    count = int(files.config.get("num_labels") or len(table) or 2)  # transformers' own default
+    """`id2label` of config.json in order; `LABEL_0` and so on where it has none. Raises CheckpointError.
+
+    As transformers counts them: a whole table says how many there are, and `num_labels` only where it has gaps.
+    """
+    table, count = files.config.get("id2label"), files.config.get("num_labels")
+    if count is not None and (type(count) is not int or not 0 <= count <= _MOST_LABELS):
+        raise files.refuse(
+            f"config.json, num_labels: {count!r:.60} is no number of labels", "Write the number of the head's outputs"
+        )
     try:
-        names = {int(index): str(label) for index, label in table.items()}
+        names = {_label_number(index): str(label) for index, label in (table or {}).items()}
     except (ValueError, AttributeError):
         raise files.refuse(
             "config.json, id2label: its keys are not the numbers of the labels",
             'Write it as {"0": "the first label", "1": ...}',
         ) from None
-    return tuple(names.get(index, f"LABEL_{index}") for index in range(count))
+    whole = bool(names) and names.keys() == {*range(len(names))}
+    total = len(names) if whole else count or len(names) or 2  # transformers' own default
+    if names and max(names) >= total:
+        raise files.refuse(
+            f"config.json, id2label: it names label {max(names)}, and there are {total}",
+            "Name every label there, from 0 up",
+        )
+    return tuple(names.get(index, f"LABEL_{index}") for index in range(total))
+
+
+def _label_number(text: str) -> int:
+    """Raises ValueError where that is none."""
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(_MOST_LABELS))):
+        raise ValueError(text)
+    return int(text)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from resources.tasks.base import CheckpointFiles, Gates, Metrics, Task, at_least, at_most, load_pretrained, stacked
 from resources.tasks.grading import number, require, spearman
 from resources.tasks.samples import text_items
-from resources.tasks.sentence_transformers import read_json, read_modules, refuse_prompts
+from resources.tasks.sentence_transformers import module_file, read_json, read_modules, refuse_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +58,7 @@ def read_pooling(files: CheckpointFiles) -> Pooling:
     pooling, normalize = Pooling(), False
     for kind, module in read_modules(files, ("Transformer", "Pooling", "Normalize")):
         if kind == "Pooling":
-            pooling = _read_modes(files, (Path(module.get("path") or "") / "config.json").as_posix())
+            pooling = _read_modes(files, module_file(files, module, "config.json"))
         normalize = normalize or kind == "Normalize"
     return Pooling(pooling.modes, normalize)
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from resources.errors import ServerError
+from resources.triton.connection import PLAIN, Connection, Protocol
 
-Protocol = Literal["grpc", "http"]
 _NAMES: dict[Protocol, str] = {"grpc": "gRPC", "http": "HTTP"}
 #: For questions. Loading a model has a limit of its own.
 TIMEOUT_SECONDS = 60.0
@@ -19,6 +19,8 @@ LOAD_TIMEOUT_SECONDS = 300.0
 _LIVE_SECONDS = 2.0
 #: What Triton says to who loads or unloads a model in any other mode than explicit.
 _NOT_EXPLICIT = "not allowed if polling is enabled"
+#: What Triton says to who calls a restricted API without the right header.
+_RESTRICTED = "restricted, expecting header"
 #: No model's name: releases are numbered from 1.
 _NOBODY = "nobody__r0__proof"
 
@@ -35,23 +37,27 @@ class Contract:
 class TextClient:
     """One connection to a server. A context manager; one thread at a time over HTTP, any number over gRPC.
 
-    address: `host:port`, without a scheme.
+    address: `host:port`, without a scheme. connection: what else it takes to speak to the server.
     """
 
-    def __init__(self, address: str, protocol: Protocol = "grpc") -> None:
-        self.address, self.protocol = address, protocol
+    def __init__(self, address: str, protocol: Protocol = "grpc", connection: Connection = PLAIN) -> None:
+        self.address, self.protocol, self.connection = address, protocol, connection
         self._api: Any
+        limits: dict[str, float] = {}
         if protocol == "grpc":
             import tritonclient.grpc as api
-
-            self._client: Any = api.InferenceServerClient(address)
         else:
             import tritonclient.http as api
 
-            self._client = api.InferenceServerClient(
-                address, network_timeout=TIMEOUT_SECONDS, connection_timeout=_LIVE_SECONDS
-            )
+            limits = {"network_timeout": TIMEOUT_SECONDS, "connection_timeout": _LIVE_SECONDS}
         self._api = api
+        try:
+            self._client: Any = connection.open(api, address, protocol, **limits)
+        except OSError as error:
+            raise ServerError(
+                f"A file for TLS could not be read for the server at {address}: {error}. Correct REFINERY_TRITON_CA, "
+                "REFINERY_TRITON_CERTIFICATE or REFINERY_TRITON_PRIVATE_KEY."
+            ) from error
 
     def __enter__(self) -> TextClient:
         return self
@@ -196,11 +202,14 @@ class TextClient:
     def runs_explicit(self) -> bool | None:
         """Whether the server is in explicit model control; None: it does not say. gRPC alone.
 
-        Nothing changes: what it is told to unload is a model that nobody has.
+        Nothing changes: what it is told to unload is a model that nobody has. Raises ServerError where the server wants
+        another key.
         """
         try:
             self._client.unload_model(_NOBODY, client_timeout=TIMEOUT_SECONDS)
         except Exception as error:
+            if _RESTRICTED in str(error):
+                raise self._trouble("refuses its model-repository API", error) from error
             return False if _NOT_EXPLICIT in str(error) else None
         return True
 
@@ -261,6 +270,11 @@ def with_remedy(reason: str) -> str:
             f"{reason}. It lacks that backend: serve with a Triton that has it, or publish with "
             "REFINERY_TRITON_FLAVOUR=python"
         )
+    if _RESTRICTED in reason:
+        return (
+            f"{reason}. Set REFINERY_TRITON_KEY to the key that it was started with, or REFINERY_TRITON_HEADERS to the "
+            "header that it expects. Where it is a `refinery serve`, use the REFINERY_HOME that it uses"
+        )
     if "Resource count for" in reason:
         return (
             f"{reason}. Start the server with more of that resource: refinery serve --resource NAME=N, or "
@@ -270,7 +284,7 @@ def with_remedy(reason: str) -> str:
     return reason
 
 
-def serves(address: str, model: str) -> bool:
+def serves(address: str, model: str, connection: Connection = PLAIN) -> bool:
     """Whether a Triton server that holds the model answers gRPC there."""
-    with TextClient(address) as client:
+    with TextClient(address, connection=connection) as client:
         return client.is_live() and client.is_ready(model)

@@ -13,11 +13,12 @@ from pathlib import Path, PurePosixPath
 
 from resources import files
 from resources.errors import FULL, ReleaseError
+from resources.foreign import ForeignError, local_path
 from resources.locks import file_lock
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
 from resources.triton.lease import PATIENCE_SECONDS, leased
 from resources.triton.release import Release
-from resources.triton.storage import Location, RefusedError, RemotePath, contents, stays_below
+from resources.triton.storage import Location, RefusedError, RemotePath, contents
 
 #: Beside the engine: the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
@@ -94,9 +95,11 @@ def _rank(name: str) -> int:
 def copy_tree(source: RemotePath, target: Path) -> None:
     """Download a whole folder; nothing where nothing is there. Raises ReleaseError for names that lead out of it."""
     for name, size_bytes in source.sizes().items():
-        if not stays_below(name):  # lint reads anybody's
-            raise ReleaseError(f"{source}: {name!r} is no path of a repository. Remove it.")
-        (source / name).download(target / name, size_bytes)
+        try:
+            path = local_path(target, name)  # lint reads anybody's
+        except ForeignError as error:
+            raise ReleaseError(f"{source}: {error}, and is no path of a repository. Remove it.") from None
+        (source / name).download(path, size_bytes)
 
 
 @contextmanager

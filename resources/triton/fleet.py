@@ -13,12 +13,13 @@ from contextlib import ExitStack, suppress
 from typing import Self
 
 from resources.errors import ServerError
+from resources.triton.asking import ask, write_alias
 from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient, with_remedy
+from resources.triton.files import bring_in, discard, staging_folder, staging_root
 from resources.triton.layout import CONFIG, named_internals, parse_internal, pinned_number, read_release
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location
-from resources.triton.verify import ask
 
 _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
@@ -41,15 +42,17 @@ class Fleet:
 
     def __init__(self, settings: TritonSettings) -> None:
         self._polling = settings.control == "poll"
-        self._addresses = settings.driven
+        self._settings = settings
         self._stack = ExitStack()
         self.clients: list[TextClient] = []
 
     def __bool__(self) -> bool:
-        return bool(self._addresses)
+        return bool(self._settings.driven)
 
     def __enter__(self) -> Self:
-        self.clients = [self._stack.enter_context(TextClient(address)) for address in self._addresses]
+        for address in self._settings.driven:
+            client = TextClient(address, connection=self._settings.connection_to(address))
+            self.clients.append(self._stack.enter_context(client))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -92,6 +95,22 @@ class Fleet:
                 self._await(client, repository, name, number)
             else:  # one after the other, or two at once take the cores from those that are answered
                 _load(client, repository, name)
+
+    def ask_aside(self, repository: Location, release: Release) -> None:
+        """Have every server load the release under a name that is there for this alone, and answer with it.
+
+        For who holds the repository's lock. What serves stays as it is. Raises ServerError.
+        """
+        with staging_folder(repository) as scratch:
+            name = write_alias(repository, release, scratch)
+            bring_in(scratch / name, repository / name)
+        try:
+            self.hold(repository, name, release.number)
+            for client in self.clients:
+                ask(client, repository, release, name)
+        finally:
+            self.retire([name])
+            discard(repository / name, staging_root(repository))
 
     def take_up(self, repository: Location, release: Release) -> None:
         """Have every server serve the release that the public model names, and answer with it. Raises ServerError."""

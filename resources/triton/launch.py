@@ -107,6 +107,13 @@ def command(
         # Heed the models' rate limiters. By default Triton gives its instances turns instead; see config.py.
         "--rate-limit=execution_count",
         "--allow-gpu-metrics=false",
+        # Further doors to the same APIs, which restrictions do not cover. With AIP_MODE=PREDICTION in the environment
+        # Triton would open the first and close the usual ones.
+        "--allow-vertex-ai=false",
+        "--allow-sagemaker=false",
+        "--allow-http=true",
+        "--allow-grpc=true",
+        "--allow-metrics=true",
         f"--exit-timeout-secs={EXIT_SECONDS}",
         f"--http-address={LOOPBACK}",
         f"--grpc-address={LOOPBACK}",

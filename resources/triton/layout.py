@@ -31,11 +31,12 @@ CONFIG = "config.pbtxt"
 MANIFEST = "release.json"
 #: A `proof` is there only while a release is proven on a server of its own repository.
 Part = Literal["tokenizer", "pipeline", "engine", "proof"]
-_INTERNAL = re.compile(r"(?P<model>.+)__r(?P<number>\d+)__(?P<part>tokenizer|pipeline|engine|proof)")
+#: Numbers have nine digits at most. Whoever writes to a bucket may write any, and Python reads no very long ones.
+_INTERNAL = re.compile(r"(?P<model>.+)__r(?P<number>\d{1,9})__(?P<part>tokenizer|pipeline|engine|proof)")
 _STEP = re.compile(r'model_name\s*:\s*"([^"]+)"')
 _QUOTED = re.compile(r'"([^"]+)"')
 #: As protobuf's text format writes it, and as people do: `version_policy: { specific: { versions: [3] } }`.
-_PINNED = re.compile(r"version_policy\s*:?\s*{\s*specific\s*:?\s*{\s*versions\s*:\s*\[?\s*(\d+)")
+_PINNED = re.compile(r"version_policy\s*:?\s*{\s*specific\s*:?\s*{\s*versions\s*:\s*\[?\s*(\d{1,9})\b")
 
 
 def internal_name(model: str, number: int, part: Part) -> str:
@@ -210,4 +211,4 @@ def highest_number(repository: Location, model: str) -> int:
 def _versions(folder: Location) -> list[int]:
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch("[0-9]+", path.name))
+    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch("[0-9]{1,9}", path.name))

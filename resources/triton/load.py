@@ -16,6 +16,7 @@ from typing import Any
 from resources.errors import ServerError, first_line
 from resources.evaluation.statistics import percentile
 from resources.triton.client import TIMEOUT_SECONDS, Contract, text_tensors
+from resources.triton.connection import PLAIN, Connection
 
 #: The first requests meet caches that are empty and threads that have not begun.
 WARM_UP_SECONDS = 1.0
@@ -115,6 +116,7 @@ def closed_loop(
     seconds: float,
     warm_up_seconds: float = WARM_UP_SECONDS,
     seed: int = 0,
+    connection: Connection = PLAIN,
 ) -> LoadResult:
     """`concurrency` clients, each with its next request as soon as the last is answered.
 
@@ -122,7 +124,9 @@ def closed_loop(
     was asked in the `seconds` after the warm-up, and every failure. Not to be called where an event loop runs.
     Raises ServerError where nothing at all is answered.
     """
-    return asyncio.run(_over_grpc(address, model, contract, items, concurrency, seconds, warm_up_seconds, seed))
+    return asyncio.run(
+        _over_grpc(address, model, contract, items, concurrency, seconds, warm_up_seconds, seed, connection)
+    )
 
 
 #: One request, by the number of its item; raises where it is not answered.
@@ -173,11 +177,11 @@ def shuffled_rounds(count: int, seed: int) -> Iterator[int]:
     return rounds()
 
 
-def server_statistics(address: str, names: Sequence[str]) -> dict[str, ModelStatistics]:
+def server_statistics(address: str, names: Sequence[str], connection: Connection = PLAIN) -> dict[str, ModelStatistics]:
     """What each of the named Triton models has done since it was loaded. Raises ServerError."""
     import tritonclient.grpc as api
 
-    with api.InferenceServerClient(address) as client:
+    with connection.open(api, address, "grpc") as client:
         try:
             return {
                 name: read_statistics(client.get_inference_statistics(name, client_timeout=TIMEOUT_SECONDS))
@@ -227,14 +231,15 @@ async def _over_grpc(
     seconds: float,
     warm_up_seconds: float,
     seed: int,
+    connection: Connection,
 ) -> LoadResult:
     """The clients on one connection, with requests that were made before."""
     import tritonclient.grpc as api
-    from tritonclient.grpc.aio import InferenceServerClient
+    import tritonclient.grpc.aio as aio
 
     tensors = [text_tensors(api, contract, [item]) for item in items]
     wanted = [api.InferRequestedOutput(contract.output)]
-    async with InferenceServerClient(address) as client:
+    async with connection.open(aio, address, "grpc") as client:
 
         async def ask(number: int) -> None:
             answer = await client.infer(model, tensors[number], outputs=wanted, client_timeout=TIMEOUT_SECONDS)

@@ -13,6 +13,7 @@ from resources.catalog import ModelEntry
 from resources.evaluation.reference import read_evaluation_set
 from resources.tasks import TASKS, Gates, Metrics
 from resources.tasks.base import broken_answers
+from resources.triton.asking import ask
 from resources.triton.client import Contract
 from resources.triton.files import bring_in, discard, staging_folder, staging_root
 from resources.triton.fleet import Fleet
@@ -24,7 +25,6 @@ from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.triton.stage import stage_alias
 from resources.triton.storage import Location
-from resources.triton.verify import ask
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http:
             fleet.hold(repository, name, release.number)
             for client in fleet.clients[1:]:
                 ask(client, repository, release, name)
-            first = fleet.clients[0].address
-            proof = prove(exam(), name, grpc=first, http=http[0] if http else None)
+            first = fleet.clients[0]
+            proof = prove(exam(), name, grpc=first.address, http=http[0] if http else None, connection=first.connection)
             time.sleep(REST_SECONDS)
             return proof
         finally:

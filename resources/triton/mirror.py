@@ -12,6 +12,7 @@ from pathlib import Path
 
 from resources.errors import ReleaseError
 from resources.files import sync_tree
+from resources.foreign import ForeignError, local_path
 from resources.locks import file_lock
 from resources.triton.files import clear_staging, copy_tree, replace_file, staging_folder
 from resources.triton.layout import (
@@ -99,6 +100,10 @@ class Mirror:
                     shutil.rmtree(path)
 
     def _copy(self, model: str) -> None:
+        try:
+            local_path(self.folder, model)  # a store takes any key, `..` too
+        except ForeignError as error:
+            raise ReleaseError(f"{self._repository}: {error}. Remove that model.") from None
         config, pointer = (self._repository / model / CONFIG).read_bytes(), self.folder / model / CONFIG
         number = pinned_number(config.decode("utf-8", errors="replace"))
         release = read_release(self._repository, model, number) if number is not None else None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from resources.artifacts.records import LoadLevel
 from resources.errors import ServerError
+from resources.triton.connection import PLAIN, Connection
 
 #: A level's figures are those of so many windows, of at most so many.
 _WINDOWS, _MOST_WINDOWS = 3, 5
@@ -32,7 +33,13 @@ def find_perf_analyzer() -> Path | None:
 
 
 def run_perf_analyzer(
-    program: Path, address: str, model: str, items: Sequence[Mapping[str, str]], levels: Sequence[int], seconds: float
+    program: Path,
+    address: str,
+    model: str,
+    items: Sequence[Mapping[str, str]],
+    levels: Sequence[int],
+    seconds: float,
+    connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
     """Throughput and latency over gRPC with so many requests under way, `seconds` a level. Raises ServerError."""
     found = []
@@ -43,6 +50,7 @@ def run_perf_analyzer(
         for clients in levels:
             command = [str(program), "-m", model, "-u", address, "-i", "grpc", "--async"]
             command += ["--input-data", str(data), "--concurrency-range", f"{clients}:{clients}", "-f", str(report)]
+            command += _tls(connection)
             command += ["--measurement-interval", str(max(200, round(seconds * 1000 / _WINDOWS)))]
             # Where its windows differ by more than that it gives no figures at all; that of all of them is wanted.
             command += ["--max-trials", str(_MOST_WINDOWS), "--stability-percentage", "100"]
@@ -56,6 +64,18 @@ def run_perf_analyzer(
                 raise ServerError(f"perf_analyzer could not measure {model} at {address}: {words[-1]}")
             found += read_report(report.read_text(encoding="utf-8"))
     return found
+
+
+def _tls(connection: Connection) -> list[str]:
+    if not connection.tls:
+        return []
+    files = {
+        "--ssl-grpc-root-certifications-file": connection.ca,
+        "--ssl-grpc-certificate-chain-file": connection.certificate,
+        "--ssl-grpc-private-key-file": connection.private_key,
+    }
+    given = [(option, str(path)) for option, path in files.items() if path is not None]
+    return ["--ssl-grpc-use-ssl", *(part for pair in given for part in pair)]
 
 
 def read_report(text: str) -> list[LoadLevel]:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from resources.errors import ServerError
 from resources.tasks.base import broken_answers
-from resources.triton.client import Contract, Protocol, TextClient
+from resources.triton.client import Contract, TextClient
+from resources.triton.connection import PLAIN, Connection, Protocol
 
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
@@ -84,16 +85,16 @@ def make_batches(indices: Sequence[int], largest: int) -> list[list[int]]:
     return groups
 
 
-def prove(exam: Exam, model: str, *, grpc: str, http: str | None) -> Proof:
+def prove(exam: Exam, model: str, *, grpc: str, http: str | None, connection: Connection = PLAIN) -> Proof:
     """Ask one by one, in batches, and from several threads, over gRPC and, where it has an address, HTTP.
 
     Raises ServerError only where there is no server; a wrong or missing answer is a failure of the proof. Every
     request has a time limit, and the first that is not answered ends its protocol.
     """
     started = time.monotonic()
-    with TextClient(grpc) as client:
+    with TextClient(grpc, connection=connection) as client:
         server = client.version()
-    examiner = _Examiner(exam, model)
+    examiner = _Examiner(exam, model, connection)
     addresses: list[tuple[Protocol, str]] = [("grpc", grpc)]
     if http is not None:
         addresses.append(("http", http))
@@ -114,8 +115,8 @@ def prove(exam: Exam, model: str, *, grpc: str, http: str | None) -> Proof:
 
 
 class _Examiner:
-    def __init__(self, exam: Exam, model: str) -> None:
-        self.exam, self.model = exam, model
+    def __init__(self, exam: Exam, model: str, connection: Connection) -> None:
+        self.exam, self.model, self.connection = exam, model, connection
         self.chosen = choose_items(exam.items)
         self.requests = 0
         self.metrics: dict[str, dict[str, float]] = {}
@@ -124,7 +125,7 @@ class _Examiner:
     def examine(self, protocol: Protocol, address: str) -> None:
         """Every way of asking, over one protocol."""
         singles = [[index] for index in self.chosen]
-        with TextClient(address, protocol) as client:
+        with TextClient(address, protocol, self.connection) as client:
             self._judge(f"{protocol}, one by one", singles, [self._ask(client, group) for group in singles])
             # All of them: rates of .99 are those of the whole, and of no 96.
             groups = make_batches(choose_items(self.exam.items, len(self.exam.items)), self.exam.max_batch_size)
@@ -145,7 +146,7 @@ class _Examiner:
         return client.ask(self.model, self.exam.contract, [self.exam.items[index] for index in group])
 
     def _ask_many(self, protocol: Protocol, address: str, groups: Sequence[Sequence[int]]) -> list[list[Any]]:
-        with TextClient(address, protocol) as client:
+        with TextClient(address, protocol, self.connection) as client:
             return [self._ask(client, group) for group in groups]
 
     def _judge(self, how: str, groups: Sequence[Sequence[int]], answers: Sequence[list[Any]]) -> None:
@@ -195,7 +196,7 @@ class _Examiner:
         Many at once over one open connection, or the server would hardly put any two into one execution.
         """
         valid = [[index] for index in self.chosen[: 8 * THREADS]]
-        with TextClient(address) as client, ThreadPoolExecutor(2 * THREADS) as pool:
+        with TextClient(address, connection=self.connection) as client, ThreadPoolExecutor(2 * THREADS) as pool:
             refused = [pool.submit(self._is_refused, client) for _ in range(THREADS)]
             answers = []
             for group in valid:

@@ -353,7 +353,8 @@ def _advice(repository: Location, model: str) -> str:
     return (
         f"Nobody has seen it answer, so it is not published. It waits in {unverified_root(repository, model)}, a model "
         f"repository of its own. To publish it, start a Triton that has its backend on {repository} with "
-        "--model-control-mode=explicit, set REFINERY_TRITON_GRPC to its address, and optimize again."
+        "--model-control-mode=explicit or poll, set REFINERY_TRITON_GRPC to its address and REFINERY_TRITON_CONTROL to "
+        "that mode, and optimize again."
     )
 
 

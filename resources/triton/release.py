@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
-from resources.artifacts.records import Checkpoint, Engine, ServingSetting, StoredFile, sha256_file
+from resources.artifacts.records import Checkpoint, Engine, FileName, ServingSetting, StoredFile, sha256_file
 from resources.catalog import RateLimiter
 from resources.errors import ReleaseError
 from resources.pipelines import PIPELINE_FILE, pipeline_class
@@ -57,7 +57,7 @@ class Release(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     number: int
-    model: str
+    model: FileName
     task: str
     target: str
     flavour: Flavour
@@ -75,7 +75,7 @@ class Release(BaseModel):
     status: Literal["published", "unverified"]
     proof: Proof | None = None
     lineage: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, StoredFile] = Field(default_factory=dict, description="Of the internals, by path.")
+    files: dict[FileName, StoredFile] = Field(default_factory=dict, description="Of the internals, by path.")
     pointer: StoredFile | None = Field(default=None, description="The public config.pbtxt. None: an older manifest.")
     serving: ServingSetting | None = Field(default=None, description="How its engine runs. None: an older manifest.")
 
@@ -146,6 +146,15 @@ def check_plan(plan: ReleasePlan) -> None:
             f"{what} is a plan of TensorRT-RTX {engine.parameters['tensorrt']}, and Triton's own backend reads those "
             "of TensorRT alone. Use flavour 'python' (REFINERY_TRITON_FLAVOUR), or build it with TensorRT: "
             "pip install 'transformer-refinery[tensorrt]'."
+        )
+
+
+def require_embeddable(release: Release, remedy: str) -> None:
+    """Raise ReleaseError for a release that the embedded server cannot load. remedy: the sentence on what to do."""
+    if release.flavour != "python":
+        raise ReleaseError(
+            f"{release.model}: release {release.number} runs on Triton's own backends, which the embedded server does "
+            f"not have. {remedy}."
         )
 
 

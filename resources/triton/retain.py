@@ -67,9 +67,13 @@ def retain(
         whole, current = [release.number for release in list_releases(repository, model)], serves.number
         kept = dict.fromkeys(whole[-keep:], f"one of the newest {keep}")
         kept |= {number: why for number, why in wanted.items() if number in whole}
-        kept |= {number: f"served at {address}" for address in asked if (number := _served(address, model)) in whole}
+        kept |= {
+            number: f"served at {address}"
+            for address in asked
+            if (number := _served(address, model, settings)) in whole
+        }
         for address in settings.servers:
-            if (number := _require_served(address, model)) in whole:
+            if (number := _require_served(address, model, settings)) in whole:
                 kept[number] = f"served at {address}"
         kept[current] = "what is pointed to"
         # What a killed publisher has proven waits for the next one: a clean-up moves no pointer.
@@ -106,8 +110,8 @@ def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None
     sync(repository)
 
 
-def _require_served(address: str, model: str) -> int | None:
-    with TextClient(address) as client:
+def _require_served(address: str, model: str, settings: TritonSettings) -> int | None:
+    with TextClient(address, connection=settings.connection_to(address)) as client:
         if not client.is_live():
             raise ServerError(
                 f"No Triton answers gRPC at {address} (REFINERY_TRITON_GRPC), so nobody knows which release it holds, "
@@ -116,7 +120,7 @@ def _require_served(address: str, model: str) -> int | None:
         return client.release_of(model) if client.is_ready(model) else None
 
 
-def _served(address: str, model: str) -> int | None:
-    with TextClient(address) as client, suppress(ServerError):
+def _served(address: str, model: str, settings: TritonSettings) -> int | None:
+    with TextClient(address, connection=settings.connection_to(address)) as client, suppress(ServerError):
         return client.release_of(model)
     return None

@@ -9,14 +9,11 @@ from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError
 from resources.triton.files import (
-    bring_in,
     clear_disk_errors,
-    discard,
     on_this_machine,
     replace_file,
     repository_lock,
     staging_folder,
-    staging_root,
     sync,
 )
 from resources.triton.fleet import Fleet
@@ -32,7 +29,7 @@ from resources.triton.publish import sweep
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location, RemotePath
-from resources.triton.verify import ask, ask_embedded, find_release, require_unchanged, write_alias
+from resources.triton.verify import ask_embedded, find_release, require_unchanged
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
         old = None
     internals = named_internals((repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8"))
     try:
-        _ask_aside(repository, release, fleet)
+        fleet.ask_aside(repository, release)
         with _prepared(repository, old or b"") as back:
             _point(repository, release)
             try:
@@ -164,16 +161,3 @@ def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
         raise
     before = named_internals((old or b"").decode("utf-8", errors="replace"))
     fleet.leave([name for name in before if name not in internals])
-
-
-def _ask_aside(repository: Location, release: Release, fleet: Fleet) -> None:
-    with staging_folder(repository) as scratch:
-        name = write_alias(repository, release, scratch)
-        bring_in(scratch / name, repository / name)
-    try:
-        fleet.hold(repository, name, release.number)
-        for client in fleet.clients:
-            ask(client, repository, release, name)
-    finally:
-        fleet.retire([name])
-        discard(repository / name, staging_root(repository))

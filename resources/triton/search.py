@@ -7,13 +7,9 @@ Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identificat
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import (
@@ -29,28 +25,21 @@ from resources.artifacts.records import (
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry, ServingSettings
 from resources.device import describe_device
-from resources.errors import ReleaseError, ServerError
+from resources.errors import ReleaseError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.targets import device_of
-from resources.triton.client import TextClient
-from resources.triton.config import front_config, write_config
 from resources.triton.environment import is_installed, requirements
-from resources.triton.layout import CONFIG, internal_name
-from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistics, statistics_since
 from resources.triton.mix import load_of, request_mix
 from resources.triton.release import ReleasePlan
-from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
-from resources.triton.stage import stage
+from resources.triton.settings import Flavour, TritonSettings
+from resources.triton.trials import SHORTEST_SECONDS, Measure, configured_trials, embedded_trials
 from resources.workspace import Workspace
-
-if TYPE_CHECKING:
-    from resources.pipelines.base import Item
 
 #: What a configuration depends on, beside what is served.
 CODE = (
     "resources.triton.search",
+    "resources.triton.trials",
     "resources.triton.load",
     "resources.triton.mix",
     "resources.triton.config",
@@ -69,42 +58,52 @@ MOST_WEIGHTS_BYTES = 2**30
 #: Within this share of the best settings are equal, and the simplest is taken: the same setting, measured twice for
 #: some seconds on a machine that others use too, differed by up to ten percent.
 NOISE = 0.1
-#: Fewer requests say nothing about their 99th percentile.
-FEWEST_REQUESTS = 50
-#: Shorter than this a trial says nothing.
-_SHORTEST_SECONDS = 0.5
-#: The number that a staged release needs and that nobody sees.
-_NUMBER = 1
-
-#: The figures of a setting under load for so many seconds, at that stage of the search.
-Measure = Callable[[ServingSetting, float, int], ServingTrial]
 
 
 def settings_to_try(
-    measured: ThreadSetting, serving: ServingSettings, *, device: str, cores: int, engine_bytes: int
+    measured: ThreadSetting,
+    serving: ServingSettings,
+    *,
+    device: str,
+    cores: int,
+    engine_bytes: int,
+    flavour: Flavour = "python",
 ) -> tuple[ServingSetting, ...]:
-    """What is worth a try, the most promising first: numbers of instances, with each queue delay.
+    """What is worth a try, the default first: numbers of instances, with each queue delay.
 
-    measured: what the engine was fastest with, alone. cores: that it may use; on a CPU instances share them, and each
-    holds its weights once for one request alone and once for several at a time. What the catalog fixes is not varied.
+    measured: what the engine was fastest with, alone. cores: that it may use; on a CPU instances share them. What the
+    catalog fixes is not varied. A Python model's first instance takes all cores while it is alone, and holds its
+    weights twice for that, so one instance is its default. An instance on Triton's own backend has its share of the
+    cores and no more, so there the default is an instance a core.
     """
     counts = [2**power for power in range(MOST_INSTANCES.bit_length())]
-    if device == "cpu":
-        fitting = max(1, MOST_WEIGHTS_BYTES // max(1, 2 * engine_bytes))
-        counts = [count for count in counts if count <= min(cores, fitting)]
+    shared = device == "cpu"
+    if shared:
+        held = engine_bytes * (2 if flavour == "python" else 1)
+        most = min(cores, max(1, MOST_WEIGHTS_BYTES // max(1, held)))
+        counts = [count for count in counts if count <= most]
+        if flavour == "native":
+            counts = list(dict.fromkeys([most, *counts]))
     counts = counts if serving.instances is None else [serving.instances]
     delays = QUEUE_DELAYS_US if serving.queue_delay_us is None else (serving.queue_delay_us,)
-    return tuple(
-        ServingSetting(
-            instances=count,
-            threads=measured.threads,
-            threads_beside=min(measured.threads, max(1, cores // count)) if device == "cpu" and count > 1 else 0,
-            spinning=measured.spinning,
-            queue_delay_us=delay,
-        )
-        for delay in delays
-        for count in counts
-    )
+    found = []
+    for delay in delays:
+        for count in counts:
+            threads, beside = measured.threads, 0
+            if shared and count > 1:
+                beside = min(threads, max(1, cores // count))
+                if flavour == "native":
+                    threads, beside = beside, 0
+            found.append(
+                ServingSetting(
+                    instances=count,
+                    threads=threads,
+                    threads_beside=beside,
+                    spinning=measured.spinning,
+                    queue_delay_us=delay,
+                )
+            )
+    return tuple(found)
 
 
 def rank(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> list[ServingTrial]:
@@ -163,18 +162,18 @@ def halve(
     deadline = time.monotonic() + seconds
     for number in range(1, stages + 1):
         share = (deadline - time.monotonic()) / (stages - number + 1) / len(left)
-        if number > 1 and share < _SHORTEST_SECONDS:
+        if number > 1 and share < SHORTEST_SECONDS:
             break
         if number < stages:
             found = list[ServingTrial]()
             for setting in left:
                 if len(found) > 1 and time.monotonic() > (deadline - seconds / 2 if number == 1 else deadline):
                     break
-                found.append(measure(setting, max(share, _SHORTEST_SECONDS), number))
+                found.append(measure(setting, max(share, SHORTEST_SECONDS), number))
             if number > 1 and len(found) < len(left):
                 break
         else:
-            half = max(share / 2, _SHORTEST_SECONDS)
+            half = max(share / 2, SHORTEST_SECONDS)
             there = [measure(setting, half, number) for setting in left]
             back = [measure(setting, half, number) for setting in reversed(left)]
             found = [_pooled(*pair) for pair in zip(there, reversed(back), strict=True)]
@@ -209,6 +208,21 @@ def last_stage(trials: Sequence[ServingTrial]) -> list[ServingTrial]:
     return [trial for trial in trials if trial.stage == max(stages)]
 
 
+def _why_not(settings: TritonSettings, serving: ServingSettings, tried: Sequence[ServingSetting]) -> str:
+    """Why nothing is measured, as the end of a sentence; empty where it is."""
+    if len(tried) == 1:
+        return "there is nothing to choose"
+    if serving.search_seconds == 0:
+        return "search_seconds is 0"
+    if settings.flavour == "python":
+        return "" if is_installed(settings.environment) else "there is no embedded server to measure on"
+    if not settings.driven:
+        return "no server with Triton's own backends is configured to measure on"
+    if settings.control != "explicit":
+        return "servers in poll model control are not measured on, because they load nothing when they are told"
+    return ""
+
+
 def make_serving_configuration(
     workspace: Workspace,
     entry: ModelEntry,
@@ -226,9 +240,10 @@ def make_serving_configuration(
         device=device_of(champion.target),
         cores=workspace.threads(entry),
         engine_bytes=engine.size_bytes,
+        flavour=workspace.triton.flavour,
     )
-    embedded = workspace.triton.flavour == "python" and is_installed(workspace.triton.environment)
-    searched = len(tried) > 1 and serving.search_seconds > 0 and embedded
+    why_not = _why_not(workspace.triton, serving, tried)
+    server = None if why_not else requirements() if workspace.triton.flavour == "python" else "configured"
     made_of = Fingerprint.of(
         "serving_configuration",
         model=entry.name,
@@ -238,10 +253,10 @@ def make_serving_configuration(
         settings=[setting.model_dump() for setting in tried],
         batch=entry.max_batch_size,
         serving=serving.model_dump(include={"p99_ms", "clients", "search_seconds", "rate_limiter"})
-        if searched
+        if not why_not
         else None,
-        server=requirements() if searched else None,
-        load=load_of(evaluation, checkpoint) if searched else None,
+        server=server,
+        load=None if why_not else load_of(evaluation, checkpoint),
         device=device,
         flavour=workspace.triton.flavour,
         code=code_versions(*CODE),
@@ -261,20 +276,13 @@ def make_serving_configuration(
 
     def make(folder: Path) -> ServingConfiguration:
         del folder
-        if not searched:
-            why = (
-                "there is no embedded server with its backend to measure on"
-                if not embedded
-                else "there is nothing to choose"
-                if len(tried) == 1
-                else "search_seconds is 0"
-            )
-            return record.model_copy(update={"reason": f"{tried[0]}: {why}"})
+        if why_not:
+            return record.model_copy(update={"reason": f"{tried[0]}: {why_not}"})
         workspace.store.require_whole(engine, checkpoint, evaluation)
         plan = ReleasePlan(
             model=entry.name,
             target=champion.target,
-            flavour="python",
+            flavour=workspace.triton.flavour,
             checkpoint=checkpoint,
             checkpoint_folder=workspace.store.folder(checkpoint),
             engine=engine,
@@ -287,7 +295,14 @@ def make_serving_configuration(
             read_evaluation_set(workspace.store.folder(evaluation)).items, checkpoint, plan.checkpoint_folder
         )
         log = workspace.log(entry.name, f"serving-{champion.target}")
-        with benchmarking(), trial_server(plan, workspace.triton, items, serving.clients, log) as measure:
+        trials_on = (
+            embedded_trials(plan, workspace.triton, items, serving.clients, log)
+            if plan.flavour == "python"
+            else configured_trials(
+                plan, workspace.triton, workspace.repository(champion.target), items, serving.clients
+            )
+        )
+        with benchmarking(), trials_on as measure:
             trials = halve(tried, measure, serving.search_seconds, serving.p99_ms)
         last = last_stage(trials)
         if all(trial.reason for trial in last) and any(trial.requests for trial in trials):
@@ -306,65 +321,4 @@ def make_serving_configuration(
         reason += f" ({count} of {len(tried)} settings tried)"
         return record.model_copy(update={"setting": setting, "reason": reason, "trials": tuple(trials)})
 
-    return workspace.store.get_or_make(ServingConfiguration, made_of, make, light=not searched)
-
-
-@contextmanager
-def trial_server(
-    plan: ReleasePlan, settings: TritonSettings, items: Sequence[Item], clients: int, log: Path
-) -> Iterator[Measure]:
-    """A real server of the plan's release alone, which is loaded anew with each setting that is measured."""
-    with tempfile.TemporaryDirectory(prefix="refinery-serving-") as scratch:
-        root, pipeline = Path(scratch) / "models", internal_name(plan.model, _NUMBER, "pipeline")
-        root.mkdir()
-        stage(plan, _NUMBER, root)
-        with (
-            EmbeddedServer(root, settings, models=[plan.model], log=log) as server,
-            TextClient(server.grpc_address) as client,
-        ):
-            contract = client.contract(plan.model)
-            loaded = plan.serving
-
-            def measure(setting: ServingSetting, seconds: float, number: int) -> ServingTrial:
-                nonlocal loaded
-                trial = ServingTrial(setting=setting, stage=number)
-                started = time.monotonic()
-                try:
-                    if setting != loaded:
-                        config = front_config(replace(plan, serving=setting), _NUMBER)
-                        write_config(config, root / pipeline / CONFIG)
-                        client.load(pipeline)
-                        loaded = setting
-                    before = server_statistics(server.grpc_address, [pipeline])
-                    # What loading took is taken from the trial's own time: the bound is for all of it.
-                    left = seconds - (time.monotonic() - started) - WARM_UP_SECONDS / 2
-                    result = closed_loop(
-                        server.grpc_address,
-                        plan.model,
-                        contract,
-                        items,
-                        concurrency=clients,
-                        seconds=max(left, _SHORTEST_SECONDS),
-                        warm_up_seconds=WARM_UP_SECONDS / 2,
-                        seed=number,
-                    )
-                    after = server_statistics(server.grpc_address, [pipeline])
-                except ServerError as error:
-                    return trial.model_copy(update={"reason": str(error)})
-                if result.requests < FEWEST_REQUESTS:
-                    few = f"{result.requests} requests in {result.seconds:.1f} s are too few to say anything"
-                    return trial.model_copy(update={"requests": result.requests, "reason": few})
-                if result.failures:
-                    return trial.model_copy(
-                        update={"reason": f"{result.failures} requests failed: {result.first_error}"}
-                    )
-                figures = {
-                    "requests": result.requests,
-                    "throughput_per_s": result.throughput,
-                    "p50_ms": result.p50_ms,
-                    "p99_ms": result.p99_ms,
-                    "mean_batch": statistics_since(before, after)[pipeline].mean_batch,
-                }
-                return trial.model_copy(update=figures)
-
-            yield measure
+    return workspace.store.get_or_make(ServingConfiguration, made_of, make, light=bool(why_not))

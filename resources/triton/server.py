@@ -12,13 +12,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from resources.errors import ServerError
 from resources.triton.client import TextClient
+from resources.triton.connection import Connection, Protocol, kept_key, new_key, restrictions
 from resources.triton.environment import require_installed
 from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, supervised, variables
 from resources.triton.layout import CONFIG, called_internals, public_models
@@ -40,7 +41,8 @@ class EmbeddedServer:
 
     Explicit model control: it holds the named public models and the releases they are pinned to, and nothing else of
     the repository; the other modes hold all of it, and `models` are those that are waited for. Ports left out are free
-    ones. options: further ones of tritonserver. It ends when the thread that started it ends, however that is.
+    ones. options: further ones of tritonserver. key: of its restricted APIs; None: a random one. It ends when the
+    thread that started it ends, however that is.
     Raises ServerError with the telling lines of its log where it does not get ready.
     """
 
@@ -56,7 +58,9 @@ class EmbeddedServer:
         metrics_port: int | None = None,
         control: Control = "explicit",
         options: Sequence[str] = (),
+        key: str | None = None,
     ) -> None:
+        self.connection = Connection(key=key or new_key())
         self._control: Control = control
         self._options = tuple(options)
         self._repository, self._settings, self._models, self._log = repository, settings, tuple(models), log
@@ -71,6 +75,11 @@ class EmbeddedServer:
     @property
     def http_address(self) -> str:
         return f"{LOOPBACK}:{self._ports.http}"
+
+    def client(self, protocol: Protocol = "grpc") -> TextClient:
+        """Return a client that may use the restricted APIs too."""
+        address = self.grpc_address if protocol == "grpc" else self.http_address
+        return TextClient(address, protocol, self.connection)
 
     @property
     def pid(self) -> int:
@@ -127,7 +136,7 @@ class EmbeddedServer:
             self._ports,
             self._loaded(),
             self._control,
-            self._options,
+            [*restrictions(self.connection.key or ""), *self._options],
         )
 
     def _environment(self) -> dict[str, str]:
@@ -146,7 +155,7 @@ class EmbeddedServer:
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        with TextClient(self.grpc_address) as client:
+        with self.client() as client:
             while time.monotonic() < deadline:
                 if self.ended():
                     raise ServerError(f"The embedded Triton ended while starting:\n{self.last_words()}")
@@ -190,6 +199,7 @@ def serve_foreground(
     log: Path,
     control: Control = "explicit",
     options: Sequence[str] = (),
+    key: str | None = None,
     say: Callable[[str], None] = print,
     stop: Callable[[], bool] = lambda: False,
     refresh: Callable[[], None] = lambda: None,
@@ -198,8 +208,9 @@ def serve_foreground(
 
     control: `explicit`: new releases and models are taken up while it runs; a release that cannot be loaded is said
     so, and the one before goes on serving. `poll`: Triton itself looks, and says so in its log alone. `none`: what is
-    there at the start. refresh: called before each look at the repository, which may be a copy. Raises ServerError
-    where the server ends by itself, or cannot load a single model of those that are there at the start.
+    there at the start. key: of its restricted APIs; None: a random one. The key of a server that runs is in the
+    settings' folder of keys. refresh: called before each look at the repository, which may be a copy. Raises
+    ServerError where the server ends by itself, or cannot load a single model of those that are there at the start.
     """
     server = EmbeddedServer(
         repository,
@@ -211,10 +222,12 @@ def serve_foreground(
         metrics_port=metrics_port,
         control=control,
         options=options,
+        key=key or new_key(),
     )
+    keys = nullcontext() if settings.keys is None else kept_key(settings.keys, grpc_port, server.connection.key or "")
     with _sigterm_as_interrupt():
         try:
-            with server, TextClient(server.grpc_address) as client:
+            with keys, server, server.client() as client:
                 watcher = Watcher(repository, client, say) if control == "explicit" else None
                 if watcher is not None:
                     watcher.look()

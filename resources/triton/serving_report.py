@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from resources.errors import ReleaseError, ServerError
 from resources.evaluation.reference import read_evaluation_set
 from resources.locks import benchmarking
 from resources.triton.client import TextClient
+from resources.triton.connection import PLAIN, Connection
 from resources.triton.environment import is_installed, requirements
 from resources.triton.layout import current_release
 from resources.triton.load import closed_loop, server_statistics, statistics_since
@@ -35,6 +37,7 @@ CODE = (
     "resources.triton.mix",
     "resources.triton.launch",
 )
+_BY_HAND = "measure one of yours with `refinery load --url`"
 #: Of a level's time, what warms it up.
 _WARM_UP_SHARE = 0.15
 
@@ -45,29 +48,41 @@ def levels_of(clients: int) -> tuple[int, ...]:
 
 
 def measure_load(
-    address: str, model: str, items: Sequence[Item], levels: Sequence[int], seconds: float
+    address: str,
+    model: str,
+    items: Sequence[Item],
+    levels: Sequence[int],
+    seconds: float,
+    connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
     """The model under closed loops of tritonclient's asyncio client over gRPC, one a level, `seconds` in all.
 
     Raises ServerError; ReleaseError where requests fail.
     """
-    with TextClient(address) as client:
+    with TextClient(address, connection=connection) as client:
         contract, steps = client.contract(model), client.steps(model)
     engines = steps[-1:]
     share, found = seconds / len(levels), []
     for clients in levels:
         warm_up = share * _WARM_UP_SHARE
         # A model that counts is asked before and after; what the warm-up did is in it too, and changes no ratio.
-        before = server_statistics(address, [model, *engines])
+        before = server_statistics(address, [model, *engines], connection)
         result = closed_loop(
-            address, model, contract, items, concurrency=clients, seconds=share - warm_up, warm_up_seconds=warm_up
+            address,
+            model,
+            contract,
+            items,
+            concurrency=clients,
+            seconds=share - warm_up,
+            warm_up_seconds=warm_up,
+            connection=connection,
         )
         if result.failures:
             raise ReleaseError(
                 f"{model}: {result.failures} of {result.failures + result.requests} requests failed under {clients} "
                 f"clients: {result.first_error}"
             )
-        done = statistics_since(before, server_statistics(address, [model, *engines]))
+        done = statistics_since(before, server_statistics(address, [model, *engines], connection))
         engine = done[engines[0]] if engines else None
         asked = done[model].requests
         found.append(
@@ -86,13 +101,22 @@ def measure_load(
 
 
 def measure_with_perf_analyzer(
-    address: str, model: str, items: Sequence[Item], levels: Sequence[int], seconds: float
+    address: str,
+    model: str,
+    items: Sequence[Item],
+    levels: Sequence[int],
+    seconds: float,
+    connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
-    """The same by NVIDIA's perf_analyzer; nothing where it is not installed. Raises ServerError."""
+    """The same by NVIDIA's perf_analyzer; nothing where it is not installed. Raises ServerError.
+
+    It takes headers by its command line alone, which every user of the machine can read, so it is not asked to
+    measure a server that wants any. It calls no restricted API, so it needs no key.
+    """
     program = find_perf_analyzer()
-    if program is None:
+    if program is None or connection.headers:
         return []
-    return run_perf_analyzer(program, address, model, items, levels, seconds / len(levels))
+    return run_perf_analyzer(program, address, model, items, levels, seconds / len(levels), connection)
 
 
 def make_serving_report(
@@ -100,7 +124,8 @@ def make_serving_report(
 ) -> Made[ServingReport]:
     """The report on the release that is pointed to. Raises ReleaseError, ServerError.
 
-    An embedded server is asked, and never the configured ones: they have users. What is not embedded is skipped.
+    A release of the `python` flavour is measured on an embedded server of its own, because the configured ones have
+    users. One of the `native` flavour runs nowhere else, so the first of those is asked.
     """
     repository = workspace.repository(target)
     release, serving = current_release(repository, entry.name), entry.serving
@@ -114,7 +139,7 @@ def make_serving_report(
         seconds=serving.benchmark_seconds,
         device=describe_device(target),
         perf_analyzer=str(find_perf_analyzer() or ""),
-        server=requirements(),
+        server=workspace.triton.servers[:1] if release is not None and release.flavour == "native" else requirements(),
         code=code_versions(*CODE),
     )
     record = ServingReport(
@@ -136,18 +161,14 @@ def make_serving_report(
         workspace.store.require_whole(evaluation)
         known = read_evaluation_set(workspace.store.folder(evaluation))
         items = request_mix(known.items, checkpoint, workspace.store.folder(checkpoint))
-        log = workspace.log(entry.name, f"load-{target}")
-        folder = served_folder(repository, workspace.copies)
-        with (
-            benchmarking(),
-            EmbeddedServer(folder, workspace.triton, models=[entry.name], log=log) as server,
-            TextClient(server.grpc_address) as client,
-        ):
-            seconds, version = serving.benchmark_seconds, client.version()
-            found = measure_load(server.grpc_address, entry.name, items, levels, seconds)
-            reason = ""
+        seconds = serving.benchmark_seconds
+        with benchmarking(), _server(workspace, release, target) as client:
+            version, reason = client.version(), ""
+            found = measure_load(client.address, entry.name, items, levels, seconds, client.connection)
             try:
-                found += measure_with_perf_analyzer(server.grpc_address, entry.name, items, levels, seconds)
+                found += measure_with_perf_analyzer(
+                    client.address, entry.name, items, levels, seconds, client.connection
+                )
             except ServerError as error:  # it is an extra
                 reason = str(error)
         return record.model_copy(
@@ -163,6 +184,36 @@ def _why_not(workspace: Workspace, release: Release | None, seconds: float) -> s
         return "no release is published yet"
     if seconds == 0:
         return "benchmark_seconds is 0"
-    if release.flavour != "python" or not is_installed(workspace.triton.environment):
-        return "there is no embedded server with its backend; measure one of yours with `refinery load --url`"
+    settings = workspace.triton
+    if release.flavour == "python":
+        return "" if is_installed(settings.environment) else f"there is no embedded server; {_BY_HAND}"
+    if not settings.servers:
+        return f"no server with Triton's own backends is configured (REFINERY_TRITON_GRPC); {_BY_HAND}"
+    if not settings.driven:
+        return f"servers without model control serve it once they are started anew; {_BY_HAND} then"
     return ""
+
+
+@contextmanager
+def _server(workspace: Workspace, release: Release | None, target: str) -> Iterator[TextClient]:
+    """A connection to the server that the release is measured on. Raises ServerError where that serves another."""
+    assert release is not None, "else there is nothing to measure"
+    if release.flavour == "python":
+        folder = served_folder(workspace.repository(target), workspace.copies)
+        log = workspace.log(release.model, f"load-{target}")
+        with (
+            EmbeddedServer(folder, workspace.triton, models=[release.model], log=log) as server,
+            server.client() as client,
+        ):
+            yield client
+        return
+    address = workspace.triton.servers[0]
+    with TextClient(address, connection=workspace.triton.connection_to(address)) as client:
+        number = client.release_of(release.model)
+        if number != release.number:
+            served = f"release {number}" if number else "no release"
+            raise ServerError(
+                f"{release.model}: the server at {client.address} serves {served} and not release {release.number}, "
+                "which is to be measured. Have it load that, or set benchmark_seconds to 0."
+            )
+        yield client

@@ -297,11 +297,6 @@ class RemotePath:
 Location = Path | RemotePath
 
 
-def stays_below(name: str) -> bool:
-    """Whether a file of that name lies below the folder that it is put into: a store takes any name."""
-    return not {"", ".", ".."} & set(name.split("/"))
-
-
 def _whole(files: AbstractFileSystem, size_bytes: int) -> dict[str, float]:
     """What bounds a whole file's way."""
     return {"timeout": _FILE_SECONDS + size_bytes / _FILE_BYTES_PER_SECOND} if files.async_impl else {}

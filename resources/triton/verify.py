@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,17 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from resources.artifacts.records import sha256_file
-from resources.errors import ReleaseError, ServerError
-from resources.pipelines import PIPELINE_FILE
-from resources.tasks import TASKS
-from resources.tasks.base import broken_answers
+from resources.errors import ReleaseError
+from resources.triton.asking import ask, write_alias
 from resources.triton.client import TextClient
-from resources.triton.config import write_config
 from resources.triton.files import READ_ONLY, clear_disk_errors, lock_to_read, on_this_machine, staging_folder
+from resources.triton.fleet import Fleet
 from resources.triton.layout import (
     CONFIG,
     current_number,
-    internal_name,
     internal_names,
     list_releases,
     named_internals,
@@ -29,12 +25,10 @@ from resources.triton.layout import (
     read_release,
 )
 from resources.triton.pointer import command, current_problem, require_own_pointer
-from resources.triton.release import Release, stored
+from resources.triton.release import Release, require_embeddable, stored
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location
-
-_TEXT = "Is this release what was published?"
 
 
 def find_release(repository: Location, model: str, number: int) -> Release:
@@ -87,12 +81,37 @@ def verify_release(
             if current == release.number:
                 require_own_pointer(repository, release)
             if release.flavour == "native" and settings.servers:
-                for address in settings.servers:
-                    with TextClient(address) as client:
-                        ask(client, repository, release)
+                if current == release.number:
+                    for address in settings.servers:
+                        with TextClient(address, connection=settings.connection_to(address)) as client:
+                            ask(client, repository, release)
+                else:
+                    _ask_aside(repository, release, settings, writable=alone)
                 return release, f"Triton at {' and '.join(settings.servers)}"
             ask_embedded(copy, release, settings, log)
             return release, "an embedded server"
+
+
+def _ask_aside(repository: Location, release: Release, settings: TritonSettings, *, writable: bool) -> None:
+    """Have the configured servers load and answer with a release that does not serve, under a name of its own."""
+    name = f"{release.model}: release {release.number} does not serve"
+    if not settings.driven:
+        raise ReleaseError(
+            f"{name}, and servers without model control cannot load it beside what does. Start one in explicit or poll "
+            "model control, and say so in REFINERY_TRITON_CONTROL."
+        )
+    if not writable:
+        raise ReleaseError(
+            f"{name}, and to have a server load it beside what does, a second name has to be written to {repository}. "
+            "Run this as a user who may write there."
+        )
+    with Fleet(settings) as fleet:
+        fleet.require_ready()
+        try:
+            fleet.ask_aside(repository, release)
+        finally:
+            if release.number not in fleet.served(release.model):
+                fleet.retire(internal_names(release))
 
 
 def require_unchanged(copy: Path, release: Release, repository: Location) -> None:
@@ -116,18 +135,18 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
     For who holds the repository's lock. Raises ReleaseError where its backend is not embedded, ServerError where it
     does not load or answer.
     """
-    if release.flavour != "python":
-        raise ReleaseError(
-            f"{release.model}: release {release.number} runs on Triton's own backends, which the embedded server does "
-            "not have. Set REFINERY_TRITON_GRPC to a server in explicit model control that serves the repository."
-        )
+    require_embeddable(
+        release,
+        "Set REFINERY_TRITON_GRPC to a server that has them and serves the repository, and REFINERY_TRITON_CONTROL to "
+        "its model control, explicit or poll",
+    )
     with _room(repository) as root:
         for name in release.files:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             _link(repository / name, root / name)
         alias = write_alias(repository, release, root)
         server = EmbeddedServer(root, settings, models=[alias], log=log)
-        with server, TextClient(server.grpc_address) as client:
+        with server, server.client() as client:
             ask(client, repository, release, alias)
 
 
@@ -142,44 +161,6 @@ def _room(repository: Path) -> Iterator[Path]:
                 raise
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="refinery-verify-")))
         yield folder
-
-
-def write_alias(repository: Location, release: Release, root: Path) -> str:
-    """Write a second public model of the release below `root`, under a name that is there for asking alone; the name.
-
-    Nobody asks for it, so nothing that serves is touched.
-    """
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    name = internal_name(release.model, release.number, "proof")
-    pointer = repository / release.model / str(release.number) / CONFIG
-    config = text_format.Parse(pointer.read_text(encoding="utf-8"), ModelConfig())
-    config.name = name
-    config.ClearField("response_cache")  # what was answered once proves nothing
-    (root / name / str(release.number)).mkdir(parents=True)
-    (root / name / str(release.number) / "placeholder").touch()
-    write_config(config, root / name / CONFIG)
-    return name
-
-
-def ask(client: TextClient, repository: Location, release: Release, name: str | None = None) -> None:
-    """Raise ServerError where the server's model, public or of that name, is not the release or does not answer."""
-    name = name or release.model
-    number = client.release_of(name)
-    if number != release.number:
-        raise ServerError(
-            f"The server at {client.address} serves {f'release {number}' if number else 'something else'} as "
-            f"{release.model}, not release {release.number}."
-        )
-    front = next(file for file in release.files if file.endswith(f"/{PIPELINE_FILE}"))
-    settings = json.loads((repository / front).read_text(encoding="utf-8"))["settings"]
-    contract = client.contract(name)
-    for item in TASKS[release.task].odd_items(settings, _TEXT):
-        answers = client.ask(name, contract, [item])
-        broken = broken_answers(answers, answers)
-        if broken:
-            raise ServerError(f"{release.model}: release {release.number} answers {item} with {broken}.")
 
 
 def _link(source: Path, target: Path) -> None:

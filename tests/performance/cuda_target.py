@@ -30,7 +30,6 @@ from resources.export.make import make_graph
 from resources.pipelines import open_pipeline
 from resources.pipelines.base import Item, Pipeline
 from resources.targets import check_target, device_of
-from resources.triton.client import TextClient
 from resources.triton.layout import current_release
 from resources.triton.make import make_release
 from resources.triton.search import make_serving_configuration
@@ -103,7 +102,7 @@ def ask(workspace: Workspace, entry: ModelEntry, repository: Path, known: Any) -
     """Ask the served model texts of the evaluation set, one by one; the worst cosine with PyTorch's own answers."""
     with (
         EmbeddedServer(repository, workspace.triton, models=[entry.name], log=workspace.home / "server.log") as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
         contract = client.contract(entry.name)
         cosines, times = [], []

@@ -27,7 +27,6 @@ from resources.engines import engine_spec
 from resources.engines.make import make_engine, sources_of
 from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
 from resources.export.make import make_graph
-from resources.triton.client import TextClient
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG
 from resources.triton.load import closed_loop
@@ -190,8 +189,10 @@ def measure(
     with EmbeddedServer(
         publisher.repository, publisher.settings, models=[MODEL], log=log, control=control, options=given.option
     ) as server:
-        publisher.settings = replace(publisher.settings, servers=(server.grpc_address,), control=control)
-        with TextClient(server.grpc_address) as client:
+        publisher.settings = replace(
+            publisher.settings, servers=(server.grpc_address,), connection=server.connection, control=control
+        )
+        with server.client() as client:
             contract = client.contract(MODEL)
             items = [{"TEXT": text} for text in texts]
             first = np.stack([client.ask(MODEL, contract, [item])[0] for item in items])

@@ -302,7 +302,7 @@ def spent_outside(settings: TritonSettings, repository: Path, number: int, place
     requests, alone = list[tuple[float, float]](), list[tuple[float, float]]()
     with (
         EmbeddedServer(place, settings, models=[MODEL], log=place.with_suffix(".log")) as server,
-        TextClient(server.grpc_address) as client,
+        server.client() as client,
     ):
         contract = client.contract(MODEL)
         for turn in range(rounds + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ def ensemble_findings(model: Model, models: Mapping[str, Model]) -> Iterator[Fin
     read: set[str] = {item.name for item in config.output}
     waits: dict[int, set[str]] = {}
     types: dict[str, tuple[int, str]] = {item.name: (item.data_type, "the input") for item in config.input}
+    seen: Counter[str] = Counter()
     for number, step in enumerate(steps):
-        near, nth = f'"{step.model_name}"', sum(other.model_name == step.model_name for other in steps[:number])
+        near, nth = f'"{step.model_name}"', seen[step.model_name]
+        seen[step.model_name] += 1
         yield from _step(model, step, models.get(step.model_name), near, nth)
         waits[number] = set(step.input_map.values())
         read |= waits[number]
@@ -54,10 +57,20 @@ def ensemble_findings(model: Model, models: Mapping[str, Model]) -> Iterator[Fin
         yield model.at("ensemble-unused", f"nothing reads {tensor!r}.", near=f'"{tensor}"')
     # What can be computed, step after step; what is left then waits for itself.
     there = {item.name for item in config.input} | (read - set(made))
-    while ready := [number for number, tensors in waits.items() if tensors <= there]:
-        for number in ready:
-            there |= set(steps[number].output_map.values())
-            del waits[number]
+    readers: dict[str, list[int]] = {}
+    for number, tensors in waits.items():
+        waits[number] = tensors - there
+        for tensor in waits[number]:
+            readers.setdefault(tensor, []).append(number)
+    ready = [number for number, tensors in waits.items() if not tensors]
+    while ready:
+        number = ready.pop()
+        del waits[number]
+        for tensor in set(steps[number].output_map.values()):
+            for reader in readers.pop(tensor, ()):
+                waits[reader].discard(tensor)
+                if not waits[reader]:
+                    ready.append(reader)
     for number in waits:
         name = steps[number].model_name
         yield model.at("ensemble-cycle", f"{name} waits for what it makes itself.", near=f'"{name}"')

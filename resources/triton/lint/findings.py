@@ -24,6 +24,8 @@ RULES: dict[str, Rule] = {
     "model-name": Rule("error", "a model's name has to be that of its folder"),
     "stray-folder": Rule("error", "every folder of a repository is read as a model, hidden ones too"),
     "unreadable": Rule("error", "the server has to be able to read all of it"),
+    "too-large": Rule("error", "what is larger than anything of its kind is not read to its end"),
+    "link": Rule("warning", "a link that leads out of the repository is not followed here, and others can change it"),
     "no-version": Rule("error", "a model needs a folder of a version, an ensemble an empty one"),
     "stray-version": Rule("error", "a folder whose name begins with a number is read as that version"),
     "ignored-version": Rule("warning", "versions are whole numbers above 0 without leading zeros; others are ignored"),
@@ -32,7 +34,9 @@ RULES: dict[str, Rule] = {
     "model-file": Rule("error", "every version needs the file that its backend opens"),
     "empty-file": Rule("error", "a model file of 0 bytes is a copy that did not end"),
     "onnx-graph": Rule("error", "model.onnx has to be a whole ONNX graph"),
-    "external-data": Rule("error", "weights beside a graph have to be there, whole, in a folder named as the graph is"),
+    "external-data": Rule(
+        "error", "weights beside a graph have to be there, whole, in a folder named as the graph is, and in no other"
+    ),
     "tensor-name": Rule("error", "inputs and outputs have to be those of the graph"),
     "tensor-type": Rule("error", "a tensor's type has to be given, and be that of the graph"),
     "tensor-dims": Rule("error", "dims have to be above 0 or -1, and fit the graph"),
@@ -43,7 +47,7 @@ RULES: dict[str, Rule] = {
     "no-batching": Rule("warning", "with max_batch_size 0 nothing is ever batched"),
     "instance-group": Rule("error", "counts are not below 0, and only instances on GPUs name any"),
     "warm-up": Rule("error", "warm-up has to give every input, in its type, from files that are there"),
-    "label-file": Rule("error", "a label file has to be there"),
+    "label-file": Rule("error", "a label file has to be there, in the model's folder"),
     "ensemble-step": Rule("error", "steps name models and versions of the repository"),
     "ensemble-map": Rule("error", "maps name the step's tensors, and every tensor has one source"),
     "ensemble-unused": Rule("error", "what a step makes has to be read by a step or be an output"),

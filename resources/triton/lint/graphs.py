@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import first_line
 from resources.triton.lint.findings import Finding
+from resources.triton.lint.reading import LARGEST_GRAPH_BYTES, TooLargeError, is_below, leads_out, read_file, text_of
 
 if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+
     from resources.triton.lint.repository import Model
 
 #: ONNX's name of a type by Triton's.
@@ -29,6 +33,8 @@ _TYPES = {
     "TYPE_BF16": "BFLOAT16",
     "TYPE_STRING": "STRING",
 }
+#: Bytes of a value by ONNX's number of its type: float, the integers, bool, float16, double, bfloat16.
+_SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
 
 def type_name(number: int) -> str:
@@ -46,8 +52,13 @@ def graph_findings(model: Model, path: Path) -> Iterator[Finding]:
     if not file.is_file():
         yield model.at("model-file", f"{path.name}/ holds no {path.name}.", path=path)
         return
+    if not is_below(model.root, file):
+        return  # by a link, which is said
     try:
-        proto = onnx.load(file, load_external_data=False)
+        proto = onnx.ModelProto.FromString(read_file(file, LARGEST_GRAPH_BYTES))
+    except TooLargeError as error:
+        yield model.at("too-large", str(error), path=file)
+        return
     except Exception as error:
         yield model.at("onnx-graph", f"cannot be read: {first_line(error)}", path=file)
         return
@@ -63,14 +74,19 @@ def graph_findings(model: Model, path: Path) -> Iterator[Finding]:
     yield from _compare(model, "output", config.output, proto.graph.output, all_of_them=False)
 
 
-def _weights(model: Model, file: Path, proto: Any, *, in_folder: bool) -> Iterator[Finding]:
+def _weights(model: Model, file: Path, proto: ModelProto, *, in_folder: bool) -> Iterator[Finding]:
     needed: dict[str, int] = {}
-    for tensor in proto.graph.initializer:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        if "location" in entries:
-            parts = [entries.get(key, "0") for key in ("offset", "length")]
-            end = sum(int(part) for part in parts if part.isdigit())
-            needed[entries["location"]] = max(needed.get(entries["location"], 0), end)
+    for tensor in _tensors(proto):
+        entries = {text_of(entry.key): text_of(entry.value) for entry in tensor.external_data}
+        if "location" not in entries:
+            continue
+        name = entries["location"]
+        parts = [entries.get("offset", "0"), entries.get("length") or str(_size_bytes(tensor))]
+        if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
+            what = f"{text_of(tensor.name)!r} begins at {parts[0]!r} of {name!r} and has {parts[1]!r} bytes."
+            yield model.at("external-data", f"{what} Export it again.", path=file)
+            continue
+        needed[name] = max(needed.get(name, 0), sum(map(int, parts)))
     if needed and not in_folder:
         yield model.at(
             "external-data",
@@ -80,12 +96,40 @@ def _weights(model: Model, file: Path, proto: Any, *, in_folder: bool) -> Iterat
         )
     for name, size in sorted(needed.items()):
         place = file.parent / name
-        if not place.is_file():
+        # ONNX Runtime refuses these, by links too; other runtimes read whatever file it is.
+        if leads_out(file.parent, name):
+            what = f"its weights in {name!r} lead out of the graph's folder."
+            yield model.at("external-data", f"{what} Put them beside the graph.", path=file)
+        elif not place.is_file():
             yield model.at("external-data", f"its weights in {name} are missing.", path=file)
         elif place.stat().st_size < size:
             yield model.at(
                 "external-data", f"{name} has {place.stat().st_size} bytes of {size}. Copy it again.", path=file
             )
+
+
+def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """All tensors with values of their own: of the graph, of the graphs in its operators, and of its functions."""
+    graphs = [proto.graph, *(graph for info in proto.training_info for graph in (info.initialization, info.algorithm))]
+    nodes = [node for function in proto.functions for node in function.node]
+    while graphs or nodes:
+        while nodes:
+            for attribute in nodes.pop().attribute:
+                yield from (attribute.t, *attribute.tensors)
+                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                    yield from (sparse.values, sparse.indices)
+                graphs += (attribute.g, *attribute.graphs)
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes += graph.node
+
+
+def _size_bytes(tensor: TensorProto) -> int:
+    """What the tensor's values take, as far as its type says so."""
+    return max(0, prod(tensor.dims)) * _SIZES.get(tensor.data_type, 0)
 
 
 def _compare(
@@ -96,7 +140,7 @@ def _compare(
 
     config = model.config
     assert config is not None
-    graph = {value.name: value.type.tensor_type for value in found}
+    graph = {text_of(value.name): value.type.tensor_type for value in found}
     for item in said:
         near = f'"{item.name}"'
         if item.name not in graph:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,16 @@ from resources.triton.layout import CONFIG
 from resources.triton.lint.ensembles import ensemble_findings
 from resources.triton.lint.findings import Finding
 from resources.triton.lint.graphs import graph_findings, type_name
+from resources.triton.lint.reading import (
+    LARGEST_CONFIG_BYTES,
+    MOST_FINDINGS,
+    TooLargeError,
+    is_below,
+    leads_out,
+    links_out,
+    read_file,
+    shortened,
+)
 from resources.triton.lint.sources import source_findings
 
 if TYPE_CHECKING:
@@ -47,6 +58,11 @@ class Model:
     config: ModelConfig | None
     text: str
     versions: tuple[int, ...]
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The configuration without its comments."""
+        return [line.split("#")[0] for line in self.text.splitlines()]
 
     @property
     def name(self) -> str:
@@ -83,8 +99,7 @@ class Model:
         place = path or self.folder / CONFIG
         line = 0
         if path is None and near:
-            lines = [text.split("#")[0] for text in self.text.splitlines()]
-            found = [number for number, text in enumerate(lines, 1) for _ in range(text.count(near))]
+            found = [number for number, text in enumerate(self.lines, 1) for _ in range(text.count(near))]
             line = found[min(nth, len(found) - 1)] if found else 0
         return Finding(rule, place.relative_to(self.root).as_posix(), message, line)
 
@@ -95,6 +110,9 @@ def lint(root: Path) -> list[Finding]:
     findings: list[Finding] = []
     models: dict[str, Model] = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if not is_below(root, folder):
+            findings.append(_link(root, folder))
+            continue
         hidden = folder.name.startswith(".")
         if hidden or (os.access(folder, os.R_OK | os.X_OK) and not any(folder.iterdir())):
             what = "a hidden folder" if hidden else "an empty folder"
@@ -108,13 +126,30 @@ def lint(root: Path) -> list[Finding]:
         models[model.name] = model
         findings += found
     for model in models.values():
+        found = []
         try:
-            findings += _model_findings(model)
+            for finding in islice(_all_findings(model, models), MOST_FINDINGS):
+                found.append(finding)
         except OSError as error:
-            findings.append(model.at("unreadable", f"{error.filename} cannot be read: {error.strerror}."))
-        if model.is_ensemble:
-            findings += ensemble_findings(model, models)
+            found.append(model.at("unreadable", f"{error.filename} cannot be read: {error.strerror}."))
+        findings += found
+        if len(found) >= MOST_FINDINGS:
+            more = f"has {MOST_FINDINGS} findings or more, and was not looked at further. Mend these first."
+            findings.append(model.at("too-large", more, path=model.folder))
+    findings = [replace(finding, message=shortened(finding.message)) for finding in findings]
     return sorted(findings, key=lambda finding: (finding.path, finding.line, finding.rule, finding.message))
+
+
+def _all_findings(model: Model, models: Mapping[str, Model]) -> Iterator[Finding]:
+    yield from (_link(model.root, path) for path in links_out(model.root, model.folder))
+    yield from _model_findings(model)
+    if model.is_ensemble:
+        yield from ensemble_findings(model, models)
+
+
+def _link(root: Path, path: Path) -> Finding:
+    place = path.relative_to(root).as_posix()
+    return Finding("link", place, "leads out of the repository, and was not looked at. Put what it names there itself.")
 
 
 def _require_repository(root: Path) -> None:
@@ -142,15 +177,17 @@ def _read(root: Path, folder: Path) -> tuple[Model, list[Finding]]:
     text = ""
     if not path.is_file():
         findings.append(Finding("no-config", folder.name, "has no config.pbtxt, so Triton makes one up. Write one."))
-    else:
+    elif is_below(root, path):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_file(path, LARGEST_CONFIG_BYTES).decode("utf-8")
             config = text_format.Parse(text, ModelConfig())
+        except TooLargeError as error:
+            findings.append(Finding("too-large", place, str(error)))
         except text_format.ParseError as error:
             # "line:column : text"
             message = re.sub(r"^\d+:\d+ : ", "", str(error))
             findings.append(Finding("config-syntax", place, f"{message}.".replace("..", "."), error.GetLine() or 0))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, RecursionError) as error:
             findings.append(Finding("config-syntax", place, f"cannot be read as UTF-8 text: {error}."))
     versions = []
     for path in sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")):
@@ -197,6 +234,8 @@ def _model_findings(model: Model) -> Iterator[Finding]:
         path = model.folder / str(number) / name
         if Path(name).name != name:
             yield model.at("model-file", f"{name!r} is no plain file name.", near=f'"{name}"')
+        elif not is_below(model.root, path):
+            continue  # by a link, which is said
         elif not path.exists() or (model.backend == "python" and not path.is_file()):
             hang = " A Python model without it hangs the whole server." if model.backend == "python" else ""
             yield model.at("model-file", f"{name} is missing.{hang}", path=path.parent)
@@ -215,8 +254,8 @@ def _model_findings(model: Model) -> Iterator[Finding]:
 def _tensors(model: Model) -> Iterator[Finding]:
     config = model.config
     assert config is not None
-    for item in (*config.input, *config.output):
-        kind = "input" if item in config.input else "output"
+    kinds = [("input", item) for item in config.input] + [("output", item) for item in config.output]
+    for kind, item in kinds:
         near = f'"{item.name}"'
         if not item.data_type:
             yield model.at("tensor-type", f"{kind} {item.name!r} has no data_type.", near=near)
@@ -226,8 +265,11 @@ def _tensors(model: Model) -> Iterator[Finding]:
             if size == 0 or size < -1:
                 yield model.at("tensor-dims", f"{kind} {item.name!r} has a dimension of {size}.", near=near)
     for output in config.output:
-        if output.label_filename and not (model.folder / output.label_filename).is_file():
-            yield model.at("label-file", f"{output.label_filename} is missing.", near="label_filename")
+        name = output.label_filename
+        if name and leads_out(model.folder, name):
+            yield model.at("label-file", f"{name!r} leads out of the model's folder.", near="label_filename")
+        elif name and not (model.folder / name).is_file():
+            yield model.at("label-file", f"{name} is missing.", near="label_filename")
 
 
 def _scheduling(model: Model) -> Iterator[Finding]:
@@ -257,11 +299,11 @@ def _warm_up(model: Model) -> Iterator[Finding]:
     config = model.config
     assert config is not None
     known: dict[str, Any] = {item.name: item for item in config.input}
+    required = {name for name, item in known.items() if not item.optional}
     for sample in config.model_warmup:
         near = f'"{sample.name}"' if sample.name else "model_warmup"
-        for name in sorted(set(known) - set(sample.inputs)):
-            if not known[name].optional:
-                yield model.at("warm-up", f"{sample.name!r} does not give {name!r}.", near=near)
+        for name in sorted(required - set(sample.inputs)):
+            yield model.at("warm-up", f"{sample.name!r} does not give {name!r}.", near=near)
         for name, given in sorted(sample.inputs.items()):
             if name not in known:
                 yield model.at("warm-up", f"{sample.name!r} gives {name!r}, which is no input.", near=near)
@@ -272,5 +314,8 @@ def _warm_up(model: Model) -> Iterator[Finding]:
                 yield model.at(
                     "warm-up", f"{sample.name!r} gives {name!r} random integers: ids beyond any table.", near=near
                 )
-            if given.input_data_file and not (model.folder / "warmup" / given.input_data_file).is_file():
-                yield model.at("warm-up", f"warmup/{given.input_data_file} is missing.", near=given.input_data_file)
+            file, folder = given.input_data_file, model.folder / "warmup"
+            if file and leads_out(folder, file):
+                yield model.at("warm-up", f"{file!r} leads out of warmup/.", near=file)
+            elif file and not (folder / file).is_file():
+                yield model.at("warm-up", f"warmup/{file} is missing.", near=file)

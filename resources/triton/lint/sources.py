@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resources.triton.lint.findings import Finding
+from resources.triton.lint.reading import LARGEST_SOURCE_BYTES, TooLargeError, read_file
 
 if TYPE_CHECKING:
     from resources.triton.lint.repository import Model
@@ -22,8 +23,11 @@ def source_findings(model: Model, path: Path) -> Iterator[Finding]:
     """What is wrong with a version's `model.py`."""
     place = path.relative_to(model.root).as_posix()
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(read_file(path, LARGEST_SOURCE_BYTES))
         imports = list(_imports(tree))
+    except TooLargeError as error:
+        yield Finding("too-large", place, str(error))
+        return
     except SyntaxError as error:
         yield Finding("python-syntax", place, f"is no Python: {error.msg}.", error.lineno or 0)
         return

@@ -1,0 +1,50 @@
+"""The certificates of a private authority, for all that asks servers over TLS.
+
+requests, and with it MLflow, takes them from REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. Our own questions, huggingface_hub
+and its Xet client look at SSL_CERT_FILE alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+from collections.abc import MutableMapping
+from contextlib import suppress
+from pathlib import Path
+
+from resources.files import write_whole
+
+
+def share_certificates(environment: MutableMapping[str, str]) -> None:
+    """Have SSL_CERT_FILE name the certificates of REQUESTS_CA_BUNDLE, beside those that are trusted without it.
+
+    Beside, because a bundle for one server of MLflow must not end downloads from the Hub.
+    """
+    given = Path(environment.get("REQUESTS_CA_BUNDLE") or environment.get("CURL_CA_BUNDLE") or "")
+    usual = environment.get("SSL_CERT_FILE")
+    if given == Path() or not given.exists() or usual == str(given):
+        return
+    # Written once for each content, and never removed: processes that outlive this one read it too.
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformer-refinery"
+    if usual and Path(usual).parent == cache:  # made by the process that started this one
+        return
+    with suppress(OSError):  # a question then fails, and says that it does not know the certificate
+        content = b"\n".join(path.read_bytes() for path in (*_usual(usual), *_files(given)))
+        place = cache / f"certificates-{hashlib.sha256(content).hexdigest()[:32]}.pem"
+        if not place.exists():
+            write_whole(place, content)
+        environment["SSL_CERT_FILE"] = str(place)
+
+
+def _usual(file: str | None) -> list[Path]:
+    """What is trusted without a setting: the system's certificates, and Mozilla's, which requests takes."""
+    if file:
+        return _files(Path(file))
+    import certifi
+
+    system = ssl.get_default_verify_paths()
+    return [Path(certifi.where()), *_files(Path(system.cafile or system.capath or certifi.where()))]
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]

@@ -1,0 +1,189 @@
+"""config.json and tokenizer_config.json: what they may say.
+
+transformers takes both at their word. Some of their fields make it run code or fetch some, read other files than those
+that were checked, or allocate whatever they name. See docs/security.md for where in transformers each is read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from resources.catalog import ModelEntry
+from resources.checkpoints.reading import TOKENIZER, has_file, read_object, refuse
+from resources.foreign import MOST_CONFIG_BYTES, ForeignError, parse_json, read_below, values_of
+from resources.tasks import CheckpointFiles
+
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+#: Attention and experts as transformers itself computes them. Every other name makes it look for a package, or for
+#: native code on the Hub: with a slash the repository that is named, and without one its own for flash attention.
+_OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+#: Fields that make transformers read other files of the folder than those that are checked here.
+_OTHER_FILES = ("configuration_files", "fast_tokenizer_files", "transformers_weights", "gguf_file")
+#: Fields of quantized weights. Their loaders fetch native code from the Hub.
+_QUANTIZED = ("quantization_config", "compression_config")
+#: Fields that name a second model, which transformers or timm fetches.
+_SECOND_MODEL = ("backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone")
+_TIMM = ("timm_wrapper", "timm_backbone")
+#: Paths of the machine where a tokenizer was saved. transformers ignores these whatever they say.
+_STALE_PATHS = ("special_tokens_map_file", "tokenizer_file", "added_tokens_file")
+#: What torch calls the numbers that weights may have.
+_DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float16|float32|float64)")
+
+_MOST_LABELS = 100_000
+_MOST_LABEL_CHARACTERS = 1000
+#: Far beyond any real model, and little enough for a count of modules or a length. The first that fits a field's name.
+_MOST = ((re.compile("layer|depth|group|block"), 10_000), (re.compile("size|dim|hidden|head|position|length"), 2**24))
+_MOST_ANYWHERE = 10**15
+
+
+def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
+    """Read config.json. Raises CheckpointError where it asks for what is never done, or says what cannot be."""
+    config = read_object(entry, folder, CONFIG)
+    values = [*_values(entry, folder / CONFIG, config)]
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise refuse(entry, f"{folder / CONFIG} has no model_type", "Give the folder that transformers saved, whole")
+    architectures = config.get("architectures")
+    if architectures is not None and not _is_texts(architectures):
+        raise refuse(entry, f"{CONFIG}, architectures: it is no list of names", "Copy the checkpoint again")
+    for key, value in values:
+        _refuse_code(entry, CONFIG, key, value)
+        _refuse_number(entry, key, value)
+    _check_labels(entry, config)
+    vocabulary = config.get("vocab_size")
+    if vocabulary is not None and (not _is_count(vocabulary) or vocabulary < 1):
+        raise refuse(entry, f"{CONFIG}, vocab_size: {vocabulary!r:.60} is no number of tokens", "Correct it")
+    return config
+
+
+def read_architecture(folder: Path) -> str:
+    """The class that a checkpoint was saved from; empty where config.json cannot be read or does not say."""
+    try:
+        config = parse_json(read_below(folder, CONFIG, MOST_CONFIG_BYTES))
+    except (OSError, ValueError, ForeignError):
+        return ""
+    return CheckpointFiles("", folder, config).architecture if isinstance(config, dict) else ""
+
+
+def check_tokenizer_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
+    """The same of tokenizer_config.json; empty where there is none."""
+    if not has_file(entry, folder, TOKENIZER_CONFIG):
+        return {}
+    config = read_object(entry, folder, TOKENIZER_CONFIG)
+    for key, value in _values(entry, folder / TOKENIZER_CONFIG, config):
+        _refuse_code(entry, TOKENIZER_CONFIG, key, value)
+    if has_file(entry, folder, TOKENIZER):
+        return config
+    # Without tokenizer.json, transformers would make one from whatever file such a field names.
+    for key, value in config.items():
+        if key.endswith("_file") and key not in _STALE_PATHS and isinstance(value, str) and "/" in value:
+            raise refuse(
+                entry, f"{TOKENIZER_CONFIG}, {key}: it names {value!r:.100}, a file elsewhere", "Remove that field"
+            )
+    return config
+
+
+def _values(entry: ModelEntry, path: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from values_of(config)
+    except ValueError as error:
+        raise refuse(entry, f"{path} cannot be read: {error}", "Copy the checkpoint again") from None
+
+
+def _refuse_code(entry: ModelEntry, file: str, key: str, value: Any) -> None:
+    """Raise CheckpointError for a field that leads transformers to code or files beyond those that are checked."""
+    if not value:
+        return
+    if key == "auto_map" and not entry.trust_remote_code:
+        raise refuse(
+            entry,
+            f"{file} names Python code of the checkpoint's own (auto_map)",
+            "Set trust_remote_code: true in its catalog entry if you trust its author: the code runs on this machine",
+        )
+    if key.removesuffix("_internal").endswith(("attn_implementation", "experts_implementation")):
+        named = value.values() if isinstance(value, dict) else [value]
+        if not all(one is None or one in _OWN_IMPLEMENTATIONS for one in named if not isinstance(one, list | dict)):
+            raise refuse(
+                entry,
+                f"{file}, {key}: {value!r:.100} makes transformers fetch native code from the Hub and run it",
+                "Remove that field: graphs are exported from transformers' own attention",
+            )
+        if any(isinstance(one, list | dict) for one in named):
+            raise refuse(entry, f"{file}, {key}: {value!r:.100} is no name", "Remove that field")
+    elif key in _OTHER_FILES:
+        raise refuse(
+            entry,
+            f"{file}, {key}: it makes transformers read other files than those that are checked and copied",
+            f"Remove that field, and let the usual files ({CONFIG}, {TOKENIZER}, model.safetensors) hold what is meant",
+        )
+    elif key in _QUANTIZED:
+        raise refuse(
+            entry,
+            f"{file}, {key}: its weights are quantized, and transformers fetches native code from the Hub to load them",
+            "Give the checkpoint in full precision: reduced precision is found here",
+        )
+    elif key in _SECOND_MODEL or (key == "model_type" and value in _TIMM):
+        raise refuse(
+            entry,
+            f"{file}, {key}: {value!r:.100} makes transformers fetch a second model",
+            "Use a model for text that is whole in its own folder",
+        )
+    elif key in ("dtype", "torch_dtype") and not (isinstance(value, str) and _DTYPE.fullmatch(value)):
+        raise refuse(entry, f"{file}, {key}: {value!r:.100} is no type of weights", "Write float32")
+
+
+def _refuse_number(entry: ModelEntry, key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    most = next((most for names, most in _MOST if names.search(key)), _MOST_ANYWHERE)
+    size = abs(value)
+    # A mask's value may be minus infinity; no size is.
+    if size <= most or (most == _MOST_ANYWHERE and isinstance(value, float)):
+        return
+    shown = repr(value) if isinstance(value, float) or size < 10**20 else "a number of more than 20 digits"
+    raise refuse(entry, f"{CONFIG}, {key}: {shown} is more than {most}, which no model has", "Correct it")
+
+
+def _check_labels(entry: ModelEntry, config: dict[str, Any]) -> None:
+    count = config.get("num_labels")
+    if count is not None and (not _is_count(count) or count > _MOST_LABELS):
+        raise refuse(
+            entry,
+            f"{CONFIG}, num_labels: {count!r:.60} is no number of labels from 0 to {_MOST_LABELS}",
+            "Write the number of the head's outputs, or remove the field and name them in id2label",
+        )
+    table = config.get("id2label")
+    if table is None:
+        return
+    if not isinstance(table, dict) or len(table) > _MOST_LABELS:
+        raise refuse(
+            entry,
+            f"{CONFIG}, id2label: it is no table of at most {_MOST_LABELS} labels",
+            'Write it as {"0": "the first label", "1": ...}',
+        )
+    for label in table.values():
+        if isinstance(label, list | dict) or len(str(label)) > _MOST_LABEL_CHARACTERS:
+            raise refuse(
+                entry,
+                f"{CONFIG}, id2label: {label!r:.60} is no name of a label",
+                f"Write names of at most {_MOST_LABEL_CHARACTERS} characters",
+            )
+
+
+def length_of(value: Any, most: int) -> int | None:
+    """A length from 1 to `most`; None for all else. transformers writes some as floats, and "no limit" as 1e30."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if math.isfinite(value) and 1 <= value <= most else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)

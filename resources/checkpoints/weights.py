@@ -1,0 +1,151 @@
+"""The weights of a checkpoint: which files hold them, and whether each is whole."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from resources.catalog import ModelEntry
+from resources.checkpoints.reading import has_file, read_object, refuse, refuse_file, whole_remedy
+from resources.checkpoints.sources import PICKLE_REMEDY
+from resources.foreign import ForeignError, check_name, open_below, parse_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+#: How the names of weights end. transformers tells by that alone whether it unpickles a file.
+_ENDINGS = {INDEX: ".safetensors", PICKLE_INDEX: ".bin"}
+#: The library's own bound (safetensors 0.8, tensor.rs); a header of a thousand tensors has 150 kB.
+_MOST_HEADER_BYTES = 100_000_000
+_MOST_HEADER_VALUES = 10**6
+_MOST_AXES = 32
+#: Bits of one number; tensors of other types are taken as long as they say they are.
+_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+}
+
+
+def find_weights(entry: ModelEntry, folder: Path) -> tuple[str, ...]:
+    """The weight files, all there, with their index where they are several. Raises CheckpointError."""
+    for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
+        if has_file(entry, folder, single):
+            files = [single]
+        elif has_file(entry, folder, index):
+            files = [index, *_shards(entry, folder, index)]
+        else:
+            continue
+        if single == PICKLE and not entry.allow_pickle:
+            raise refuse(entry, f"its weights are a pickle ({files[-1]})", PICKLE_REMEDY)
+        return tuple(files)
+    raise refuse(entry, f"there are no weights ({SINGLE}) in {folder}", whole_remedy(entry))
+
+
+def shard_names(index: str, table: Any) -> list[str]:
+    """The files that an index names. Raises ValueError where one is no name of weights right beside it."""
+    ending = _ENDINGS[index]
+    named = list(table.values()) if isinstance(table, dict) else []
+    if not named:
+        raise ValueError("it does not say which files hold the weights")
+    for name in named:
+        # transformers never writes a folder into such a name, and unpickles whatever ends otherwise.
+        if not isinstance(name, str) or "/" in name or not name.endswith(ending):
+            raise ValueError(f"it names {name!r:.100}, where weights are files that end in {ending}")
+        try:
+            check_name(name)
+        except ForeignError as error:
+            raise ValueError(str(error)) from None
+    return sorted(set(named))
+
+
+def _shards(entry: ModelEntry, folder: Path, index: str) -> list[str]:
+    try:
+        names = shard_names(index, read_object(entry, folder, index).get("weight_map"))
+    except ValueError as error:
+        raise refuse(entry, f"{folder / index} cannot be used: {error}", "Copy the checkpoint again") from None
+    missing = [name for name in names if not has_file(entry, folder, name)]
+    if missing:
+        raise refuse(
+            entry, f"{index} names {', '.join(missing[:3])}, which is missing from {folder}", whole_remedy(entry)
+        )
+    return names
+
+
+def check_whole(entry: ModelEntry, folder: Path, name: str) -> None:
+    """Refuse a safetensors file that is not as its header says it is.
+
+    The format: 8 bytes, the header's length; the header, JSON with each tensor's type, shape and byte range; the
+    tensors' bytes, one after the other without a gap.
+    """
+    path = folder / name
+    try:
+        with open_below(folder, name) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            data = stream.read(length) if length <= min(size - 8, _MOST_HEADER_BYTES) else None
+    except ForeignError as error:
+        raise refuse_file(entry, error) from None
+    except OSError as error:
+        raise refuse(entry, f"{path} cannot be read: {error}", "Make the file readable") from None
+    try:
+        if data is None:
+            raise ValueError("its header does not fit into it")
+        expected = 8 + length + _bytes_of(parse_json(data, most_values=_MOST_HEADER_VALUES))
+    except ValueError:
+        raise refuse(
+            entry, f"{path} is truncated or no safetensors file ({size} bytes)", "Copy or download it again"
+        ) from None
+    if size != expected:
+        raise refuse(
+            entry, f"{path} is damaged: {size} bytes where its header says {expected}", "Copy or download it again"
+        )
+
+
+def _bytes_of(header: Any) -> int:
+    """How many bytes the tensors of a header have. Raises ValueError where it is none."""
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    ranges = sorted(_range(tensor) for name, tensor in header.items() if name != "__metadata__")
+    end = 0
+    for begin, until in ranges:
+        if begin != end:
+            raise ValueError("tensors overlap, or leave a gap")
+        end = until
+    return end
+
+
+def _range(tensor: Any) -> tuple[int, int]:
+    if not isinstance(tensor, dict):
+        raise ValueError("a tensor is no object")
+    offsets, shape, kind = _sizes(tensor.get("data_offsets")), _sizes(tensor.get("shape")), tensor.get("dtype")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError("a tensor has no range of bytes")
+    if not isinstance(kind, str):
+        raise ValueError("a tensor has no type")
+    if kind in _BITS and math.prod(shape) * _BITS[kind] != 8 * (offsets[1] - offsets[0]):
+        raise ValueError("a tensor's shape is not that of its bytes")
+    return offsets[0], offsets[1]
+
+
+def _sizes(value: Any) -> list[int]:
+    if not isinstance(value, list) or len(value) > _MOST_AXES:
+        raise ValueError("a tensor has no shape, or no range of bytes")
+    if not all(type(one) is int and 0 <= one < 2**63 for one in value):
+        raise ValueError("a tensor's sizes are no numbers")
+    return value

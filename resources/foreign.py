@@ -1,0 +1,195 @@
+"""Names and files that somebody else wrote: how they become paths on this machine, and how they are read.
+
+A checkpoint, a bucket, a registry or a shared store may be made by anyone. Every name in them that becomes a path goes
+through `local_path`, every file of a foreign folder is opened by `open_below`, and every JSON document is read by
+`parse_json`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from resources.errors import RefineryError
+
+#: Linux takes 255 bytes for one part of a path and 4,096 for all of it; the folder before it needs some of them.
+_MOST_PART_BYTES = 255
+_MOST_NAME_BYTES = 1024
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: Where huggingface_hub keeps files that several repositories have in common, below its cache's `blobs`.
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+
+#: A configuration has a few kilobytes; one with a hundred thousand labels has five megabytes.
+MOST_CONFIG_BYTES = 16 * 2**20
+MOST_CONFIG_VALUES = 10**6
+#: The largest tokenizers of published models have 35 MB and 1.8 million values.
+MOST_TOKENIZER_BYTES = 64 * 2**20
+MOST_TOKENIZER_VALUES = 3 * 10**6
+#: Real configurations nest five levels deep.
+MOST_DEPTH = 32
+#: Of one text in a configuration. Chat templates have some ten thousand characters.
+MOST_TEXT = 2**20
+_VALUE_MARKS = (b",", b"[", b"{")
+
+
+class ForeignError(RefineryError):
+    """A name or a file of somebody else's is not used. The message says what is wrong with it, and begins with it."""
+
+
+def check_name(name: object) -> str:
+    """Return a relative path of somebody else's, if it can stay below a folder. Raises ForeignError."""
+    if not isinstance(name, str):
+        # Never shown: a few lines of YAML, whose aliases multiply, have no end when they are written out.
+        raise ForeignError(f"a {type(name).__name__} is no name of a file")
+    shown = repr(name if len(name) <= 100 else f"{name[:100]}...")
+    try:
+        parts = [part.encode() for part in name.split("/")]
+    except UnicodeEncodeError:
+        raise ForeignError(f"{shown} is no name of a file: it is not valid Unicode") from None
+    if not {b"", b".", b".."}.isdisjoint(parts):
+        raise ForeignError(f"{shown} leads out of its folder, or has an empty part")
+    if "\\" in name or _CONTROL.search(name):
+        raise ForeignError(f"{shown} holds a backslash or a control character")
+    if max(map(len, parts)) > _MOST_PART_BYTES or len(name.encode()) > _MOST_NAME_BYTES:
+        raise ForeignError(f"{shown} is too long for a file's name")
+    return name
+
+
+def local_path(folder: Path, name: object) -> Path:
+    """Return the path of a foreign name below the folder. Raises ForeignError where it would lead out of it, by itself
+    or by a link that lies there.
+    """
+    path = folder / check_name(name)
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        inside = False
+    if not inside:
+        raise ForeignError(f"{name!r} is a link that leads out of {folder}")
+    return path
+
+
+def open_below(folder: Path, name: object) -> io.BufferedReader:
+    """Open a regular file of a foreign folder.
+
+    Nothing else is opened, because a pipe would wait for ever and a device has no end. Raises FileNotFoundError and
+    other OSErrors, and ForeignError where it is no regular file, or a link that leads out of the folder.
+    """
+    path = folder / check_name(name)
+    _require_regular(path, path.stat())
+    # The file may be replaced by a pipe at this moment: O_NONBLOCK opens that too, without waiting.
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+            raise ForeignError(f"{path} is no regular file") from None
+        raise
+    try:
+        _require_regular(path, os.fstat(opened))
+        # What was opened, and not what the path names by now.
+        real = Path(f"/proc/self/fd/{opened}").readlink()
+        if not _belongs(folder, real):
+            raise ForeignError(f"{path} is a link that leads out of its folder")
+        return os.fdopen(opened, "rb")
+    except BaseException:
+        os.close(opened)
+        raise
+
+
+def is_file_below(folder: Path, name: object) -> bool:
+    """Whether there is such a file. Raises ForeignError where it is something that `open_below` refuses."""
+    path = folder / check_name(name)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # links in a circle
+        raise ForeignError(f"{path} cannot be looked at: {error.strerror}") from None
+    if stat.S_ISDIR(found.st_mode):
+        return False
+    _require_regular(path, found)
+    if not _belongs(folder, path.resolve()):
+        raise ForeignError(f"{path} is a link that leads out of its folder")
+    return True
+
+
+def read_below(folder: Path, name: object, most_bytes: int) -> bytes:
+    """Read a regular file of a foreign folder. Raises OSError, and ForeignError where it is larger or none."""
+    with open_below(folder, name) as stream:
+        # One that grows meanwhile is cut as well.
+        data = b"" if os.fstat(stream.fileno()).st_size > most_bytes else stream.read(most_bytes + 1)
+        if os.fstat(stream.fileno()).st_size > most_bytes or len(data) > most_bytes:
+            raise ForeignError(f"{folder / str(name)} is larger than {most_bytes // 2**20} MB")
+    return data
+
+
+def parse_json(data: bytes, *, most_values: int = MOST_CONFIG_VALUES) -> Any:
+    """Parse a JSON document in UTF-8. Raises ValueError for everything that is wrong with it.
+
+    A byte of JSON can become a hundred bytes of objects, so values are counted before anything is parsed.
+    """
+    if sum(data.count(mark) for mark in _VALUE_MARKS) > most_values:
+        raise ValueError(f"it holds more than {most_values} values")
+    try:
+        return json.loads(data.decode())
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
+    except MemoryError:
+        raise ValueError("it needs more memory than there is") from None
+
+
+def values_of(document: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every value of a JSON document with its key, however deep it lies: of a list's items the list's key.
+
+    Raises ValueError where the document is too deep for those who read it later, or holds a text that is too long or
+    cannot be written as UTF-8.
+    """
+    left: list[tuple[str, Any, int]] = [("", document, 0)]
+    while left:
+        key, value, depth = left.pop()
+        if depth > MOST_DEPTH:
+            raise ValueError(f"its brackets are nested more than {MOST_DEPTH} levels deep")
+        if isinstance(value, str):
+            _require_text(value)
+        elif isinstance(value, dict):
+            for name in value:
+                _require_text(name)
+            left += [(name, part, depth + 1) for name, part in value.items()]
+        elif isinstance(value, list):
+            left += [(key, part, depth + 1) for part in value]
+        yield key, value
+
+
+def _require_text(text: str) -> None:
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"it holds a text of more than {MOST_TEXT} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
+
+
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ForeignError(f"{path} is no regular file")
+
+
+def _belongs(folder: Path, real: Path) -> bool:
+    """Whether a file, all links followed, lies in the folder, or in the Hub's cache where that folder lies."""
+    home = folder.resolve()
+    if real.is_relative_to(home):
+        return True
+    repository = home.parent.parent
+    if home.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return False
+    if real.is_relative_to(repository / "blobs"):
+        return True
+    shared = repository.parent / "blobs"
+    return real.is_relative_to(shared) and _SHARED_BLOB.fullmatch(real.relative_to(shared).as_posix()) is not None

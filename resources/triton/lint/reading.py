@@ -1,0 +1,66 @@
+"""Reading files of a repository that anybody may have written: bounded, and never from outside of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Triton's documentation knows no limit. A configuration of a thousand steps has a quarter of this.
+LARGEST_CONFIG_BYTES = 2**20
+LARGEST_SOURCE_BYTES = 2**20
+#: Protobuf takes no message beyond this.
+LARGEST_GRAPH_BYTES = 2**31 - 1
+#: Of one model, so that a hostile configuration does not fill the report.
+MOST_FINDINGS = 200
+#: Of one finding. Names in it may be as long as their file.
+LONGEST_MESSAGE = 500
+
+
+class TooLargeError(Exception):
+    """A file is larger than anything of its kind."""
+
+
+def read_file(path: Path, limit_bytes: int) -> bytes:
+    """Read a regular file of at most that size. Raises OSError, or TooLargeError with a sentence for people."""
+    # Opening a pipe would otherwise wait for whoever writes into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "is no regular file", str(path))
+        data = file.read(limit_bytes + 1) if status.st_size <= limit_bytes else None
+    if data is None or len(data) > limit_bytes:
+        raise TooLargeError(f"is larger than {limit_bytes:,} bytes, so it was not read. Put the right file there.")
+    return data
+
+
+def is_below(folder: Path, path: Path) -> bool:
+    """Tell whether the path, all its links followed, is in the folder."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def leads_out(folder: Path, name: str) -> bool:
+    """Tell whether a name that a file gives for another one leads out of the folder, as it is written or by a link."""
+    path = Path(name)
+    return path.is_absolute() or "\0" in name or ".." in path.parts or not is_below(folder, folder / path)
+
+
+def links_out(root: Path, folder: Path) -> Iterator[Path]:
+    """The links in a folder of the repository that lead out of the repository."""
+    for where, folders, files in os.walk(folder):
+        for name in sorted(folders + files):
+            path = Path(where, name)
+            if path.is_symlink() and not is_below(root, path):
+                yield path
+
+
+def text_of(name: str | bytes) -> str:
+    """A name in a graph, which protobuf gives as bytes where it is no UTF-8."""
+    return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")
+
+
+def shortened(text: str) -> str:
+    """The beginning of a message that is too long to be read."""
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."

@@ -33,6 +33,7 @@ from orchestration.settings import (
     tracker_of,
     webhook_of,
 )
+from resources.addresses import Address
 from resources.engines import ENGINES
 from resources.workspace import Workspace
 
@@ -42,7 +43,7 @@ def make_definitions(
     execution: Execution | None = None,
     cron: str = DEFAULT_CRON,
     policies: Policies | None = None,
-    webhook: str | None = None,
+    webhook: Address | None = None,
 ) -> dg.Definitions:
     """The whole code location, working in that workspace. cron: when models are looked at again. webhook: is told of
     runs that fail.

@@ -122,7 +122,7 @@ def prepare_instance(workspace: Workspace) -> Path:
 
 def _require_postgres(url: str) -> None:
     if not url.startswith(_POSTGRES_SCHEME):
-        shown = url.split("://")[0]  # the rest has the password
+        shown = url.partition("://")[0] if "://" in url else ""  # the rest has the password
         raise CatalogError(
             f"{POSTGRES_VARIABLE} begins with {shown!r}. Write {_POSTGRES_SCHEME}user:password@host:5432/database, so "
             "that SQLAlchemy takes the driver that dagster-postgres brings."

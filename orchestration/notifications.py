@@ -1,21 +1,19 @@
 """Telling people of a run that failed: in the daemon's log, and to a webhook where one is configured."""
 
-import json
-import urllib.error
-import urllib.request
 from typing import Any
 
 import dagster as dg
 
 from assets.partitions import PARTITION_TAG
+from resources.addresses import Address
 from resources.errors import NotificationError, first_line
+from resources.http import post_json
 
-_TIMEOUT_SECONDS = 10.0
 #: Chats cut long messages, or refuse them.
 _LONGEST = 3000
 
 
-def failure_sensor(webhook: str | None, pages: str | None) -> dg.SensorDefinition:
+def failure_sensor(webhook: Address | None, pages: str | None) -> dg.SensorDefinition:
     """The sensor `failed_runs`. webhook: takes a POST of JSON; pages: the address of Dagster's, for links.
 
     A webhook that does not answer fails the sensor's tick, which Dagster's page shows; the run stays as it is.
@@ -52,15 +50,11 @@ def message(context: dg.RunFailureSensorContext, pages: str | None) -> dict[str,
     return {"text": text, "job": run.job_name, "model": model, "run_id": run.run_id, "steps": steps, "url": url}
 
 
-def _post(webhook: str, said: dict[str, Any]) -> None:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(webhook, json.dumps(said).encode(), headers)  # noqa: S310 - http(s), see settings
+def _post(webhook: Address, said: dict[str, Any]) -> None:
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):  # noqa: S310
-            pass
-    except (OSError, urllib.error.URLError) as error:
-        host = urllib.request.Request(webhook).host  # noqa: S310 - the rest of the address is often a secret
+        post_json(webhook.location, webhook.authorization, said)
+    except (OSError, ValueError) as error:
         raise NotificationError(
-            f"Nobody was told of failed run {said['run_id']}: the webhook at {host} did not take it "
-            f"({first_line(error)}). Look at REFINERY_WEBHOOK."
+            f"Nobody was told of failed run {said['run_id']}: the webhook at {webhook} did not take it "
+            f"({first_line(webhook.without_secrets(error))}). Look at REFINERY_WEBHOOK."
         ) from None

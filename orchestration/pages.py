@@ -20,6 +20,7 @@ from orchestration.sensors import SENSOR
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
 from resources.triton.launch import supervised
+from resources.variables import DATABASE, MLFLOW, PROGRAM, PYTHON, inherited
 from resources.workspace import Workspace
 
 _LOOPBACK = "127.0.0.1"
@@ -52,9 +53,10 @@ def serve_pages(options: Namespace) -> int:
         commands["mlflow"] = [
             *mlflow,
             *("--port", str(options.mlflow_port)),
-            *("--backend-store-uri", workspace.mlflow_uri()),
             *("--default-artifact-root", (workspace.home / "tracking" / "artifacts").as_uri()),
         ]
+    # Dagster's processes run our code with all of our settings; dagster.yaml may name any variable.
+    environments = {"dagster": dict(os.environ), "mlflow": mlflow_variables(workspace)}
     ports = {"dagster": options.dagster_port, "mlflow": options.mlflow_port}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):  # also when the terminal is closed
@@ -64,6 +66,7 @@ def serve_pages(options: Namespace) -> int:
             with (folder / f"{name}.log").open("ab") as log:
                 processes[name] = subprocess.Popen(
                     supervised(command, Path(tempfile.mkdtemp(prefix="refinery-ui-"))),
+                    env=environments[name],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -89,7 +92,18 @@ def serve_pages(options: Namespace) -> int:
 
 def is_tracking_server(workspace: Workspace) -> bool:
     """Whether MLflow runs elsewhere, with pages of its own."""
-    return workspace.mlflow_uri().startswith("http")
+    return workspace.mlflow_uri().is_web
+
+
+def mlflow_variables(workspace: Workspace) -> dict[str, str]:
+    """Return the environment of MLflow's server: no key of a cloud, and the address of its database.
+
+    That address may hold a password. Everybody on the machine can read a command line, and only the same user an
+    environment.
+    """
+    uri = workspace.mlflow_uri().reveal()
+    drivers = () if uri.startswith("sqlite:") else DATABASE
+    return inherited(PROGRAM, PYTHON, MLFLOW, secrets=drivers, MLFLOW_BACKEND_STORE_URI=uri)
 
 
 def page_addresses(workspace: Workspace, dagster_port: int, mlflow_port: int) -> dict[str, str]:

@@ -16,6 +16,7 @@ import orchestration
 from orchestration.certificates import share_certificates
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from orchestration.policies import FRESH_DAYS, Policies, check_owners
+from resources.addresses import WEB, Address, web_address
 from resources.checkpoints.registry import source_names
 from resources.checkpoints.settings import HUB, Access
 from resources.errors import CatalogError
@@ -78,9 +79,9 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         limits=limits,
         external_data_threshold_bytes=int(threshold),
         artifacts=_location(environment, "REFINERY_ARTIFACTS", home),
-        tracking_uri=environment.get("REFINERY_MLFLOW_URI") or None,
-        tracking_ui=environment.get("REFINERY_MLFLOW_UI") or None,
-        dagster_ui=_web_address(environment, "REFINERY_DAGSTER_UI"),
+        tracking_uri=_tracking_uri(environment),
+        tracking_ui=_web(environment, "REFINERY_MLFLOW_UI"),
+        dagster_ui=_web(environment, "REFINERY_DAGSTER_UI"),
         triton=triton,
         access=read_access(environment),
         watch_seconds=max(1, round(_number(environment, "REFINERY_WATCH_SECONDS", WATCH_SECONDS))),
@@ -171,15 +172,16 @@ def read_access(environment: Mapping[str, str]) -> Access:
     """Where sources are asked and as whom, by the variables of huggingface_hub, MLflow and Azure."""
     cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
     home = Path(environment.get("HF_HOME") or cache / "huggingface").expanduser()
+    hub_cache = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE")
     offline = environment.get("HF_HUB_OFFLINE") or environment.get("TRANSFORMERS_OFFLINE") or ""
     token = environment.get("HF_TOKEN")
     if not token:
         with suppress(OSError, UnicodeDecodeError):
             token = Path(environment.get("HF_TOKEN_PATH") or home / "token").read_text().strip()
     return Access(
-        hub_endpoint=(environment.get("HF_ENDPOINT") or HUB).rstrip("/"),
+        hub_endpoint=_web(environment, "HF_ENDPOINT") or HUB,
         hub_token=token or None,
-        hub_cache=Path(environment.get("HF_HUB_CACHE") or home / "hub").expanduser(),
+        hub_cache=Path(hub_cache or home / "hub").expanduser(),
         hub_offline=offline.upper() in ("1", "ON", "YES", "TRUE"),
         mlflow_username=environment.get("MLFLOW_TRACKING_USERNAME"),
         mlflow_password=environment.get("MLFLOW_TRACKING_PASSWORD"),
@@ -203,9 +205,9 @@ def read_policies(environment: Mapping[str, str]) -> Policies:
     return Policies(owners, _number(environment, "REFINERY_FRESH_DAYS", FRESH_DAYS))
 
 
-def webhook_of(environment: Mapping[str, str]) -> str | None:
+def webhook_of(environment: Mapping[str, str]) -> Address | None:
     """Where failed runs are told to. Raises CatalogError for what is no web address."""
-    return _web_address(environment, "REFINERY_WEBHOOK")
+    return _web(environment, "REFINERY_WEBHOOK", path=False)
 
 
 def tracker_of(workspace: Workspace) -> Tracker:
@@ -214,10 +216,13 @@ def tracker_of(workspace: Workspace) -> Tracker:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
     uri = workspace.mlflow_uri()
-    ui = workspace.tracking_ui or (uri if uri.startswith("http") else DEFAULT_MLFLOW_UI)
+    login = workspace.sources.mlflow_login if uri.is_web else None
+    if login is not None:  # apart from the address, which MLflow's own errors repeat
+        os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
+    ui = workspace.tracking_ui or (uri if uri.is_web else DEFAULT_MLFLOW_UI)
     return Tracker(
         uri,
-        ui=ui.rstrip("/"),
+        ui=ui,
         folder=workspace.home / "tracking",
         dagster_ui=workspace.dagster_ui,
         sources=partial(_source_names, workspace),
@@ -241,16 +246,27 @@ def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
     found = tuple(environment.get(name, "").replace(",", " ").split())
     for address in found:
         host, _, port = address.rpartition(":")
+        if "@" in address:
+            raise CatalogError(f"{name} holds a name or password: Triton takes none. Give host:port alone.")
         if not host or not port.isdigit() or "/" in address:
             raise CatalogError(f"{name}: {address!r} is not host:port, such as triton:8001 (several: with commas).")
     return found
 
 
-def _web_address(environment: Mapping[str, str], name: str) -> str | None:
-    given = environment.get(name) or None
-    if given is not None and not given.startswith(("http://", "https://")):
-        raise CatalogError(f"{name} is not an address that begins with http:// or https://.")
-    return given
+def _web(environment: Mapping[str, str], name: str, *, path: bool = True) -> Address | None:
+    """The address of a web server. path: see Address."""
+    given = environment.get(name)
+    try:
+        return web_address(given if not path else given.rstrip("/"), path=path) if given else None
+    except ValueError as error:  # the value may hold a password, and is not repeated
+        raise CatalogError(f"{name} {error}.") from None
+
+
+def _tracking_uri(environment: Mapping[str, str]) -> Address | None:
+    given = environment.get("REFINERY_MLFLOW_URI")
+    if given and given.startswith(WEB):
+        return _web(environment, "REFINERY_MLFLOW_URI")
+    return Address(given) if given else None
 
 
 def _path(environment: Mapping[str, str], name: str) -> Path | None:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from resources.targets import capability_of, device_of
+from resources.variables import COMPUTE, PROGRAM, inherited
 
 _QUERY_SECONDS = 20
 
@@ -64,7 +65,14 @@ def first_gpu() -> Gpu | None:
         return None
     command = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=False)
+        result = subprocess.run(
+            command,
+            env=inherited(PROGRAM, COMPUTE),
+            capture_output=True,
+            text=True,
+            timeout=_QUERY_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return parse_gpu(result.stdout) if result.returncode == 0 else None

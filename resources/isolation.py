@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -32,6 +33,7 @@ import psutil
 
 from resources.errors import IsolationError, RefineryError, first_line
 from resources.memory import available_bytes, descendants, tree_bytes
+from resources.variables import COMPUTE, HUGGING_FACE, PROGRAM, PYTHON, inherited
 
 T = TypeVar("T")
 
@@ -46,6 +48,8 @@ _PR_SET_PDEATHSIG = 1
 #: proc_pid_oom_score_adj(5): its largest value.
 _FIRST_VICTIM = "1000"
 _main_lock = threading.Lock()
+_start_lock = threading.Lock()
+_SERVERS: list[subprocess.Popen[bytes]] = []
 
 
 def default_memory_bytes() -> int:
@@ -94,8 +98,7 @@ class Worker:
         arguments = (theirs, their_lifeline, str(log or os.devnull))
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         try:
-            _start_server()
-            with _no_main_module():
+            with _server_of_children(), _no_main_module():
                 self._process.start()
         except (EOFError, ConnectionError) as error:
             self._connection.close()
@@ -292,19 +295,51 @@ def _end_with(lifeline: Connection) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _start_server() -> None:
-    """Start the server the children are forked from, unless it runs, deaf to Ctrl-C and its children with it.
+@contextmanager
+def _server_of_children() -> Iterator[None]:
+    """Have the server run that children are forked from, deaf to Ctrl-C and its children with it.
 
     Ctrl-C reaches the whole group, and multiprocessing's server ignores it only once it has imported what it preloads;
     until then, for up to ten seconds, it would answer with the traceback of an import.
     """
-    resource_tracker.ensure_running()  # the server starts it otherwise, and that ends with SIGINT let through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with _only_what_children_need():
+        resource_tracker.ensure_running()  # the server starts it otherwise, and that ends with SIGINT let through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield
+
+
+@contextmanager
+def _only_what_children_need() -> Iterator[None]:
+    """Give the server, should it be started by this thread now, the variables that its children need and no others.
+
+    Children load the checkpoints of others. multiprocessing hands on all of this process's environment, and has no
+    setting for that.
+    """
+    thread = threading.get_ident()
+
+    def start_with_less(path: Any, args: Any, passfds: Any) -> int:
+        if threading.get_ident() != thread:
+            return start(path, args, passfds)
+        names = [os.fsdecode(argument) for argument in args]
+        variables = inherited(PROGRAM, PYTHON, COMPUTE, HUGGING_FACE)
+        process = subprocess.Popen(
+            names, executable=os.fsdecode(path), pass_fds=passfds, env=variables, restore_signals=False
+        )
+        _SERVERS.append(process)  # multiprocessing waits for it; a Popen that is forgotten would, too
+        return process.pid
+
+    with _start_lock:
+        start = util.spawnv_passfds
+        util.spawnv_passfds = start_with_less
+        try:
+            yield
+        finally:
+            util.spawnv_passfds = start
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Self
 import psutil
 
 from resources.artifacts.records import Usage, UsageSample
+from resources.variables import COMPUTE, PROGRAM, inherited
 
 #: Between two samples. A sample of a processor takes a fifth of a millisecond, one of an H100 30 milliseconds.
 INTERVAL_SECONDS = 5.0
@@ -93,7 +94,14 @@ def gpu_usage() -> dict[str, float]:
         return {}
     command = [tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=False)
+        result = subprocess.run(
+            command,
+            env=inherited(PROGRAM, COMPUTE),
+            capture_output=True,
+            text=True,
+            timeout=_QUERY_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return parse_gpus(result.stdout) if result.returncode == 0 else {}

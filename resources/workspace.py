@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from resources.addresses import Address
 from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import Catalog, ModelEntry, load_catalog
@@ -37,9 +38,9 @@ class Workspace:
     limits: Limits = field(default_factory=Limits)
     external_data_threshold_bytes: int = EXTERNAL_DATA_THRESHOLD_BYTES
     artifacts: Location | None = None
-    tracking_uri: str | None = None
-    tracking_ui: str | None = None
-    dagster_ui: str | None = None
+    tracking_uri: Address | None = None
+    tracking_ui: Address | None = None
+    dagster_ui: Address | None = None
     triton: TritonSettings = field(default_factory=TritonSettings)
     access: Access = Access()
     watch_seconds: int = WATCH_SECONDS
@@ -99,8 +100,8 @@ class Workspace:
         """Where the repositories of all targets lie."""
         return self.triton.repositories or self.home / "triton_models"
 
-    def mlflow_uri(self) -> str:
-        return self.tracking_uri or f"sqlite:///{self.home.resolve() / 'mlflow.db'}"
+    def mlflow_uri(self) -> Address:
+        return Address(self.tracking_uri or f"sqlite:///{self.home.resolve() / 'mlflow.db'}")
 
     def log(self, model: str, step: str) -> Path:
         """Where the children of a step write what their libraries print."""

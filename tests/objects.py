@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,12 +26,15 @@ CHANGES = ("PUT", "POST", "DELETE")
 
 
 class S3Server:
-    """`requests`: method and key of each, in the order in which they came. `refuses`: whether one is answered 403."""
+    """`requests`: method and key of each, in the order in which they came. `refuses`: whether one is answered 403.
+    `drips`: whether a GET of the key is answered a byte every 0.2 seconds.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.requests: list[tuple[str, str]] = []
         self.refuses: Callable[[str, str], bool] = lambda method, key: False
+        self.drips: Callable[[str], bool] = lambda key: False
 
     def place(self, name: str, scratch: Path, bucket: str = BUCKET) -> RemotePath:
         """A place in it, as a user writes it."""
@@ -103,7 +107,7 @@ def _server() -> Iterator[S3Server]:
             start("403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(_DENIED)))])
             return [_DENIED]
         answer: Iterable[bytes] = moto(environ, start)
-        return answer
+        return _dripping(answer) if method == "GET" and s3.drips(key) else answer
 
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
     s3.address = f"127.0.0.1:{server.server_port}"
@@ -119,6 +123,13 @@ def _server() -> Iterator[S3Server]:
         server.shutdown()
         thread.join(10)
         server.server_close()
+
+
+def _dripping(answer: Iterable[bytes]) -> Iterator[bytes]:
+    for part in answer:
+        for byte in part:
+            yield bytes([byte])
+            time.sleep(0.2)
 
 
 def files_of(folder: Location) -> dict[str, bytes]:

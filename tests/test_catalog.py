@@ -268,6 +268,13 @@ def test_a_run_under_way_keeps_its_entry_while_somebody_edits_the_file(tmp_path)
     assert workspace.entry("tiny").source.endswith("other")
 
 
+def test_limits_of_requests_leave_room_for_a_batch():
+    fields = {"name": "m", "source": "a/b", "task": "embedding", "max_batch_size": 8}
+    assert ModelEntry.model_validate({**fields, "limits": {"engine_rows": 8}}).limits.engine_rows == 8
+    with pytest.raises(ValueError, match="engine_rows: 7 is less than max_batch_size"):
+        ModelEntry.model_validate({**fields, "limits": {"engine_rows": 7}})
+
+
 def no_utf8(path):
     path.write_bytes(b"models: [\xff\xfe")
 

@@ -5,10 +5,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from base64 import b64encode
+from contextlib import suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,11 +24,15 @@ NOBODY = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 LOCATE = """
-import sys
-from resources.checkpoints import locate
+import os, sys
+from orchestration.settings import read_access
+from resources import deadlines
+from resources.checkpoints import SourceSettings, locate
 from resources.errors import CheckpointError
 try:
-    found = locate(sys.argv[1], **{name: True for name in sys.argv[2:]})
+    deadlines.WINDOW_SECONDS = float(os.environ.get("WINDOW_SECONDS", 60))
+    settings = SourceSettings(access=read_access(os.environ))
+    found = locate(sys.argv[1], **{name: True for name in sys.argv[2:]}, settings=settings)
     files = (path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if path.is_file())
     print(found.revision, sorted(files))
 except CheckpointError as error:
@@ -243,6 +251,53 @@ def test_no_hub_at_the_endpoint(tmp_path):
     found = locate("tiny/bert", "allow_pickle", HF_ENDPOINT=NOBODY, HF_HOME=tmp_path / "hf")
     assert found.startswith("refused: source: tiny/bert is not in the Hub cache and cannot be fetched")
     assert "Check the network" in found
+
+
+def dripping(self, code, body=b"", **headers):
+    """As FakeHub's `_send`, but of the weights a few bytes a second."""
+    if self.command == "HEAD" or not self.path.endswith(".safetensors"):
+        FakeHub._send(self, code, body, **headers)
+        return
+    self.send_response(code)
+    for name, value in headers.items():
+        self.send_header(name.replace("_", "-"), value)
+    self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    with suppress(OSError):  # whoever asked gives up
+        for byte in body:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.2)
+
+
+def test_a_download_that_drips_is_given_up(hub):
+    handler, variables = hub
+    handler._send = dripping
+    began = time.monotonic()
+    answer = locate("tiny/bert", **variables, WINDOW_SECONDS=5)
+    assert time.monotonic() - began < 60
+    assert re.search(
+        r"tiny/bert is not in the Hub cache and cannot be fetched: it brought [\d,]+ bytes in \d+ s, less than 10,000 "
+        r"bytes a second\. Check the network",
+        answer,
+    )
+    handler._send = FakeHub._send
+    assert locate("tiny/bert", **variables) == f"{COMMIT} {USED}", "what was begun is no hindrance"
+
+
+def test_a_mirror_is_asked_with_the_password_of_its_address(hub):
+    handler, variables = hub
+    found = []
+    handler.parse_request = lambda self: (
+        FakeHub.parse_request(self) and not found.append((self.headers["Authorization"], self.path))
+    )
+    address = variables["HF_ENDPOINT"].replace("//", "//canary-name:canary-pass@")
+    assert locate("tiny/bert", **{**variables, "HF_ENDPOINT": address}) == f"{COMMIT} {USED}"
+    # huggingface_hub asks for more than the model, and that as nobody.
+    assert {one for one, path in found if "tiny/bert" in path} == {
+        f"Basic {b64encode(b'canary-name:canary-pass').decode()}"
+    }
+    refusal = locate("tiny/other", **{**variables, "HF_ENDPOINT": address})
+    assert "canary" not in refusal
 
 
 @pytest.mark.parametrize("name", ["../x.json", "../../../../x.json", "a/../../x.json", "/x.json"])

@@ -71,7 +71,7 @@ def test_only_orchestration_reads_the_environment():
     """`os.environ` and `os.getenv` are settings in disguise anywhere else."""
     allowed = {
         "resources/preload.py",  # sets variables of libraries, before they are imported
-        "resources/triton/server.py",  # what the server's process inherits
+        "resources/variables.py",  # what processes that we start inherit
     }
     for room in ("resources", "assets"):
         for file in (ROOT / room).rglob("*.py"):

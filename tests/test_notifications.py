@@ -10,6 +10,7 @@ import pytest
 from orchestration.definitions import make_definitions
 from orchestration.notifications import failure_sensor
 from orchestration.settings import webhook_of
+from resources.addresses import Address
 from resources.errors import CatalogError, NotificationError, ReleaseError
 
 
@@ -61,7 +62,7 @@ def webhook():
 
 def test_the_webhook_is_told_model_step_reason_and_link(failed, webhook):
     address, sent = webhook
-    failure_sensor(f"{address}/hook", "http://dagster:3000/")(failed)
+    failure_sensor(Address(f"{address}/hook", path=False), "http://dagster:3000/")(failed)
     ((kind, body),) = sent
     said = json.loads(body)
     run = failed.dagster_run.run_id
@@ -76,14 +77,14 @@ def test_the_webhook_is_told_model_step_reason_and_link(failed, webhook):
 def test_a_webhook_that_does_not_take_it_is_named_without_its_secret(failed, webhook):
     address, _ = webhook
     with pytest.raises(NotificationError, match=r"127\.0\.0\.1:\d+ did not take it \(HTTP Error 503") as error:
-        failure_sensor(f"{address}/broken", None)(failed)
+        failure_sensor(Address(f"{address}/broken", path=False), None)(failed)
     assert "broken" not in str(error.value)
     failure_sensor(None, None)(failed)
 
 
 def test_a_webhook_is_a_web_address():
     assert webhook_of({}) is None
-    assert webhook_of({"REFINERY_WEBHOOK": "https://chat/x"}) == "https://chat/x"
+    assert webhook_of({"REFINERY_WEBHOOK": "https://chat/x"}).reveal() == "https://chat/x"
     with pytest.raises(CatalogError, match="REFINERY_WEBHOOK is not an address"):
         webhook_of({"REFINERY_WEBHOOK": "file:///etc/passwd"})
 

@@ -16,12 +16,13 @@ import pytest
 
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_access
+from resources import http as asking
+from resources.addresses import Address
 from resources.checkpoints import Access, SourceSettings, locate, registry
 from resources.checkpoints.registry import parse_reference
 from resources.errors import CheckpointError
 from resources.locks import file_lock
 from resources.revisions import Looks, Seen, aside, look
-from resources.revisions import http as asking
 from resources.revisions import source as looking
 from tests.conftest import entry_for
 from tests.sources import COMMIT, OLDER, serving, write_checkpoint, write_weights
@@ -36,7 +37,7 @@ def no_processes_of_other_tests(monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path):
-    return SourceSettings(tmp_path / "sources", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return SourceSettings(tmp_path / "sources", Address(f"sqlite:///{tmp_path / 'mlflow.db'}"))
 
 
 @pytest.fixture
@@ -254,7 +255,7 @@ def test_a_python_package_that_is_upgraded(tmp_path, settings, monkeypatch):
 
 
 def on(address, **access):
-    return SourceSettings(Path(), access=Access(hub_endpoint=address, **access))
+    return SourceSettings(Path(), access=Access(hub_endpoint=Address(address), **access))
 
 
 def test_the_hub_is_asked_for_the_commit_of_a_branch_or_tag():
@@ -395,7 +396,7 @@ def test_a_tracking_server_is_asked_over_rest(source, question):
         return 200, {"model_versions": [found]} if "search" in path else {"model_version": found}, {}
 
     with serving(answer) as (address, asked):
-        settings = SourceSettings(Path(), address, Access(mlflow_token="secret"))
+        settings = SourceSettings(Path(), Address(address), Access(mlflow_token="secret"))
         seen = at(0, entry_for(source), settings)
         assert seen.revision.startswith("v7-")
         assert asked[0][1]["Authorization"] == "Bearer secret"
@@ -424,7 +425,7 @@ def test_versions_that_are_no_checkpoint(code, document, expected):
         serving(lambda path: (code, document, {})) as (address, _),
         pytest.raises(CheckpointError, match="source: ") as caught,
     ):
-        at(0, entry_for("models:/bert@live"), SourceSettings(Path(), address))
+        at(0, entry_for("models:/bert@live"), SourceSettings(Path(), Address(address)))
     assert expected in str(caught.value)
 
 
@@ -712,7 +713,7 @@ def test_an_answer_about_another_source_is_none_about_this_one(folder, settings,
 
 def test_processes_that_ask_a_database_and_end_without_an_answer_are_said(folder, monkeypatch):
     """Each asks about another state of it."""
-    settings = SourceSettings(folder / "sources", "postgresql://nobody/mlflow")
+    settings = SourceSettings(folder / "sources", Address("postgresql://nobody/mlflow"))
     started = []
     monkeypatch.setattr(aside, "_start", lambda entry, settings, key: started.append(key))
     for seconds in (0, 200, 400):

@@ -15,6 +15,7 @@ from orchestration import sensors
 from orchestration.definitions import make_definitions
 from orchestration.settings import read_workspace
 from orchestration.watch import LAUNCH_SECONDS, RETRY_SECONDS, Cursor, Memory, Newest, decide, is_due, saw
+from resources.addresses import Address
 from resources.artifacts.records import Checkpoint, StoredFile
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import ModelEntry, write_entry
@@ -255,7 +256,7 @@ def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemo
     monkeypatch.setattr(sensors, "MOST_REMOTE", 3)
     write_catalog(daemon.workspace, {f"m{number}": f"org/m{number}" for number in range(5)})
     with serving(lambda path: (503 if "m0" in path else 200, {"sha": COMMIT}, {})) as (address, asked):
-        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address), watch_seconds=30)
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=Address(address)), watch_seconds=30)
         assert len(daemon.run_keys()) == 2
         assert len(asked) == 3
         assert [key.split(":")[0] for key in daemon.run_keys()] == ["m3", "m4"]
@@ -268,7 +269,7 @@ def test_commits_that_nobody_is_asked_for_are_in_nobodys_way(daemon, monkeypatch
     pinned = {f"m{number}": f"org/m{number}@{COMMIT}" for number in range(3)}
     write_catalog(daemon.workspace, {**pinned, "moves": "org/m"})
     with serving(lambda path: (200, {"sha": COMMIT}, {})) as (address, _):
-        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address), watch_seconds=30)
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=Address(address)), watch_seconds=30)
         assert len(daemon.tick()) == 4
 
 
@@ -321,7 +322,7 @@ def test_a_clock_that_is_put_back_stops_nothing(daemon):
     """A cursor of the day after tomorrow."""
     later = time.time() + 2 * 86400
     with serving(lambda path: (200, {"sha": COMMIT}, {})) as (address, _):
-        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=address), watch_seconds=30)
+        daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=Address(address)), watch_seconds=30)
         write_catalog(daemon.workspace, {"a": "org/a"})
         before = Seen(stat="s", since=later, revision="before")
         memory = Memory(source="org/a", seen=before, looked=later, asked="before", asked_at=later, attempt=1)

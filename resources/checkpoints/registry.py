@@ -6,26 +6,34 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from resources.addresses import Address
+from resources.apart import download_apart
 from resources.artifacts.fingerprint import fingerprint
 from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.staging import kept, kept_copy
+from resources.deadlines import within
 from resources.errors import CheckpointError, UnfetchedError, first_line
 from resources.foreign import MOST_TOKENIZER_BYTES, ForeignError, check_name, is_file_below, local_path, read_below
+from resources.variables import CLOUD, DATABASE, MLFLOW, NETWORK, PROGRAM, PYTHON, inherited
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 _FORM = re.compile(r"models:/(?P<name>[^/:@'\"]+)(@(?P<alias>[^/:@]+)|/(?P<version>[1-9]\d*|latest))")
 #: What resources.tracking writes: the address and the tags of engines that this project registered itself.
 _OWN_ADDRESS, _OWN_TAG = "refinery:", "refinery."
 #: Of a version's status; the others are still being registered, or could not be.
 _READY = "READY"
+#: For one question to MLflow, importing it included. Its own limits begin anew with each byte of an answer.
+_ASK_SECONDS = 60.0
 #: A logged model has some ten files. What MLflow says of it has some kilobytes, its signature included.
 _MOST_FILES = 10_000
 _MOST_DESCRIPTION_BYTES = 2**18
@@ -106,7 +114,7 @@ def checked(reference: Reference, version: Version) -> Version:
     return version
 
 
-def missing(reference: Reference, tracking_uri: str) -> CheckpointError:
+def missing(reference: Reference, tracking_uri: Address) -> CheckpointError:
     """There is no such version."""
     return CheckpointError(
         f"source: {reference.source}: the registry at {tracking_uri} has no such version. Check its name, and the "
@@ -114,7 +122,7 @@ def missing(reference: Reference, tracking_uri: str) -> CheckpointError:
     )
 
 
-def unanswered(reference: Reference, tracking_uri: str, error: Exception) -> CheckpointError:
+def unanswered(reference: Reference, tracking_uri: Address, error: BaseException) -> CheckpointError:
     """The registry could not be asked."""
     return CheckpointError(
         f"source: {reference.source}: the registry at {tracking_uri} could not be asked: {first_line(error)}. Start "
@@ -131,24 +139,14 @@ def find_version(source: str, settings: SourceSettings) -> Version:
 
     reference, uri = parse_reference(source), settings.tracking_uri
     try:
-        client = _client(uri)
-        if reference.alias is not None:
-            found = client.get_model_version_by_alias(reference.name, reference.alias)
-        elif reference.version is not None:
-            found = client.get_model_version(reference.name, reference.version)
-        else:
-            newest = client.search_model_versions(
-                f"name = '{reference.name}'", max_results=1, order_by=["version_number DESC"]
-            )
-            if not newest:
-                raise missing(reference, uri)
-            found = newest[0]
+        found = within(_ASK_SECONDS, partial(_find, reference, uri))
     except CheckpointError:
         raise
     except Exception as error:
         if isinstance(error, MlflowException) and error.error_code in _MISSING:
-            raise missing(reference, uri) from error
-        raise unanswered(reference, uri, error) from error
+            raise missing(reference, uri) from uri.without_secrets(error)
+        shown = uri.without_secrets(error)
+        raise unanswered(reference, uri, shown) from shown
     version = Version(
         name=found.name,
         number=str(found.version),
@@ -158,6 +156,18 @@ def find_version(source: str, settings: SourceSettings) -> Version:
         tags=dict(found.tags),
     )
     return checked(reference, version)
+
+
+def _find(reference: Reference, uri: Address) -> ModelVersion:
+    client = _client(uri)
+    if reference.alias is not None:
+        return client.get_model_version_by_alias(reference.name, reference.alias)
+    if reference.version is not None:
+        return client.get_model_version(reference.name, reference.version)
+    newest = client.search_model_versions(f"name = '{reference.name}'", max_results=1, order_by=["version_number DESC"])
+    if not newest:
+        raise missing(reference, uri)
+    return newest[0]
 
 
 def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) -> tuple[Path, str]:
@@ -170,36 +180,49 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
         raise UnfetchedError(source, version.revision)
 
     def download(folder: Path) -> None:
-        from mlflow.artifacts import download_artifacts
-
         uri = settings.tracking_uri
+        # Artifacts may lie in object storage, which MLflow reads with the keys of the environment.
+        variables = inherited(PROGRAM, PYTHON, NETWORK, MLFLOW, secrets=(*MLFLOW, *DATABASE, *CLOUD))
+        if uri.is_web and settings.mlflow_login is not None:
+            name, password = settings.mlflow_login
+            variables |= {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
         try:
-            address = _client(uri).get_model_version_download_uri(version.name, version.number)
-            _check_listing(address, uri)
-            download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri)
-        except ForeignError as error:
+            arguments = (uri, source, version.name, version.number, folder)
+            download_apart(_download, *arguments, folder=folder, variables=variables)
+        except (TimeoutError, ConnectionError) as error:
+            shown = uri.without_secrets(error)
             raise CheckpointError(
-                f"source: {source}: version {version.number} holds a file that is not fetched: {error}. Log the model "
-                "again with mlflow."
-            ) from error
-        except Exception as error:
-            raise CheckpointError(
-                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(error)}. See "
+                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(shown)}. See "
                 "that MLflow's artifact store can be reached from here, with its credentials."
-            ) from error
+            ) from shown
         _join_tokenizers(folder)
 
     copy = kept_copy(settings.folder / "registry", what, version.revision, download)
     return _checkpoint_in(source, copy), version.revision
 
 
-def _check_listing(address: str, uri: str) -> None:
+def _download(uri: Address, source: str, name: str, number: str, folder: Path) -> None:
+    """In a process of its own: MLflow has no limit for an answer that drips. Raises CheckpointError."""
+    from mlflow.artifacts import download_artifacts
+
+    address = _client(uri).get_model_version_download_uri(name, number)
+    try:
+        _check_listing(address, uri)
+    except ForeignError as error:
+        raise CheckpointError(
+            f"source: {source}: version {number} holds a file that is not fetched: {error}. Log the model again with "
+            "mlflow."
+        ) from error
+    download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri.for_library)
+
+
+def _check_listing(address: str, uri: Address) -> None:
     """Raise ForeignError where the artifact store lists a name that would lead out of the folder of its copy, or is a
     folder of this machine that holds a link to elsewhere.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    repository, left, seen = get_artifact_repository(address, tracking_uri=uri), [""], 0
+    repository, left, seen = get_artifact_repository(address, tracking_uri=uri.for_library), [""], 0
     here = getattr(repository, "artifact_dir", None)
     while left:
         for one in repository.list_artifacts(left.pop()):
@@ -213,11 +236,11 @@ def _check_listing(address: str, uri: str) -> None:
                 left.append(one.path)
 
 
-def _client(uri: str) -> MlflowClient:
+def _client(uri: Address) -> MlflowClient:
     import mlflow
 
-    mlflow.set_tracking_uri(uri)  # addresses such as models:/m-1234 are looked up where this says
-    return mlflow.MlflowClient(uri)
+    mlflow.set_tracking_uri(uri.for_library)  # addresses such as models:/m-1234 are looked up where this says
+    return mlflow.MlflowClient(uri.for_library)
 
 
 def _checkpoint_in(source: str, folder: Path) -> Path:

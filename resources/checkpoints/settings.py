@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HUB = "https://huggingface.co"
+from resources.addresses import Address, authorization
+
+HUB = Address("https://huggingface.co")
+_OWN_STORE = Address("sqlite:///.refinery/mlflow.db")
 
 
 @dataclass(frozen=True)
 class Access:
     """Addresses and credentials of services that hold checkpoints. None: asked as nobody."""
 
-    hub_endpoint: str = HUB
+    hub_endpoint: Address = HUB
     hub_token: str | None = field(default=None, repr=False)
     hub_cache: Path = Path("~/.cache/huggingface/hub")
     hub_offline: bool = False
@@ -20,6 +23,11 @@ class Access:
     mlflow_password: str | None = field(default=None, repr=False)
     mlflow_token: str | None = field(default=None, repr=False)
     azure_key: str | None = field(default=None, repr=False)
+
+    @property
+    def hub_headers(self) -> dict[str, str]:
+        """Who asks the Hub: by a token, or by the name and password of a mirror's address."""
+        return {"Authorization": f"Bearer {self.hub_token}"} if self.hub_token else self.hub_endpoint.authorization
 
 
 @dataclass(frozen=True)
@@ -30,5 +38,19 @@ class SourceSettings:
     """
 
     folder: Path = Path(".refinery/sources")
-    tracking_uri: str = "sqlite:///.refinery/mlflow.db"
+    tracking_uri: Address = _OWN_STORE
     access: Access = Access()
+
+    @property
+    def mlflow_login(self) -> tuple[str, str] | None:
+        """The name and password for the tracking server: its address's, or those of MLflow's variables."""
+        name, password = self.access.mlflow_username, self.access.mlflow_password
+        given = (name, password) if name is not None and password is not None else None
+        return self.tracking_uri.login or given
+
+    @property
+    def mlflow_headers(self) -> dict[str, str]:
+        """As MLflow's client sends it: a name and password before a token."""
+        if self.mlflow_login is not None:
+            return authorization(*self.mlflow_login)
+        return {"Authorization": f"Bearer {self.access.mlflow_token}"} if self.access.mlflow_token else {}

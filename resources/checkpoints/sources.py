@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from resources.checkpoints.settings import SourceSettings
+from resources.apart import download_apart
+from resources.checkpoints.settings import Access, SourceSettings
+from resources.deadlines import within
 from resources.errors import CheckpointError, UnfetchedError, first_line
+from resources.variables import HUGGING_FACE, NETWORK, PROGRAM, PYTHON, inherited
 
 Kind = Literal["folder", "package", "hub", "registry", "objects"]
 
@@ -77,8 +81,8 @@ def locate(
         return Located(*objects.fetch_objects(source, settings, **allowed, fetch=fetch))
     if kind == "hub":
         if not fetch:
-            return _hub_cached(*hub_reference(source))
-        return _hub_snapshot(*hub_reference(source), allow_pickle, trust_remote_code)
+            return _hub_cached(*hub_reference(source), settings.access)
+        return _hub_download(*hub_reference(source), allow_pickle, trust_remote_code, settings.access)
     return Located(local_folder(source), None)
 
 
@@ -140,25 +144,50 @@ def _package_folder(source: str) -> Path:
     return folder
 
 
-def _hub_snapshot(repository: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool) -> Located:
+def _hub_download(
+    repository: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool, access: Access
+) -> Located:
+    """The repository's snapshot, by a process of its own: huggingface_hub has no limit for an answer that drips."""
+    arriving = access.hub_cache.expanduser() / f"models--{repository.replace('/', '--')}" / "blobs"
+    # Tokens and passwords come with the job, and the address without them.
+    variables = inherited(PROGRAM, PYTHON, HUGGING_FACE, NETWORK, HF_ENDPOINT=str(access.hub_endpoint))
+    arguments = (repository, revision, allow_pickle, trust_remote_code, access)
+    try:
+        return download_apart(_hub_snapshot, *arguments, folder=arriving, variables=variables)
+    except (TimeoutError, ConnectionError) as error:
+        raise _hub_unfetched(repository, revision, error) from error
+
+
+def _hub_unfetched(repository: str, revision: str | None, error: BaseException) -> CheckpointError:
+    named = f"{repository}@{revision}" if revision else repository
+    return CheckpointError(
+        f"source: {named} is not in the Hub cache and cannot be fetched: {first_line(error).rstrip('.')}. Check the "
+        "network, HF_ENDPOINT and HF_HUB_OFFLINE; what has arrived is kept, and the next run goes on from there."
+    )
+
+
+def _hub_snapshot(
+    repository: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool, access: Access
+) -> Located:
     """The repository's snapshot in the Hub cache, downloaded as far as it is not there already.
 
-    huggingface_hub itself honours HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as they were when it was first imported,
-    and HF_TOKEN. Where the Hub does not answer, the snapshot that the cache holds is taken.
+    huggingface_hub itself honours HF_HUB_OFFLINE. Where the Hub does not answer, the snapshot that the cache holds is
+    taken.
     """
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
     named = f"{repository}@{revision}" if revision else repository
     wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
+    asked: dict[str, Any] = {**_asked(access), "cache_dir": access.hub_cache.expanduser(), "ignore_patterns": UNWANTED}
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, **asked))
         weights = [path for pattern in WANTED_WEIGHTS for path in folder.glob(pattern)]
-        if not weights and _has_pickle(repository, folder.name):
+        if not weights and _has_pickle(repository, folder.name, access):
             if not allow_pickle:
                 raise CheckpointError(f"source: {named}: its weights are a pickle. {PICKLE_REMEDY}.")
             wanted += WANTED_PICKLE
-            snapshot_download(repository, revision=folder.name, allow_patterns=wanted, ignore_patterns=UNWANTED)
+            snapshot_download(repository, revision=folder.name, allow_patterns=wanted, **asked)
     except CheckpointError:
         raise
     except hub.HFValidationError as error:
@@ -170,23 +199,29 @@ def _hub_snapshot(repository: str, revision: str | None, allow_pickle: bool, tru
     except hub.RepositoryNotFoundError as error:
         raise hub_refusal("RepoNotFound", repository, revision) from error
     except Exception as error:  # the transport library, and with it its errors, changed between releases of the client
-        raise CheckpointError(
-            f"source: {named} is not in the Hub cache and cannot be fetched: {first_line(error)} Check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE."
-        ) from error
+        raise _hub_unfetched(repository, revision, error) from error
     return Located(folder, folder.name)
 
 
-def _hub_cached(repository: str, revision: str | None) -> Located:
+def _asked(access: Access) -> dict[str, Any]:
+    """Whom huggingface_hub asks, and as whom. The header's name is as it looks for it where it is led elsewhere."""
+    login = {} if access.hub_token else access.hub_endpoint.authorization
+    headers = {name.lower(): value for name, value in login.items()}
+    return {"endpoint": str(access.hub_endpoint), "token": access.hub_token, "headers": headers or None}
+
+
+def _hub_cached(repository: str, revision: str | None, access: Access) -> Located:
     """The snapshot in the Hub cache of the commit that the Hub names; where it does not answer, of the last one."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        commit = HfApi().model_info(repository, revision=revision, timeout=_ASK_SECONDS).sha
+        ask = partial(HfApi(**_asked(access)).model_info, repository, revision=revision, timeout=_ASK_SECONDS)
+        commit = None if access.hub_offline else within(_ASK_SECONDS, ask).sha
     except Exception:  # the run itself goes on with what the cache holds, and says what is wrong where it holds nothing
         commit = None
     try:
-        folder = Path(snapshot_download(repository, revision=commit or revision, local_files_only=True))
+        where: dict[str, Any] = {"cache_dir": access.hub_cache.expanduser(), "local_files_only": True}
+        folder = Path(snapshot_download(repository, revision=commit or revision, **where))
     except Exception as error:
         raise UnfetchedError(repository, commit or revision or "its default branch") from error
     return Located(folder, folder.name)
@@ -209,12 +244,12 @@ def hub_refusal(code: str, repository: str, revision: str | None) -> CheckpointE
     )
 
 
-def _has_pickle(repository: str, commit: str) -> bool:
+def _has_pickle(repository: str, commit: str, access: Access) -> bool:
     """Whether pickled weights are in the repository; False where the Hub cannot be asked: validation then decides."""
     from huggingface_hub import HfApi
 
     try:
-        names = HfApi().list_repo_files(repository, revision=commit)
+        names = HfApi(**_asked(access)).list_repo_files(repository, revision=commit)
     except Exception:
         return False
     return any(fnmatch(name, pattern) for name in names for pattern in WANTED_PICKLE)

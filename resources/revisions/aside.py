@@ -21,6 +21,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from resources import locks
+from resources.addresses import Address
 from resources.catalog import ModelEntry
 from resources.checkpoints.collect import content_hashes, content_revision
 from resources.checkpoints.registry import find_version
@@ -31,6 +32,7 @@ from resources.errors import CheckpointError, RefineryError, first_line
 from resources.files import write_whole
 from resources.locks import building, file_lock
 from resources.revisions.folder import stat_folder
+from resources.variables import COMPUTE, DATABASE, HUGGING_FACE, MLFLOW, PROGRAM, PYTHON, inherited
 
 #: At once, of this process: more would only wait for the same disk.
 _MOST = 2
@@ -43,6 +45,8 @@ PROBLEM_SECONDS = 600.0
 _START_SECONDS = 20.0
 #: For gigabytes from a slow disk; MLflow answers or not.
 _LONGEST_SECONDS = {"registry": 120, "folder": 2 * 3600, "package": 2 * 3600}
+
+_NEEDS = (PROGRAM, PYTHON, COMPUTE, HUGGING_FACE)
 
 _starting = threading.Lock()
 _started: list[subprocess.Popen[bytes]] = []
@@ -107,17 +111,19 @@ def ask(entry: ModelEntry, settings: SourceSettings, key: str, *, now: float, re
 
 
 def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
-    path = _answer_file(settings, entry)
+    path, asks_mlflow = _answer_file(settings, entry), kind_of(entry.source) == "registry"
     job = _Job(
         entry=entry.fields(),
         folder=settings.folder.resolve(),
-        tracking_uri=settings.tracking_uri,
+        tracking_uri=settings.tracking_uri.reveal() if asks_mlflow else "",
         key=key,
         machine_lock=locks.MACHINE_LOCK,
     )
     with path.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "resources.revisions"],
+            # It reads files of others, or asks MLflow's database: it has no use for the rest.
+            env=inherited(*_NEEDS, MLFLOW, secrets=DATABASE) if asks_mlflow else inherited(*_NEEDS),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -154,7 +160,7 @@ def main() -> None:
     job = _Job.model_validate(json.load(sys.stdin))
     locks.MACHINE_LOCK = job.machine_lock
     entry = ModelEntry.model_validate(job.entry)
-    settings = SourceSettings(job.folder, job.tracking_uri)
+    settings = SourceSettings(job.folder, Address(job.tracking_uri))
     path = _answer_file(settings, entry)
     os.nice(10)
     # Whoever asks whether the lock is held has it for a moment.

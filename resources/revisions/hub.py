@@ -9,7 +9,7 @@ from urllib.parse import quote
 from resources.checkpoints.settings import Access
 from resources.checkpoints.sources import hub_reference, hub_refusal
 from resources.errors import CheckpointError, first_line
-from resources.revisions.http import get_json
+from resources.http import get_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -30,7 +30,7 @@ def hub_commit(source: str, access: Access) -> str:
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     url = f"{access.hub_endpoint}/api/models/{repository}{at}?expand=sha"
     try:
-        answer = get_json(url, {"Authorization": f"Bearer {access.hub_token}"} if access.hub_token else {})
+        answer = get_json(url, access.hub_headers)
         commit = answer.get("sha") if isinstance(answer, dict) else None
     except HTTPError as error:
         with error:

@@ -6,23 +6,22 @@ that only it can read.
 
 from __future__ import annotations
 
-from base64 import b64encode
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 
 from resources.checkpoints.registry import Reference, Version, checked, missing, parse_reference, unanswered
-from resources.checkpoints.settings import Access, SourceSettings
-from resources.revisions.http import get_json
+from resources.checkpoints.settings import SourceSettings
+from resources.http import get_json
 
 
 def ask_version(source: str, settings: SourceSettings) -> Version:
     """One question to the server at `settings.tracking_uri`. Raises CheckpointError."""
     reference, uri = parse_reference(source), settings.tracking_uri
     path, query = _question(reference)
-    url = f"{uri.rstrip('/')}/api/2.0/mlflow/{path}?{urlencode(query)}"
+    url = f"{uri}/api/2.0/mlflow/{path}?{urlencode(query)}"
     try:
-        answer = get_json(url, _authorization(settings.access))
+        answer = get_json(url, settings.mlflow_headers)
         found: list[dict[str, Any]] = answer.get("model_versions") or [answer.get("model_version")]
         data = found[0]
         if data is None:
@@ -51,11 +50,3 @@ def _question(reference: Reference) -> tuple[str, dict[str, str]]:
         return "model-versions/get", {"name": reference.name, "version": reference.version}
     newest = {"max_results": "1", "order_by": "version_number DESC"}
     return "model-versions/search", {"filter": f"name = '{reference.name}'", **newest}
-
-
-def _authorization(access: Access) -> dict[str, str]:
-    """As MLflow's client sends it: a name and password before a token."""
-    if access.mlflow_username is not None and access.mlflow_password is not None:
-        pair = f"{access.mlflow_username}:{access.mlflow_password}".encode()
-        return {"Authorization": f"Basic {b64encode(pair).decode()}"}
-    return {"Authorization": f"Bearer {access.mlflow_token}"} if access.mlflow_token else {}

@@ -88,7 +88,7 @@ def registered_model(store: TrackingStore, model: str, sources: Collection[str] 
                 store.client.create_registered_model(name, tags={_OF_MODEL: model}, description=_DESCRIPTION)
             return name
     raise TrackingError(
-        f"{model}: its champion cannot be registered in MLflow at {store.name}: the registered models "
+        f"{model}: its champion cannot be registered in MLflow at {store.uri}: the registered models "
         f"{' and '.join(map(repr, reversed(names)))} are sources of checkpoints or were made by somebody else. Rename "
         "the model in the catalog, or rename these registered models."
     )

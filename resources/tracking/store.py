@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from resources.addresses import Address
 from resources.artifacts.hashes import write_json
+from resources.deadlines import within
 from resources.errors import TrackingError, first_line
 from resources.locks import file_lock
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 #: MLflow cuts parameters there, and refuses longer ones in some stores.
 _LONGEST_PARAMETER = 6000
+#: For one call of a server or of a database elsewhere, its own tries again and the files of a report included.
+ANSWER_SECONDS = 120.0
 #: MLflow's codes: for what is not there, and for what another process made first.
 _ABSENT, _THERE = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 
@@ -40,9 +44,7 @@ class TrackingStore:
     """
 
     def __init__(self, uri: str, *, ui: str | None, folder: Path) -> None:
-        self.uri, self.folder, self._ui = uri, folder, ui
-        #: The address as people and files may see it: without a password.
-        self.name = re.sub(r"//[^/@]*@", "//", uri)
+        self.uri, self.folder, self._ui = Address(uri), folder, ui
         self._file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         self._client: MlflowClient | None = None
 
@@ -64,11 +66,12 @@ class TrackingStore:
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
             with file_lock(self.folder / "store.lock"):
                 fresh = self._file is not None and not self._file.exists()
-                client = MlflowClient(self.uri)
-                client.search_experiments(max_results=1)
+                client = within(ANSWER_SECONDS, partial(MlflowClient, self.uri.for_library))
+                within(ANSWER_SECONDS, partial(client.search_experiments, max_results=1))
                 if fresh:  # what was written to one that lay there before is gone with it
                     self._forget_links()
-            self._client = client
+            # A database file is on this machine: nobody else's server answers for it.
+            self._client = client if self._file is not None else cast("MlflowClient", _Bounded(client))
         return self._client
 
     def experiment(self, model: str) -> str:
@@ -152,7 +155,7 @@ class TrackingStore:
             data = json.loads((self.folder / "links" / f"{name}.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
-        if data.get("store") != self.name:  # written to another server: this one does not know it
+        if data.get("store") != self.uri:  # written to another server: this one does not know it
             return None
         if self._file is not None and not self._file.exists():
             return None
@@ -169,7 +172,7 @@ class TrackingStore:
         """Keep a link, for the steps and runs that come after."""
         path = self.folder / "links" / f"{name}.json"
         where = link.url.removeprefix(self._ui or "")
-        write_json(path, {"store": self.name, "run_id": link.run_id, "path": where, "what": what})
+        write_json(path, {"store": self.uri, "run_id": link.run_id, "path": where, "what": what})
 
     def forget(self, name: str) -> None:
         """Recall it no more."""
@@ -177,7 +180,7 @@ class TrackingStore:
 
     def _forget_links(self) -> None:
         for path in (self.folder / "links").glob("*.json"):
-            if json.loads(path.read_text()).get("store") == self.name:
+            if json.loads(path.read_text()).get("store") == self.uri:
                 path.unlink()
 
     @contextlib.contextmanager
@@ -186,10 +189,22 @@ class TrackingStore:
         try:
             yield
         except exceptions() as error:
+            shown = self.uri.without_secrets(error)
             raise TrackingError(
-                f"MLflow at {self.name} cannot be written: {first_line(error)} Start that server or mend "
+                f"MLflow at {self.uri} cannot be written: {first_line(shown)} Start that server or mend "
                 "REFINERY_MLFLOW_URI, then run again: what was measured is kept and will be written then."
-            ) from error
+            ) from shown
+
+
+class _Bounded:
+    """A client each of whose calls ends: MLflow's own limits begin anew with each byte of an answer."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        return lambda *args, **options: within(ANSWER_SECONDS, partial(method, *args, **options))
 
 
 @contextlib.contextmanager
@@ -208,4 +223,4 @@ def exceptions() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, requests.RequestException, SQLAlchemyError)
+    return (MlflowException, requests.RequestException, SQLAlchemyError, TimeoutError)

@@ -16,6 +16,7 @@ from resources.engines.presence import tensorrt_packages
 from resources.errors import ServerError
 from resources.files import write_whole
 from resources.locks import file_lock
+from resources.variables import NETWORK, PIP, PROGRAM, inherited
 
 #: 0.7.0 ships Triton 2.51.0 (24.10). Without its dependencies: those are of its Python API, which is not used.
 _TRITON = "nvidia-pytriton==0.7.0"
@@ -122,7 +123,14 @@ def _wanted(environment: Path) -> dict[str, object]:
 
 def _run(command: list[str]) -> None:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_SECONDS, check=False)
+        result = subprocess.run(
+            command,
+            env=inherited(PROGRAM, PIP, NETWORK, secrets=PIP),
+            capture_output=True,
+            text=True,
+            timeout=_INSTALL_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise ServerError(f"Gave up after {_INSTALL_SECONDS} s: {' '.join(command)}") from None
     if result.returncode:

@@ -18,6 +18,7 @@ from pathlib import Path
 from resources.artifacts.records import LoadLevel
 from resources.errors import ServerError
 from resources.triton.connection import PLAIN, Connection
+from resources.variables import PROGRAM, inherited
 
 #: A level's figures are those of so many windows, of at most so many.
 _WINDOWS, _MOST_WINDOWS = 3, 5
@@ -56,7 +57,7 @@ def run_perf_analyzer(
             command += ["--max-trials", str(_MOST_WINDOWS), "--stability-percentage", "100"]
             bound = seconds * _MOST_WINDOWS / _WINDOWS + _SLACK_SECONDS
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=bound)
+                done = subprocess.run(command, env=inherited(PROGRAM), capture_output=True, text=True, timeout=bound)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise ServerError(f"perf_analyzer could not measure {model} at {address}: {error}") from error
             if done.returncode or not report.is_file():

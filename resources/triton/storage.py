@@ -7,15 +7,20 @@ the strength of that answer. Nothing is remembered between two questions: what o
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+from resources.addresses import holds_login
+from resources.deadlines import Pace
 from resources.errors import ReleaseError, first_line
 
 if TYPE_CHECKING:
@@ -30,6 +35,7 @@ _CONNECT_SECONDS = 3.0
 _READ_SECONDS = 60.0
 _TRIES = 2
 #: For a whole file of any size, from any store: it must not take for ever, and a slow line is none of a dead store.
+_POLL_SECONDS = 0.2
 _FILE_SECONDS = 60.0
 _FILE_BYTES_PER_SECOND = 1e6
 
@@ -85,7 +91,7 @@ class Store:
     protocol: str
     shown: str
     scratch: Path
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # keys among them
     leases: dict[str, Held] = field(default_factory=dict)
     setting: str = "REFINERY_TRITON_REPOSITORIES"
     rights: str = "list, read, write and delete"
@@ -226,7 +232,23 @@ class RemotePath:
         """Get a file. Raises FileNotFoundError too."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._asking("read", target) as (files, _):
-            files.get_file(self.key, str(target), **_whole(files, size_bytes))
+            if files.async_impl:
+                self._download_apace(files, target, _whole(files, size_bytes)["timeout"])
+            else:
+                files.get_file(self.key, str(target))
+
+    def _download_apace(self, files: AbstractFileSystem, target: Path, seconds: float) -> None:
+        """As fsspec's `get_file`, which has a limit for the whole alone: gigabytes may drip for hours before that."""
+        pace, deadline = Pace(), time.monotonic() + seconds
+        future = asyncio.run_coroutine_threadsafe(files._get_file(self.key, str(target)), files.loop)
+        try:
+            while not wait([future], timeout=_POLL_SECONDS).done:
+                pace.require(target.stat().st_size if target.exists() else 0)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"it was not whole within {seconds:.0f} s")
+            future.result()
+        finally:
+            future.cancel()
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove the named files below it, in their order. Those that are gone already are no error.
@@ -337,6 +359,11 @@ def parse_location(
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text).expanduser().resolve()
+    if holds_login(text):
+        raise ValueError(
+            f"its {scheme}:// address holds a name or password, and addresses are printed. Give it without, and the "
+            "credentials by the variables of that store"
+        )
     parts = rest.strip("/")
     shown = f"{scheme}://"
     options: dict[str, Any] = {"use_listings_cache": False}

@@ -199,8 +199,8 @@ class Starter:
         start_grandchild(note, size, end=end, session=session)
 
 
-def test_pages_that_processes_share_count_once():
-    """A child that forks does not take its memory again."""
+def fork_with_memory():
+    """What this process takes, and what it takes together with three that share its pages."""
     data = bytearray(os.urandom(1024) * 200_000)
     forked = []
     for _ in range(3):
@@ -209,15 +209,16 @@ def test_pages_that_processes_share_count_once():
             time.sleep(30)
             os._exit(0)
         forked.append(pid)
-    try:
-        own = psutil.Process().memory_info().rss
-        assert len(data) < own
-        assert set(forked) <= set(memory.descendants(os.getpid()))
-        assert memory.tree_bytes(os.getpid(), limit=own) < own + 200_000_000
-    finally:
-        for pid in forked:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+    own = psutil.Process().memory_info().rss
+    assert len(data) < own
+    assert set(forked) == set(memory.descendants(os.getpid()))
+    return own, memory.tree_bytes(os.getpid(), limit=own)
+
+
+def test_pages_that_processes_share_count_once():
+    """A child that forks does not take its memory again."""
+    (own, together), _ = run(fork_with_memory)
+    assert together < own + 200_000_000
 
 
 GB = 10**9

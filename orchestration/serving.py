@@ -16,13 +16,14 @@ from typing import Any
 from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError
 from resources.triton.client import Contract, TextClient, serves
+from resources.triton.foreground import serve_foreground
 from resources.triton.launch import caching, limited
 from resources.triton.layout import current_release, public_models
 from resources.triton.limits import require_resources
 from resources.triton.mirror import Mirror, served_folder
 from resources.triton.pointer import current_problem, require_current
 from resources.triton.release import require_embeddable
-from resources.triton.server import EmbeddedServer, serve_foreground
+from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
@@ -168,6 +169,7 @@ def serve(options: Namespace) -> int:
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
+        health_port=options.health_port,
         log=log,
         control=options.control,
         options=flags,

@@ -113,6 +113,22 @@ class ServingSettings(_Strict):
     rate_limiter: RateLimiter | None = None
 
 
+class LimitSettings(_Strict):
+    """What one request may ask for. One that asks for more is refused, and nothing else is.
+
+    resources.pipelines.limits has the same fields, for the released models, and a test compares them.
+    """
+
+    # The least is what a release is proven with.
+    text_bytes: int = Field(default=4 * 2**20, ge=4096, le=2**30, description="Of one text, in UTF-8.")
+    request_bytes: int = Field(default=32 * 2**20, ge=2**17, le=2**30, description="Of all its texts together.")
+    labels: int = Field(default=1000, ge=10, le=1000, description="Of one row (zero-shot classification).")
+    masks: int = Field(default=100, ge=2, le=100, description="Of one row (fill-mask).")
+    engine_rows: int = Field(
+        default=1024, ge=1, le=2**20, description="Of all its rows, windows, labels and masks together."
+    )
+
+
 class ModelEntry(_Strict):
     """One model of the models file."""
 
@@ -132,6 +148,7 @@ class ModelEntry(_Strict):
     ladder: LadderSettings = LadderSettings()
     tensorrt: TensorRtSettings = TensorRtSettings()
     serving: ServingSettings = ServingSettings()
+    limits: LimitSettings = LimitSettings()
     engines: Annotated[tuple[str, ...] | None, Field(strict=False)] = Field(
         default=None, min_length=1, description="Only these engines compete; default: all."
     )
@@ -153,6 +170,11 @@ class ModelEntry(_Strict):
         for engine in self.engines or ():
             if engine not in known:
                 raise ValueError(f"engines: {engine!r} is not one of {', '.join(known)}")
+        if self.limits.engine_rows < self.max_batch_size:
+            raise ValueError(
+                f"limits.engine_rows: {self.limits.engine_rows} is less than max_batch_size ({self.max_batch_size}); a "
+                "batch needs a row of the engine for each of its own"
+            )
         if len(set(self.shapes or ())) != len(self.shapes or ()):
             raise ValueError("shapes: one shape is listed twice")
         for shape in self.shapes or ():
@@ -197,6 +219,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "ladder": LadderSettings,
     "tensorrt": TensorRtSettings,
     "serving": ServingSettings,
+    "limits": LimitSettings,
     "rate_limiter": RateLimiter,
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from resources.artifacts.records import Checkpoint, Engine, ServingSetting
+from resources.pipelines import pipeline_class
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
@@ -94,6 +97,64 @@ def make_plan(
         max_batch_size=max_batch_size,
         serving=serving,
         lineage={"refinery_dagster_run": "a run"},
+    )
+
+
+#: By task: the settings of its pipeline, the width of its engine, and whether that answers every token.
+_TASKS: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "embedding": ({}, WIDTH, False),
+    "classification": ({"activation": "softmax", "labels": list(LABELS)}, 3, False),
+    "reranking": ({}, 1, False),
+    "token-classification": (
+        {"labels": ["O", "B-PER", "I-PER"], "aggregation_strategy": "simple", "unknown_id": 1, "windows": 64},
+        3,
+        True,
+    ),
+    "question-answering": ({"max_answer_tokens": 15, "handle_impossible_answer": False, "windows": 64}, 2, True),
+    "zero-shot-classification": (
+        {"hypothesis_template": "It is {}.", "multi_label": False, "entailment_id": 2, "contradiction_id": 0},
+        3,
+        False,
+    ),
+    "fill-mask": ({"mask_token": "[MASK]", "pad_id": 0, "top_k": 5, "clean_up": True}, 0, False),
+}
+
+
+def make_task_plan(folder: Path, task: str, *, max_tokens: int = 512) -> ReleasePlan:
+    """A plan for any task, called as its task is. Its answers mean nothing and cost next to nothing."""
+    from tokenizers import Tokenizer
+
+    plan, (settings, width, per_token) = make_plan(folder, model=task), _TASKS[task]
+    file = plan.checkpoint_folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(["[MASK]"])
+    tokenizer.save(str(file))
+    if task == "fill-mask":
+        width, settings = tokenizer.get_vocab_size(), {**settings, "mask_id": tokenizer.token_to_id("[MASK]")}
+    pipeline = pipeline_class(task)
+    encoder = {"max_tokens": max_tokens, "inputs": list(INPUTS), "pad_id": 0, "strategy": pipeline.strategy}
+    encoder["stride"] = 64 if pipeline.windowed else 0
+    (plan.checkpoint_folder / "encoder.json").write_text(json.dumps(encoder))
+    (plan.checkpoint_folder / "pipeline.json").write_text(json.dumps({"task": task, "settings": settings}))
+    output = "values"
+    shutil.rmtree(plan.engine_folder)
+    _write_engine(
+        plan.engine_folder,
+        tokenizer.get_vocab_size(),
+        width,
+        output,
+        seed=0,
+        external_data=False,
+        per_token=per_token,
+    )
+    fields = {"task": task, "output": output, "settings": settings, "max_tokens": max_tokens, "content": {}}
+    return replace(
+        plan,
+        checkpoint=plan.checkpoint.model_copy(update=fields).with_files(plan.checkpoint_folder),
+        engine=plan.engine.model_copy(update={"output": output, "width": width, "content": {}}).with_files(
+            plan.engine_folder
+        ),
+        max_batch_size=32,
     )
 
 
@@ -197,8 +258,12 @@ def _write_tokenizer(folder: Path, permutation: int | None = None) -> int:
     return int(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size())
 
 
-def _write_engine(folder: Path, vocabulary: int, width: int, output: str, *, seed: int, external_data: bool) -> None:
-    """The masked mean of the tokens' vectors; normalized, or, for classification, through a softmax."""
+def _write_engine(
+    folder: Path, vocabulary: int, width: int, output: str, *, seed: int, external_data: bool, per_token: bool = False
+) -> None:
+    """The masked mean of the tokens' vectors; normalized, or, for classification, through a softmax. per_token: the
+    vectors themselves, through a softmax.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -223,11 +288,15 @@ def _write_engine(folder: Path, vocabulary: int, width: int, output: str, *, see
             helper.make_node("ReduceSum", ["weighted", "tokens_axis"], ["sum"], keepdims=0),
             helper.make_node("ReduceSum", ["mask", "tokens_axis"], ["count"], keepdims=1),
             helper.make_node("Div", ["sum", "count"], ["mean"]),
-            last,
+            last if not per_token else helper.make_node("Softmax", ["weighted"], [output], axis=2),
         ],
         "table",
         [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"]) for name in INPUTS],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", width])],
+        [
+            helper.make_tensor_value_info(
+                output, TensorProto.FLOAT, ["batch", "sequence", width] if per_token else ["batch", width]
+            )
+        ],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

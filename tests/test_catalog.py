@@ -262,3 +262,10 @@ def test_a_run_under_way_keeps_its_entry_while_somebody_edits_the_file(tmp_path)
         workspace.entry("another")
     workspace.catalog_path.write_text(text.replace("./tiny", "./other"))
     assert workspace.entry("tiny").source.endswith("other")
+
+
+def test_limits_of_requests_leave_room_for_a_batch():
+    fields = {"name": "m", "source": "a/b", "task": "embedding", "max_batch_size": 8}
+    assert ModelEntry.model_validate({**fields, "limits": {"engine_rows": 8}}).limits.engine_rows == 8
+    with pytest.raises(ValueError, match="engine_rows: 7 is less than max_batch_size"):
+        ModelEntry.model_validate({**fields, "limits": {"engine_rows": 7}})

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -99,8 +100,8 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
     ready = replace(empty, triton=triton_settings)
     add_entry(ready, entry_for(made_checkpoint(), shapes=["1x16"], engines=["onnxruntime_fp32"]))
     assert run_job(ready, "tiny").success
-    ports = [free() for _ in range(3)]
-    named = [f"--{name}-port" for name in ("http", "grpc", "metrics")]
+    ports = [free() for _ in range(4)]
+    named = [f"--{name}-port" for name in ("http", "grpc", "metrics", "health")]
     options = [part for pair in zip(named, map(str, ports), strict=True) for part in pair]
     command = [REFINERY, "serve", *options]
     server = subprocess.Popen(command, env=environment(empty), stdout=subprocess.PIPE, text=True)
@@ -121,6 +122,14 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
         assert code == 1
         assert "other is served by none of" in err
         assert "REFINERY_TRITON_GRPC" in err
+        # What loads and unloads finds the key by itself, and another home does not.
+        key = empty.home / "keys" / f"{ports[1]}.key"
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        back = ("rollback", "tiny", "--to", "1")
+        assert "is what is pointed to and served already" in refinery(empty, *back, **named)[2]
+        named["REFINERY_TRITON_REPOSITORIES"] = str(empty.repository("cpu").parent)
+        named["REFINERY_HOME"] = str(empty.home.parent / "other")
+        assert "Set REFINERY_TRITON_KEY" in refinery(empty, *back, **named)[2]
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0

@@ -7,7 +7,9 @@ import pytest
 
 from resources.catalog import load_catalog
 from resources.errors import CatalogError
-from resources.evaluation.requests import evaluation_requests, sampled_requests
+from resources.evaluation.requests import evaluation_requests, require_answers, sampled_requests
+from resources.pipelines.numbers import TextPipeline
+from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
 from resources.tasks.grading import exact_match, micro_f1, ndcg_at_10, spearman, word_f1
 from tests.conftest import entry_for
@@ -263,3 +265,11 @@ def test_right_answers_are_measured_for_every_engine(made_checkpoint, workspace,
     assert {run.data.metrics.get("accuracy.accuracy") for run in runs if "mlflow.parentRunId" in run.data.tags} == {
         own["accuracy"]
     }
+
+
+def test_a_request_that_a_release_would_refuse_is_said_before_anything_is_built(minilm):
+    encoder = TextEncoder(str(minilm / "tokenizer.json"), max_tokens=64, inputs=["input_ids"], pad_id=0)
+    with pytest.raises(
+        CatalogError, match=r"m: evaluation: request 2 would be refused: the first 32768 of .*shorten it"
+    ):
+        require_answers("m", "evaluation", TextPipeline(encoder, {}), [{"TEXT": "fine"}, {"TEXT": "a" * 50_000}])

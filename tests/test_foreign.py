@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from resources.artifacts.records import Record
 from resources.errors import ReleaseError
 from resources.foreign import (
     ForeignError,
@@ -21,6 +23,7 @@ from resources.foreign import (
 )
 from resources.triton.layout import list_releases, parse_internal, pinned_number
 from resources.triton.mirror import Mirror
+from resources.triton.release import Release
 from resources.triton.storage import parse_location
 
 
@@ -227,3 +230,15 @@ def test_numbers_that_python_does_not_read(tmp_path):
     assert parse_internal(f"bert__r{digits}__engine") is None
     (tmp_path / "bert" / ("9" * 200)).mkdir(parents=True)
     assert list_releases(tmp_path, "bert") == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a//x", ""])
+def test_records_that_name_files_of_elsewhere_cannot_be_read(name):
+    """Whoever can write to a shared store or to a repository writes these."""
+    fields = {"digest": "a", "model": "m", "files": {name: {"sha256": "", "size_bytes": 0}}}
+    for kind, given in ((Record, fields), (Release, fields), (Release, {"model": name})):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate_json(json.dumps(given))
+        assert {"files", "model"} & {
+            error["loc"][0] for error in caught.value.errors() if error["type"] == "value_error"
+        }

@@ -14,7 +14,10 @@ from resources.checkpoints import checkpoint_files, collect_checkpoint
 from resources.evaluation.answering import answer_items
 from resources.evaluation.batches import PlannedBatch
 from resources.isolation import Limits
-from resources.pipelines import open_pipeline
+from resources.pipelines import beginnings, open_pipeline
+from resources.pipelines.limits import RefusedError
+from resources.pipelines.tokenization import TextEncoder
+from resources.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
 from tests.answers import CHECKPOINTS, assert_same, transformers_answers
@@ -171,7 +174,7 @@ def test_a_question_that_fits_is_not_cut(asked):
     model = asked("question-answering")  # 64 tokens
     question = " ".join(["who"] * 40)
     ((row,),) = model.pipeline.rows([{"QUESTION": question, "CONTEXT": "Sarah did."}])
-    assert row.encoding.sequence_ids.count(0) == model.pipeline.encoder.count(question)
+    assert row.encoding.sequence_ids.count(0) == model.pipeline.encoder.count(question, 64)
 
 
 def test_a_context_of_many_windows_is_read_whole_whatever_the_question_looks_like(asked):
@@ -215,13 +218,19 @@ def test_another_sentence_about_the_label(asked):
         ("[1, 2]", "LABELS is not a JSON list"),
         ('{"a": 1}', "LABELS is not a JSON list"),
         (json.dumps(["a"] * 1001), "give at most 1000"),
-        ('["a"]', ""),
+        ('["\\ud800"]', "half of a surrogate pair"),
     ],
 )
 def test_labels_that_are_none(asked, labels, said):
-    complaint = asked("zero-shot-classification").pipeline.complaint({"TEXT": "x", "LABELS": labels})
-    assert said in complaint
-    assert bool(said) == bool(complaint)
+    with pytest.raises(RefusedError, match=said):
+        asked("zero-shot-classification").pipeline.prepare({"TEXT": "x", "LABELS": labels})
+
+
+def test_labels_that_take_long_to_tokenize_are_refused(minilm):
+    encoder = TextEncoder(str(minilm / "tokenizer.json"), max_tokens=256, inputs=["input_ids"], pad_id=0)
+    pipeline = ZeroShotClassificationPipeline(encoder, {"hypothesis_template": "{}"})
+    with pytest.raises(RefusedError, match="too long together"):
+        pipeline.prepare({"TEXT": "x", "LABELS": json.dumps(["a b " * 1000] * 500)})
 
 
 def test_a_label_that_is_too_long_is_cut(asked):
@@ -277,9 +286,33 @@ def test_a_long_text_is_cut_around_each_mask(asked):
             assert row.encoding.ids[row.extra["mask_position"]] == model.record.settings["mask_id"]
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "[MASK]"), ("none", "[MASK]"), ("[MASK] " * 101, "at most 100")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"\[MASK\]"),
+        ("none", r"\[MASK\]"),
+        ("[MASK] " * 101, "at most 100"),
+        ("none " * 10_000, r"\[MASK\]"),
+        ("[MASK] " * 10_000, "at most 100"),
+    ],
+)
 def test_texts_without_a_mask_are_refused(asked, text, said):
-    assert said in asked("fill-mask").pipeline.complaint({"TEXT": text})
+    with pytest.raises(RefusedError, match=said):
+        asked("fill-mask").pipeline.prepare({"TEXT": text})
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_mask_in_a_text_that_is_not_read_whole_has_the_same_row(asked, monkeypatch, architecture):
+    model = asked("fill-mask", architecture)
+    words = " ".join(sample_texts()[:150]).split(" ")
+    for place in (2, 700, len(words) - 3):
+        words.insert(place, "[MASK]")
+    text = " ".join(words)
+    (expected,) = model.pipeline.rows([{"TEXT": text}])
+    monkeypatch.setattr(beginnings, "MOST_CHARACTERS", 4096)
+    assert model.pipeline.encoder.longest_read() < len(text)
+    (found,) = model.pipeline.rows([{"TEXT": text}])
+    assert [(row.encoding.ids, row.extra) for row in found] == [(row.encoding.ids, row.extra) for row in expected]
 
 
 @pytest.mark.parametrize("architecture", ["bert", "xlm-roberta"])

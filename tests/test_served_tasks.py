@@ -122,6 +122,7 @@ def test_what_cannot_be_answered_fails_alone(served, task):
         def refused(item):
             with pytest.raises(ServerError) as caught:
                 client.ask(task, contract, [item])
+            assert caught.value.__cause__.status() == "StatusCode.INVALID_ARGUMENT"
             return str(caught.value)
 
         futures = [pool.submit(refused, item) for item in wrong * 3]

@@ -34,6 +34,7 @@ from resources.triton import retain as retaining
 from resources.triton import rollback as rolling_back
 from resources.triton import verify as verifying
 from resources.triton.files import copy_tree, discard, repository_lock, staging_root
+from resources.triton.foreground import serve_foreground
 from resources.triton.launch import Ports
 from resources.triton.layout import CONFIG, MANIFEST, current_number, current_release, is_whole, list_releases
 from resources.triton.mirror import served_folder
@@ -41,7 +42,6 @@ from resources.triton.preflight import require_writable
 from resources.triton.publish import Steps, publish, unverified_root
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
-from resources.triton.server import serve_foreground
 from resources.triton.settings import TritonSettings
 from resources.triton.storage import RemotePath, Store, parse_location
 from resources.triton.verify import verify_release

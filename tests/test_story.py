@@ -186,7 +186,7 @@ def test_new_checkpoints_are_served_and_old_answers_come_back(workspace, tmp_pat
         REFINERY_WATCH_SECONDS=str(WATCH_SECONDS),
         REFINERY_TRITON_ENVIRONMENT=str(triton_settings.environment),
     )
-    ports = {name: str(free_port()) for name in ("dagster", "mlflow", "http", "grpc", "metrics")}
+    ports = {name: str(free_port()) for name in ("dagster", "mlflow", "http", "grpc", "metrics", "health")}
     logs = [tmp_path / "ui.log", workspace.home / "logs" / "dagster.log", tmp_path / "serve.log"]
 
     def command(*names):
@@ -206,7 +206,7 @@ def test_new_checkpoints_are_served_and_old_answers_come_back(workspace, tmp_pat
         watched.optimized(1)
         state, _ = watched.sensor()
         assert state.status is InstigatorStatus.DECLARED_IN_CODE  # nobody turned it on
-        serve = ("serve", *command("http", "grpc", "metrics"))
+        serve = ("serve", *command("http", "grpc", "metrics", "health"))
         stack.enter_context(started(logs[2], *serve, variables=variables))
         wait_until(f"serving {MODEL}", logs[2])
 

@@ -231,6 +231,15 @@ def test_names_of_a_registry_that_lead_out_of_the_copy(tmp_path, monkeypatch):
         registry._check_listing("anything", "sqlite://")
 
 
+def test_links_of_a_version_that_lead_out_of_its_folder(folder, tmp_path):
+    """In an artifact store that is a folder of this machine, whose files MLflow copies with what they link to."""
+    registry._check_listing(folder.as_uri(), "sqlite://")
+    (tmp_path / "secret").write_text("of somebody else")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(registry.ForeignError, match="leads out"):
+        registry._check_listing(folder.as_uri(), "sqlite://")
+
+
 def test_a_description_of_a_registry_that_has_no_end(tmp_path):
     """YAML nests, and its aliases multiply."""
     bomb = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40))])
@@ -249,23 +258,36 @@ def test_a_description_of_a_registry_that_has_no_end(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        '"num_labels": 4000000000',
+        '"num_labels": 1e308',
+        '"num_labels": "12"',
+        '"num_labels": Infinity',
+        '"num_labels": true',
+        '"id2label": 7',
+        '"id2label": {"0": {"a": []}}',
+        '"id2label": {"0": "\\ud800"}',
+        '"architectures": 1.5',
+        '"architectures": {"0": "BertModel"}',
+        '"vocab_size": "12"',
+        '"num_hidden_layers": 1000000000',
+        '"hidden_size": 1e308',
+        '"hidden_size": Infinity',
+        '"max_position_embeddings": 1',
+    ],
+)
+def test_fields_that_no_model_has_are_refused(folder, fields):
+    """They are appended, and the last of two fields of the same name is the one that counts."""
+    text = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    (folder / "config.json").write_text(f"{text}, {fields}}}")
+    name, said = fields.split('"')[1], refusal(folder)
+    assert f"config.json, {name}: " in said or "surrogate pair" in said or "a text may have 1 tokens" in said
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("config.json", '{"model_type": "bert", "num_labels": 4000000000}'),
-        ("config.json", '{"model_type": "bert", "num_labels": 1e308}'),
-        ("config.json", '{"model_type": "bert", "num_labels": "12"}'),
-        ("config.json", '{"model_type": "bert", "num_labels": Infinity}'),
-        ("config.json", '{"model_type": "bert", "num_labels": true}'),
-        ("config.json", '{"model_type": "bert", "id2label": 7}'),
-        ("config.json", '{"model_type": "bert", "id2label": {"0": {"a": []}}}'),
-        ("config.json", '{"model_type": "bert", "id2label": {"0": "\\ud800"}}'),
-        ("config.json", '{"model_type": "bert", "architectures": 1.5}'),
-        ("config.json", '{"model_type": "bert", "architectures": {"0": "BertModel"}}'),
-        ("config.json", '{"model_type": "bert", "vocab_size": "12"}'),
-        ("config.json", '{"model_type": "bert", "num_hidden_layers": 1000000000}'),
-        ("config.json", '{"model_type": "bert", "hidden_size": 1e308}'),
-        ("config.json", '{"model_type": "bert", "hidden_size": Infinity}'),
-        ("config.json", '{"model_type": "bert", "max_position_embeddings": 1}'),
         ("config.json", '{"model_type": "roberta", "max_position_embeddings": 64, "pad_token_id": 100000000}'),
         ("config.json", "[" * 100_000),
         ("config.json", '{"model_type": "bert", "a": ' + "[" * 900 + "]" * 900 + "}"),
@@ -337,12 +359,10 @@ def test_a_model_that_is_larger_than_its_weights(own_checkpoint, store):
 
 
 def test_a_tokenizer_that_makes_the_library_panic(own_checkpoint, store):
-    """Tokenizers 0.23 answers this with a panic, which is no Exception."""
-    folder = own_checkpoint(tokenizer="unigram")
-    data = json.loads((folder / "tokenizer.json").read_text())
-    data["model"]["unk_id"] = 2**40
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    assert "tokenizer" in collected(entry_for(folder), store)
+    """The answer of tokenizers 0.23 to such a table is no Exception."""
+    folder = own_checkpoint()
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    assert "transformers cannot read its tokenizer (tokenizer.json)" in collected(entry_for(folder), store)
 
 
 def crashing(*args):

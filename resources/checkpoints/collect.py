@@ -29,7 +29,7 @@ from resources.checkpoints.sources import locate
 from resources.checkpoints.tokenizer import Signature, prepare_tokenizer
 from resources.checkpoints.validation import validate
 from resources.errors import CatalogError, CheckpointError, IsolationError, UnfetchedError
-from resources.evaluation.requests import sampled_requests
+from resources.evaluation.requests import require_answers, sampled_requests
 from resources.foreign import ForeignError, open_below
 from resources.isolation import Limits, run_isolated
 from resources.locks import building
@@ -131,6 +131,7 @@ def collect_checkpoint(
             lengths, _ = run_isolated(
                 _profile,
                 folder,
+                entry.name,
                 items,
                 max_tokens,
                 limits=limits,
@@ -228,12 +229,14 @@ def _changed_files(parts: dict[str, Any], before: dict[str, Any]) -> set[str]:
     return {name for name in {*now, *then} if now.get(name) != then.get(name)}
 
 
-def _profile(folder: Path, items: list[dict[str, str]], max_tokens: int) -> LengthProfile:
+def _profile(folder: Path, model: str, items: list[dict[str, str]], max_tokens: int) -> LengthProfile:
     """In the child, because of numpy and of samples of any size."""
     from resources.checkpoints.lengths import profile_lengths
     from resources.pipelines import open_pipeline
 
-    return profile_lengths(open_pipeline(str(folder)), items, max_tokens)
+    pipeline = open_pipeline(str(folder))
+    require_answers(model, "sample", pipeline, items)
+    return profile_lengths(pipeline, items, max_tokens)
 
 
 def _content_of(entry: ModelEntry) -> str | None:

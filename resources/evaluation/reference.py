@@ -15,7 +15,7 @@ from resources.catalog import ModelEntry
 from resources.checkpoints import checkpoint_files, load_arguments
 from resources.errors import CheckpointError
 from resources.evaluation.batches import equal_length_batches
-from resources.evaluation.requests import evaluation_requests
+from resources.evaluation.requests import evaluation_requests, require_answers
 from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
 from resources.locks import building
@@ -130,6 +130,7 @@ def _answer(
 
     torch.set_num_threads(threads)
     pipeline, task = open_pipeline(str(source)), TASKS[checkpoint.task]
+    require_answers(checkpoint.model, "evaluation", pipeline, items)
     checked = _check_tokenizer(checkpoint, source, pipeline, items)
     module = task.module(checkpoint_files(checkpoint, source), **load_arguments(checkpoint))
 

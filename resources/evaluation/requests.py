@@ -11,7 +11,7 @@ from resources.errors import CatalogError
 from resources.tasks import TASKS
 
 if TYPE_CHECKING:
-    from resources.pipelines.base import Item
+    from resources.pipelines.base import Item, Pipeline
 
 #: Fewer are no sample of anything: of 20, one alone that differs misses every rate of .98.
 FEWEST_ITEMS = 20
@@ -33,6 +33,19 @@ def sampled_requests(entry: ModelEntry, settings: dict[str, Any], most: int) -> 
     """The first requests of the user's sample. Raises CatalogError."""
     assert entry.sample is not None, "there is a sample only where the catalog names one"
     return [item for item, _ in _read(entry, "sample", entry.sample, settings, most)]
+
+
+def require_answers(model: str, field: str, pipeline: Pipeline, items: list[Item]) -> None:
+    """Raise CatalogError for a request of the user's that the model's releases would refuse, however it is asked."""
+    from resources.pipelines.limits import RefusedError
+
+    for number, item in enumerate(items, start=1):
+        try:
+            pipeline.prepare(item)
+        except RefusedError as error:
+            raise CatalogError(
+                f"{model}: {field}: request {number} would be refused: {error}. Remove it from the file, or shorten it."
+            ) from None
 
 
 def _read(

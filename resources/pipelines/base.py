@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .limits import RequestLimits
 from .tokenization import TextEncoder
 
 #: One request, by the name of its input: {"QUESTION": ..., "CONTEXT": ...}.
@@ -34,7 +35,7 @@ class Pipeline:
     `windowed`: a text that is too long becomes several rows that overlap, up to `windows` of them, and is not cut.
     `structured`: an answer is a JSON document; else it is the engine's own numbers.
     `offsets`: the answer says where in the text something stands.
-    Holds no state between requests, so that one instance may be used by several threads.
+    Holds no state between requests, so that one instance may be used by several threads. `limits`: of one request.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("TEXT",)
@@ -45,22 +46,31 @@ class Pipeline:
 
     def __init__(self, encoder: TextEncoder, settings: dict[str, Any]) -> None:
         self.encoder, self.settings = encoder, settings
-
-    def complaint(self, item: Item) -> str:
-        """Why a request has no answer, for the client to read; empty: it has one."""
-        return ""
+        self.limits = RequestLimits()
 
     def segments(self, item: Item) -> list[tuple[str, ...]]:
-        """What is tokenized for the request, one or two texts each."""
-        return [tuple(item[name] for name in self.inputs)]
+        """What is tokenized for the request, one or two texts each. Raises RefusedError where it has no answer."""
+        return [self.encoder.enough(tuple(item[name] for name in self.inputs), windows=self.windows)]
 
-    def rows(self, items: Sequence[Item]) -> list[list[Row]]:
+    def prepare(self, item: Item) -> Any:
+        """What `tokenize` takes for the request. Raises RefusedError where the request has no answer."""
+        return self.segments(item)
+
+    def tokenize(self, prepared: Sequence[Any]) -> list[list[Row]]:
         """The engine's rows for each request."""
         # In one call, which uses all cores.
-        segments = [self.segments(item) for item in items]
-        texts = [segment for group in segments for segment in group]
+        texts = [segment for group in prepared for segment in group]
         encodings = iter(self.encoder.tokens(texts, offsets=self.offsets))
-        return [[row for _ in group for row in self._windows(next(encodings))] for group in segments]
+        return [[row for _ in group for row in self._windows(next(encodings))] for group in prepared]
+
+    def rows(self, items: Sequence[Item]) -> list[list[Row]]:
+        """The engine's rows for each request. Raises RefusedError where one has no answer."""
+        return self.tokenize([self.prepare(item) for item in items])
+
+    @property
+    def windows(self) -> int:
+        """The most rows that a text becomes."""
+        return int(self.settings["windows"]) if self.windowed else 1
 
     def arrays(self, rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:
         """The engine's int64 inputs: `[rows, length]`, padded on the right, and `[rows, 1]` for the extra ones."""
@@ -74,7 +84,7 @@ class Pipeline:
         raise NotImplementedError
 
     def _windows(self, encoding: Any) -> list[Row]:
-        more = encoding.overflowing[: self.settings["windows"] - 1] if self.windowed else ()
+        more = encoding.overflowing[: self.windows - 1] if self.windowed else ()
         return [Row(window) for window in (encoding, *more)]
 
 

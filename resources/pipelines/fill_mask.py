@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from .base import Item, Pipeline, Row
+from .limits import RefusedError
 
-MOST_MASKS = 100
 #: The model's input that says which position of a row is asked for: only there is the large head computed.
 POSITION = "mask_position"
-
+#: What may be tokenized of a long text for all of its masks, as a multiple of the longest text that is read whole.
+_LONGEST_READS = 16
 
 #: What transformers' `clean_up_tokenization` replaces.
 _CLEANING = (
@@ -30,28 +31,62 @@ class FillMaskPipeline(Pipeline):
     outputs: probabilities `[vocabulary]`, one row a mask.
     """
 
-    def complaint(self, item: Item) -> str:
-        masks = len(self._masks(item["TEXT"])[1])
-        if not masks:
-            return f"TEXT holds no mask; write {self.settings['mask_token']} where a word is wanted"
-        return f"TEXT holds {masks} masks; give at most {MOST_MASKS}" if masks > MOST_MASKS else ""
+    def prepare(self, item: Item) -> list[Row]:
+        text = item["TEXT"]
+        return self._rows(text) if len(text) <= self.encoder.longest_read() else self._rows_of_long(text)
 
-    def rows(self, items: Sequence[Item]) -> list[list[Row]]:
-        return [self._rows(item["TEXT"]) for item in items]
+    def tokenize(self, prepared: Sequence[Any]) -> list[list[Row]]:
+        return list(prepared)
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> list[Any]:
         found = [self._candidates(row, output, len(rows) == 1) for row, output in zip(rows, outputs, strict=True)]
         return found[0] if len(found) == 1 else found
 
-    def _masks(self, text: str) -> tuple[Any, list[int]]:
-        encoding = self.encoder.whole(text)
-        return encoding, [place for place, token in enumerate(encoding.ids) if token == self.settings["mask_id"]]
-
     def _rows(self, text: str) -> list[Row]:
-        encoding, masks = self._masks(text)
+        encoding = self.encoder.whole(text)
+        masks = self._masks(encoding)
+        self._require(len(masks))
         if len(encoding.ids) <= self.encoder.max_tokens:
             return [Row(encoding, {POSITION: place}) for place in masks]
         return [self._around(text, encoding, place) for place in masks]
+
+    def _rows_of_long(self, text: str) -> list[Row]:
+        """From what is near each mask: tokens depend on what is near them, and a row shows no more."""
+        mask = self.settings["mask_token"]
+        masks = text.count(mask)
+        self._require(masks)
+        # For all masks together, so that many of them cost no more than a few.
+        longest = self.encoder.longest_read()
+        most = min(longest // 2, _LONGEST_READS * longest // (2 * masks))
+        rows, place = [], text.find(mask)
+        while place >= 0:
+            rows.append(self._row_of_long(text, place, place + len(mask), most))
+            place = text.find(mask, place + len(mask))
+        return rows
+
+    def _row_of_long(self, text: str, place: int, stop: int, most: int) -> Row:
+        """The row of the mask at `place`. most: characters that are looked at on either side."""
+        tokens = self.encoder.max_tokens + self.encoder.margin
+        reach = min(8 * self.encoder.max_tokens, most)
+        while True:
+            begin, end = max(0, place - reach), min(len(text), stop + reach)
+            encoding = self.encoder.whole(text[begin:end])
+            number = encoding.char_to_token(place - begin)
+            if number is None or encoding.ids[number] != self.settings["mask_id"]:
+                raise RefusedError(f"the tokenizer does not find {text[place:stop]} at character {place} of TEXT")
+            enough = (begin == 0 or number >= tokens) and (end == len(text) or len(encoding.ids) - number > tokens)
+            if enough or 2 * reach > most:
+                return self._around(text[begin:end], encoding, number)
+            reach *= 2
+
+    def _masks(self, encoding: Any) -> list[int]:
+        return [place for place, token in enumerate(encoding.ids) if token == self.settings["mask_id"]]
+
+    def _require(self, masks: int) -> None:
+        if not masks:
+            raise RefusedError(f"TEXT holds no mask; write {self.settings['mask_token']} where a word is wanted")
+        if masks > self.limits.masks:
+            raise RefusedError(f"TEXT holds {masks} masks; give at most {self.limits.masks}")
 
     def _around(self, text: str, encoding: Any, place: int) -> Row:
         """As much of the text on both sides of a mask as the model takes."""
@@ -66,7 +101,7 @@ class FillMaskPipeline(Pipeline):
                 if piece.ids[number] == self.settings["mask_id"] and offset[0] <= mask - begin < offset[1]:
                     return Row(piece, {POSITION: number})
             if begin == mask:
-                raise ValueError(
+                raise RefusedError(
                     f"the tokenizer does not find {self.settings['mask_token']} in {text[begin:end][:40]!r}"
                 )
             begin = (begin + mask + 1) // 2

@@ -35,11 +35,11 @@ class QuestionAnsweringPipeline(Pipeline):
     def segments(self, item: Item) -> list[tuple[str, ...]]:
         question, context = item["QUESTION"], item["CONTEXT"]
         room = self.encoder.max_tokens - self.encoder.special_tokens(pair=True)
-        tokens = self.encoder.count(question)
+        tokens = self.encoder.count(question, room + 1)
         # Windows need more room beside the question than they share; a pair that fits needs none.
-        if tokens + self.encoder.stride >= room and tokens + self.encoder.count(context) > room:
+        if tokens + self.encoder.stride >= room and tokens + self.encoder.count(context, room + 1) > room:
             question = self.encoder.cut(question, max(1, 2 * (room - self.encoder.stride) // 3))
-        return [(question, context)]
+        return [self.encoder.enough((question, context), windows=self.windows)]
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> dict[str, Any]:
         found: dict[str, dict[str, Any]] = {}

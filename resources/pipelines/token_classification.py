@@ -42,15 +42,17 @@ class TokenClassificationPipeline(Pipeline):
     def _tokens(self, text: str, encoding: Any, scores: np.ndarray) -> list[Entity]:
         """Every token of the text, special ones left out."""
         tokens = []
+        # Once: the library makes a new list of all tokens whenever one of these is asked for.
+        words, ids, special = encoding.tokens, encoding.ids, encoding.special_tokens_mask
         for index, (start, end) in enumerate(encoding.offsets):
-            if encoding.special_tokens_mask[index]:
+            if special[index]:
                 continue
-            word, written = encoding.tokens[index], text[start:end]
+            word, written = words[index], text[start:end]
             if self.encoder.subword_prefix:
                 subword = len(word) != len(written)
             else:  # the tokenizer does not mark what goes on; a space before it does
                 subword = start > 0 and " " not in text[start - 1 : start + 1]
-            if encoding.ids[index] == self.settings["unknown_id"]:
+            if ids[index] == self.settings["unknown_id"]:
                 word, subword = written, False
             tokens.append(
                 {

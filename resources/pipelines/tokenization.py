@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .beginnings import Beginnings
+
 #: Rows are padded to the next of these lengths. Triton batches only requests of equal shape: at one common length 16
 #: concurrent requests ran as 2 executions of the engine, at 16 different lengths as 16.
 LENGTH_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -90,6 +92,7 @@ class TextEncoder:
         offsets: keep where in the text each token stands; without, a fifth of the time is saved.
 
         What was cut off is in the encoding's `overflowing`, in pieces that share `stride` tokens with their neighbours.
+        Long texts cost time and memory for all that is cut off: give what `enough` returns.
         Raises TypeError for what cannot be written as UTF-8, such as half of a surrogate pair.
         """
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
@@ -99,16 +102,36 @@ class TextEncoder:
         """The encoding of one text, special tokens included, not truncated."""
         return self._endless.encode(text)
 
+    def enough(self, texts: tuple[str, ...], *, windows: int = 1) -> tuple[str, ...]:
+        """A text, or a pair, cut to beginnings whose row, or so many windows, are those of the whole texts.
+
+        Raises RefusedError where that would take too long. A pair of which both are cut (`longest_first`) and too long
+        to count gives the odd token of a row to the text with more characters, where otherwise more tokens decide.
+        """
+        if len(texts) == 2 and self.strategy == "longest_first":
+            return self._enough_of_both(*texts)
+        tokens = self.max_tokens + (windows - 1) * (self.max_tokens - self.stride)
+        return tuple(self._beginnings.find(text, tokens) for text in texts)
+
+    @property
+    def margin(self) -> int:
+        """Tokens in front of a place where a text is cut that the cut may change."""
+        return self._beginnings.margin
+
+    def longest_read(self) -> int:
+        """Characters of the longest text that is tokenized whole for a single row."""
+        return self._beginnings.most(self.max_tokens)
+
     def cut(self, text: str, tokens: int) -> str:
-        """The beginning of a text, as much of it as so many tokens hold."""
-        found = self._endless.encode(text, add_special_tokens=False)
+        """The beginning of a text, as much of it as so many tokens hold. Raises RefusedError, see `enough`."""
+        found = self._endless.encode(self._beginnings.find(text, tokens + 1), add_special_tokens=False)
         if len(found.ids) <= tokens:
             return text
         return text[: found.offsets[tokens - 1][1]]
 
-    def count(self, text: str) -> int:
-        """Tokens of a text, without special ones."""
-        return len(self._endless.encode(text, add_special_tokens=False).ids)
+    def count(self, text: str, most: int) -> int:
+        """Tokens of a text, without special ones; of a long text at least `most`. Raises RefusedError, see `enough`."""
+        return self._count(self._beginnings.find(text, most))
 
     def join(self, tokens: Sequence[str]) -> str:
         """Tokens as text, pieces of words joined."""
@@ -146,19 +169,36 @@ class TextEncoder:
 
     def _input(self, text: Any) -> Any:
         """As the library wants it: a string, or a pair of strings."""
-        if not isinstance(text, tuple):
-            return text
-        if len(text) == 1:
-            return text[0]
-        if self.strategy == "longest_first" and min(map(len, text)) > 4 * self.max_tokens:
-            # It pairs every piece that it cuts off one with every piece of the other: two texts of a million characters
-            # take minutes. Beyond twice the limit nothing can be kept, whichever is cut. Elsewhere one alone is cut.
-            return tuple(self.cut(part, 2 * self.max_tokens) for part in text)
-        return text
+        return text[0] if isinstance(text, tuple) and len(text) == 1 else text
+
+    def _enough_of_both(self, first: str, second: str) -> tuple[str, str]:
+        settled, margin = self.max_tokens + 2 * self.margin, self.margin
+        short = [self._beginnings.find(text, settled) for text in (first, second)]
+        cut = [len(part) < len(text) for part, text in zip(short, (first, second), strict=True)]
+        counts = [self._count(part) for part in short]
+        # An odd token goes to the text with more tokens, or to the second. The last tokens of a beginning are not
+        # settled, so its count says only that there are as many as were asked for.
+        if not any(cut) or any(count < settled and not was_cut for count, was_cut in zip(counts, cut, strict=True)):
+            return short[0], short[1]
+        if max(len(first), len(second)) <= self.longest_read():
+            first_has_more = self._count(first) > self._count(second)
+        else:
+            first_has_more = len(first) > len(second)
+        if (counts[0] > counts[1]) != first_has_more:
+            less = 1 if first_has_more else 0
+            short[less] = self.cut(short[less], self.max_tokens + margin)
+        return short[0], short[1]
+
+    def _count(self, text: str) -> int:
+        return len(self._endless.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def _endless(self) -> Any:
         return _open(self._file)
+
+    @cached_property
+    def _beginnings(self) -> Beginnings:
+        return Beginnings(self._endless)
 
 
 def _open(tokenizer_file: str) -> Any:

@@ -12,9 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .base import Item, Pipeline, Row, softmax
+from .limits import RefusedError
 from .unicode import is_unicode
 
-MOST_LABELS = 1000
+#: How much of a label is tokenized at least, in characters for each token of a row, and how much of all labels together
+#: may be, as a multiple of the longest text that is read whole.
+_READ_PER_TOKEN = 8
+_LONGEST_READS = 16
 
 
 class ZeroShotClassificationPipeline(Pipeline):
@@ -27,32 +31,39 @@ class ZeroShotClassificationPipeline(Pipeline):
     strategy: ClassVar[str] = "only_first"
     offsets: ClassVar[bool] = False
 
-    def complaint(self, item: Item) -> str:
-        try:
-            labels = json.loads(item["LABELS"])
-        except (ValueError, RecursionError):
-            labels = None
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            return 'LABELS is not a JSON list of texts, such as ["urgent", "not urgent"]'
-        if not all(map(is_unicode, labels)):
-            return "LABELS holds half of a surrogate pair, which is no text"
-        if not labels:
-            return "LABELS holds no label; give at least one"
-        if len(labels) > MOST_LABELS:
-            return f"LABELS holds {len(labels)} labels; give at most {MOST_LABELS}"
-        return ""
-
     def segments(self, item: Item) -> list[tuple[str, ...]]:
-        text, template = item["TEXT"], self.settings["hypothesis_template"]
+        labels, template = self._labels(item["LABELS"]), self.settings["hypothesis_template"]
+        text = item["TEXT"]
         if len(text) > self.encoder.max_tokens:
             # Once, and not once a label: what is beyond is never seen.
             text = self.encoder.cut(text, self.encoder.max_tokens)
-        return [(text, self._hypothesis(template.format(label))) for label in json.loads(item["LABELS"])]
+        return [(text, self._hypothesis(template.format(label))) for label in labels]
+
+    def _labels(self, document: str) -> list[str]:
+        try:
+            labels = json.loads(document)
+        except (ValueError, RecursionError):
+            labels = None
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise RefusedError('LABELS is not a JSON list of texts, such as ["urgent", "not urgent"]')
+        if not labels:
+            raise RefusedError("LABELS holds no label; give at least one")
+        if len(labels) > self.limits.labels:
+            raise RefusedError(f"LABELS holds {len(labels)} labels; give at most {self.limits.labels}")
+        if not all(map(is_unicode, labels)):
+            raise RefusedError("LABELS holds half of a surrogate pair, which is no text")
+        read = sum(min(len(label), _READ_PER_TOKEN * self.encoder.max_tokens) for label in labels)
+        if read > _LONGEST_READS * self.encoder.longest_read():
+            raise RefusedError(f"LABELS holds {len(labels)} labels that are too long together; give fewer or shorter")
+        return labels
 
     def _hypothesis(self, text: str) -> str:
         """The hypothesis, cut to half of a row where it would leave no room for a single token of the text."""
         room = self.encoder.max_tokens - self.encoder.special_tokens(pair=True)
-        return text if self.encoder.count(text) < room else self.encoder.cut(text, max(1, room // 2))
+        # A token is at least one character, or one byte of it. Normalization may lengthen any but those of ASCII.
+        if text.isascii() and len(text) < room - 1:
+            return text
+        return text if self.encoder.count(text, room) < room else self.encoder.cut(text, max(1, room // 2))
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> dict[str, Any]:
         labels, logits = json.loads(item["LABELS"]), np.stack(outputs)

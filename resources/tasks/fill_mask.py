@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from resources.pipelines.limits import RequestLimits
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
@@ -81,14 +82,13 @@ class FillMaskTask(Task):
         return masked_items(settings["mask_token"])
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
-        from resources.pipelines.fill_mask import MOST_MASKS
-
+        most = RequestLimits().masks
         (text,) = require(line, "text")
         masks = text.count(settings["mask_token"])
         if not masks:
             raise ValueError(f"'text' holds no mask; write {settings['mask_token']}")
-        if masks > MOST_MASKS:
-            raise ValueError(f"'text' holds {masks} masks; give at most {MOST_MASKS}")
+        if masks > most:
+            raise ValueError(f"'text' holds {masks} masks; give at most {most}")
         if "answer" in line and masks != 1:
             raise ValueError(f"'text' holds {masks} masks, and 'answer' is for one")
         return [({"TEXT": text}, require(line, "answer")[0] if "answer" in line else None)]

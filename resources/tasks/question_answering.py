@@ -36,7 +36,7 @@ class QuestionAnsweringOptions(Options):
     stride: int = Field(default=128, ge=0)
     max_answer_tokens: int = Field(default=15, ge=1)
     handle_impossible_answer: bool = False
-    windows: int = Field(default=64, ge=1)
+    windows: int = Field(default=64, ge=1, le=1024)
 
 
 class QuestionAnsweringTask(Task):

@@ -50,7 +50,7 @@ class TokenClassificationOptions(Options):
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
     stride: int = Field(default=64, ge=0)
-    windows: int = Field(default=64, ge=1)
+    windows: int = Field(default=64, ge=1, le=1024)
 
 
 class TokenClassificationTask(Task):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import field_validator
 
+from resources.pipelines.limits import RequestLimits
 from resources.pipelines.unicode import is_unicode
 from resources.tasks.base import (
     CheckpointFiles,
@@ -98,14 +99,13 @@ class ZeroShotClassificationTask(Task):
         return labelled_items()
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
-        from resources.pipelines.zero_shot_classification import MOST_LABELS
-
+        most = RequestLimits().labels
         (text,) = require(line, "text")
         labels = line.get("labels")
         if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
             raise ValueError("'labels' is not there, or is no list of texts")
-        if len(labels) > MOST_LABELS or not all(map(is_unicode, labels)):
-            raise ValueError(f"'labels' holds more than {MOST_LABELS} labels, or half of a surrogate pair")
+        if len(labels) > most or not all(map(is_unicode, labels)):
+            raise ValueError(f"'labels' holds more than {most} labels, or half of a surrogate pair")
         right = one_of(line["label"], labels, "label") if "label" in line else None
         return [({"TEXT": text, "LABELS": json.dumps(labels, ensure_ascii=False)}, right)]
 

@@ -104,20 +104,28 @@ class TextClient:
             return False
 
     def ask(
-        self, model: str, contract: Contract, items: Sequence[Mapping[str, str | bytes]], *, as_json: bool = False
+        self,
+        model: str,
+        contract: Contract,
+        items: Sequence[Mapping[str, str | bytes]],
+        *,
+        as_json: bool = False,
+        seconds: float = TIMEOUT_SECONDS,
     ) -> list[Any]:
         """The answers to one request of several rows: fp32 `[width]` each, or JSON documents.
 
-        as_json: send and get plain JSON, as curl would; HTTP alone. Raises ServerError with the server's own words.
+        as_json: send and get plain JSON, as curl would; HTTP alone. seconds: to wait at most;
+        gRPC alone. Raises ServerError with the server's own words.
         """
         import numpy as np
 
         binary = {} if self.protocol == "grpc" else {"binary_data": not as_json}
         tensors = text_tensors(self._api, contract, items, **binary)
         wanted = [self._api.InferRequestedOutput(contract.output, **binary)]
-        limit = {"client_timeout": TIMEOUT_SECONDS} if self.protocol == "grpc" else {}
         try:
-            answer = self._client.infer(model, tensors, outputs=wanted, **limit).as_numpy(contract.output)
+            answer = self._client.infer(model, tensors, outputs=wanted, **self._limit(seconds)).as_numpy(
+                contract.output
+            )
         except Exception as error:
             raise self._trouble(f"refused a request to {model}", error) from error
         # Triton does not compare what a Python model answers with its configuration.
@@ -242,6 +250,22 @@ class TextClient:
         except Exception as error:
             raise self._trouble("does not list its models", error) from error
         return {item.name: item.reason if item.state == "UNAVAILABLE" else "" for item in index.models}
+
+    def ready_models(self, *, seconds: float = TIMEOUT_SECONDS) -> set[str]:
+        """The models that the server holds ready, gRPC alone. Raises ServerError."""
+        try:
+            index = self._client.get_model_repository_index(client_timeout=seconds)
+        except Exception as error:
+            raise self._trouble("does not list its models", error) from error
+        return {item.name for item in index.models if item.state == "READY"}
+
+    def failed_requests(self, *, seconds: float = TIMEOUT_SECONDS) -> dict[str, int]:
+        """How many requests to each model have failed since it was loaded, gRPC alone. Raises ServerError."""
+        try:
+            found = self._client.get_inference_statistics(client_timeout=seconds)
+        except Exception as error:
+            raise self._trouble("does not say what its models did", error) from error
+        return {item.name: int(item.inference_stats.fail.count) for item in found.model_stats}
 
     def _limit(self, seconds: float) -> dict[str, float]:
         return {"client_timeout": seconds} if self.protocol == "grpc" else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +83,9 @@ def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
             "engine_output": plan.output,
             "per_token": str(_task(plan).per_token).lower(),
         }
-        _parameters(config, {**called, **_lengths(plan)})
+        _parameters(config, {**called, **_reading(plan)})
         return config
-    _parameters(config, _lengths(plan))
+    _parameters(config, _reading(plan))
     for array in plan.inputs:
         config.output.append(pb.ModelOutput(name=array, data_type=pb.TYPE_INT64, dims=[-1]))
     warm = config.model_warmup.add(name="empty text", batch_size=1)
@@ -117,7 +118,7 @@ def _served_config(plan: ReleasePlan, number: int) -> ModelConfig:
         "spinning": str(plan.serving.spinning).lower(),
     }
     built = {name: plan.engine.parameters[name] for name in _BUILT if name in plan.engine.parameters}
-    _parameters(config, {**values, **built, **_lengths(plan)})
+    _parameters(config, {**values, **built, **_reading(plan)})
     return config
 
 
@@ -230,10 +231,14 @@ def _engine_inputs(plan: ReleasePlan) -> tuple[str, ...]:
     return tuple(name for name in (*plan.inputs, *_task(plan).extra_inputs) if name in plan.engine.inputs)
 
 
-def _lengths(plan: ReleasePlan) -> dict[str, str]:
-    """What the tokenizer is told of lengths, where it is not to pad to the checkpoint's own buckets."""
-    fine = plan.engine.runtime == "onnxruntime" and device_of(plan.target) == "cpu"
-    return {"length_step": str(_CPU_LENGTH_STEP)} if fine else {}
+def _reading(plan: ReleasePlan) -> dict[str, str]:
+    """What the model that reads texts is told: the limits of a request, and lengths to pad to where those are not the
+    checkpoint's own buckets.
+    """
+    told = {"limits": json.dumps(plan.limits.model_dump(), sort_keys=True)}
+    if plan.engine.runtime == "onnxruntime" and device_of(plan.target) == "cpu":
+        told["length_step"] = str(_CPU_LENGTH_STEP)
+    return told
 
 
 def _task(plan: ReleasePlan) -> Task:

@@ -72,16 +72,25 @@ def _free_port(held: ExitStack) -> int:
     return int(probe.getsockname()[1])
 
 
-def supervised(command: Sequence[str], folder: Path) -> list[str]:
-    """The command line of a process that ends with this one, with all that it started; `folder` goes with it."""
+def new_prefix() -> str:
+    """Return how the names of one server's shared memory begin. Servers that share a prefix tear down each other's."""
+    return f"refinery-{uuid.uuid4().hex[:12]}"
+
+
+def supervised(command: Sequence[str], folder: Path, prefix: str = "") -> list[str]:
+    """The command line of a process that ends with this one, with all that it started; `folder` goes with it.
+
+    prefix: of its shared memory, which only this user can read then, and which goes with it too.
+    """
     caller, seconds = str(os.getpid()), str(EXIT_SECONDS + 2)
-    return [sys.executable, "-I", str(_SUPERVISOR), caller, seconds, str(folder), *command]
+    return [sys.executable, "-I", str(_SUPERVISOR), caller, seconds, str(folder), prefix, *command]
 
 
 def command(
     environment: Path,
     repository: Path,
     backends: Path,
+    prefix: str,
     ports: Ports,
     models: Sequence[str],
     control: Control = "explicit",
@@ -121,8 +130,7 @@ def command(
         f"--http-port={ports.http}",
         f"--grpc-port={ports.grpc}",
         f"--metrics-port={ports.metrics}",
-        # Servers that share a prefix tear down each other's shared memory.
-        f"--backend-config=python,shm-region-prefix-name=refinery-{uuid.uuid4().hex[:12]}",
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
     ]
 
 

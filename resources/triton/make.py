@@ -95,6 +95,7 @@ def plan_release(
         serving=configuration.setting,
         response_cache=entry.serving.response_cache,
         rate_limiter=entry.serving.rate_limiter,
+        limits=entry.limits,
         lineage=lineage,
     )
 
@@ -135,9 +136,14 @@ def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference:
         items=items,
         verdict=verdict,
         max_batch_size=plan.max_batch_size,
-        odd=[item for text in ODD_TEXTS for item in task.odd_items(settings, text)],
+        odd=[item for text in ODD_TEXTS for item in task.odd_items(settings, text) if _is_allowed(item, plan)],
         refused=task.refused_items(settings),
     )
+
+
+def _is_allowed(item: Item, plan: ReleasePlan) -> bool:
+    """Whether the release takes texts of such a length."""
+    return max(len(text.encode()) for text in item.values()) <= plan.limits.text_bytes
 
 
 def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http: Sequence[str] = ()) -> Steps:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import Checkpoint, Engine, FileName, ServingSetting, StoredFile, sha256_file
-from resources.catalog import RateLimiter
+from resources.catalog import LimitSettings, RateLimiter
 from resources.errors import ReleaseError
 from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.triton.proof import Proof
@@ -30,7 +30,8 @@ RESULT = "RESULT"
 _NO_CACHE = "__pycache__"
 _TOKENIZER_FILES = ("tokenizer.json", "encoder.json", PIPELINE_FILE)
 #: What every `model.py` needs beside it, and those that answer.
-_ASIDE, _ANSWERING = _PYTHON_MODELS / "aside.py", _PYTHON_MODELS / "answering.py"
+_BESIDE = (_PYTHON_MODELS / "aside.py", _PYTHON_MODELS / "reading.py")
+_ANSWERING = (_PYTHON_MODELS / "answering.py", _PYTHON_MODELS / "lane.py")
 #: What every engine of the python flavour needs beside it.
 _COMMON = (_PYTHON_MODELS / "neighbours.py",)
 #: What opens an engine, copied beside the `engine.py` that does, by the runtimes that can be released.
@@ -82,7 +83,9 @@ class Release(BaseModel):
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """What is to be released. `serving`: how the engine runs. `response_cache`: Triton may answer from its cache."""
+    """What is to be released. `serving`: how the engine runs. `response_cache`: Triton may answer from its cache.
+    `limits`: of one request.
+    """
 
     model: str
     target: str
@@ -95,6 +98,7 @@ class ReleasePlan:
     serving: ServingSetting
     response_cache: bool = False
     rate_limiter: RateLimiter | None = None
+    limits: LimitSettings = field(default_factory=LimitSettings)
     lineage: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -188,6 +192,7 @@ def content_of(plan: ReleasePlan) -> Fingerprint:
         serving=plan.serving.model_dump(),
         response_cache=plan.response_cache,
         rate_limiter=plan.rate_limiter.model_dump() if plan.rate_limiter is not None else None,
+        limits=plan.limits.model_dump(),
         code=code_versions(*CODE, *session_modules(plan.engine.runtime)),
         tokenizers=library_versions("tokenizers"),
     )
@@ -234,7 +239,7 @@ def write_pipeline(plan: ReleasePlan, folder: Path) -> None:
     folder.mkdir(parents=True)
     name = "served" if plan.whole else "pipeline" if plan.structured else "tokenizer"
     shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
-    for module in (_ASIDE,) if name == "tokenizer" else (_ASIDE, _ANSWERING):
+    for module in _BESIDE if name == "tokenizer" else (*_BESIDE, *_ANSWERING):
         shutil.copyfile(module, folder / module.name)
     (folder / _NO_CACHE).touch()
     for module in sorted((_RESOURCES / "pipelines").glob("*.py")):

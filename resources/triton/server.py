@@ -7,34 +7,32 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+
+import psutil
 
 from resources.errors import ServerError
 from resources.triton.client import TextClient
-from resources.triton.connection import Connection, Protocol, kept_key, new_key, restrictions
+from resources.triton.connection import Connection, Protocol, new_key, restrictions
 from resources.triton.environment import require_installed
-from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, supervised, variables
-from resources.triton.layout import CONFIG, called_internals, public_models
+from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, new_prefix, supervised, variables
+from resources.triton.layout import CONFIG, called_internals
 from resources.triton.settings import Control, TritonSettings
-from resources.triton.watch import Watcher
+from resources.triton.stubs import signal_text
 from resources.variables import COMPUTE, PROGRAM, inherited
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 READY_SECONDS = 120.0
+#: For requests under way, of a server that ends because it is broken.
+_SOON_SECONDS = 1.0
+#: Of a log, which may be long.
+_LAST_BYTES = 2**18
 #: More than the server is given to finish what it is at, see launch.EXIT_SECONDS.
 STOP_SECONDS = 20.0
-#: How often a serving process looks for a new release.
-WATCH_SECONDS = 1.0
 
 
 class EmbeddedServer:
@@ -66,6 +64,7 @@ class EmbeddedServer:
         self._options = tuple(options)
         self._repository, self._settings, self._models, self._log = repository, settings, tuple(models), log
         self._ports = Ports.choose(http_port, grpc_port, metrics_port)
+        self._lives = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._stack = ExitStack()
 
@@ -82,6 +81,10 @@ class EmbeddedServer:
         address = self.grpc_address if protocol == "grpc" else self.http_address
         return TextClient(address, protocol, self.connection)
 
+    def require_free(self) -> None:
+        """Raise ServerError where a port is taken, or given twice."""
+        self._ports.require_free()
+
     @property
     def pid(self) -> int:
         """The leader of the session that the server and its Python models run in."""
@@ -91,14 +94,17 @@ class EmbeddedServer:
     def __enter__(self) -> EmbeddedServer:
         environment = self._settings.environment
         require_installed(environment)
-        self._ports.require_free()
+        self.require_free()
         with ExitStack() as starting:
             backends = Path(starting.enter_context(tempfile.TemporaryDirectory(prefix="refinery-triton-")))
             assemble_backends(environment, backends)
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            output = starting.enter_context(self._log.open("wb"))
+            # What it said before it died is kept, where it is started again.
+            output = starting.enter_context(self._log.open("ab" if self._lives else "wb"))
+            self._lives += 1
+            prefix = new_prefix()
             self._process = subprocess.Popen(
-                supervised(self._command(backends), backends),
+                supervised(self._command(backends, prefix), backends, prefix),
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -117,9 +123,31 @@ class EmbeddedServer:
         """Whether the server has ended by itself."""
         return self._process is None or self._process.poll() is not None
 
+    def death(self) -> str:
+        """How it ended, as the end of a sentence; the supervisor's exit status says that as a shell does."""
+        status = self._process.poll() if self._process is not None else None
+        if status is None:
+            return "has not ended"
+        if status > 128:
+            return f"ended by {signal_text(status - 128)}"
+        if status < 0:
+            return f"lost its supervisor by {signal_text(-status)}"
+        return f"ended by itself with exit status {status}"
+
+    def end_soon(self) -> None:
+        """End a server that is broken. By itself it would wait for models whose processes are dead."""
+        with suppress(psutil.Error):
+            begun = psutil.Process(self.pid).children()
+            for process in begun:
+                process.terminate()
+            for process in psutil.wait_procs(begun, _SOON_SECONDS)[1]:
+                process.kill()
+
     def last_words(self) -> str:
         """The lines of its log that say what went wrong, or its last."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with self._log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
         telling = [
             line for line in lines if line.startswith("E") or "error" in line.lower() or "failed" in line.lower()
         ]
@@ -129,11 +157,12 @@ class EmbeddedServer:
     def metrics_address(self) -> str:
         return f"{LOOPBACK}:{self._ports.metrics}"
 
-    def _command(self, backends: Path) -> list[str]:
+    def _command(self, backends: Path, prefix: str) -> list[str]:
         return command(
             self._settings.environment,
             _plainly_named(self._repository, backends),
             backends,
+            prefix,
             self._ports,
             self._loaded(),
             self._control,
@@ -188,80 +217,3 @@ def _plainly_named(repository: Path, folder: Path) -> Path:
     link = folder / "repository"
     link.symlink_to(repository.resolve(), target_is_directory=True)
     return link
-
-
-def serve_foreground(
-    repository: Path,
-    settings: TritonSettings,
-    *,
-    http_port: int,
-    grpc_port: int,
-    metrics_port: int,
-    log: Path,
-    control: Control = "explicit",
-    options: Sequence[str] = (),
-    key: str | None = None,
-    say: Callable[[str], None] = print,
-    stop: Callable[[], bool] = lambda: False,
-    refresh: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve every public model until Ctrl-C, SIGTERM or `stop()`.
-
-    control: `explicit`: new releases and models are taken up while it runs; a release that cannot be loaded is said
-    so, and the one before goes on serving. `poll`: Triton itself looks, and says so in its log alone. `none`: what is
-    there at the start. key: of its restricted APIs; None: a random one. The key of a server that runs is in the
-    settings' folder of keys. refresh: called before each look at the repository, which may be a copy. Raises
-    ServerError where the server ends by itself, or cannot load a single model of those that are there at the start.
-    """
-    server = EmbeddedServer(
-        repository,
-        settings,
-        models=() if control == "explicit" else public_models(repository),
-        log=log,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        control=control,
-        options=options,
-        key=key or new_key(),
-    )
-    keys = nullcontext() if settings.keys is None else kept_key(settings.keys, grpc_port, server.connection.key or "")
-    with _sigterm_as_interrupt():
-        try:
-            with keys, server, server.client() as client:
-                watcher = Watcher(repository, client, say) if control == "explicit" else None
-                if watcher is not None:
-                    watcher.look()
-                    if not watcher.serving and public_models(repository):
-                        raise ServerError(f"No model of {repository} could be loaded; the log is {log}.")
-                names = ", ".join(sorted(watcher.serving if watcher is not None else public_models(repository)))
-                addresses = f"http {server.http_address}, grpc {server.grpc_address}"
-                say(f"serving {names or 'no model yet'}: {addresses}; log {log}")
-                while not stop():
-                    time.sleep(WATCH_SECONDS)
-                    if server.ended():
-                        raise ServerError(f"The embedded Triton ended by itself:\n{server.last_words()}")
-                    refresh()
-                    if watcher is not None:
-                        watcher.look()
-        except KeyboardInterrupt:
-            say("stopped")
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """`kill` ends a `with` block as Ctrl-C does. Outside the main thread no signal can be set, and nothing is done."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,32 +1,53 @@
 """A program of its own, started by launch.py: runs a command and lets nothing of it outlive it, or the caller.
 
-    supervise.py CALLER SECONDS FOLDER COMMAND...
+    supervise.py CALLER SECONDS FOLDER PREFIX COMMAND...
 
 Triton's Python models are processes that stay, blocked, when their server is killed, and a server that waits for a
 model that hangs does not heed SIGTERM for ever. So the command's whole process group is killed when the command has
 ended, or has not ended SECONDS after SIGTERM. That signal also comes from the kernel when the process CALLER ends.
 FOLDER is the command's, and is removed at the end.
+
+PREFIX begins the names of the command's shared memory; empty: it has none. Triton makes such segments readable for all
+users, whatever the umask, and the texts of requests pass through them. So each is closed to others as soon as it is
+there, and what the command leaves behind is removed.
 """
 
 import ctypes
+import fcntl
 import os
+import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _WATCHED = (signal.SIGTERM, signal.SIGCHLD)
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has shared memory
+#: Beside the segments of a prefix. It is locked as long as their supervisor lives.
+_LOCK = ".lock"
+_PRIVATE = 0o600
+#: inotify(7). A segment gets its mode once more just after it was made, so both are watched.
+_IN_ATTRIB, _IN_CREATE = 0x4, 0x100
+#: Where the kernel does not say that there is a new segment.
+_LOOK_SECONDS = 0.05
 
 
-def supervise(caller: int, seconds: float, command: list[str]) -> int:
-    """Run the command to its end, or ours; its exit status."""
+def supervise(caller: int, seconds: float, prefix: str, command: list[str]) -> int:
+    """Run the command to its end, or ours; its exit status as a shell has it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     _end_with_parent()
     if os.getppid() != caller:  # it ended before the kernel was told
         return 1
+    segments = Segments(prefix) if prefix and _SHARED_MEMORY.is_dir() else None
     process = subprocess.Popen(command, preexec_fn=_prepare, process_group=0)
+    if segments is not None:
+        threading.Thread(target=segments.close_on, daemon=True).start()
     while process.poll() is None:
         if signal.sigwait(_WATCHED) == signal.SIGTERM:
             process.terminate()
@@ -35,12 +56,81 @@ def supervise(caller: int, seconds: float, command: list[str]) -> int:
             break
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
+    status = process.wait()
+    if segments is not None:
+        remove_segments(prefix)
+    return 128 - status if status < 0 else status
+
+
+class Segments:
+    """The shared memory of one command, known by the prefix of its names."""
+
+    def __init__(self, prefix: str) -> None:
+        remove_left_over()
+        self._prefix = prefix
+        # Under its name only once it is locked, or another supervisor might take it for one left over.
+        draft = _SHARED_MEMORY / f"{prefix}.new"
+        self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, _PRIVATE)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        draft.rename(_SHARED_MEMORY / f"{prefix}{_LOCK}")
+        libc = ctypes.CDLL(None)
+        self._events = libc.inotify_init1(os.O_CLOEXEC)
+        if self._events >= 0:
+            libc.inotify_add_watch(self._events, bytes(_SHARED_MEMORY), _IN_CREATE | _IN_ATTRIB)
+
+    def close_on(self) -> None:
+        """Close each segment to other users as soon as it is there, for ever."""
+        while True:
+            for path in _segments(self._prefix):
+                with suppress(OSError):
+                    _close(path)
+            if self._events >= 0:
+                os.read(self._events, 65536)
+            else:
+                time.sleep(_LOOK_SECONDS)
+
+
+def _close(path: Path) -> None:
+    # Not through a link, which other users may make under the same prefix.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) != _PRIVATE:
+            os.fchmod(descriptor, _PRIVATE)
+    finally:
+        os.close(descriptor)
+
+
+def _segments(prefix: str) -> list[Path]:
+    return [path for path in _SHARED_MEMORY.iterdir() if path.name.startswith(prefix)]
+
+
+def remove_segments(prefix: str) -> None:
+    """Remove the segments of a command that has ended; the lock last, so that a next supervisor would go on."""
+    for path in sorted(_segments(prefix), key=lambda path: path.suffix == _LOCK):
+        with suppress(OSError):
+            path.unlink()
+
+
+def remove_left_over() -> None:
+    """Remove the segments of commands whose supervisors were killed."""
+    for path in _segments("refinery-"):
+        if path.suffix == _LOCK:
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where its supervisor lives
+                    if os.fstat(descriptor).st_uid == os.geteuid():
+                        remove_segments(path.stem)
+                finally:
+                    os.close(descriptor)
 
 
 def _prepare() -> None:
     """In the new process: it ends with us, and hears the signals that we hold back."""
     _end_with_parent()
+    # A core file of a server that a request killed would hold the texts of other requests, and the key.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
 
 
@@ -50,7 +140,7 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     try:
-        status = supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[4:])
+        status = supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[4], sys.argv[5:])
     finally:
         shutil.rmtree(sys.argv[3], ignore_errors=True)
-    sys.exit(abs(status))
+    sys.exit(status)

@@ -1,8 +1,8 @@
 """Runs inside Triton: a whole pipeline around an engine that is another model of the same server, on its own backend.
 
-Its version folder also holds answering.py, aside.py, the package `pipelines`, what that reads (pipeline.json,
-encoder.json, tokenizer.json) and a copy of the `tokenizers` package, so that any Triton with a Python backend and numpy
-serves it.
+Its version folder also holds answering.py, lane.py, reading.py, aside.py, the package `pipelines`, what that reads
+(pipeline.json, encoder.json, tokenizer.json) and a copy of the `tokenizers` package, so that any Triton with a Python
+backend and numpy serves it.
 """
 
 import json
@@ -20,7 +20,7 @@ import_aside("tokenizers", "pipelines")
 
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from answering import AnsweringModel  # noqa: E402
-from pipelines import open_pipeline  # noqa: E402
+from reading import open_here  # noqa: E402
 
 
 class TritonPythonModel(AnsweringModel):
@@ -33,10 +33,8 @@ class TritonPythonModel(AnsweringModel):
         self._engine, self._output = parameters["engine"], parameters["engine_output"]
         self._inputs, self._largest = parameters["engine_inputs"].split(","), config["max_batch_size"]
         self._answers, self._per_token = "RESULT", parameters["per_token"] == "true"  # noqa: S105
-        self._pipeline = open_pipeline(_HERE)
-        if "length_step" in parameters:
-            self._pipeline.encoder.set_length_step(int(parameters["length_step"]))
-        self._pipeline.encoder.tokens(["warm"])
+        self._pipeline = open_here(_HERE, parameters)
+        self._open_lane(beside=False)  # models are called from the thread that answers
 
     def _infer(self, arrays):
         request = pb_utils.InferenceRequest(

@@ -6,8 +6,9 @@ end at the first request of another length. On one H100, all-MiniLM-L6-v2 in fp1
 second against 7,704 from two models with two instances each, 5,516 against 4,770 at mixed lengths, and a lone request
 in 0.95 ms against 1.36.
 
-Its version folder also holds answering.py, aside.py, engine.py with what that needs, the engine's files, the package
-`pipelines`, what that reads (pipeline.json, encoder.json, tokenizer.json) and a copy of the `tokenizers` package.
+Its version folder also holds answering.py, lane.py, reading.py, aside.py, engine.py with what that needs, the engine's
+files, the package `pipelines`, what that reads (pipeline.json, encoder.json, tokenizer.json) and a copy of the
+`tokenizers` package.
 """
 
 import json
@@ -27,7 +28,7 @@ import_aside("tokenizers", "pipelines", "engine")
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from answering import AnsweringModel  # noqa: E402
-from pipelines import open_pipeline  # noqa: E402
+from reading import open_here  # noqa: E402
 
 #: For running every length once while the model is loaded, and not while somebody waits for an answer.
 _WARM_SECONDS = 1.0
@@ -44,10 +45,7 @@ class TritonPythonModel(AnsweringModel):
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self._answers, self._largest = config["output"][0]["name"], max(1, config["max_batch_size"])
         self._per_token = parameters["per_token"] == "true"  # noqa: S105
-        self._pipeline = open_pipeline(_HERE)
-        if "length_step" in parameters:
-            self._pipeline.encoder.set_length_step(int(parameters["length_step"]))
-        self._pipeline.encoder.tokens(["warm"])
+        self._pipeline = open_here(_HERE, parameters)
         try:
             from engine import open_engine
 
@@ -55,6 +53,9 @@ class TritonPythonModel(AnsweringModel):
         except Exception as error:
             raise pb_utils.TritonModelException(f"{args['model_name']} cannot be served here: {error}") from error
         self._warm([name for name in parameters["extra_inputs"].split(",") if name])
+        # CUDA graphs belong to the thread that captured them, and the rate limiter counts only what Triton waits for.
+        counted = any(group.get("rate_limiter", {}).get("resources") for group in config["instance_group"])
+        self._open_lane(beside=parameters["device"] == "cpu" and not counted)
 
     def _infer(self, arrays):
         return self._engine.run({name: arrays[name] for name in self._engine.inputs})

@@ -1,7 +1,8 @@
 """Runs inside Triton: text to token ids.
 
-Its version folder also holds the package `pipelines`, what that reads (pipeline.json, encoder.json, tokenizer.json) and
-a copy of the `tokenizers` package, so that any Triton with a Python backend and numpy serves it.
+Its version folder also holds reading.py, aside.py, the package `pipelines`, what that reads (pipeline.json,
+encoder.json, tokenizer.json) and a copy of the `tokenizers` package, so that any Triton with a Python backend and numpy
+serves it.
 """
 
 import json
@@ -17,9 +18,8 @@ from aside import import_aside  # noqa: E402
 
 import_aside("pipelines", "tokenizers")
 
-import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
-from pipelines import open_pipeline  # noqa: E402
+from reading import attempt, open_here, prepare, read, refusal  # noqa: E402
 
 
 class TritonPythonModel:
@@ -27,43 +27,35 @@ class TritonPythonModel:
 
     def initialize(self, args):
         """Load the pipeline beside this file."""
-        parameters = json.loads(args["model_config"]).get("parameters", {})
-        self._pipeline = open_pipeline(_HERE)
-        if "length_step" in parameters:
-            self._pipeline.encoder.set_length_step(int(parameters["length_step"]["string_value"]))
+        config = json.loads(args["model_config"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self._pipeline = open_here(_HERE, parameters)
 
     def execute(self, requests):
-        """One call of the tokenizer for all requests; one with text that is not UTF-8 fails alone."""
-        items, counts, refusals = [], [], []
-        for request in requests:
-            try:
-                columns = [_strings(request, name) for name in self._pipeline.inputs]
-                refusals.append(None)
-            except UnicodeDecodeError as error:
-                columns = [[]]
-                refusals.append(_refusal(f"a text is not valid UTF-8: {error}"))
-            found = [dict(zip(self._pipeline.inputs, texts, strict=True)) for texts in zip(*columns, strict=True)]
-            counts.append(len(found))
-            items += found
-        try:
-            groups = iter(self._pipeline.rows(items))
-        except Exception:
-            if len(requests) == 1:
-                raise
-            return [self.execute([request])[0] for request in requests]  # one must not cost the others
-        rows = [[row for _ in range(count) for row in next(groups)] for count in counts]
-        return [refusal or self._response(own) for refusal, own in zip(refusals, rows, strict=True)]
+        """One call of the tokenizer for all requests; one that has no answer fails alone."""
+        asked = [attempt(self._read, request) for request in requests]
+        prepared = [one for own in asked if not isinstance(own, BaseException) for one in own]
+        groups = iter(self._tokenize(prepared))
+        responses = []
+        for own in asked:
+            if not isinstance(own, BaseException):
+                own = attempt(self._response, [next(groups) for _ in own])
+            responses.append(refusal(own) if isinstance(own, BaseException) else own)
+        return responses
 
-    def _response(self, rows):
-        length = self._pipeline.encoder.bucket(max((row.tokens for row in rows), default=0))
-        arrays = self._pipeline.arrays(rows, length)
+    def _read(self, request):
+        return prepare(read(request, self._pipeline), self._pipeline)
+
+    def _tokenize(self, prepared):
+        found = attempt(self._pipeline.tokenize, prepared)
+        if isinstance(found, BaseException):
+            return [found] if len(prepared) == 1 else [self._tokenize([one])[0] for one in prepared]
+        return found
+
+    def _response(self, groups):
+        for group in groups:
+            if isinstance(group, BaseException):
+                raise RuntimeError(f"the request cannot be tokenized: {group}") from group
+        rows = [row for group in groups for row in group]
+        arrays = self._pipeline.arrays(rows, self._pipeline.encoder.bucket(max(row.tokens for row in rows)))
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
-
-
-def _strings(request, name):
-    texts = pb_utils.get_input_tensor_by_name(request, name).as_numpy().astype(np.object_).ravel().tolist()
-    return [text.decode("utf-8") for text in texts]
-
-
-def _refusal(message):
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))

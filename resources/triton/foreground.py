@@ -1,0 +1,202 @@
+"""Serving in the foreground: a server in step with its repository that is repaired, and started again when it dies."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from resources.errors import ServerError, first_line
+from resources.triton.client import TextClient
+from resources.triton.connection import kept_key, new_key
+from resources.triton.guard import BeyondRepairError, Guard
+from resources.triton.health import Health
+from resources.triton.layout import CONFIG, public_models
+from resources.triton.server import EmbeddedServer
+from resources.triton.settings import Control, TritonSettings
+from resources.triton.watch import Watcher
+
+#: How often a serving process looks for a new release, and for models that broke.
+WATCH_SECONDS = 1.0
+GUARD_SECONDS = 0.25
+#: Before attempts to start a server again, where the one before failed or the server lived shortly. What dies again and
+#: again must not take the machine, and what an attacker kills must be back within 10 s: starting takes some of that.
+PAUSES_SECONDS = (0.0, 1.0, 2.0, 4.0)
+_SHORT_LIFE_SECONDS = 10.0
+#: So many attempts that end before the server is ready are the end of serving.
+MOST_ATTEMPTS = 6
+
+
+def serve_foreground(
+    repository: Path,
+    settings: TritonSettings,
+    *,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    health_port: int | None = None,
+    log: Path,
+    control: Control = "explicit",
+    options: Sequence[str] = (),
+    key: str | None = None,
+    say: Callable[[str], None] = print,
+    stop: Callable[[], bool] = lambda: False,
+    refresh: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve every public model until Ctrl-C, SIGTERM or `stop()`, whatever happens to the server meanwhile.
+
+    Args:
+        health_port: Of the address that says whether all models answer; None: there is none.
+        control: `explicit`: new releases and models are taken up while it runs; a release that cannot be loaded is said
+            so, and the one before goes on serving. `poll`: Triton itself looks, and says so in its log alone. `none`:
+            what is there at the start.
+        options: Further ones of tritonserver.
+        key: Of the restricted APIs; None: a random one. While the server runs the settings' folder of keys has it.
+        refresh: Called before each look at the repository, which may be a copy.
+
+    Raises:
+        ServerError: The server does not start, cannot load a single model of those that are there at the start, or
+            cannot be started again after it died.
+    """
+    server = EmbeddedServer(
+        repository,
+        settings,
+        models=() if control == "explicit" else public_models(repository),
+        log=log,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        control=control,
+        options=options,
+        key=key or new_key(),
+    )
+    server.require_free()
+    if health_port in (http_port, grpc_port, metrics_port):
+        raise ServerError(f"--health-port is {health_port}, as another port is. Give four different ports.")
+    with _sigterm_as_interrupt(), ExitStack() as stack:
+        try:
+            health = Health(health_port) if health_port is not None else None
+            if health is not None:
+                stack.enter_context(health)
+            if settings.keys is not None:
+                stack.enter_context(kept_key(settings.keys, grpc_port, server.connection.key or ""))
+            _Serving(server, repository, log, control, health, say, stop, refresh).run()
+        except KeyboardInterrupt:
+            say("stopped")
+
+
+class _Serving:
+    """One server over all of its lives."""
+
+    def __init__(
+        self,
+        server: EmbeddedServer,
+        repository: Path,
+        log: Path,
+        control: Control,
+        health: Health | None,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
+        refresh: Callable[[], None],
+    ) -> None:
+        self._server, self._repository, self._log, self._control = server, repository, log, control
+        self._health, self._say, self._stop, self._refresh = health, say, stop, refresh
+        self._served = False
+        self._serving: Callable[[], Mapping[str, str]] = dict
+
+    def run(self) -> None:
+        """Serve until it is to stop. Raises ServerError."""
+        failed = short = 0
+        while True:
+            begun = time.monotonic()
+            try:
+                with self._server, self._server.client() as client:
+                    why = self._live(client)
+            except ServerError as error:
+                failed += 1
+                if not self._served or failed == MOST_ATTEMPTS:
+                    raise
+                self._say(f"The embedded Triton could not be started again: {first_line(error)}")
+                self._pause(failed)
+                continue
+            if why is None:
+                return
+            failed, short = 0, short + 1 if time.monotonic() - begun < _SHORT_LIFE_SECONDS else 0
+            self._show({"server": why})
+            self._say(f"{why}; the embedded Triton is started again")
+            self._pause(short)
+
+    def _live(self, client: TextClient) -> str | None:
+        """Serve as long as the server lives; why it has to be started again, None: it is to stop."""
+        watcher = Watcher(self._repository, client, self._say) if self._control == "explicit" else None
+        if watcher is not None:
+            watcher.look()
+            if not watcher.serving and public_models(self._repository):
+                raise ServerError(f"No model of {self._repository} could be loaded; the log is {self._log}.")
+        serving = self._pointers if watcher is None else lambda: watcher.serving
+        self._serving = serving
+        guard = Guard(self._server.pid, client, serving, explicit=watcher is not None, say=self._say, show=self._show)
+        self._served = True
+        self._show({})
+        self._say(
+            f"serving {', '.join(sorted(serving())) or 'no model yet'}: http {self._server.http_address}, "
+            f"grpc {self._server.grpc_address}{self._health_address()}; log {self._log}"
+        )
+        watched = time.monotonic()
+        while not self._stop():
+            time.sleep(GUARD_SECONDS)
+            if self._server.ended():
+                return f"the embedded Triton {self._server.death()}"
+            if time.monotonic() - watched > WATCH_SECONDS:
+                watched = time.monotonic()
+                self._refresh()
+                if watcher is not None:
+                    watcher.look()
+            try:
+                guard.look()
+            except BeyondRepairError as error:
+                self._server.end_soon()
+                return str(error)
+        return None
+
+    def _pointers(self) -> dict[str, str]:
+        found = {}
+        for model in public_models(self._repository):
+            with suppress(OSError, UnicodeDecodeError):
+                found[model] = (self._repository / model / CONFIG).read_text(encoding="utf-8")
+        return found
+
+    def _show(self, problems: Mapping[str, str]) -> None:
+        if self._health is not None:
+            self._health.show(problems or ({} if self._serving() else {"server": "it serves no model yet"}))
+
+    def _health_address(self) -> str:
+        return f", health {self._health.address}" if self._health is not None else ""
+
+    def _pause(self, number: int) -> None:
+        """Wait before the next attempt, longer after several."""
+        end = time.monotonic() + PAUSES_SECONDS[min(number, len(PAUSES_SECONDS) - 1)]
+        while time.monotonic() < end and not self._stop():
+            time.sleep(0.05)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """`kill` ends a `with` block as Ctrl-C does. Outside the main thread no signal can be set, and nothing is done."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

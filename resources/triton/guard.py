@@ -1,0 +1,160 @@
+"""Keeping what a running server serves able to answer: broken models are repaired, unloaded ones loaded again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from resources.errors import ServerError
+from resources.triton.client import TextClient
+from resources.triton.layout import named_internals
+from resources.triton.stubs import Stubs
+
+#: How often the server is asked which models it holds, and how many requests failed.
+CHECK_SECONDS = 1.0
+#: Triton 2.51 does not free what belongs to a process that was killed: a thread, and 1 MB of shared memory or more. So
+#: the server is started again instead, once it has been repaired so often.
+MOST_REPAIRS = 10
+#: A repair that fails is tried so often before the server is started again.
+_TRIES = 3
+#: Triton's words where the process of a Python model does not react at all.
+_UNHEALTHY = "is not healthy"
+#: A question that is asked so often, and how long any answer is waited for: meanwhile nothing is repaired.
+_PROBE, _PROBES, _ANSWER_SECONDS = "Is anybody there?", 3, 2.0
+
+
+class BeyondRepairError(ServerError):
+    """The server has to be started again."""
+
+
+class Guard:
+    """Looks after the public models of one server.
+
+    Args:
+        leader: The process that the server runs below.
+        client: A connection that may use the restricted APIs.
+        serving: The configurations of the public models that are to serve, by name.
+        explicit: Whether models can be loaded and unloaded; elsewhere the server has to be started again.
+        show: Told of the models that do not answer, with the reasons, and of none once all answer.
+    """
+
+    def __init__(
+        self,
+        leader: int,
+        client: TextClient,
+        serving: Callable[[], Mapping[str, str]],
+        *,
+        explicit: bool,
+        say: Callable[[str], None],
+        show: Callable[[Mapping[str, str]], None],
+    ) -> None:
+        self._client, self._serving, self._explicit = client, serving, explicit
+        self._say, self._show = say, show
+        self._stubs = Stubs(leader)
+        self._broken: dict[str, str] = {}
+        self._tries: dict[str, int] = {}
+        self._repairs = 0
+        self._checked = time.monotonic()
+        self._missing: set[str] = set()
+        self._failed: dict[str, int] | None = None
+
+    def look(self) -> None:
+        """Find what broke since the last look, and repair it.
+
+        Raises:
+            BeyondRepairError: The server has to be started again.
+        """
+        lost = self._stubs.lost()
+        serving = self._serving()
+        for model, config in serving.items():
+            for internal in named_internals(config):
+                if internal in lost:
+                    self._broken.setdefault(model, f"the process of {internal} {lost[internal]}")
+        if time.monotonic() - self._checked > CHECK_SECONDS:
+            self._checked = time.monotonic()
+            for find in (self._find_unloaded, self._find_unhealthy):
+                with suppress(ServerError):  # it ends, which is seen elsewhere, or is too busy to say
+                    find(serving)
+        for model in [model for model in self._broken if model not in serving]:
+            del self._broken[model]
+        self._show(self._broken)
+        for model, reason in list(self._broken.items()):
+            self._repair(model, serving[model], reason)
+        self._show(self._broken)
+
+    def _find_unloaded(self, serving: Mapping[str, str]) -> None:
+        if not self._explicit:
+            return
+        ready = self._client.ready_models(seconds=_ANSWER_SECONDS)
+        missing = set()
+        for model, config in serving.items():
+            if gone := [name for name in (*named_internals(config), model) if name not in ready]:
+                missing.add(model)
+                if model in self._missing:  # once may be in the middle of a change
+                    self._broken.setdefault(model, f"somebody unloaded {gone[0]}")
+        self._missing = missing
+
+    def _find_unhealthy(self, serving: Mapping[str, str]) -> None:
+        """Ask a model some of whose requests failed. Being slow is not being broken, and refusing is not either.
+
+        Where a process did not react for a second, Triton 2.51 refuses the request and goes on. If the process reacts
+        later, the next request gets the answer of the refused one, and so on: such a process must not live.
+        """
+        failed = self._client.failed_requests(seconds=_ANSWER_SECONDS)
+        before, self._failed = self._failed if self._failed is not None else failed, failed
+        for model, config in serving.items():
+            internals = named_internals(config)
+            more = any(failed.get(name, 0) > before.get(name, 0) for name in internals)
+            # Once could be a release that changed between two questions.
+            if not more or (reason := self._fault(model)) is None or self._fault(model) is None:
+                continue
+            for name in internals:
+                self._stubs.kill(name)
+            self._stubs.lost()
+            self._broken.setdefault(model, f"{reason}, so its process was ended")
+
+    def _fault(self, model: str) -> str | None:
+        """Ask the same question several times over; what is wrong with the answers, None: nothing that is known."""
+        try:
+            contract = self._client.contract(model)
+            item = dict.fromkeys(contract.inputs, _PROBE)
+            answers = [self._client.ask(model, contract, [item], seconds=_ANSWER_SECONDS)[0] for _ in range(_PROBES)]
+        except ServerError as error:
+            return "Triton says that its process is not healthy" if _UNHEALTHY in str(error) else None
+        if contract.structured or all(_is_like(answers[0], answer) for answer in answers):
+            return None
+        return "it gave answers that belong to other requests"
+
+    def _repair(self, model: str, config: str, reason: str) -> None:
+        if not self._explicit:
+            raise BeyondRepairError(f"{model}: {reason}")
+        if self._repairs >= MOST_REPAIRS:
+            raise BeyondRepairError(f"{model}: {reason}, and {self._repairs} repairs have left memory behind")
+        begun, internals = time.monotonic(), named_internals(config)
+        self._repairs += 1
+        try:
+            self._client.unload_all(internals)
+            self._client.load(internals[-1], internals[:-1])
+            # Triton takes the public model up again by itself, but not always. Loading it reads the pointer, which
+            # may name a release by now that was refused.
+            if model not in self._client.ready_models():
+                self._client.load(model)
+        except ServerError as error:
+            self._tries[model] = self._tries.get(model, 0) + 1
+            if self._tries[model] >= _TRIES:
+                raise BeyondRepairError(f"{model}: {reason}, and it could not be loaded again ({error})") from error
+            return
+        self._tries.pop(model, None)
+        del self._broken[model]
+        self._missing.discard(model)
+        self._stubs.search()
+        self._say(f"{model}: {reason}; loaded again within {time.monotonic() - begun:.1f} s")
+
+
+def _is_like(first: Any, other: Any) -> bool:
+    """Whether two vectors may answer the same question: what is computed together differs in the last digits."""
+    import numpy as np
+
+    return first.shape == other.shape and bool(np.linalg.norm(first - other) <= 0.1 * np.linalg.norm(first))

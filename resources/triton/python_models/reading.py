@@ -1,0 +1,88 @@
+"""Runs inside Triton, copied beside `model.py`: a request's texts, and refusals of requests that have no answer."""
+
+import json
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from pipelines import open_pipeline
+from pipelines.limits import RefusedError, RequestLimits
+
+
+class BusyError(RuntimeError):
+    """Too many large requests wait already. The client may try again later."""
+
+
+def open_here(folder, parameters):
+    """The pipeline of a release, with the limits and lengths that its configuration names."""
+    pipeline = open_pipeline(folder)
+    pipeline.limits = RequestLimits(**json.loads(parameters["limits"]))
+    if "length_step" in parameters:
+        pipeline.encoder.set_length_step(int(parameters["length_step"]))
+    pipeline.encoder.tokens(["warm"])
+    pipeline.encoder.cut("warm", 1)
+    return pipeline
+
+
+def attempt(function, *arguments):
+    """What the function returns, or the exception that it raised: no request may cost those that came with it.
+
+    A panic of the tokenizers' library is an exception too, though not an Exception.
+    """
+    try:
+        return function(*arguments)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        return error
+
+
+def read(request, pipeline):
+    """The request's items. Raises RefusedError where it asks for too much, or its bytes are no text."""
+    limits, total, columns = pipeline.limits, 0, []
+    for name in pipeline.inputs:
+        texts = pb_utils.get_input_tensor_by_name(request, name).as_numpy().astype(np.object_).ravel().tolist()
+        longest = max(map(len, texts), default=0)
+        if longest > limits.text_bytes:
+            raise RefusedError(f"{name} holds a text of {longest} bytes; this model takes at most {limits.text_bytes}")
+        total += sum(map(len, texts))
+        columns.append(texts)
+    if total > limits.request_bytes:
+        raise RefusedError(f"the request holds {total} bytes of texts; this model takes at most {limits.request_bytes}")
+    try:
+        columns = [[text.decode("utf-8") for text in texts] for texts in columns]
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"a text is not valid UTF-8: {error}") from None
+    items = [dict(zip(pipeline.inputs, texts, strict=True)) for texts in zip(*columns, strict=True)]
+    if not items:
+        raise RefusedError("the request holds no row")
+    return items
+
+
+def prepare(items, pipeline):
+    """What the tokenizer is to read of each item. Raises RefusedError where the request has no answer."""
+    prepared, rows = [], 0
+    for item in items:
+        prepared.append(pipeline.prepare(item))
+        rows += len(prepared[-1])
+        require_rows(rows, pipeline)
+    return prepared
+
+
+def require_rows(rows, pipeline):
+    """Raise RefusedError for a request of more rows of the engine than one may have."""
+    most = pipeline.limits.engine_rows
+    if rows > most:
+        raise RefusedError(
+            f"the request needs {rows} rows of the engine or more, with its windows, labels and masks; this model "
+            f"takes at most {most}"
+        )
+
+
+def refusal(error):
+    """The response for an exception: the client's own fault is INVALID_ARG, and anything else INTERNAL."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, RefusedError):
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+    if isinstance(error, BusyError):
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))

@@ -50,7 +50,7 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         graph = store.current(OnnxGraph, f"onnx_graph/{entry.name}")
         engine = store.current(Engine, f"engines/{target}/{spec.name}/{entry.name}")
         baseline = store.current(Engine, f"engines/{target}/{BASELINE}/{entry.name}")
-        sources = sources_of(workspace, checkpoint, graph)
+        sources = sources_of(workspace, entry, checkpoint, graph)
         made = make_benchmark(workspace, entry, engine, baseline, evaluation, sources)
         record = made.record
         folder = remember(store, f"{name}/{entry.name}", made)

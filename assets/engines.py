@@ -43,7 +43,7 @@ def engine_asset(spec: EngineSpec, target: str) -> dg.AssetsDefinition:
         checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
         graph = store.current(OnnxGraph, f"onnx_graph/{entry.name}")
         evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
-        made = make_engine(workspace, entry, spec, target, sources_of(workspace, checkpoint, graph), evaluation)
+        made = make_engine(workspace, entry, spec, target, sources_of(workspace, entry, checkpoint, graph), evaluation)
         folder = remember(store, f"engines/{target}/{spec.name}/{entry.name}", made)
         record = made.record
         return materialized(

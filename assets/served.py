@@ -56,7 +56,7 @@ def served_benchmark_asset(specs: Sequence[EngineSpec], target: str) -> dg.Asset
         graph = store.current(OnnxGraph, f"onnx_graph/{entry.name}")
         baseline = next(one for one in candidates if one.name == BASELINE)
         beside = [one.digest for one in candidates if one.status == "built"]
-        sources = sources_of(workspace, checkpoint, graph)
+        sources = sources_of(workspace, entry, checkpoint, graph)
         made = make_benchmark(workspace, entry, engine, baseline, evaluation, sources, beside)
         record: BenchmarkReport = made.record
         # Should it stay the champion, it is released from there.

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from orchestration.terminal import printable_output
-from resources.errors import RefineryError
+from resources.errors import RefineryError, disk_trouble
 from resources.targets import check_target
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -40,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `refinery models | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return SUCCESS
-        except Exception:  # a defect, whose words are as foreign as any
-            traceback.print_exc()
+        except Exception as error:
+            trouble = disk_trouble(error)
+            if trouble:
+                print(f"refinery: {trouble}", file=sys.stderr)
+            else:  # a defect, whose words are as foreign as any
+                traceback.print_exc()
             return FAILURE
 
 

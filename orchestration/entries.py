@@ -77,8 +77,10 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
             )
         source = known.source
     else:
+        _require_read(catalog, options.model)
         source = _source(options.model, catalog, workspace.access)
     name = options.name or _name_from(source)
+    _require_read(catalog, name)
     # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
     if source.startswith("/") and not (locate(source).folder / "config.json").is_file():
         raise CheckpointError(
@@ -123,6 +125,12 @@ def _keep(
     _require_unedited(path, entry, earlier)
     write_entry(entry, workspace.additions)
     return entry
+
+
+def _require_read(catalog: Catalog, name: str) -> None:
+    """Raise CatalogError where the file of that name in the folder of additions could not be read."""
+    if name in catalog.refused:
+        raise CatalogError(catalog.refused[name])
 
 
 def _require_unedited(path: Path, entry: ModelEntry, earlier: ModelEntry | None) -> None:

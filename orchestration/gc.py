@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from orchestration.settings import read_workspace
 from orchestration.terminal import print_table, table_console
 from resources.artifacts.gc import DAY_SECONDS, Collected, collect
 from resources.artifacts.remote_gc import collect_remote
+from resources.errors import RefineryError, disk_trouble, first_line
 from resources.reporting import size_text
 from resources.triton.layout import artifacts_of_releases
 from resources.workspace import Workspace
@@ -23,11 +25,7 @@ from resources.workspace import Workspace
 def collect_garbage(options: Namespace) -> int:
     """Remove, and say what went."""
     workspace = read_workspace(os.environ)
-    under_way: dg.RunRecord | None = None
-    if instance_folder(workspace).is_dir():
-        prepare_instance(workspace)
-        with dg.DagsterInstance.get() as instance:
-            under_way = oldest_run_under_way(instance)
+    under_way = _run_under_way(workspace)
     cleaned = clean_stores(workspace, options.keep_days, under_way, dry_run=options.dry_run)
     if under_way is not None:
         print(
@@ -39,6 +37,27 @@ def collect_garbage(options: Namespace) -> int:
         title = f"{'Would free' if options.dry_run else 'Freed'} {size_text(done.freed_bytes)} of {place}"
         print_table(table_console(), title, ("kind", "removed", "size", "kept", "size"), rows)
     return 0
+
+
+def _run_under_way(workspace: Workspace) -> dg.RunRecord | None:
+    """The oldest run under way. On a full disk Dagster may not even be read, and room is made all the same."""
+    if not instance_folder(workspace).is_dir():
+        return None
+    try:
+        prepare_instance(workspace)
+        with dg.DagsterInstance.get() as instance:
+            return oldest_run_under_way(instance)
+    except RefineryError:
+        raise
+    except Exception as error:
+        if not disk_trouble(error):
+            raise
+        print(
+            f"refinery: Dagster's runs cannot be read: {first_line(error)}. What was used within the days of "
+            "--keep-days stays; runs that began before that are not known.",
+            file=sys.stderr,
+        )
+        return None
 
 
 def clean_stores(

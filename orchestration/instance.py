@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestration.settings import require_plain
 from resources.errors import CatalogError
+from resources.files import write_whole
 from resources.workspace import Workspace
 
 #: Where Dagster keeps runs and events in place of files: `postgresql+psycopg2://user:password@host:5432/database`.
@@ -108,8 +109,8 @@ def prepare_instance(workspace: Workspace) -> Path:
             f"{configuration} keeps runs in the Postgres of {POSTGRES_VARIABLE}, which is not set. Set it, or remove "
             "that file to go back to files of its own; the runs in Postgres are not seen then."
         )
-    if there is None or there in (_CONFIGURATION, *_EARLIER):
-        _replace(configuration, wanted)
+    if there is None or (there != wanted and there in (_CONFIGURATION, *_EARLIER)):
+        write_whole(configuration, wanted)
     elif url and POSTGRES_VARIABLE not in there:
         raise CatalogError(
             f"{POSTGRES_VARIABLE} is set, but {configuration}, changed by hand, does not name it. Add there:\n"
@@ -131,10 +132,3 @@ def _require_postgres(url: str) -> None:
             f"{POSTGRES_VARIABLE} is set, but dagster-postgres is not installed. "
             "Run: pip install 'transformer-refinery[postgres]'."
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all: other processes may read it."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

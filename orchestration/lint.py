@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from orchestration.terminal import printable
 from resources.errors import ReleaseError
 from resources.triton.files import copy_tree
 from resources.triton.lint import RULES, Finding
@@ -61,12 +62,9 @@ def as_text(findings: Sequence[Finding]) -> str:
     """A line for each finding, and their count."""
     errors = sum(finding.severity == "error" for finding in findings)
     count = f"{errors} errors, {len(findings) - errors} warnings" if findings else "nothing found"
-    return "\n".join([*(_plain(str(finding)) for finding in findings), count])
-
-
-def _plain(text: str) -> str:
-    """The text without what a terminal would obey, or a line break that would pass for another finding."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    # A line break in a name would pass for another finding.
+    lines = (printable(str(finding)).replace("\n", "\\n") for finding in findings)
+    return "\n".join([*lines, count])
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from orchestration.settings import read_workspace, tracker_of
-from orchestration.terminal import table_console
+from orchestration.terminal import print_refused, table_console
 from resources.catalog import ModelEntry
 from resources.errors import ReleaseError, TrackingError
 from resources.reporting import size_text
@@ -39,12 +39,14 @@ def models(options: Namespace) -> int:
     del options
     workspace = read_workspace(os.environ)
     table = Table("model", "task", "source", "shapes", *(f"serves on {target}" for target in workspace.targets))
-    for entry in workspace.catalog().models:
+    catalog = workspace.catalog()
+    for entry in catalog.models:
         served = []
         for target in workspace.targets:
             served.append(served_text(workspace.repository(target), entry.name))
         table.add_row(entry.name, entry.task, entry.source, _shapes(entry), *served)
     table_console().print(table)
+    print_refused(catalog)
     return 0
 
 

@@ -52,7 +52,7 @@ def load(options: Namespace) -> int:
             connection = workspace.triton.connection_to(address)
         else:
             stack.enter_context(
-                benchmarking(lambda: print("waiting for a benchmark on this machine to end", flush=True))
+                benchmarking(lambda who: print(f"waiting for other work on this machine to end: {who}", flush=True))
             )
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
             server = EmbeddedServer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import sys
@@ -22,7 +23,7 @@ from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
 from resources.device import why_not_here
 from resources.engines import ENGINES
-from resources.errors import CatalogError, EngineError, TrackingError
+from resources.errors import CatalogError, EngineError, TrackingError, disk_remedy
 from resources.triton.storage import parse_location
 from resources.workspace import Workspace
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 #: What Dagster writes before the text of an error of this project.
 _OURS = "resources.errors."
+#: And what it writes of an error of the system: its number, its text and the file.
+_SYSTEM = re.compile(r"^\w*(?:Error|Exception): \[Errno (\d+)\] (.*)", re.MULTILINE)
 
 #: As workspace.yaml names the code location.
 LOCATION = "transformer-refinery"
@@ -112,8 +115,21 @@ def failures(result: ExecuteInProcessResult) -> list[str]:
             messages.append(rest)
         else:
             step = str(event.step_key).replace("__", "/")
-            messages.append(f"{step}: {text} (a defect; the whole trace is in Dagster, `make ui`)")
+            said = _of_the_system(chain)
+            messages.append(
+                f"{step}: {said}" if said else f"{step}: {text} (a defect; the whole trace is in Dagster, `make ui`)"
+            )
     return messages or ["the run failed before any step; Dagster's page has its log (`make ui`)."]
+
+
+def _of_the_system(texts: list[str]) -> str:
+    """What is wrong with a disk, with the remedy; empty where no error of the system is among what was said."""
+    for text in texts:
+        found = _SYSTEM.search(text)
+        remedy = disk_remedy(int(found[1])) if found else ""
+        if found and remedy:
+            return f"{found[2]}. {remedy}"
+    return ""
 
 
 def _is_interrupt(error: SerializableErrorInfo | None) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestration.settings import read_workspace
-from orchestration.terminal import print_table, table_console
+from orchestration.terminal import print_refused, print_table, table_console
 from resources.plan import ModelPlan, PlannedStep, State, plan_model
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def plan(options: Namespace) -> int:
             print(json.dumps(as_json(found)), flush=True)
         else:
             print_plan(console, found)
+    if not options.models:
+        print_refused(catalog)
     if not entries and not options.json:
         print("The catalog holds no model.")
     return 1 if wrong else 0

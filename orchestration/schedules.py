@@ -60,12 +60,14 @@ def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
     )
     def reoptimize(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
         workspace = read_workspace(os.environ)
-        names = workspace.catalog().names
+        catalog = workspace.catalog()
+        names = catalog.names
         # Where there is no time for all of them, others come first the next time.
         turn = context.scheduled_execution_time.toordinal() % max(1, len(names))
         plans = read_plans([*names[turn:], *names[:turn]], PLAN_SECONDS)
         context.instance.add_dynamic_partitions(models.name or "", names)
         requests, said = [], [f"{name}: there was no time to plan it" for name in names if name not in plans]
+        said += catalog.refused.values()
         for name, plan in plans.items():
             if plan["error"]:
                 said.append(f"{name}: it would fail: {plan['error']}")

@@ -62,6 +62,8 @@ def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
         tick.retire(catalog)
         tick.look(catalog, looks)
         tick.decide(catalog)
+        for why in catalog.refused.values():
+            context.log.warning(why)
         for line in tick.lines:
             context.log.info(line)
         return tick.result(catalog)
@@ -86,6 +88,8 @@ class _Tick:
 
     def retire(self, catalog: Catalog) -> None:
         """Forget models that are not in the catalog any more. Their releases stay, and are served."""
+        if catalog.refused:  # nobody knows which models those files hold
+            return
         gone = self._partitions.union(self._models) - {*catalog.names}
         for name in sorted(gone):
             memory = self._models.pop(name, None)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from resources.artifacts.records import BenchmarkReport, CandidateVerdict
+    from resources.catalog import Catalog
 
 #: A log has no width of its own.
 WIDTH_OF_LOGS = 180
@@ -101,6 +102,12 @@ def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
         emoji=False,
         highlight=False,
     )
+
+
+def print_refused(catalog: Catalog) -> None:
+    """Say on stderr which additions to the catalog could not be read, and why."""
+    for why in catalog.refused.values():
+        print(f"refinery: {why}", file=sys.stderr)
 
 
 def print_step(console: Console, elapsed_s: float, name: str, text: str, colour: str = "default") -> None:

@@ -6,7 +6,9 @@ field and the remedy named, before any work begins.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from resources.addresses import holds_login
 from resources.artifacts.hashes import signature
 from resources.errors import CatalogError
+from resources.files import write_whole
 from resources.tasks import TASKS, Gates, Options
+from resources.trust import Trust
 
 #: Triton's folder names and Dagster's partition keys both have to take a model's name: no `/`, no `|`, no `...`, and
 #: nothing that looks like one of our own immutable parts (`minilm__r3__engine`). No dot at the end: Dagster writes a
@@ -185,6 +189,11 @@ class ModelEntry(_Strict):
                 )
         return self
 
+    @property
+    def trust(self) -> Trust:
+        """What loading its checkpoint may do."""
+        return Trust(self.allow_pickle, self.trust_remote_code)
+
     def accuracy_gates(self) -> Gates:
         """The task's gates, with this entry's own values in place of the defaults. Raises ValueError."""
         gates = TASKS[self.task].gates
@@ -225,9 +234,10 @@ _PARTS: dict[str, type[BaseModel]] = {
 
 
 class Catalog(_Strict):
-    """All models, by name."""
+    """All models, by name. refused: why an addition was not read, by its file's name without `.yaml`."""
 
     models: Annotated[tuple[ModelEntry, ...], Field(strict=False)] = ()
+    refused: dict[str, str] = Field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -238,6 +248,8 @@ class Catalog(_Strict):
         for entry in self.models:
             if entry.name == name:
                 return entry
+        if name in self.refused:  # `write_entry` names files as their models
+            raise CatalogError(self.refused[name])
         known = ", ".join(self.names) or "none"
         raise CatalogError(
             f"There is no model named {name!r} in the catalog (there: {known}). "
@@ -308,6 +320,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+#: Of a models file; thousands of models take less.
+_MOST_BYTES = 16 * 2**20
+
+
 def _read(path: Path) -> tuple[ModelEntry, ...]:
     try:
         now = tuple(signature(path))
@@ -316,11 +332,23 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
     return _parse(path, now)
 
 
+def _text_of(path: Path) -> str:
+    """The file's text. Raises OSError or ValueError, also for what is no file: opening a FIFO would wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MB")
+        return stream.read(_MOST_BYTES).decode("utf-8")
+
+
 @lru_cache(maxsize=1024)
 def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
     """What the file holds, as it is now: every step of a run asks."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        data = yaml.load(_text_of(path), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
     except yaml.MarkedYAMLError as error:
@@ -329,6 +357,8 @@ def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
     # ValueError: what looks like a date or a number and is none, such as 2026-13-01; and text that is not UTF-8.
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CatalogError(f"The models file {path} cannot be read: {error}") from None
+    except RecursionError:
+        raise CatalogError(f"The models file {path} cannot be read: it is nested too deeply") from None
     if not isinstance(data, dict) or set(data) != {"models"} or not isinstance(data["models"], list):
         raise CatalogError(f"{path}: the file must hold one field, 'models', with a list of models")
     entries = [_parse_entry(item, path, number) for number, item in enumerate(data["models"], start=1)]
@@ -355,23 +385,34 @@ def _anchored(entry: ModelEntry, path: Path) -> ModelEntry:
 def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
     """Read the models file, and what the command line added beside it (`additions`, a folder of models files).
 
-    Raises CatalogError with file, model, field and remedy.
+    Raises CatalogError with file, model, field and remedy for a mistake in the models file. An addition that cannot be
+    used costs its own models alone: see Catalog.refused.
     """
-    files = [path, *(sorted(additions.glob("*.yaml")) if additions and additions.is_dir() else [])]
     models: dict[str, tuple[ModelEntry, Path]] = {}
-    for file in files:
-        for entry in _read(file):
-            # Names become folders, and on some disks `M` and `m` are one.
-            key = entry.name.casefold()
-            if key in models:
-                known, first = models[key]
-                as_what = "" if known.name == entry.name else f" as {known.name!r}"
-                raise CatalogError(
-                    f"{file}: model {entry.name!r}: name: a model of that name is already in {first}{as_what}; "
-                    "rename one"
-                )
-            models[key] = (entry, file)
-    return Catalog(models=tuple(entry for entry, _ in models.values()))
+    refused: dict[str, str] = {}
+    _add(path, _read(path), models)
+    for file in sorted(additions.glob("*.yaml")) if additions and additions.is_dir() else []:
+        try:
+            _add(file, _read(file), models)
+        except CatalogError as error:
+            refused[file.stem] = f"{error}. Mend that file, or remove it; the other models are not concerned."
+    return Catalog(models=tuple(entry for entry, _ in models.values()), refused=refused)
+
+
+def _add(file: Path, entries: tuple[ModelEntry, ...], models: dict[str, tuple[ModelEntry, Path]]) -> None:
+    """Add the file's entries by name, all or none. Raises CatalogError where a name is there already."""
+    fresh: dict[str, tuple[ModelEntry, Path]] = {}
+    for entry in entries:
+        # Names become folders, and on some disks `M` and `m` are one.
+        key = entry.name.casefold()
+        known, first = models.get(key) or fresh.get(key) or (None, None)
+        if known is not None:
+            as_what = "" if known.name == entry.name else f" as {known.name!r}"
+            raise CatalogError(
+                f"{file}: model {entry.name!r}: name: a model of that name is already in {first}{as_what}; rename one"
+            )
+        fresh[key] = (entry, file)
+    models.update(fresh)
 
 
 def entry_text(entry: ModelEntry) -> str:
@@ -381,9 +422,6 @@ def entry_text(entry: ModelEntry) -> str:
 
 def write_entry(entry: ModelEntry, folder: Path) -> Path:
     """Write one entry as a models file of its own, named as the model; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{entry.name}.yaml"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(entry_text(entry), encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, entry_text(entry))
     return path

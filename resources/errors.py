@@ -4,6 +4,37 @@ Every message is written for the person who has to act: what was being done, to 
 wrong, and what to do now. Anything that is not a `RefineryError` is a defect of this project.
 """
 
+import errno
+
+#: What the system says where nothing more can be written: no room, no quota, or a file too large for its limit.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+#: What it says where a file may not be written, and where the disk itself is at fault.
+CLOSED, BROKEN = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.EIO, errno.ESTALE)
+
+
+def disk_remedy(number: int | None) -> str:
+    """Say what to do about a disk, by the system's number of the error. Empty: no disk is to blame."""
+    if number in FULL:
+        return "Make room there and run again; `refinery gc` removes what nobody needs any more."
+    if number in CLOSED:
+        return "Whoever runs this has to be able to write there."
+    return "Look after that disk, and run again." if number in BROKEN else ""
+
+
+def disk_trouble(error: BaseException | None) -> str:
+    """Say of an error, or of what caused it, which file it concerns and what to do. Empty: no disk is to blame."""
+    while error is not None:
+        remedy = disk_remedy(error.errno) if isinstance(error, OSError) else ""
+        if isinstance(error, OSError) and remedy:
+            return f"{error.filename or 'A file'}: {error.strerror or error}. {remedy}"
+        if getattr(error, "sqlite_errorname", "").startswith(
+            ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")
+        ):
+            return f"A database below REFINERY_HOME: {error}. {disk_remedy(errno.ENOSPC)}"
+        error = error.__cause__ or error.__context__
+    return ""
+
 
 def first_line(error: BaseException, length: int = 300) -> str:
     """What a library says first: its error's first line, or the error's type where it says nothing."""
@@ -57,6 +88,10 @@ class ServerError(RefineryError):
 
 class ArtifactError(RefineryError):
     """The artifact store lacks what a step needs."""
+
+
+class LockError(RefineryError):
+    """A lock cannot be held."""
 
 
 class TrackingError(RefineryError):

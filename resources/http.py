@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import socket
+import ssl
 import time
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -24,33 +27,67 @@ ANSWER_SECONDS = 8.0
 _MOST_BYTES = 8 * 2**20
 
 
-def get_json(url: str, headers: Mapping[str, str]) -> Any:
+@dataclass(frozen=True)
+class Trust:
+    """What a server over TLS is believed by, and shown: OpenSSL's usual certificates (SSL_CERT_FILE), or these.
+
+    authorities: a file or folder of certificates, in place of the usual ones. certificate: our own, with its key.
+    insecure: every server is believed.
+    """
+
+    authorities: Path | None = None
+    certificate: Path | None = None
+    insecure: bool = False
+
+    def context(self) -> ssl.SSLContext:
+        """Raises ValueError naming a file that cannot be read."""
+        place = self.authorities
+        try:
+            folder = place if place is not None and place.is_dir() else None
+            context = ssl.create_default_context(cafile=None if folder else place, capath=folder)
+        except OSError as error:
+            raise ValueError(f"the certificates in {place} cannot be read ({error})") from error
+        if self.certificate is not None:
+            try:
+                context.load_cert_chain(self.certificate)
+            except OSError as error:
+                raise ValueError(f"the certificate {self.certificate} cannot be read ({error})") from error
+        if self.insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
+_USUAL = Trust()
+
+
+def get_json(url: str, headers: Mapping[str, str], trust: Trust = _USUAL) -> Any:
     """The JSON document that the address answers with.
 
     url: without name and password, which urllib would take for the host's name; see resources.addresses. Raises
     urllib.error.HTTPError, another OSError (TimeoutError where it takes too long) or ValueError.
     """
-    return parse_json(_answer(urllib.request.Request(url, headers=dict(headers))))  # noqa: S310 - see _answer
+    return parse_json(_answer(urllib.request.Request(url, headers=dict(headers)), trust))  # noqa: S310 - see _answer
 
 
 def post_json(url: str, headers: Mapping[str, str], document: Any) -> None:
     """Send the document to the address. Raises as `get_json` does."""
     headers = {"Content-Type": "application/json", **headers}
-    _answer(urllib.request.Request(url, json.dumps(document).encode(), headers))  # noqa: S310 - see _answer
+    _answer(urllib.request.Request(url, json.dumps(document).encode(), headers), _USUAL)  # noqa: S310 - see _answer
 
 
-def _answer(request: urllib.request.Request) -> bytes:
+def _answer(request: urllib.request.Request, trust: Trust) -> bytes:
     if request.type not in ("http", "https"):
         raise ValueError(f"{request.type}: is no address of a web server")
     try:
         # The limits of _read hold for what a server sends; looking up its name has none.
-        return within(ANSWER_SECONDS, partial(_read, request, time.monotonic() + ANSWER_SECONDS))
+        return within(ANSWER_SECONDS, partial(_read, request, trust, time.monotonic() + ANSWER_SECONDS))
     except HTTPException as error:  # what came is not HTTP
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
-def _read(request: urllib.request.Request, deadline: float) -> bytes:
-    opener = urllib.request.build_opener(_SameHost, _Http(deadline), _Https(deadline))
+def _read(request: urllib.request.Request, trust: Trust, deadline: float) -> bytes:
+    opener = urllib.request.build_opener(_SameHost, _Http(deadline), _Https(deadline, trust))
     with opener.open(request, timeout=_SILENCE_SECONDS) as answer:
         parts: list[bytes] = []
         size = 0
@@ -86,12 +123,12 @@ class _Http(urllib.request.HTTPHandler):
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, trust: Trust) -> None:
         super().__init__()
-        self._deadline = deadline
+        self._deadline, self._trust = deadline, trust
 
     def https_open(self, req: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(partial(_connection, HTTPSConnection, self._deadline), req)
+        return self.do_open(partial(_connection, HTTPSConnection, self._deadline), req, context=self._trust.context())
 
 
 def _connection(kind: type[HTTPConnection], deadline: float, host: str, **options: Any) -> HTTPConnection:

@@ -20,8 +20,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -32,6 +32,7 @@ from typing import Any, Self, TypeVar
 import psutil
 
 from resources.errors import IsolationError, RefineryError, first_line
+from resources.memory import available_bytes, descendants, tree_bytes
 from resources.variables import COMPUTE, HUGGING_FACE, PROGRAM, PYTHON, inherited
 
 T = TypeVar("T")
@@ -40,21 +41,32 @@ T = TypeVar("T")
 PRELOAD = ("resources.preload",)
 #: How often the parent looks at a child's memory. A child can overshoot its limit for this long.
 POLL_SECONDS = 0.1
+#: How often it looks at those that the child has started, which takes longer.
+_TREE_POLL_SECONDS = 1.0
+_MEMORY_SHARE = 0.8
 _PR_SET_PDEATHSIG = 1
+#: proc_pid_oom_score_adj(5): its largest value.
+_FIRST_VICTIM = "1000"
 _main_lock = threading.Lock()
 _start_lock = threading.Lock()
 _SERVERS: list[subprocess.Popen[bytes]] = []
+
+
+def default_memory_bytes() -> int:
+    """Return what a child may take where nobody says otherwise: most of what there is, and not the last of it."""
+    return int(_MEMORY_SHARE * available_bytes())
 
 
 @dataclass(frozen=True)
 class Limits:
     """What one child process may take.
 
-    `timeout_s` bounds one call; `memory_bytes` the resident memory of the child, modules included.
+    `timeout_s` bounds one call; `memory_bytes` the resident memory of the child, modules included, and of the processes
+    that it starts.
     """
 
     timeout_s: float = 1800.0
-    memory_bytes: int = 64 * 10**9
+    memory_bytes: int = field(default_factory=default_memory_bytes)
 
 
 class Worker:
@@ -114,13 +126,24 @@ class Worker:
         return self._request(method, args)
 
     def close(self) -> None:
-        """End the child, whatever it is doing."""
+        """End the child, whatever it is doing, and what it has started."""
+        if descendants(self.pid):
+            self._kill()
         self._connection.close()
         self._process.join(timeout=0.5)  # an idle child sees the closed pipe and leaves by itself
         if self._process.is_alive():
-            self._process.kill()
+            self._kill()
             self._process.join()
         self._lifeline.close()
+
+    def _kill(self) -> None:
+        """End the child with all that it started: the process group that it leads, and who left that."""
+        for pid in descendants(self.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it does not lead one yet
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +172,7 @@ class Worker:
 
     def _wait(self) -> tuple[bool, Any, int]:
         deadline = time.monotonic() + self._limits.timeout_s
-        process = psutil.Process(self.pid) if psutil.pid_exists(self.pid) else None
+        tree_at = 0.0
         while True:
             ready = wait([self._connection, self._process.sentinel], timeout=POLL_SECONDS)
             if self._connection in ready:
@@ -157,17 +180,21 @@ class Worker:
             if ready:
                 raise self._died()
             if time.monotonic() > deadline:
-                self._process.kill()
+                self._kill()
                 raise IsolationError(
                     f"{self._what}: stopped after its limit of {self._limits.timeout_s:g} s. "
                     "Raise REFINERY_STEP_SECONDS if the model needs longer."
                 )
             try:
-                resident = process.memory_info().rss if process else 0
+                if time.monotonic() > tree_at:
+                    resident = tree_bytes(self.pid, self._limits.memory_bytes)
+                    tree_at = time.monotonic() + _TREE_POLL_SECONDS
+                else:
+                    resident = psutil.Process(self.pid).memory_info().rss
             except psutil.NoSuchProcess:
                 continue
             if resident > self._limits.memory_bytes:
-                self._process.kill()
+                self._kill()
                 raise IsolationError(
                     f"{self._what}: stopped at {resident / 1e9:.2f} GB of memory, over its limit of "
                     f"{self._limits.memory_bytes / 1e9:.2f} GB. Raise REFINERY_STEP_MEMORY_GB if the machine has more."
@@ -186,6 +213,10 @@ class Worker:
 
     def _died(self) -> IsolationError:
         self._process.join(timeout=5)
+        # What it has started is left in its group, whose number is free again once nobody is in it.
+        if self._process.exitcode is not None and not psutil.pid_exists(self.pid):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
         code = self._process.exitcode
         if code is not None and code < 0:
             name = signal.Signals(-code).name
@@ -212,6 +243,9 @@ class _Once:
 
 def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
     """The child's loop: an object first, then calls of its methods, until the pipe closes."""
+    os.setpgid(0, 0)  # with all that it starts, so that they end together
+    with suppress(OSError):  # it is the first that the kernel takes where memory runs out, before what serves
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_VICTIM)
     _end_with(lifeline)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -247,18 +281,18 @@ def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
 
 
 def _end_with(lifeline: Connection) -> None:
-    """Have the kernel kill this process when the one that wanted it is gone, and its end of the pipe with it.
+    """Have the kernel kill this process's group when the one that wanted it is gone, and its end of the pipe with it.
 
     The kernel (fcntl(2), O_ASYNC), because no thread of ours would run while native code holds the interpreter.
     PR_SET_PDEATHSIG is for when the server is killed. Alone it would not do: the server is the parent of all children,
     and lives as long as any of them.
     """
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if lifeline.poll():  # it was gone before we asked
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(0, signal.SIGKILL)
 
 
 @contextmanager

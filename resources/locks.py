@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
+import pwd
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
+from resources.errors import LockError
+
 #: One a machine, not one a project folder: two projects on one machine disturb each other's timing just the same.
 #: Nor does it follow TMPDIR, which differs between users and jobs.
 MACHINE_LOCK = Path("/tmp/transformer-refinery.lock")  # noqa: S108
+#: Who waits longer than that is told for whom, unless the caller says so by itself.
+_PATIENCE_SECONDS = 2.0
+#: Of a holder's command, which may be anybody's: so many words, and letters of each.
+_WORDS, _LETTERS = 4, 40
+_LOG = logging.getLogger(__name__)
+#: Locks that were taken in place of the machine's, of which this process has said so.
+_TOLD: set[Path] = set()
 
 
 @contextmanager
@@ -20,12 +35,13 @@ def file_lock(
     *,
     shared: bool = False,
     timeout_s: float | None = None,
-    waiting: Callable[[], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """Hold the lock at `path`; many holders may share it, or one have it alone.
 
-    Polls, so that Ctrl-C works while waiting; `waiting` is called once if the lock is not free at once.
-    Raises TimeoutError after `timeout_s`.
+    Polls, so that Ctrl-C works while waiting. `waiting` is called once if the lock is not free at once, with who holds
+    it; without it a warning is logged after some seconds. Raises TimeoutError after `timeout_s`, and OSError where
+    there can be no lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
@@ -44,28 +60,71 @@ def file_lock(
                 continue
             except BlockingIOError:
                 pass
-            if not announced and waiting is not None:
-                waiting()
-            announced = True
-            if timeout_s is not None and time.monotonic() - started > timeout_s:
-                raise TimeoutError(f"{path} is held by another process")
+            waited_s = time.monotonic() - started
+            if timeout_s is not None and waited_s > timeout_s:
+                raise TimeoutError(f"{path} is held by {holders(path)}")
+            if not announced and (waiting is not None or waited_s > _PATIENCE_SECONDS):
+                announced = True
+                (waiting or _say(path))(holders(path))
             time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)
 
 
+def holders(path: Path) -> str:
+    """Say who holds the lock at `path`: process, user and command, as far as the system tells (proc(5), locks)."""
+    try:
+        inode = path.stat().st_ino
+        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "another process"
+    found = dict.fromkeys(
+        int(fields[4])
+        for fields in (line.split() for line in lines)
+        # The device is not compared: file systems that lie over others name the one below.
+        if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(f":{inode}") and fields[4].isdigit()
+    )
+    return ", ".join(filter(None, map(_described, found))) or "another process"
+
+
+def _described(pid: int) -> str:
+    try:
+        process = psutil.Process(pid)
+        user, words = process.username(), process.cmdline()
+    except psutil.Error:
+        return ""
+    # Neither options nor addresses, which may hold secrets.
+    plain = [word for word in words if not word.startswith("-") and "=" not in word and "://" not in word]
+    command = " ".join(Path(word).name[:_LETTERS] for word in plain[:_WORDS]) or process.name()
+    readable = "".join(letter if letter.isprintable() else "?" for letter in command)
+    return f"process {pid} ({readable}) of {user}"
+
+
+def _say(path: Path) -> Callable[[str], None]:
+    return lambda who: _LOG.warning("waiting for %s, which is held by %s", path, who)
+
+
 def _open(path: Path) -> int:
     """The file's descriptor; made if it is not there, and then for every user: who came first locks nobody out."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         # Without O_CREAT, which Linux refuses for another user's file in /tmp (proc_sys_fs(5), protected_regular).
-        return os.open(path, flags)
+        return _checked(os.open(path, flags | os.O_RDWR), path)
+    except PermissionError:
+        return _checked(os.open(path, flags | os.O_RDONLY), path)  # enough for a lock
     except FileNotFoundError:
-        descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+        descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
     with suppress(PermissionError):  # another user made it in the meantime, and did the same
         os.fchmod(descriptor, 0o666)
-    return descriptor
+    return _checked(descriptor, path)
+
+
+def _checked(descriptor: int, path: Path) -> int:
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise FileExistsError(errno.EEXIST, "it is no regular file", str(path))
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -75,28 +134,83 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def building(waiting: Callable[[], None] | None = None) -> AbstractContextManager[None]:
-    """Several builds may work at once, but never beside a benchmark."""
+def building(waiting: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+    """Several builds may work at once, but never beside a benchmark. Raises LockError."""
     return _at_the_machine(waiting, shared=True)
 
 
-def benchmarking(waiting: Callable[[], None] | None = None) -> AbstractContextManager[None]:
-    """A benchmark is alone on its machine: beside one busy neighbour latencies were seen to rise fortyfold."""
+def benchmarking(waiting: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+    """A benchmark is alone on its machine: beside one busy neighbour latencies were seen to rise fortyfold.
+
+    Raises LockError.
+    """
     return _at_the_machine(waiting, shared=False)
 
 
 @contextmanager
-def _at_the_machine(waiting: Callable[[], None] | None, *, shared: bool) -> Iterator[None]:
+def _at_the_machine(waiting: Callable[[str], None] | None, *, shared: bool) -> Iterator[None]:
     """Hold the machine's lock. Everyone passes a gate on the way to it, and who waits for the lock keeps the gate: or
     builds that overlap, one after the other, would keep a benchmark waiting for ever.
     """
-    unsaid = [waiting] if waiting is not None else []
+    unsaid = [waiting or _say_work]
 
-    def announce() -> None:
+    def announce(who: str) -> None:
         if unsaid:  # at the gate or at the lock, once
-            unsaid.pop()()
+            unsaid.pop()(who)
 
     with ExitStack() as held:
-        with file_lock(MACHINE_LOCK.with_suffix(".gate"), shared=shared, waiting=announce):
-            held.enter_context(file_lock(MACHINE_LOCK, shared=shared, waiting=announce))
+        lock = _usable_machine_lock()
+        try:
+            with file_lock(_gate_of(lock), shared=shared, waiting=announce):
+                held.enter_context(file_lock(lock, shared=shared, waiting=announce))
+        except OSError as error:
+            raise LockError(
+                f"{error.filename or lock}: the lock that keeps benchmarks on this machine apart cannot be held: "
+                f"{error.strerror or error}. See that its folder can be written and has room."
+            ) from error
         yield
+
+
+def _say_work(who: str) -> None:
+    _LOG.warning("waiting for other work on this machine to end: %s", who)
+
+
+def _gate_of(lock: Path) -> Path:
+    return lock.with_suffix(".gate")
+
+
+def _usable_machine_lock() -> Path:
+    """The machine's lock, or one of this user's own where somebody has put something else in the place of that one.
+
+    Everybody may write in its folder, so whoever comes first may make a link, a folder or a file that nobody else may
+    open. That must not stop the work of others: what is lost is that their benchmarks are kept apart from ours.
+    """
+    for path in (MACHINE_LOCK, _gate_of(MACHINE_LOCK)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(_open(path))
+        except OSError as error:
+            own = _own_lock()
+            if own not in _TOLD:
+                _TOLD.add(own)
+                _LOG.warning(
+                    "%s cannot be used as a lock (%s; it belongs to %s), so benchmarks of other users of this machine "
+                    "may disturb ours. Have it removed. Until then %s is used.",
+                    *(path, error.strerror or error, _owner(path), own),
+                )
+            return own
+    return MACHINE_LOCK
+
+
+def _own_lock() -> Path:
+    try:
+        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # containers may run as a user without a name
+        home = Path.cwd()
+    return home / ".cache" / "transformer-refinery" / "machine.lock"
+
+
+def _owner(path: Path) -> str:
+    with suppress(OSError, KeyError):
+        return f"the user {pwd.getpwuid(path.lstat().st_uid).pw_name}"
+    return "another user"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resources.artifacts.fingerprint import code_version, fingerprint
-from resources.artifacts.hashes import write_whole
 from resources.artifacts.records import (
     BenchmarkReport,
     CandidateVerdict,
@@ -21,6 +20,7 @@ from resources.artifacts.records import (
     ServingReport,
 )
 from resources.engines import BASELINE
+from resources.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

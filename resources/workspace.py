@@ -35,7 +35,7 @@ class Workspace:
     home: Path
     catalog_path: Path
     targets: tuple[str, ...] = ("cpu",)
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     external_data_threshold_bytes: int = EXTERNAL_DATA_THRESHOLD_BYTES
     artifacts: Location | None = None
     tracking_uri: Address | None = None
@@ -71,13 +71,14 @@ class Workspace:
         under way goes on with what this process read last. Raises CatalogError where it has read nothing.
         """
         key = (self.catalog_path, self.additions, model)
+        unreadable = True
         try:
             catalog = self.catalog()
+            unreadable = bool(catalog.refused)
+            _ENTRIES[key] = catalog.get(model)
         except CatalogError:
-            if key in _ENTRIES:
-                return _ENTRIES[key]
-            raise
-        _ENTRIES[key] = catalog.get(model)
+            if not unreadable or key not in _ENTRIES:
+                raise
         return _ENTRIES[key]
 
     @property

@@ -128,7 +128,7 @@ def _mutated_document(document: Any, chance: random.Random) -> bytes:
             holder[key] = [holder[key]] * chance.choice((1, 2) if isinstance(holder[key], dict | list) else (1, 1000))
         elif kind == 3:
             other, place = chance.choice(places)
-            holder[key] = copy.deepcopy(other[place]) if _is_there(other, place) else None
+            holder[key] = _copied(other[place]) if _is_there(other, place) else None
         elif kind == 4 and isinstance(holder[key], int | float):
             holder[key] = holder[key] * chance.choice((-1, 0, 2, 1000, 10**9, 0.5)) + chance.choice((0, 1, -1))
         else:
@@ -166,6 +166,13 @@ def _words(document: Any) -> set[Any]:
     model = document.get("model") if isinstance(document, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     return set(vocabulary) if isinstance(vocabulary, dict) else set()
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except RecursionError:  # it is nested deep already
+        return None
 
 
 def _is_there(holder: Any, key: Any) -> bool:

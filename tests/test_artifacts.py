@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,10 @@ from resources.artifacts.fingerprint import (
     library_versions,
     pending,
 )
+from resources.artifacts.gc import DAY_SECONDS, collect
 from resources.artifacts.records import Accuracy, BenchmarkReport, Engine, Record
-from resources.artifacts.store import STALE_STAGING_SECONDS, VERIFY_AGAIN_SECONDS, ArtifactStore
+from resources.artifacts.staging import WITHOUT_LOCK_SECONDS, leftovers
+from resources.artifacts.store import VERIFY_AGAIN_SECONDS, ArtifactStore
 from resources.catalog import Shape
 from resources.engines import ENGINES
 from resources.errors import ArtifactError
@@ -253,14 +256,46 @@ def test_a_record_under_another_digest_is_a_defect(store):
         store.get_or_make(Engine, "b" * 64, lambda folder: engine("a" * 64))
 
 
-def test_what_a_killed_writer_left_is_swept_when_nobody_can_want_it(store):
+WORKER = """
+import sys, time
+from pathlib import Path
+from resources.artifacts.store import ArtifactStore
+with ArtifactStore(Path(sys.argv[1])).staging() as folder:
+    (folder / "half").write_text("x")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_somebody_works_stays_however_old_it_looks_and_goes_with_its_process(store):
+    """A clock that is set ahead makes everything look old."""
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(store.root)], stdout=subprocess.PIPE, text=True)
+    try:
+        half = Path(worker.stdout.readline().strip()) / "half"
+        long_ago = time.time() - 2 * WITHOUT_LOCK_SECONDS
+        os.utime(half.parent, (long_ago, long_ago))
+        assert list(leftovers(half.parents[1])) == []
+        with store.staging():
+            assert half.is_file()
+        collect(store, (), used_since=time.time() - DAY_SECONDS - 1)
+        assert half.is_file()
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert list(leftovers(half.parents[1])) == [half.parent]
+    with store.staging() as folder:
+        assert {path.name for path in half.parents[1].iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert list(half.parents[1].iterdir()) == []
+
+
+def test_what_a_killed_writer_of_an_earlier_version_left_is_swept_when_nobody_can_want_it(store):
     staging = store.root / "staging"
-    for name, age in (("old", STALE_STAGING_SECONDS + 60), ("young", 60)):
+    for name, age in (("old", WITHOUT_LOCK_SECONDS + 60), ("young", 60)):
         (staging / name / "sub").mkdir(parents=True)
         (staging / name / "sub" / "file").write_text("x")
         os.utime(staging / name, (time.time() - age,) * 2)
     with store.staging() as folder:
-        assert sorted(path.name for path in staging.iterdir()) == sorted([folder.name, "young"])
+        assert {path.name for path in staging.iterdir()} == {folder.name, f"{folder.name}.lock", "young"}
 
 
 def test_changed_bytes_of_the_same_length_are_named(store):
@@ -331,16 +366,14 @@ def test_a_killed_maker_leaves_no_artifact_and_no_lock(store, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    assert [path.name for path in next((store.root / "staging").iterdir()).iterdir()] == ["model.onnx"]
+    assert [path.name for path in (store.root / "staging").glob("*/*")] == ["model.onnx"]
     assert store.find(Engine, "a" * 64) is None
     assert not store.get_or_make(Engine, "a" * 64, writer()).reused
 
 
 def test_what_an_artifact_is_made_of_is_kept_part_by_part(store):
     made_of = Fingerprint.of("engine", spec=ENGINES[0], items=["long"] * 100, files={"\udcff": "a"}, text="\ud83d")
-    assert made_of.digest == fingerprint(
-        "engine", spec=ENGINES[0], items=["long"] * 100, files={"\udcff": "a"}, text="\ud83d"
-    )
+    assert made_of.digest == fingerprint("engine", **made_of.parts)
     assert made_of.parts["spec"]["name"] == "torch"
     assert made_of.parts["items"].startswith("sha256:")
     store.get_or_make(Engine, made_of, lambda folder: engine(made_of.digest))

@@ -157,7 +157,7 @@ def _text(rng, characters):
             piece = rng.choice(PIECES) + (" " * rng.randrange(600) if rng.random() < 0.2 else rng.choice(BETWEEN))
         found.append(piece)
         length += len(piece)
-    return "".join(found)
+    return "".join(found)[: 2 * characters]
 
 
 def _seen(encoding):
@@ -168,7 +168,7 @@ def _compare(encoder_of, monkeypatch, name, seed, rounds):
     """How many texts were cut, and how many refused; the tokens of the others are those of the whole texts."""
     # Small beginnings: what is special about a cut happens as often as the texts allow.
     monkeypatch.setattr(beginnings, "_FIRST_CHARACTERS", 16)
-    monkeypatch.setattr(beginnings, "MOST_CHARACTERS", 2048)
+    monkeypatch.setattr(beginnings, "MOST_CHARACTERS", 1024)
     rng, cut, refused = random.Random(seed), 0, 0  # noqa: S311
     encoders = [
         (1, encoder_of(name)),
@@ -179,14 +179,14 @@ def _compare(encoder_of, monkeypatch, name, seed, rounds):
     ]
     for _ in range(rounds):
         windows, encoder = rng.choice(encoders)
-        whole = (_text(rng, rng.randrange(50, 5000)),)
+        whole = (_text(rng, rng.randrange(50, 3000)),)
         if encoder.strategy == "only_second":
             whole = ("a question", *whole)
         elif encoder.strategy == "only_first":
             whole = (*whole, "a label")
         elif encoder.max_tokens == 32:
             # Beyond that, characters decide which of two texts gets the odd token.
-            whole = (whole[0][:1500], _text(rng, rng.randrange(50, 1500))[:1500])
+            whole = (whole[0][:800], _text(rng, rng.randrange(50, 800))[:800])
         try:
             enough = encoder.enough(whole, windows=windows)
         except RefusedError:
@@ -201,9 +201,9 @@ def _compare(encoder_of, monkeypatch, name, seed, rounds):
     return cut, refused
 
 
-@pytest.mark.parametrize("name", ["wordpiece", "bytes, NFC", "bytes, numbers from the right", "unigram"])
+@pytest.mark.parametrize("name", ["wordpiece", "bytes, numbers from the right", "unigram"])
 def test_a_beginning_has_the_tokens_of_the_whole_text(encoder_of, monkeypatch, name):
-    cut, _ = _compare(encoder_of, monkeypatch, name, seed=0, rounds=40)
+    cut, _ = _compare(encoder_of, monkeypatch, name, seed=0, rounds=30)
     assert cut > 10
 
 
@@ -211,9 +211,9 @@ def test_a_beginning_has_the_tokens_of_the_whole_text(encoder_of, monkeypatch, n
 @pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_many_beginnings_have_the_tokens_of_the_whole_text(encoder_of, monkeypatch, name, seed):
-    cut, refused = _compare(encoder_of, monkeypatch, name, seed, rounds=400)
-    assert cut > 100
-    assert refused < 200
+    cut, refused = _compare(encoder_of, monkeypatch, name, seed, rounds=250)
+    assert cut > 60
+    assert refused < 125
 
 
 #: What costs most where all of it is tokenized.
@@ -228,10 +228,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("name", ["wordpiece", "bytes, NFC", "unigram"])
+@pytest.mark.parametrize("name", ["wordpiece", "bytes, numbers from the right", "unigram"])
 def test_a_huge_text_takes_no_time(encoder_of, name, kind):
     encoder = encoder_of(name, max_tokens=512)
-    encoder.cut("warm", 1)
     text = HOSTILE[kind] * (10**6 // len(HOSTILE[kind]))
     before = time.process_time()
     try:

@@ -1,5 +1,8 @@
 """The models file: every mistake is named with its file, model, field and remedy, before any work begins."""
 
+import os
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -239,8 +242,9 @@ def test_relative_folders_are_beside_the_file(tmp_path):
 
 def test_one_name_in_two_files(tmp_path):
     write_entry(ModelEntry(name="m", source="a/b", task="embedding"), tmp_path / "models.d")
-    with pytest.raises(CatalogError, match=r"models\.d/m\.yaml: model 'm'.*already in .*models\.yaml"):
-        load(tmp_path, "models:\n" + MODEL, tmp_path / "models.d")
+    catalog = load(tmp_path, "models:\n" + MODEL, tmp_path / "models.d")
+    assert re.search(r"models\.d/m\.yaml: model 'm'.*already in .*models\.yaml", catalog.refused["m"])
+    assert catalog.get("m").source == "org/model"
 
 
 def test_defaults_are_not_written_down(tmp_path):
@@ -269,3 +273,71 @@ def test_limits_of_requests_leave_room_for_a_batch():
     assert ModelEntry.model_validate({**fields, "limits": {"engine_rows": 8}}).limits.engine_rows == 8
     with pytest.raises(ValueError, match="engine_rows: 7 is less than max_batch_size"):
         ModelEntry.model_validate({**fields, "limits": {"engine_rows": 7}})
+
+
+def no_utf8(path):
+    path.write_bytes(b"models: [\xff\xfe")
+
+
+def unreadable(path):
+    path.symlink_to(path.with_name("nothing is there"))
+
+
+#: What may lie in models.d in place of a file of models, after a crash or by mistake.
+BAD = {
+    "empty": lambda path: path.touch(),
+    "no YAML": lambda path: path.write_text("models: [{"),
+    "no UTF-8": no_utf8,
+    "a folder": lambda path: path.mkdir(),
+    "a FIFO": os.mkfifo,
+    "a dead link": unreadable,
+    "endless": lambda path: path.symlink_to("/dev/zero"),
+    "too large": lambda path: path.open("wb").truncate(2**40),
+    "too deep": lambda path: path.write_text("[" * 20000),
+    "a wrong field": lambda path: path.write_text("models:\n" + MODEL.replace("task", "tusk")),
+    "a name that is taken": lambda path: path.write_text("models:\n" + MODEL),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_addition_costs_itself_alone_and_is_named(tmp_path, bad):
+    additions = tmp_path / "models.d"
+    additions.mkdir()
+    BAD[bad](additions / "bad.yaml")
+    (additions / "z.yaml").write_text("models:\n" + MODEL.replace("name: m", "name: z"))
+    catalog = load(tmp_path, "models:\n" + MODEL, additions)
+    assert catalog.names == ["m", "z"]
+    with pytest.raises(CatalogError, match=r"models\.d/bad\.yaml.*Mend that file, or remove it"):
+        catalog.get("bad")
+    assert len(str(catalog.refused["bad"])) < 600
+
+
+def test_a_mistake_in_the_models_file_itself_stops_everything(tmp_path):
+    with pytest.raises(CatalogError, match=r"models\.yaml"):
+        load(tmp_path, "")
+
+
+def test_a_bad_addition_is_said_and_takes_no_model_out(tmp_path, capsys, monkeypatch):
+    """Not by the commands, and not by the sensor, which forgets models that are in the catalog no more."""
+    from orchestration.cli import main
+
+    (tmp_path / "models.yaml").write_text("models:\n" + MODEL)
+    (tmp_path / "home" / "models.d").mkdir(parents=True)
+    (tmp_path / "home" / "models.d" / "bad.yaml").touch()
+    monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REFINERY_CATALOG", str(tmp_path / "models.yaml"))
+    assert main(["models"]) == 0
+    assert "models.d/bad.yaml" in capsys.readouterr().err
+    assert main(["optimize", str(tmp_path), "--name", "bad"]) == 1
+    assert "Mend that file" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_entry_while_its_file_is_broken(workspace):
+    write_entry(ModelEntry(name="kept", source="org/model", task="embedding"), workspace.additions)
+    workspace.catalog_path.write_text("models: []\n")
+    entry = workspace.entry("kept")
+    (workspace.additions / "kept.yaml").write_text("")
+    assert workspace.entry("kept") == entry
+    (workspace.additions / "kept.yaml").unlink()
+    with pytest.raises(CatalogError, match="no model named 'kept'"):
+        workspace.entry("kept")

@@ -11,9 +11,11 @@ from orchestration.certificates import share_certificates
 from orchestration.settings import read_workspace
 from resources.errors import CheckpointError
 from resources.revisions.hub import hub_commit
+from resources.revisions.registry import ask_version
 from tests.sources import COMMIT, serving
 
-VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "MLFLOW_TRACKING_INSECURE_TLS")
+MODEL = "models:/bert/3"
 
 
 def answer(path):
@@ -99,3 +101,24 @@ def test_others_stay_trusted(certificates, variables):
 def test_a_bundle_that_is_not_there_changes_nothing(variables, tmp_path):
     variables(REQUESTS_CA_BUNDLE=tmp_path / "none.pem")
     assert "SSL_CERT_FILE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"MLFLOW_TRACKING_SERVER_CERT_PATH": "ca.pem"},
+        {"MLFLOW_TRACKING_INSECURE_TLS": "true"},
+        {"REQUESTS_CA_BUNDLE": "ca.pem"},
+    ],
+)
+def test_mlflow_is_asked_as_its_client_would(server, certificates, variables, given):
+    paths = {name: certificates / value if value.endswith(".pem") else value for name, value in given.items()}
+    workspace = variables(REFINERY_MLFLOW_URI=server, **paths)
+    assert ask_version(MODEL, workspace.sources).number == "3"
+
+
+@pytest.mark.parametrize("given", [{}, {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/nowhere/ca.pem"}])
+def test_mlflow_is_not_believed_otherwise(server, variables, given):
+    workspace = variables(REFINERY_MLFLOW_URI=server, **given)
+    with pytest.raises(CheckpointError, match="certificate|/nowhere/ca.pem"):
+        ask_version(MODEL, workspace.sources)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
+from resources.addresses import Address
 from resources.checkpoints import Access
 from resources.checkpoints.sources import hub_reference, kind_of
 from resources.errors import CatalogError, CheckpointError
@@ -213,7 +214,7 @@ def test_the_hubs_prefix_is_taken_wherever_a_source_is():
 
 
 def hub(workspace, address, **access):
-    return replace(workspace, access=Access(hub_endpoint=address, hub_cache=workspace.home / "hub", **access))
+    return replace(workspace, access=Access(hub_endpoint=Address(address), hub_cache=workspace.home / "hub", **access))
 
 
 def test_a_hub_id_without_a_slash_is_taken_as_in_the_catalog(empty, capsys):

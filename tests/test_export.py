@@ -61,7 +61,7 @@ def test_graph_is_the_model(made_checkpoint, workspace, kind, task, inputs, outp
 def test_reference_is_each_text_alone(made_checkpoint, workspace):
     import torch
 
-    from resources.checkpoints import checkpoint_files, load_arguments
+    from resources.checkpoints import checkpoint_files
 
     entry, checkpoint = collected(workspace, made_checkpoint())
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
@@ -69,7 +69,7 @@ def test_reference_is_each_text_alone(made_checkpoint, workspace):
     items, reference = known.items, known.reference
     texts = [item["TEXT"] for item in items]
     folder = workspace.store.folder(checkpoint)
-    module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder), **load_arguments(checkpoint))
+    module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder), **entry.trust.load_arguments)
     encoder = TextEncoder.from_folder(str(folder))
     for index in range(0, len(texts), 40):
         (encoding,) = encoder.tokens([texts[index]])
@@ -151,7 +151,7 @@ def test_every_engine_of_the_target_is_built(made_checkpoint, sharing, architect
     graph = make_graph(sharing, entry, checkpoint).record
     assert graph.problems == ()
     assert max(int(case.shape.split("x")[1]) for case in graph.parity) == more.get("longest", 64)
-    sources = sources_of(sharing, checkpoint, graph)
+    sources = sources_of(sharing, entry, checkpoint, graph)
     evaluation = make_evaluation_set(sharing, entry, checkpoint).record
     pipeline = open_pipeline(str(sharing.store.folder(checkpoint)))
     rows = [row for rows in pipeline.rows(TASKS[task].items(checkpoint.settings)[:3]) for row in rows][:4]
@@ -185,7 +185,9 @@ def test_no_engine_is_built_from_a_wrong_graph(made_checkpoint, workspace):
     graph = make_graph(workspace, entry, checkpoint).record
     wrong = graph.model_copy(update={"parity_misses": ("At 3x33 it differs.",)})
     with pytest.raises(ExportError, match="At 3x33 it differs"):
-        make_engine(workspace, entry, engine_spec("onnxruntime_fp32"), "cpu", sources_of(workspace, checkpoint, wrong))
+        make_engine(
+            workspace, entry, engine_spec("onnxruntime_fp32"), "cpu", sources_of(workspace, entry, checkpoint, wrong)
+        )
 
 
 def test_export_over_its_limit_is_one_clear_error(made_checkpoint, workspace):

@@ -15,7 +15,8 @@ from orchestration.definitions import make_definitions
 from resources.artifacts import gc
 from resources.artifacts.gc import CACHE_SECONDS, DAY_SECONDS, collect
 from resources.artifacts.records import Champion, Engine
-from resources.artifacts.store import STALE_STAGING_SECONDS, ArtifactStore
+from resources.artifacts.staging import WITHOUT_LOCK_SECONDS
+from resources.artifacts.store import ArtifactStore
 from resources.errors import ArtifactError
 from resources.triton.publish import Steps, publish
 from resources.workspace import Workspace
@@ -108,7 +109,7 @@ def test_nothing_is_removed_that_a_step_may_be_using(store):
 
 
 def test_leftovers_and_caches_that_nobody_reads_go(store):
-    old, new = time.time() - CACHE_SECONDS - 1, time.time() - STALE_STAGING_SECONDS + 60
+    old, new = time.time() - CACHE_SECONDS - 1, time.time() - WITHOUT_LOCK_SECONDS + 60
     for name in ("staging/dead", "staging/alive", "caches/sources/old.json", "caches/sources/new.json"):
         path = store.root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def prepared(workspace, folder, **fields):
     entry = entry_for(folder, **fields)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+    sources = sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record)
     return sources, goal_of(workspace, entry, evaluation)
 
 

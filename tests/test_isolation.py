@@ -15,6 +15,7 @@ from types import ModuleType
 import psutil
 import pytest
 
+from resources import memory
 from resources.errors import EngineError, IsolationError
 from resources.isolation import Limits, Worker, run_isolated
 
@@ -66,6 +67,35 @@ def fill(size):
     data = bytearray(os.urandom(1024) * (size // 1024))
     time.sleep(20)
     return len(data)
+
+
+#: A process of the child's own, which says which it is and then takes that much memory.
+GRANDCHILD = """
+import os, sys, time
+from pathlib import Path
+score = Path("/proc/self/oom_score_adj").read_text().strip()
+Path(sys.argv[1]).write_text(f"{os.getpid()} {score}")
+data = bytearray(os.urandom(1024) * (int(sys.argv[2]) // 1024))
+time.sleep(60)
+"""
+
+
+def start_grandchild(note, size, *, end=None, session=False):
+    """Start one, and wait for it; `end`: what this process does once it is there."""
+    subprocess.Popen([sys.executable, "-c", GRANDCHILD, str(note), str(size)], start_new_session=session)
+    while not note.exists() or " " not in note.read_text():
+        time.sleep(0.02)
+    if end is not None:
+        end()
+    time.sleep(30)
+
+
+def is_gone(pid):
+    for _ in range(200):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def refuse():
@@ -143,6 +173,114 @@ def test_a_worker_keeps_its_object_between_calls_in_a_process_of_its_own():
 def test_what_can_go_wrong_is_an_isolation_error(function, args, limits, message):
     with pytest.raises(IsolationError, match=message):
         run(function, *args, **limits)
+
+
+@pytest.mark.parametrize(
+    ("size", "end", "session", "message"),
+    [
+        (10**9, None, False, r"GB of memory, over its limit of 0\.70 GB"),
+        (10**9, None, True, r"GB of memory, over its limit of 0\.70 GB"),
+        (10, segfault, False, "ended by SIGSEGV"),
+        (10, None, False, "stopped after its limit of 5 s"),
+    ],
+)
+def test_what_the_child_starts_counts_and_ends_with_it(tmp_path, size, end, session, message):
+    limits = Limits(timeout_s=5 if "5 s" in message else 60, memory_bytes=700_000_000)
+    with pytest.raises(IsolationError, match=message), Worker(Starter, limits=limits, what="the work") as worker:
+        worker.call("start", tmp_path / "note", size, end, session)
+    pid, score = (tmp_path / "note").read_text().split()
+    assert is_gone(int(pid))
+    assert score == "1000"  # the kernel takes it first
+    assert Path("/proc/self/oom_score_adj").read_text().strip() != "1000"
+
+
+class Starter:
+    def start(self, note, size, end, session):
+        start_grandchild(note, size, end=end, session=session)
+
+
+def fork_with_memory():
+    """What this process takes, and what it takes together with three that share its pages."""
+    data = bytearray(os.urandom(1024) * 200_000)
+    forked = []
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(30)
+            os._exit(0)
+        forked.append(pid)
+    own = psutil.Process().memory_info().rss
+    assert len(data) < own
+    assert set(forked) == set(memory.descendants(os.getpid()))
+    return own, memory.tree_bytes(os.getpid(), limit=own)
+
+
+def test_pages_that_processes_share_count_once():
+    """A child that forks does not take its memory again."""
+    (own, together), _ = run(fork_with_memory)
+    assert together < own + 200_000_000
+
+
+GB = 10**9
+CGROUPS = {
+    "version 2": ("0::/user/run", "0 0 0:1 / {top} rw - cgroup2 cgroup2 rw", {"user/run/memory.max": 4 * GB}),
+    "version 2, one around it": (
+        "0::/user/run",
+        "0 0 0:1 / {top} rw - cgroup2 cgroup2 rw",
+        {"user/run/memory.max": "max", "user/memory.max": 3 * GB, "memory.max": 5 * GB},
+    ),
+    "version 2, in a container": ("0::/", "0 0 0:1 / {top} rw - cgroup2 cgroup2 rw", {"memory.max": 2 * GB}),
+    "version 2, seen from outside": ("0::/../../x", "0 0 0:1 / {top} rw - cgroup2 cgroup2 rw", {"memory.max": 2 * GB}),
+    "version 1": (
+        "4:cpu,cpuacct:/\n3:memory:/a/b",
+        "0 0 0:1 / /none rw - cgroup cgroup rw,cpu,cpuacct\n0 0 0:2 / {top} rw - cgroup cgroup rw,memory",
+        {"a/b/memory.limit_in_bytes": 9223372036854771712, "a/memory.limit_in_bytes": 2 * GB},
+    ),
+    "version 1, in a container": (
+        "3:memory:/docker/1",
+        "0 0 0:2 /docker/1 {top} rw - cgroup cgroup rw,memory",
+        {"memory.limit_in_bytes": 3 * GB},
+    ),
+    "version 1, unlimited": (
+        "3:memory:/",
+        "0 0 0:2 / {top} rw - cgroup cgroup rw,memory",
+        {"memory.limit_in_bytes": 9223372036854771712},
+    ),
+    "none": ("", "", {}),
+    "damaged": ("0::/", "0 0 0:1 / {top} rw - cgroup2 cgroup2 rw", {"memory.max": "x"}),
+}
+
+
+@pytest.mark.parametrize("kind", CGROUPS)
+def test_the_default_limit_is_most_of_what_the_machine_or_its_container_has(tmp_path, kind):
+    own, mounts, files = CGROUPS[kind]
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(own)
+    (tmp_path / "proc" / "self" / "mountinfo").write_text(mounts.format(top=tmp_path / "top"))
+    for name, value in files.items():
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).write_text(f"{value}\n")
+    limits = [value for value in files.values() if isinstance(value, int)]
+    assert memory.available_bytes(tmp_path / "proc") == min(psutil.virtual_memory().total, *limits, 2**62)
+
+
+def test_the_default_limit_is_that_of_the_cgroup_that_we_run_in():
+    machine = psutil.virtual_memory().total
+    assert Limits().memory_bytes == int(0.8 * memory.available_bytes()) <= 0.8 * machine
+    group = Path("/sys/fs/cgroup/memory")
+    file = group / f"refinery-test-{os.getpid()}" / "memory.limit_in_bytes"
+    try:
+        file.parent.mkdir()
+        file.write_text(str(GB))
+    except OSError:
+        pytest.skip("making a cgroup needs root and version 1 of them, mounted to be written")
+    code = "import os; from pathlib import Path; from resources.isolation import Limits\n"
+    code += f"Path({str(file.parent)!r}, 'cgroup.procs').write_text(str(os.getpid())); print(Limits().memory_bytes)"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert abs(int(done.stdout) - 0.8 * GB) < 10**5
+    finally:
+        file.parent.rmdir()
 
 
 def test_what_the_child_cannot_import_is_named(monkeypatch):

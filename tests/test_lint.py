@@ -233,16 +233,20 @@ def move_echo(root):
     (root / "echo").rename(root / "an echo")
 
 
-OUT = "lead out of the graph's folder. Put them beside the graph."
+OUT = "leads out of its folder, or has an empty part. Put them beside the graph."
 RANDOM = """
 model_warmup { name: "w" batch_size: 1 inputs { key: "x" value { data_type: TYPE_INT64 dims: [3] random_data: true } } }
 """
 #: What is done to the repository, and the one rule that it breaks, with what is said of it.
 BROKEN = {
-    "weights elsewhere": (weights_in("../../../../etc/passwd"), "external-data", f"in '../../../../etc/passwd' {OUT}"),
-    "weights at a path": (weights_in("/etc/passwd"), "external-data", f"in '/etc/passwd' {OUT}"),
-    "weights by a link": (linked_weights, "external-data", f"in 'weights.bin' {OUT}"),
-    "weights with a null in their name": (weights_in("a\0b"), "external-data", OUT),
+    "weights elsewhere": (weights_in("../../../../etc/passwd"), "external-data", f"'../../../../etc/passwd' {OUT}"),
+    "weights at a path": (weights_in("/etc/passwd"), "external-data", f"'/etc/passwd' {OUT}"),
+    "weights by a link": (linked_weights, "external-data", "'weights.bin' is a link that leads out of"),
+    "weights with a null in their name": (
+        weights_in("a\0b"),
+        "external-data",
+        "holds a backslash or a control character",
+    ),
     "a tensor of an operator elsewhere": (weights_in("../x", where="attribute"), "external-data", OUT),
     "weights of an inner graph elsewhere": (weights_in("../x", where="inner graph"), "external-data", OUT),
     "weights of a function elsewhere": (weights_in("../x", where="function"), "external-data", OUT),
@@ -274,12 +278,16 @@ BROKEN = {
     "a configuration that is a pipe": (pipe(f"double/{CONFIG}"), "no-config", "double: "),
     "Python that is a pipe": (pipe("echo/1/model.py"), "model-file", "model.py is missing"),
     "a graph that is a pipe": (pipe("double/1/model.onnx"), "model-file", "holds no model.onnx"),
-    "labels elsewhere": (edit("echo", "labels.txt", "../../etc/passwd"), "label-file", "leads out of the model's fold"),
-    "labels at a path": (edit("echo", "labels.txt", "/etc/passwd"), "label-file", "leads out of the model's folder"),
+    "labels elsewhere": (
+        edit("echo", "labels.txt", "../../etc/passwd"),
+        "label-file",
+        "are not in the model's folder: ",
+    ),
+    "labels at a path": (edit("echo", "labels.txt", "/etc/passwd"), "label-file", "are not in the model's folder: "),
     "a warm-up from elsewhere": (
         edit("echo", "zero_data: true", 'input_data_file: "../labels.txt"'),
         "warm-up",
-        "'../labels.txt' leads out of warmup/",
+        "its data is not in warmup/: '../labels.txt' leads out",
     ),
     "a space in a name": (
         lambda root: (edit("twice", '"echo"', '"an echo"')(root), move_echo(root)),
@@ -458,6 +466,7 @@ def test_nothing_is_wrong_with_what_is_right(repository):
     assert lint(repository) == []
     # What is beside a model, guarded, or part of Python is found.
     (repository / "echo" / "1" / "helper.py").write_text("")
+    edit("echo", "labels.txt", "./labels.txt")(repository)
     source = "import os.path, helper\nfrom . import x\ntry:\n    import nowhere_at_all\nexcept ImportError:\n    pass\n"
     write("echo/1/model.py", source + MODEL_PY)(repository)
     in_a_folder(repository)
@@ -649,7 +658,8 @@ def test_hostile_names_are_shown_as_they_are_written(repository, capsys):
     (repository / "double").rename(repository / HOSTILE)
     assert main(["lint", str(repository)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert "a\\x1b]0;owned\\x07\\n\\u202eb: error: forged [no-config]\\udcff/config.pbtxt:2: error: says" in lines[0]
+    shown = "a\\u001b]0;owned\\u0007\\n\\u202eb: error: forged [no-config]\\udcff/config.pbtxt:2: error: says"
+    assert shown in lines[0]
     assert len(lines) == 2
     for form in ("json", "sarif"):
         assert main(["lint", str(repository), "--format", form]) == 1

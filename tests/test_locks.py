@@ -1,6 +1,8 @@
 """File locks between processes: shared by builders, held alone by a benchmark, and never left behind by the dead."""
 
 import os
+import pwd
+import re
 import stat
 import subprocess
 import sys
@@ -9,7 +11,8 @@ from threading import Event, Thread
 import pytest
 
 from resources import locks
-from resources.locks import benchmarking, building, file_lock
+from resources.errors import LockError
+from resources.locks import benchmarking, building, file_lock, holders
 
 HOLDER = """
 import sys, time
@@ -75,17 +78,41 @@ def test_free_again_after_an_error(path):
 
 
 def test_waiting_is_announced_once_and_ends(path, hold):
-    hold("alone")
+    holder = hold("alone")
     said = []
-    lock = file_lock(path, timeout_s=0.3, waiting=lambda: said.append("waiting"))
-    with pytest.raises(TimeoutError, match=r"a\.lock is held by another process"), lock:
+    lock = file_lock(path, timeout_s=0.3, waiting=said.append)
+    with pytest.raises(TimeoutError, match=rf"a\.lock is held by process {holder.pid} \(python"), lock:
         pass
-    assert said == ["waiting"]
+    assert said == [f"process {holder.pid} (python a.lock alone) of {pwd.getpwuid(os.getuid()).pw_name}"]
+
+
+def test_all_who_share_a_lock_are_named_without_their_secrets(path, hold):
+    first, second = hold("shared"), hold("shared")
+    assert {int(pid) for pid in re.findall(r"process (\d+) \(", holders(path))} == {first.pid, second.pid}
+    secret = [sys.executable, "-c", HOLDER.replace("sys.argv[2]", "'alone'"), str(path), "--password", "KEY=hidden"]
+    for process in (first, second):
+        process.kill()
+        process.wait()
+    with subprocess.Popen([*secret, "s3://user:hidden@host"], stdout=subprocess.PIPE, text=True) as last:
+        assert last.stdout.readline() == "held\n"
+        assert f"process {last.pid} (" in holders(path)
+        assert "hidden" not in holders(path)
+        last.kill()
+    assert holders(path) == "another process"
+
+
+def test_who_waits_long_is_told_for_whom(path, hold, caplog, monkeypatch):
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 0.1)
+    holder = hold("alone")
+    with pytest.raises(TimeoutError), file_lock(path, timeout_s=0.3):
+        pass
+    (said,) = caplog.messages
+    assert said.startswith(f"waiting for {path}, which is held by process {holder.pid} (")
 
 
 def test_free_locks_announce_nothing(path):
     said = []
-    with file_lock(path, waiting=lambda: said.append("waiting")):
+    with file_lock(path, waiting=said.append):
         pass
     assert said == []
 
@@ -94,7 +121,7 @@ def test_a_lock_file_that_was_tidied_away_does_not_let_two_in(path):
     waits, has_it = Event(), Event()
 
     def wait_for_it():
-        with file_lock(path, timeout_s=20, waiting=waits.set):
+        with file_lock(path, timeout_s=20, waiting=lambda who: waits.set()):
             has_it.set()
 
     first = file_lock(path)
@@ -158,3 +185,74 @@ def test_a_benchmark_that_waits_lets_no_further_build_begin(path, monkeypatch):
     first.join(10)
     second.join(10)
     assert order == ["benchmark", "build"]
+
+
+def closed(path):
+    """As another user's file of mode 0600 is."""
+    path.touch()
+    path.chmod(0)
+
+
+#: What another user may put into the place of the machine's lock or its gate, whose folder everybody may write in.
+SPOILED = {
+    "a link": lambda path: path.symlink_to(path.with_name("elsewhere")),
+    "a link to a lock": lambda path: [path.with_name("other.lock").touch(), path.symlink_to("other.lock")],
+    "a folder": lambda path: path.mkdir(),
+    "a FIFO": os.mkfifo,
+    "a closed file": closed,
+}
+
+
+@pytest.fixture
+def machine(tmp_path_factory, monkeypatch):
+    """The machine's lock, in a folder for everybody, and this user's own. Root opens any file, so it is nobody here."""
+    folder = tmp_path_factory.mktemp("machine")
+    for name in ("tmp", "home"):
+        (folder / name).mkdir()
+        (folder / name).chmod(0o777)
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    monkeypatch.setattr(locks, "MACHINE_LOCK", folder / "tmp" / "machine.lock")
+    monkeypatch.setattr(locks, "_own_lock", lambda: folder / "home" / "own" / "machine.lock")
+    monkeypatch.setattr(locks, "_TOLD", set())
+    return folder / "tmp" / "machine.lock"
+
+
+@pytest.mark.parametrize("name", ["machine.lock", "machine.gate"])
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_what_another_user_puts_into_the_place_of_the_machines_lock_stops_nobody(machine, caplog, spoil, name):
+    SPOILED[spoil](machine.with_name(name))
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    try:
+        with building():
+            assert is_free(locks._own_lock(), "shared")
+            assert not is_free(locks._own_lock(), "alone")
+        with benchmarking():
+            assert not is_free(locks._own_lock(), "shared")
+    finally:
+        os.seteuid(os.getuid())
+    (said,) = caplog.messages  # once
+    assert said.startswith(f"{machine.with_name(name)} cannot be used as a lock (")
+    assert "Have it removed" in said
+    assert not (machine.parent / "elsewhere").exists()
+
+
+def test_a_lock_of_another_user_that_may_only_be_read_is_as_good(machine):
+    machine.touch(mode=0o644)
+    machine.with_suffix(".gate").touch(mode=0o644)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    try:
+        with benchmarking():
+            assert not is_free(machine, "shared")
+    finally:
+        os.seteuid(os.getuid())
+
+
+def test_where_there_can_be_no_lock_at_all_the_error_is_ours(machine, monkeypatch):
+    machine.mkdir()
+    (machine.parents[1] / "file").touch()
+    monkeypatch.setattr(locks, "_own_lock", lambda: machine.parents[1] / "file" / "machine.lock")
+    with pytest.raises(LockError, match="cannot be held: .*See that its folder can be written"), building():
+        pass

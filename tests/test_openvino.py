@@ -39,7 +39,7 @@ installed = pytest.mark.skipif(find_spec("openvino") is None, reason="pip instal
 def prepared(workspace, folder, **fields):
     entry = entry_for(folder, **fields)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
-    return entry, sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+    return entry, sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record)
 
 
 def openvino_plan(folder, **fields):

@@ -257,7 +257,7 @@ def judged(workspace, folder, engine, **fields):
     entry = entry_for(folder, shapes=["1x16"], engines=None, **fields)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+    sources = sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record)
     made, baseline = (
         make_engine(workspace, entry, engine_spec(name), "cpu", sources, evaluation).record
         for name in (engine, "torch")

@@ -59,7 +59,7 @@ def prepare(workspace: Workspace, folder: Path) -> Prepared:
     entry = entry_for(folder, gates=GATES, engines=None)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+    sources = sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record)
     return Prepared(workspace, entry, sources, evaluation)
 
 

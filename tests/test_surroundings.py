@@ -1,9 +1,12 @@
 """Machines as containers and other languages have them: odd folders, no home, and a user without a name."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -13,6 +16,7 @@ from orchestration.instance import prepare_instance
 from orchestration.settings import complete_environment, read_workspace
 from resources.errors import CatalogError
 from resources.tracking.store import TrackingStore
+from resources.workspace import Workspace
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
 from tests.test_cli import REFINERY, environment, refinery
@@ -66,12 +70,27 @@ def test_a_model_is_optimized_and_asked_in_an_odd_folder(empty, tmp_path, made_c
         assert code == 0, out + err
 
 
-def without_a_name(workspace, *command):
-    """A command as a user whom the system does not know, and without HOME. Where libraries lie it may read."""
+#: A user whom no system knows.
+USER = 54321
+
+
+@pytest.fixture
+def nameless():
+    """A workspace that belongs to such a user. Pytest's own folders may not be entered by others."""
     if os.geteuid() != 0:
         pytest.skip("becoming a user who has no name needs root")
+    folder = Path(tempfile.mkdtemp(prefix="refinery-nameless-"))
+    os.chown(folder, USER, USER)
+    workspace = Workspace(folder / "home", folder / "models.yaml")
+    workspace.catalog_path.write_text("models: []\n")
+    yield workspace
+    shutil.rmtree(folder)
+
+
+def without_a_name(workspace, *command):
+    """A command as that user, and without HOME. Where Python and its libraries lie it may read."""
     can = "+dac_override,+dac_read_search"
-    prefix = ["setpriv", f"--inh-caps={can}", f"--ambient-caps={can}", "--reuid=54321", "--regid=54321"]
+    prefix = ["setpriv", f"--inh-caps={can}", f"--ambient-caps={can}", f"--reuid={USER}", f"--regid={USER}"]
     kept = {name: value for name, value in environment(workspace).items() if name not in UNKNOWN}
     return subprocess.run(
         [*prefix, "--clear-groups", *command],
@@ -93,22 +112,24 @@ print(Path.home(), getpass.getuser())
 """
 
 
-def test_a_user_without_name_and_home_has_both(empty):
+def test_a_user_without_name_and_home_has_both(nameless):
     """Of the definitions, which Dagster's processes and workers load, and of the command line."""
-    found = without_a_name(empty, sys.executable, "-c", _LOOK)
-    assert found.stdout.split() == [str(empty.home / "user"), "uid-54321"], found.stderr
-    found = without_a_name(empty, REFINERY, "gc", "--dry-run")
+    found = without_a_name(nameless, sys.executable, "-c", _LOOK)
+    assert found.stdout.split() == [str(nameless.home / "user"), f"uid-{USER}"], found.stderr
+    found = without_a_name(nameless, REFINERY, "gc", "--dry-run")
     assert found.returncode == 0, found.stderr
-    assert not (empty.home.parent / "~").exists()
+    assert not (nameless.home.parent / "~").exists()
 
 
 @pytest.mark.whole
-def test_a_user_without_name_and_home_optimizes_a_model(empty, made_checkpoint, triton_settings):
-    add_entry(empty, entry_for(made_checkpoint(), shapes=["1x16"], engines=["onnxruntime_fp32"]))
+def test_a_user_without_name_and_home_optimizes_a_model(nameless, made_checkpoint, triton_settings):
+    folder = shutil.copytree(made_checkpoint(), nameless.home.parent / "checkpoint")
+    add_entry(nameless, entry_for(folder, shapes=["1x16"], engines=["onnxruntime_fp32"]))
+    subprocess.run(["chown", "-R", f"{USER}:{USER}", str(nameless.home.parent)], check=True)  # noqa: S607
     for command in (["optimize", "tiny"], ["query", "tiny", "a text"], ["verify", "tiny"]):
-        found = without_a_name(empty, REFINERY, *command)
+        found = without_a_name(nameless, REFINERY, *command)
         assert found.returncode == 0, found.stdout + found.stderr
-    assert not (empty.home.parent / "~").exists()
+    assert not (nameless.home.parent / "~").exists()
 
 
 def test_a_home_and_a_name_that_are_there_stay(monkeypatch):

@@ -65,7 +65,7 @@ def ready(made_checkpoint, tmp_path_factory):
     return (
         workspace,
         entry,
-        sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record),
+        sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record),
         evaluation,
     )
 

@@ -178,7 +178,7 @@ def test_the_setting_goes_from_the_benchmark_to_the_release(made_checkpoint, sha
     entry = entry_for(made_checkpoint(), benchmark={"seconds": 4.0, "threads": 2})
     checkpoint = collect_checkpoint(entry, sharing.store, sharing.limits).record
     evaluation = make_evaluation_set(sharing, entry, checkpoint).record
-    sources = sources_of(sharing, checkpoint, make_graph(sharing, entry, checkpoint).record)
+    sources = sources_of(sharing, entry, checkpoint, make_graph(sharing, entry, checkpoint).record)
     baseline, engine = (
         make_engine(sharing, entry, engine_spec(name), "cpu", sources, evaluation).record
         for name in ("torch", "onnxruntime_fp32")

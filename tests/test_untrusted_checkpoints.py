@@ -393,3 +393,8 @@ def test_an_adapter_is_to_be_merged_first(folder, s3, tmp_path):
     shutil.copytree(folder, logged / "model")
     with pytest.raises(CheckpointError, match="it is an adapter: merge it first"):
         registry._checkpoint_in("models:/a/1", logged)
+
+
+def test_refusals_are_short(folder):
+    edit_json(folder / "config.json", architectures=["x" * 10**6])
+    assert len(refusal(folder, task="classification")) < 3000

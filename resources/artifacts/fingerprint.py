@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from importlib import metadata
@@ -20,10 +20,11 @@ _PENDING = "pending:"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an artifact is made of, part by part, and the digest that names it.
+    """What an artifact is made of, part by part, and the digest that names it: that of the kind and the parts.
 
     parts: JSON values, what is long by its own digest. They are kept with the record, so that it can be said later
-    which of them is another. awaits: of a plan's, the steps that have to be done before all of it is known.
+    which of them is another, and that the record is the one that the digest names. awaits: of a plan's, the steps that
+    have to be done before all of it is known.
     """
 
     kind: str
@@ -36,7 +37,22 @@ class Fingerprint:
         """See `fingerprint`, which is its digest."""
         values: dict[str, Any] = json.loads(json.dumps(inputs, default=_fields))
         parts = {name: _part(value) for name, value in values.items()}
-        return cls(kind, fingerprint(kind, **inputs), parts, tuple(sorted(_awaited(values))))
+        return cls(kind, fingerprint(kind, **parts), parts, tuple(sorted(_awaited(values))))
+
+
+def is_made_of(kind: str, digest: str, parts: Mapping[str, Any]) -> bool:
+    """Tell whether the digest is that of the kind and the parts."""
+    return "kind" not in parts and fingerprint(kind, **parts) == digest
+
+
+def is_of_earlier_version(value: Any) -> bool:
+    """Tell whether parts were noted by a version whose digests cannot be computed again from them.
+
+    It noted 16 digits of a long part's digest, and made the artifact's digest from the part itself.
+    """
+    if isinstance(value, dict):
+        return any(is_of_earlier_version(inner) for inner in value.values())
+    return isinstance(value, str) and re.fullmatch("sha256:[0-9a-f]{16}", value) is not None
 
 
 def _part(value: Any) -> Any:
@@ -46,7 +62,7 @@ def _part(value: Any) -> Any:
     text = json.dumps(value, sort_keys=True)
     if len(text) <= _LONGEST_PART and not re.search(r"\\ud[89ab]", text):
         return value
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def pending(step: str) -> str:

@@ -15,14 +15,15 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from resources.artifacts.records import Record
-from resources.artifacts.store import RECORD_FILE, STALE_STAGING_SECONDS, ArtifactStore
-from resources.errors import ArtifactError
+from resources.artifacts.staging import claimed, discard, leftovers
+from resources.artifacts.store import RECORD_FILE, ArtifactStore
+from resources.errors import FULL, ArtifactError
 from resources.locks import file_lock
 
 DAY_SECONDS = 24 * 3600.0
@@ -108,6 +109,13 @@ def _collect(store: ArtifactStore, wanted: Collection[str], used_since: float, d
     entries = {entry.folder.name: entry for entry in _entries(store)}
     kept = reachable(entries, {*_current(store), *wanted}, used_since)
     done = Collected()
+    # First what needs no new file of ours: on a full disk none can be made.
+    for kind, path in _leftovers(store):
+        with suppress(FileNotFoundError):
+            size = _size(path)
+            if not dry_run:
+                discard(path)
+            done.removed.setdefault(kind, Amount()).add(size)
     for name, entry in entries.items():
         try:
             size = _size(entry.folder)
@@ -115,12 +123,6 @@ def _collect(store: ArtifactStore, wanted: Collection[str], used_since: float, d
         except FileNotFoundError:  # another process removed it, or makes it again
             continue
         (done.removed if gone else done.kept).setdefault(entry.kind, Amount()).add(size)
-    for kind, path in _leftovers(store):
-        with suppress(FileNotFoundError):
-            size = _size(path)
-            if not dry_run:
-                _discard(path)
-            done.removed.setdefault(kind, Amount()).add(size)
     return done
 
 
@@ -174,9 +176,17 @@ def reachable(entries: Mapping[str, Entry], wanted: Collection[str], used_since:
 
 def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:
     """Take the entry out, unless it is used just now."""
-    lock, aside = store.lock_of(entry.kind, entry.folder.name), store.root / "staging" / uuid.uuid4().hex
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(lock):
+    lock, staging = store.lock_of(entry.kind, entry.folder.name), store.root / "staging"
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(lock))
+            staging.mkdir(exist_ok=True)
+            aside = held.enter_context(claimed(staging))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            # No file can be made, so nobody can be making the artifact either, which is what the locks are for.
+            aside = staging / uuid.uuid4().hex if staging.exists() else staging
         entry.folder.rename(aside)
         # Whoever takes an artifact touches it before looking at it. From here on it is not there to be touched.
         if _Entry(entry.kind, aside).used >= used_since:
@@ -189,21 +199,14 @@ def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:
 
 def _leftovers(store: ArtifactStore) -> Iterator[tuple[str, Path]]:
     """What killed processes left, and what saved nobody any work for long, each with what it is called."""
+    for path in leftovers(store.root / "staging"):
+        yield "unfinished work", path
     now = time.time()
-    for name, kind, age in (("staging", "unfinished work", STALE_STAGING_SECONDS), ("caches", "caches", CACHE_SECONDS)):
-        root = store.root / name
-        for path in sorted(root.iterdir() if name == "staging" else root.rglob("*")) if root.is_dir() else []:
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                if (name == "staging" or path.is_file()) and now - max(status.st_mtime, status.st_atime) > age:
-                    yield kind, path
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink()
+    for path in sorted(store.caches.rglob("*")) if store.caches.is_dir() else []:
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            if path.is_file() and now - max(status.st_mtime, status.st_atime) > CACHE_SECONDS:
+                yield "caches", path
 
 
 def _size(path: Path) -> int:

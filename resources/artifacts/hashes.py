@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from resources.files import write_whole
 from resources.foreign import open_below
 
 #: A file that changed so recently may change again without another time of change: file systems' clocks are coarse.
@@ -25,17 +25,9 @@ def signature(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_bytes(data)
-    draft.replace(path)
-
-
 def write_json(path: Path, data: object) -> None:
-    """The same of what JSON can say."""
-    write_whole(path, json.dumps(data).encode())
+    """Write what JSON can say, whole or not at all."""
+    write_whole(path, json.dumps(data))
 
 
 def hash_below(folder: Path, name: str) -> str:

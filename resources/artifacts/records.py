@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from resources.artifacts.fingerprint import is_made_of, is_of_earlier_version
 from resources.foreign import ForeignError, check_name
 
 #: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
@@ -69,6 +70,15 @@ class Record(BaseModel):
     def reusable(self) -> bool:
         """Whether the same digest may be answered with this record instead of new work."""
         return True
+
+    @property
+    def fits_its_digest(self) -> bool:
+        """Whether the digest is that of what the record says it was made of.
+
+        Also of records that an earlier version wrote, whose digests cannot be computed again.
+        """
+        parts = self.made_of
+        return not parts or is_made_of(self.kind, self.digest, parts) or is_of_earlier_version(parts)
 
     @property
     def content(self) -> dict[str, StoredFile]:
@@ -225,7 +235,9 @@ class Engine(Record):
     precision: str
     status: EngineStatus
     reason: str = ""
-    entry_file: str = Field(default="", description="What the runtime opens, relative to the artifact.")
+    entry_file: FileName | Literal[""] = Field(
+        default="", description="What the runtime opens, relative to the artifact."
+    )
     inputs: tuple[str, ...] = ()
     output: str = ""
     width: int = 0

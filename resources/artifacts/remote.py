@@ -70,6 +70,9 @@ class RemoteArtifacts:
                 return None, ()
             if record.digest != digest:  # folders are named by half of the digest
                 return None, ()
+            if not record.fits_its_digest:
+                place.remove([_RECORD])
+                return None, (_RECORD,)
             for name, file in record.files.items():
                 if not _fetched(place / entry.upload / name, folder, name, file):
                     if upload_of(place) != entry.upload:  # another machine has just brought it again, or removed it
@@ -77,6 +80,11 @@ class RemoteArtifacts:
                     place.remove([_RECORD])
                     return None, (name,)
         return record, ()
+
+    def withdraw(self, record: Record) -> None:
+        """Have nobody find the artifact there any more. `refinery gc` removes its files later."""
+        with clear_errors():
+            self._place(record.kind, record.digest).remove([_RECORD])
 
     def record(self, kind: type[R], digest: str) -> R | None:
         """The record of that digest without its files; None where there is none, or none that this version reads."""
@@ -86,7 +94,7 @@ class RemoteArtifacts:
                 record = kind.model_validate_json(entry.record)
             except (FileNotFoundError, ValidationError):
                 return None
-        return record if record.digest == digest else None
+        return record if record.digest == digest and record.fits_its_digest else None
 
     def has(self, record: Record) -> bool:
         """Whether an artifact of that digest is there; it was used then, and is not removed for a while."""

@@ -6,6 +6,7 @@
     <root>/<kind>/<digest>/.verified      their sizes and times when their bytes were read last
     <root>/current/<name>.json            what a step of the pipeline made last (kind and digest)
     <root>/staging/<random>/              work under way; renamed into place when whole
+    <root>/staging/<random>.lock          held while somebody is at work there
     <root>/caches/                        what saves work and is no artifact: timings, digests, plots
 
 Nothing is ever edited in place, so readers need no lock, and a killed writer leaves only a staging folder behind.
@@ -21,14 +22,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeGuard, TypeVar
 
 from pydantic import ValidationError
 
@@ -36,15 +35,15 @@ from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.hashes import signature, write_json
 from resources.artifacts.records import Record, sha256_file
 from resources.artifacts.remote import RemoteArtifacts
+from resources.artifacts.staging import claimed, staging_folder
 from resources.errors import ArtifactError
+from resources.files import move_whole
 from resources.foreign import parse_json
 from resources.locks import file_lock
 
 R = TypeVar("R", bound=Record)
 
 RECORD_FILE = "record.json"
-#: A staging folder older than this belongs to nobody: no step may run that long (see isolation.Limits).
-STALE_STAGING_SECONDS = 24 * 3600
 #: A disk may lose bits without touching a file's times; bytes that were read so long ago are read again.
 VERIFY_AGAIN_SECONDS = 7 * 24 * 3600
 _VERIFIED_FILE = ".verified"
@@ -112,6 +111,8 @@ class ArtifactStore:
             return None, (RECORD_FILE,) if error.errors()[0]["type"] == "json_invalid" else ()
         if record.digest != digest:  # folders are named by half of the digest
             return None, ()
+        if not record.fits_its_digest:
+            return None, (RECORD_FILE,)
         damaged = tuple(self.damaged(record))
         return (None, damaged) if damaged else (record, ())
 
@@ -163,6 +164,12 @@ class ArtifactStore:
         with lock, self.staging() as aside, suppress(FileNotFoundError):
             folder.rename(aside / folder.name)
 
+    def reject(self, record: Record) -> None:
+        """Take an artifact out of the store and out of what machines share, so that it is made anew everywhere."""
+        if self.remote is not None:
+            self.remote.withdraw(record)
+        self.remove(record)
+
     def get_or_make(
         self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R], *, light: bool = False
     ) -> Made[R]:
@@ -176,11 +183,11 @@ class ArtifactStore:
         del light
         digest, parts = (made_of, {}) if isinstance(made_of, str) else (made_of.digest, made_of.parts)
         found, _ = self.look(kind, digest)
-        if found is not None and found.reusable:
+        if _answers(found, parts):
             return Made(found, reused=True)
         with file_lock(self.lock_of(kind.kind, digest)):
             found, damaged = self._newest(kind, digest)
-            if found is not None and found.reusable:
+            if _answers(found, parts):
                 return Made(found, reused=True, damaged=damaged)
             with self.staging() as folder:
                 started = time.monotonic()
@@ -197,8 +204,7 @@ class ArtifactStore:
                     )
                 if record.files:
                     self._note_verified(folder, {name: signature(folder / name) for name in record.files})
-                (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-                self._put(folder, self.folder(record))
+                self._put(folder, record)
             if self.remote is not None:
                 self.remote.push(record, self.folder(record))
         return Made(record, reused=False, damaged=damaged)
@@ -258,7 +264,7 @@ class ArtifactStore:
             here = kind.model_validate_json((self._folder(kind.kind, digest) / RECORD_FILE).read_bytes())
         except (OSError, ValidationError):
             here = None
-        if here is not None and here.digest != digest:  # folders are named by half of the digest
+        if here is not None and (here.digest != digest or not here.fits_its_digest):
             here = None
         if self.remote is None or (here is not None and here.reusable):
             return here
@@ -276,15 +282,8 @@ class ArtifactStore:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """An empty folder on the store's own file system, removed at the end whatever happens."""
-        parent = self.root / "staging"
-        parent.mkdir(parents=True, exist_ok=True)
-        self._sweep(parent)
-        folder = parent / uuid.uuid4().hex
-        folder.mkdir()
-        try:
+        with staging_folder(self.root / "staging") as folder:
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _pull(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
         """What another machine has made, brought here whole; or the files that are not what they were there."""
@@ -293,8 +292,7 @@ class ArtifactStore:
         with self.staging() as folder:
             record, damaged = self.remote.pull(kind, digest, folder)
             if record is not None:
-                (folder / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-                self._put(folder, self.folder(record))
+                self._put(folder, record)
         return record, damaged
 
     def _pointer(self, name: str) -> Path:
@@ -326,16 +324,17 @@ class ArtifactStore:
         """The lock of whoever makes or removes the artifact; of its digest the beginning is enough, as in `_folder`."""
         return self.root / "locks" / f"{kind}-{digest[:32]}.lock"
 
-    def _put(self, staged: Path, place: Path) -> None:
+    def _put(self, staged: Path, record: Record) -> None:
+        """Move what was made to its place, whole and on the disk, with its record."""
+        place = self.folder(record)
+        (staged / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.root / "staging" / uuid.uuid4().hex
-        if place.exists():  # not reusable, or damaged: it goes aside whole, never file by file
-            place.rename(aside)
-        staged.rename(place)
-        shutil.rmtree(aside, ignore_errors=True)
+        with claimed(self.root / "staging") as aside:
+            if place.exists():  # not reusable, or damaged: it goes aside whole, never file by file
+                place.rename(aside)
+            move_whole(staged, place)
 
-    def _sweep(self, parent: Path) -> None:
-        for entry in os.scandir(parent):
-            with suppress(FileNotFoundError):  # another process was done with it
-                if time.time() - entry.stat().st_mtime > STALE_STAGING_SECONDS:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+
+def _answers(record: R | None, parts: Mapping[str, Any]) -> TypeGuard[R]:
+    """Whether the record is what was asked for by those parts, and may be used again."""
+    return record is not None and record.reusable and (not parts or record.made_of == parts)

@@ -1,6 +1,6 @@
 """Where checkpoints come from, and what must hold before one is used."""
 
-from resources.checkpoints.collect import checkpoint_files, collect_checkpoint, load_arguments
+from resources.checkpoints.collect import checkpoint_files, collect_checkpoint
 from resources.checkpoints.settings import Access, SourceSettings
 from resources.checkpoints.sources import Located, locate
 
@@ -10,6 +10,5 @@ __all__ = [
     "SourceSettings",
     "checkpoint_files",
     "collect_checkpoint",
-    "load_arguments",
     "locate",
 ]

@@ -28,7 +28,7 @@ from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import locate
 from resources.checkpoints.tokenizer import Signature, prepare_tokenizer
 from resources.checkpoints.validation import validate
-from resources.errors import CatalogError, CheckpointError, IsolationError, UnfetchedError
+from resources.errors import ArtifactError, CatalogError, CheckpointError, IsolationError, UnfetchedError
 from resources.evaluation.requests import require_answers, sampled_requests
 from resources.foreign import ForeignError, open_below
 from resources.isolation import Limits, run_isolated
@@ -169,7 +169,29 @@ def collect_checkpoint(
             peak_memory_bytes=peak,
         )
 
-    return store.get_or_make(Checkpoint, made_of, make)
+    made = store.get_or_make(Checkpoint, made_of, make)
+    if made.reused:
+        _require_source(made.record, hashes, store)
+    return made
+
+
+def _require_source(record: Checkpoint, hashes: Mapping[str, str], store: ArtifactStore) -> None:
+    """Raise ArtifactError where the stored copy says of itself that it holds other files than the source.
+
+    The digest of a checkpoint is that of its source's files. A record with other files under it was written by
+    somebody else, who may have put code or weights of their own in their place.
+    """
+    ours = (ENCODER_FILE, PIPELINE_FILE)  # written into the copy, over files of those names
+    stored = {name: file.sha256 for name, file in record.files.items()}
+    foreign = [name for name, sha256 in hashes.items() if name not in ours and stored.get(name) != sha256]
+    foreign += sorted(stored.keys() - {*hashes, *ours, TOKENIZER})
+    if foreign:
+        store.reject(record)
+        raise ArtifactError(
+            f"{record.model}: {foreign[0]} of the stored copy in {store.folder(record)} is not the source's, although "
+            "the copy lies under the source's digest. Somebody else wrote it, and it was removed. See who can write to "
+            "the artifact store, and optimize again."
+        )
 
 
 def _made_of(entry: ModelEntry, revision: str | None, weights: str, files: Mapping[str, str]) -> Fingerprint:
@@ -313,8 +335,3 @@ def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
     """What tasks read of a stored checkpoint. Raises CheckpointError."""
     files = CheckpointFiles(record.model, folder, {})
     return CheckpointFiles(record.model, folder, read_json(files, CONFIG, dict))
-
-
-def load_arguments(record: Checkpoint) -> dict[str, Any]:
-    """What `from_pretrained` gets beyond the folder: pickles and remote code only where the catalog allowed them."""
-    return {"trust_remote_code": record.trust_remote_code, "use_safetensors": None if record.allow_pickle else True}

@@ -32,7 +32,8 @@ _REPLACE = "Put the file itself there, or remove it"
 
 def refuse(entry: ModelEntry, why: str, remedy: str) -> CheckpointError:
     """The error for a checkpoint that cannot be used."""
-    return CheckpointError(f"{entry.name}: {why}. {remedy}. (source: {entry.source})")
+    # What a foreign file says may be as long as the file.
+    return CheckpointError(f"{entry.name}: {why:.1000}. {remedy}. (source: {entry.source})")
 
 
 def refuse_file(entry: ModelEntry, error: ForeignError) -> CheckpointError:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from resources.artifacts.fingerprint import fingerprint
+from resources.files import move_whole
 from resources.locks import file_lock
 
 #: An older revision's copy is removed once nobody has asked for it so long: whoever reads it has long copied it.
@@ -34,7 +35,7 @@ def kept_copy(root: Path, what: str, revision: str, fetch: Callable[[Path], None
             staged.mkdir()
             try:
                 fetch(staged)
-                staged.rename(place)
+                move_whole(staged, place)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
         os.utime(place)

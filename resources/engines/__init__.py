@@ -6,7 +6,7 @@ engine is the module of its runtime, reached through `build` and `load` below, i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from resources.device import why_not_here
 from resources.engines.presence import why_no_tensorrt
 from resources.errors import EngineError
 from resources.targets import Device, device_of
+from resources.trust import Trust
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,12 +138,16 @@ def unsupported_reason(spec: EngineSpec, target: str) -> str | None:
 
 @dataclass(frozen=True)
 class Sources:
-    """What engines are built from and run with. Every runtime takes the parts it needs."""
+    """What engines are built from and run with. Every runtime takes the parts it needs.
+
+    trust: what loading the checkpoint may do. By default it runs no code of the checkpoint's.
+    """
 
     checkpoint: Checkpoint
     checkpoint_folder: Path
     graph: OnnxGraph
     graph_folder: Path
+    trust: Trust = field(default_factory=Trust)
 
 
 @dataclass(frozen=True)

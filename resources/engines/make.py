@@ -45,7 +45,7 @@ def built_with(spec: EngineSpec, device: Device) -> dict[str, str]:
     }
 
 
-def sources_of(workspace: Workspace, checkpoint: Checkpoint, graph: OnnxGraph) -> Sources:
+def sources_of(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint, graph: OnnxGraph) -> Sources:
     """The sources of a model's engines, with the folders they lie in."""
     store = workspace.store
     return Sources(
@@ -53,6 +53,7 @@ def sources_of(workspace: Workspace, checkpoint: Checkpoint, graph: OnnxGraph) -
         checkpoint_folder=store.folder(checkpoint),
         graph=graph,
         graph_folder=store.folder(graph),
+        trust=entry.trust,
     )
 
 

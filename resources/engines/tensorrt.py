@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from resources.engines.tensorrt_session import TensorRtSession, fresh_log, insta
 from resources.engines.tuning import Profile, Tuning, check_profiles
 from resources.engines.typed import typed_graph
 from resources.errors import EngineError, first_line
+from resources.files import write_whole
 from resources.locks import file_lock
 from resources.targets import Device
 from resources.tasks import TASKS
@@ -224,9 +224,7 @@ class TimingCache:
             others = self._read()
             if others:
                 cache.combine(config.create_timing_cache(others), False)
-            draft = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-            draft.write_bytes(bytes(cache.serialize()))
-            draft.replace(self.path)
+            write_whole(self.path, bytes(cache.serialize()))
 
     def _read(self) -> bytes:
         try:

@@ -19,6 +19,17 @@ import onnxruntime
 
 #: Beside the graph: the provider's settings, and what it built and timed.
 SETTINGS_FILE = "provider.json"
+#: The settings that are taken from that file. The provider has others, one of which names libraries to load: a file
+#: that lies where others may write must not choose what code runs.
+SETTINGS = (
+    "trt_builder_optimization_level",
+    "trt_fp16_enable",
+    "trt_layer_norm_fp32_fallback",
+    "trt_max_workspace_size",
+    "trt_profile_max_shapes",
+    "trt_profile_min_shapes",
+    "trt_profile_opt_shapes",
+)
 CACHE_FOLDER = "provider_cache"
 
 
@@ -31,7 +42,7 @@ class ProviderSession:
 
     def __init__(self, path: str | Path, output: str, *, device: int = 0, threads: int = 1) -> None:
         folder = Path(path).parent
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = read_settings(folder / SETTINGS_FILE)
         self._scratch = tempfile.TemporaryDirectory(prefix="refinery-")
         cache = Path(self._scratch.name) / CACHE_FOLDER
         if (folder / CACHE_FOLDER).is_dir():  # an empty one is no file of an artifact
@@ -45,6 +56,15 @@ class ProviderSession:
         given = {name: np.ascontiguousarray(batch[name]) for name in self.inputs}
         answer: np.ndarray = self._session.run([self.output], given)[0]
         return answer
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The provider's settings in that file. Raises ValueError where one is not among SETTINGS."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    unknown = sorted(settings.keys() - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"{path}: the setting {unknown[0]!r} is none of {', '.join(SETTINGS)}. Build the engine anew.")
+    return {name: str(value) for name, value in settings.items()}
 
 
 def open_provider(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from resources.artifacts.records import Engine
-from resources.checkpoints import checkpoint_files, load_arguments
+from resources.checkpoints import checkpoint_files
 from resources.engines import Sources
 from resources.targets import Device, device_of
 from resources.tasks import TASKS
@@ -34,6 +34,5 @@ def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> TorchR
     del folder
     checkpoint = sources.checkpoint
     files = checkpoint_files(checkpoint, sources.checkpoint_folder)
-    return TorchRunner(
-        TASKS[checkpoint.task].module(files, **load_arguments(checkpoint)), threads, device_of(engine.target)
-    )
+    module = TASKS[checkpoint.task].module(files, **sources.trust.load_arguments)
+    return TorchRunner(module, threads, device_of(engine.target))

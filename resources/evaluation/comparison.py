@@ -33,6 +33,7 @@ from resources.evaluation.rivals import Progress, Rivals
 from resources.evaluation.shapes import shapes_of
 from resources.evaluation.statistics import geometric_mean
 from resources.export.make import make_graph
+from resources.files import write_whole
 from resources.locks import benchmarking
 from resources.reporting import candidate_table, latency_plot, markdown
 from resources.workspace import Workspace
@@ -99,7 +100,7 @@ def compare(
     measured_at = _checked(entry, checkpoint, shapes) if shapes else shapes_of(entry, checkpoint)
     evaluation = _said(say, "evaluation_set", make_evaluation_set(workspace, entry, checkpoint))
     graph = _said(say, "onnx_graph", make_graph(workspace, entry, checkpoint))
-    sources = sources_of(workspace, checkpoint, graph)
+    sources = sources_of(workspace, entry, checkpoint, graph)
     engines = []
     for spec in [engine_spec(BASELINE), *(spec for spec in specs if spec.name != BASELINE)]:
         made = make_engine(workspace, entry, spec, target, sources, evaluation)
@@ -107,7 +108,7 @@ def compare(
     candidates = sum(engine.status == "built" for engine in engines[1:])
     bound = entry.benchmark.seconds * max(1, candidates) if seconds is None else seconds
     rivals = Rivals(workspace, entry, sources, evaluation, engines, measured_at, bound, say)
-    with benchmarking(lambda: say("waiting", "another benchmark or build is under way on this machine")):
+    with benchmarking(lambda who: say("waiting", f"other work is under way on this machine: {who}")):
         rivals.run(accuracy)
     return Comparison(
         model=entry.name,
@@ -140,11 +141,8 @@ def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         TABLE_FILE: report_text(comparison).encode(),
         PLOT_FILE: plot,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        draft = folder / f".{name}.draft"
-        draft.write_bytes(content)
-        draft.replace(folder / name)
+        write_whole(folder / name, content)
     return [folder / name for name in contents]
 
 

@@ -12,7 +12,7 @@ from resources.artifacts.fingerprint import Fingerprint, code_versions, library_
 from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
-from resources.checkpoints import checkpoint_files, load_arguments
+from resources.checkpoints import checkpoint_files
 from resources.errors import CheckpointError
 from resources.evaluation.batches import equal_length_batches
 from resources.evaluation.requests import evaluation_requests, require_answers
@@ -20,6 +20,7 @@ from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
 from resources.locks import building
 from resources.tasks import TASKS
+from resources.trust import Trust
 from resources.usage import Watch
 from resources.workspace import Workspace
 
@@ -73,6 +74,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
                 _answer,
                 checkpoint,
                 workspace.store.folder(checkpoint),
+                entry.trust,
                 items,
                 right,
                 folder,
@@ -120,7 +122,13 @@ def read_evaluation_set(folder: Path) -> Evaluation:
 
 
 def _answer(
-    checkpoint: Checkpoint, source: Path, items: list[Item], right: list[Any], folder: Path, threads: int
+    checkpoint: Checkpoint,
+    source: Path,
+    trust: Trust,
+    items: list[Item],
+    right: list[Any],
+    folder: Path,
+    threads: int,
 ) -> _Reference:
     import numpy as np
     import torch
@@ -131,8 +139,8 @@ def _answer(
     torch.set_num_threads(threads)
     pipeline, task = open_pipeline(str(source)), TASKS[checkpoint.task]
     require_answers(checkpoint.model, "evaluation", pipeline, items)
-    checked = _check_tokenizer(checkpoint, source, pipeline, items)
-    module = task.module(checkpoint_files(checkpoint, source), **load_arguments(checkpoint))
+    checked = _check_tokenizer(checkpoint, source, trust, pipeline, items)
+    module = task.module(checkpoint_files(checkpoint, source), **trust.load_arguments)
 
     def run(batch: dict[str, np.ndarray]) -> np.ndarray:
         with torch.inference_mode():
@@ -168,13 +176,11 @@ def _answer(
     return _Reference(answered.rows, answered.width, answered.longest_tokens, checked)
 
 
-def _check_tokenizer(checkpoint: Checkpoint, source: Path, pipeline: Pipeline, items: list[Item]) -> int:
+def _check_tokenizer(checkpoint: Checkpoint, source: Path, trust: Trust, pipeline: Pipeline, items: list[Item]) -> int:
     """What is served tokenizes with `tokenizers` alone; transformers' own tokenizer must agree on every row."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-    )
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=trust.trust_remote_code)
     encoder = pipeline.encoder
     segments = [segment for item in items for segment in pipeline.segments(item)]
     encodings = encoder.tokens(segments)

@@ -16,12 +16,13 @@ import onnx
 import torch
 
 from resources.artifacts.records import Checkpoint, ParityCase
-from resources.checkpoints import checkpoint_files, load_arguments
+from resources.checkpoints import checkpoint_files
 from resources.engines.onnxruntime import MODEL_FILE, OnnxRuntimeRunner
 from resources.errors import ExportError, first_line
 from resources.export import Exported
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS, Task
+from resources.trust import Trust
 
 #: 20 is the newest opset whose operators the fusion rules know all of; 23 has an Attention of its own that they do not.
 OPSET = 20
@@ -33,12 +34,14 @@ PARITY_SHAPES = ((1, 1), (1, 7), (3, 33), (5, 64))
 _EXPORT_SHAPE = (2, 12)
 
 
-def export(checkpoint: Checkpoint, source: Path, folder: Path, external_data_threshold_bytes: int) -> Exported:
+def export(
+    checkpoint: Checkpoint, source: Path, trust: Trust, folder: Path, external_data_threshold_bytes: int
+) -> Exported:
     """Export the checkpoint's task module to `folder/model.onnx` and compare it with PyTorch. Raises ExportError."""
     task = TASKS[checkpoint.task]
     files = checkpoint_files(checkpoint, source)
     maker = _BatchMaker(TextEncoder.from_folder(str(source)), task, int(files.config.get("type_vocab_size") or 1))
-    module = task.module(files, **load_arguments(checkpoint))
+    module = task.module(files, **trust.load_arguments)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     external = weights > external_data_threshold_bytes
     path = folder / MODEL_FILE

@@ -13,6 +13,7 @@ from resources.errors import ExportError, RefineryError
 from resources.export import Exported
 from resources.isolation import run_isolated
 from resources.locks import building
+from resources.trust import Trust
 from resources.usage import Watch
 from resources.workspace import Workspace
 
@@ -20,11 +21,13 @@ from resources.workspace import Workspace
 CODE = ("resources.export", "resources.tasks", "resources.pipelines.tokenization")
 
 
-def _export(checkpoint: Checkpoint, source: Path, folder: Path, external_data_threshold_bytes: int) -> Exported:
+def _export(
+    checkpoint: Checkpoint, source: Path, trust: Trust, folder: Path, external_data_threshold_bytes: int
+) -> Exported:
     """In the child: torch is imported there, never here."""
     from resources.export.exporter import export
 
-    return export(checkpoint, source, folder, external_data_threshold_bytes)
+    return export(checkpoint, source, trust, folder, external_data_threshold_bytes)
 
 
 def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[OnnxGraph]:
@@ -51,6 +54,7 @@ def make_graph(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) 
                     _export,
                     checkpoint,
                     workspace.store.folder(checkpoint),
+                    entry.trust,
                     folder,
                     workspace.external_data_threshold_bytes,
                     limits=workspace.limits,

@@ -165,7 +165,7 @@ class _Planner:
         there = store.known(Checkpoint, f"checkpoint/{entry.name}")
         # Where the files of a checkpoint are that is not copied yet: those of the one before say what is asked here.
         folder = store.folder(checkpoint if there is None or store.folder(checkpoint).is_dir() else there)
-        sources = Sources(checkpoint, folder, graph, store.folder(graph))
+        sources = Sources(checkpoint, folder, graph, store.folder(graph), entry.trust)
         engines, reports, unknown = dict[str, Engine](), list[BenchmarkReport](), list[str]()
         for spec in ENGINES:
             like = partial(

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ValidationError
 
 from resources import locks
 from resources.addresses import Address
-from resources.artifacts.hashes import write_whole
 from resources.catalog import ModelEntry
 from resources.checkpoints.collect import content_hashes, content_revision
 from resources.checkpoints.registry import find_version
@@ -30,6 +29,7 @@ from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import kind_of, local_folder
 from resources.checkpoints.validation import validate
 from resources.errors import CheckpointError, RefineryError, first_line
+from resources.files import write_whole
 from resources.locks import building, file_lock
 from resources.revisions.folder import stat_folder
 from resources.variables import COMPUTE, DATABASE, HUGGING_FACE, MLFLOW, PROGRAM, PYTHON, inherited

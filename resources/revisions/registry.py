@@ -21,7 +21,7 @@ def ask_version(source: str, settings: SourceSettings) -> Version:
     path, query = _question(reference)
     url = f"{uri}/api/2.0/mlflow/{path}?{urlencode(query)}"
     try:
-        answer = get_json(url, settings.mlflow_headers)
+        answer = get_json(url, settings.mlflow_headers, settings.access.mlflow_trust)
         found: list[dict[str, Any]] = answer.get("model_versions") or [answer.get("model_version")]
         data = found[0]
         if data is None:

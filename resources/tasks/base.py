@@ -105,7 +105,8 @@ class CheckpointFiles:
 
     def refuse(self, why: str, remedy: str) -> CheckpointError:
         """The error for a checkpoint that the task cannot take."""
-        return CheckpointError(f"{self.name}: {why}. {remedy}")
+        # What a foreign file says may be as long as the file.
+        return CheckpointError(f"{self.name}: {why:.1000}. {remedy}")
 
     def require_head(self, task: str, head: str, what: str) -> None:
         """Raise CheckpointError unless the checkpoint was saved from a class whose name ends with `head`."""

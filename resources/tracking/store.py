@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from resources.addresses import Address
+from resources.artifacts.hashes import write_json
 from resources.deadlines import within
 from resources.errors import TrackingError, first_line
 from resources.locks import file_lock
@@ -171,11 +171,8 @@ class TrackingStore:
     def remember(self, name: str, link: RunLink, what: str = "") -> None:
         """Keep a link, for the steps and runs that come after."""
         path = self.folder / "links" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         where = link.url.removeprefix(self._ui or "")
-        draft.write_text(json.dumps({"store": self.uri, "run_id": link.run_id, "path": where, "what": what}))
-        draft.replace(path)
+        write_json(path, {"store": self.uri, "run_id": link.run_id, "path": where, "what": what})
 
     def forget(self, name: str) -> None:
         """Recall it no more."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from resources.device import first_gpu
 from resources.engines.presence import tensorrt_packages
 from resources.errors import ServerError
+from resources.files import write_whole
 from resources.locks import file_lock
 from resources.variables import NETWORK, PIP, PROGRAM, inherited
 
@@ -112,9 +113,7 @@ def _build(environment: Path) -> None:
     wanted = requirements()
     _run([*pip, "--no-deps", *wanted["alone"]])
     _run([*pip, *wanted["whole"]])
-    draft = environment / f"{_STAMP}.tmp"
-    draft.write_text(json.dumps(_wanted(environment)), encoding="utf-8")
-    draft.replace(environment / _STAMP)
+    write_whole(environment / _STAMP, json.dumps(_wanted(environment)))
 
 
 def _wanted(environment: Path) -> dict[str, object]:

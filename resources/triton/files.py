@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from resources.errors import ReleaseError
+from resources import files
+from resources.errors import FULL, ReleaseError
 from resources.foreign import ForeignError, local_path
 from resources.locks import file_lock
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
@@ -31,20 +31,8 @@ _LOG = logging.getLogger(__name__)
 
 def sync(path: Location) -> None:
     """Make a file's bytes, or a folder's names, durable. Object storage has done so when it answers."""
-    if isinstance(path, RemotePath):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(root: Path) -> None:
-    """Files first, then folders from the deepest up: a rename must not reach the disk before what it names."""
-    for path in sorted(root.rglob("*"), reverse=True):
-        sync(path)
-    sync(root)
+    if isinstance(path, Path):
+        files.sync(path)
 
 
 def bring_in(folder: Path, place: Location) -> None:
@@ -145,16 +133,16 @@ def repository_lock(repository: Location) -> AbstractContextManager[None]:
 
 @contextmanager
 def _locked(place: Path, repository: Location) -> Iterator[None]:
-    def say() -> None:
-        _LOG.warning("%s is being changed by another process; waiting", repository)
+    def say(who: str) -> None:
+        _LOG.warning("%s is being changed by %s; waiting", repository, who)
 
     with ExitStack() as held:
         try:
             held.enter_context(file_lock(place, timeout_s=PATIENCE_SECONDS, waiting=say))
         except TimeoutError as error:
             raise ReleaseError(
-                f"{repository}: another process has been changing it for {PATIENCE_SECONDS / 60:.0f} minutes. Wait for "
-                f"that to end, or stop it: fuser {place} names it."
+                f"{repository} has been changed by another process for {PATIENCE_SECONDS / 60:.0f} minutes: {error}. "
+                "Wait for that to end, or stop it."
             ) from error
         yield
 
@@ -250,7 +238,7 @@ def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> It
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             needed = (engine_bytes + _BESIDE_ENGINE_BYTES) / 1e6
             if isinstance(repository, RemotePath):
                 place, elsewhere = f"in {repository.store.scratch}, where it is made", "REFINERY_HOME"
@@ -289,11 +277,7 @@ def remember_number(repository: Location, model: str, number: int) -> None:
     if isinstance(path, RemotePath):
         path.write_bytes(str(number).encode())
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(str(number), encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
+    files.write_whole(path, str(number))
 
 
 def _numbers(repository: Location, model: str) -> Location:

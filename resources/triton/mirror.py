@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from resources.errors import ReleaseError
+from resources.files import sync_tree
 from resources.foreign import ForeignError, local_path
 from resources.locks import file_lock
-from resources.triton.files import clear_staging, copy_tree, replace_file, staging_folder, sync_tree
+from resources.triton.files import clear_staging, copy_tree, replace_file, staging_folder
 from resources.triton.layout import (
     CONFIG,
     internal_names,

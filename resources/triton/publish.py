@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from resources.artifacts.records import sha256_file
 from resources.errors import ReleaseError, ServerError
+from resources.files import sync_tree, write_whole
 from resources.triton.files import (
     bring_in,
     clear_disk_errors,
@@ -30,7 +31,6 @@ from resources.triton.files import (
     staging_folder,
     staging_root,
     sync,
-    sync_tree,
     take_note_back,
 )
 from resources.triton.layout import (
@@ -232,7 +232,7 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
         sync(repository)
         replaced = [_REPLACES] if (public / CONFIG).exists() else []
         if replaced:
-            (staged / _REPLACES).write_bytes((public / CONFIG).read_bytes())
+            write_whole(staged / _REPLACES, (public / CONFIG).read_bytes())
         leave_note(staged, repository, [*replaced, f"{plan.model}/{CONFIG}"])
         if public.exists() or isinstance(public, RemotePath):
             bring_in(staged / plan.model / number, public / number)

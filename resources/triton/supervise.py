@@ -15,6 +15,7 @@ there, and what the command leaves behind is removed.
 import ctypes
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -128,6 +129,8 @@ def remove_left_over() -> None:
 def _prepare() -> None:
     """In the new process: it ends with us, and hears the signals that we hold back."""
     _end_with_parent()
+    # A core file of a server that a request killed would hold the texts of other requests, and the key.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
 
 

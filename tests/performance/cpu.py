@@ -112,7 +112,7 @@ def main() -> int:
             entry = make_entry(gates, given.seconds)
             checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
             evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-            sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+            sources = sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record)
             baseline, made = (
                 make_engine(workspace, entry, engine_spec(spec), "cpu", sources, evaluation).record
                 for spec in ("torch", engine)

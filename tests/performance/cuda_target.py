@@ -54,7 +54,7 @@ def run(workspace: Workspace, entry: ModelEntry, target: str) -> bool:
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
     graph = make_graph(workspace, entry, checkpoint).record
-    sources = sources_of(workspace, checkpoint, graph)
+    sources = sources_of(workspace, entry, checkpoint, graph)
     engines: dict[str, Engine] = {}
     for spec in ENGINES:
         made = make_engine(workspace, entry, spec, target, sources, evaluation).record

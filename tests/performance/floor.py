@@ -107,7 +107,7 @@ def main() -> int:
         workspace = Workspace(home=Path(home), catalog_path=Path(home) / "models.yaml")
         entry = make_entry({}, 1.0)
         checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
-        sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+        sources = sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record)
         engine = make_engine(workspace, entry, engine_spec("onnxruntime_fp32"), "cpu", sources).record
         assert engine.status == "built", engine.reason
 

@@ -84,7 +84,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     encodings = encoder.tokens(texts)
     lengths = [len(encoding.ids) for encoding in encodings]
     with tempfile.TemporaryDirectory() as scratch:
-        export(checkpoint, source, Path(scratch), 2**31)
+        export(checkpoint, source, entry.trust, Path(scratch), 2**31)
         lap("load, export, parity")
         for spec in ENGINES:
             engine = store.current(Engine, f"engines/cpu/{spec.name}/{model}")

@@ -129,7 +129,7 @@ def build(workspace: Workspace, folder: Path, threads: int) -> tuple[list[Releas
     entry: ModelEntry = make_entry({}, 20.0)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
-    sources = sources_of(workspace, checkpoint, make_graph(workspace, entry, checkpoint).record)
+    sources = sources_of(workspace, entry, checkpoint, make_graph(workspace, entry, checkpoint).record)
     spec = engine_spec("onnxruntime_fp32")
     engine = make_engine(workspace, entry, spec, "cpu", sources, evaluation).record
     known = read_evaluation_set(workspace.store.folder(evaluation))

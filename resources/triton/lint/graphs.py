@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from resources.errors import first_line
 from resources.triton.lint.findings import Finding
-from resources.triton.lint.reading import LARGEST_GRAPH_BYTES, TooLargeError, is_below, leads_out, read_file, text_of
+from resources.triton.lint.reading import (
+    LARGEST_GRAPH_BYTES,
+    TooLargeError,
+    is_below,
+    read_file,
+    text_of,
+    why_not_below,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -97,8 +104,9 @@ def _weights(model: Model, file: Path, proto: ModelProto, *, in_folder: bool) ->
     for name, size in sorted(needed.items()):
         place = file.parent / name
         # ONNX Runtime refuses these, by links too; other runtimes read whatever file it is.
-        if leads_out(file.parent, name):
-            what = f"its weights in {name!r} lead out of the graph's folder."
+        why = why_not_below(file.parent, name)
+        if why is not None:
+            what = f"its weights do not lie in the graph's folder: {why}."
             yield model.at("external-data", f"{what} Put them beside the graph.", path=file)
         elif not place.is_file():
             yield model.at("external-data", f"its weights in {name} are missing.", path=file)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from resources.foreign import ForeignError, local_path
 
 #: Triton's documentation knows no limit. A configuration of a thousand steps has a quarter of this.
 LARGEST_CONFIG_BYTES = 2**20
@@ -41,10 +43,14 @@ def is_below(folder: Path, path: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def leads_out(folder: Path, name: str) -> bool:
-    """Tell whether a name that a file gives for another one leads out of the folder, as it is written or by a link."""
-    path = Path(name)
-    return path.is_absolute() or "\0" in name or ".." in path.parts or not is_below(folder, folder / path)
+def why_not_below(folder: Path, name: str) -> str | None:
+    """Say what is wrong with a name that a file gives for another one below the folder; None where nothing is."""
+    try:
+        # ONNX Runtime and Triton take ./x and a//x as well.
+        local_path(folder, PurePosixPath(name).as_posix())
+    except ForeignError as error:
+        return str(error)
+    return None
 
 
 def links_out(root: Path, folder: Path) -> Iterator[Path]:

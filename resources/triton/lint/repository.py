@@ -22,10 +22,10 @@ from resources.triton.lint.reading import (
     MOST_FINDINGS,
     TooLargeError,
     is_below,
-    leads_out,
     links_out,
     read_file,
     shortened,
+    why_not_below,
 )
 from resources.triton.lint.sources import source_findings
 
@@ -266,8 +266,9 @@ def _tensors(model: Model) -> Iterator[Finding]:
                 yield model.at("tensor-dims", f"{kind} {item.name!r} has a dimension of {size}.", near=near)
     for output in config.output:
         name = output.label_filename
-        if name and leads_out(model.folder, name):
-            yield model.at("label-file", f"{name!r} leads out of the model's folder.", near="label_filename")
+        why = why_not_below(model.folder, name) if name else None
+        if why is not None:
+            yield model.at("label-file", f"the labels are not in the model's folder: {why}.", near="label_filename")
         elif name and not (model.folder / name).is_file():
             yield model.at("label-file", f"{name} is missing.", near="label_filename")
 
@@ -315,7 +316,8 @@ def _warm_up(model: Model) -> Iterator[Finding]:
                     "warm-up", f"{sample.name!r} gives {name!r} random integers: ids beyond any table.", near=near
                 )
             file, folder = given.input_data_file, model.folder / "warmup"
-            if file and leads_out(folder, file):
-                yield model.at("warm-up", f"{file!r} leads out of warmup/.", near=file)
+            why = why_not_below(folder, file) if file else None
+            if why is not None:
+                yield model.at("warm-up", f"its data is not in warmup/: {why}.", near=file)
             elif file and not (folder / file).is_file():
                 yield model.at("warm-up", f"warmup/{file} is missing.", near=file)

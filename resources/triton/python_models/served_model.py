@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 sys.dont_write_bytecode = True  # a release never changes
-_HERE = str(Path(__file__).resolve().parent)
+# Links are not resolved: the Python inside Triton cannot name a path that is not ASCII, and the embedded server is
+# given its repository by a link whose path is.
+_HERE = str(Path(__file__).absolute().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
 

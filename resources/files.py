@@ -1,0 +1,49 @@
+"""Writing files and folders so that they are there whole, or not at all, also after a power failure."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Make a whole folder reach the disk: files first, then folders from the deepest up."""
+    for path in sorted(root.rglob("*"), reverse=True):
+        if not path.is_symlink():
+            sync(path)
+    sync(root)
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file so that readers see all of it or what was there before. Text is written as UTF-8.
+
+    The bytes reach the disk before the name does, and the name before this returns: a file system may otherwise keep
+    the name after a power failure, and lose the bytes. A draft that could not be written is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+        sync(draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def move_whole(folder: Path, place: Path) -> None:
+    """Move a folder that was just filled to its place on the same file system, all of it on the disk first."""
+    sync_tree(folder)
+    folder.rename(place)
+    sync(place.parent)

@@ -98,12 +98,16 @@ def is_tracking_server(workspace: Workspace) -> bool:
 def mlflow_variables(workspace: Workspace) -> dict[str, str]:
     """Return the environment of MLflow's server: no key of a cloud, and the address of its database.
 
-    That address may hold a password. Everybody on the machine can read a command line, and only the same user an
-    environment.
+    That address may hold a password. Every user of the machine can read a command line, but only the same user can
+    read an environment.
     """
     uri = workspace.mlflow_uri().reveal()
     drivers = () if uri.startswith("sqlite:") else DATABASE
-    return inherited(PROGRAM, PYTHON, MLFLOW, secrets=drivers, MLFLOW_BACKEND_STORE_URI=uri)
+    found = inherited(PROGRAM, PYTHON, MLFLOW, secrets=drivers, MLFLOW_BACKEND_STORE_URI=uri)
+    # MLflow 3 runs jobs of its evaluation and tracing features in eight more processes, with 1 GB of memory together.
+    # Nothing here uses them.
+    found.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    return found
 
 
 def page_addresses(workspace: Workspace, dagster_port: int, mlflow_port: int) -> dict[str, str]:

@@ -30,6 +30,7 @@ from resources.catalog import (
 )
 from resources.checkpoints import Access, SourceSettings, locate
 from resources.checkpoints.configuration import read_architecture
+from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.registry import parse_reference
 from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of
 from resources.errors import ArtifactError, CatalogError, CheckpointError, first_line
@@ -82,7 +83,9 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
     name = options.name or _name_from(source)
     _require_read(catalog, name)
     # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
-    if source.startswith("/") and not (locate(source).folder / "config.json").is_file():
+    if source.startswith("/") and not ((folder := locate(source).folder) / "config.json").is_file():
+        if (folder / ADAPTER).exists():
+            raise CheckpointError(f"{name}: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
         raise CheckpointError(
             f"{name}: config.json is missing from {source}. Give the folder that save_pretrained wrote, whole."
         )

@@ -169,6 +169,15 @@ def test_pickles_are_allowed_by_an_option_that_says_what_it_means(empty, added, 
 # Sources
 
 
+def test_an_adapters_folder_is_said_to_be_one(empty, tmp_path):
+    """peft writes no config.json beside an adapter."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="it is an adapter: merge it first"):
+        add(empty, tmp_path / "lora")
+    assert not empty.additions.exists()
+
+
 @pytest.mark.parametrize(
     ("folder", "name"),
     [

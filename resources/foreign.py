@@ -32,6 +32,8 @@ MOST_CONFIG_VALUES = 10**6
 #: The largest tokenizers of published models have 35 MB and 1.8 million values.
 MOST_TOKENIZER_BYTES = 64 * 2**20
 MOST_TOKENIZER_VALUES = 3 * 10**6
+#: Of a record, manifest or configuration of our own. A record with a hundred thousand long labels has half of it.
+MOST_DOCUMENT_BYTES = 64 * 2**20
 #: Real configurations nest five levels deep.
 MOST_DEPTH = 32
 #: Of one text in a configuration. Chat templates have some ten thousand characters.

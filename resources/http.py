@@ -95,7 +95,7 @@ def _read(request: urllib.request.Request, trust: Trust, deadline: float) -> byt
             parts.append(part)
             size += len(part)
             if size > _MOST_BYTES:
-                raise TimeoutError(f"it answers with more than {_MOST_BYTES} bytes")
+                raise ValueError(f"it answers with more than {_MOST_BYTES} bytes")
     return b"".join(parts)
 
 

@@ -6,7 +6,6 @@ that were checked, or allocate whatever they name. docs/security.md, "Checkpoint
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,7 +175,8 @@ def length_of(value: Any, most: int) -> int | None:
     """A length from 1 to `most`; None for all else. transformers writes some as floats, and "no limit" as 1e30."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if math.isfinite(value) and 1 <= value <= most else None
+    # Neither NaN nor an integer beyond what a float holds gets through the comparison.
+    return int(value) if 1 <= value <= most else None
 
 
 def _is_count(value: Any) -> bool:

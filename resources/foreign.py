@@ -45,6 +45,10 @@ class ForeignError(RefineryError):
     """A name or a file of somebody else's is not used. The message says what is wrong with it, and begins with it."""
 
 
+class TooLargeError(ForeignError):
+    """A file is larger than any of its kind."""
+
+
 def check_name(name: object) -> str:
     """Return a relative path of somebody else's, if it can stay below a folder. Raises ForeignError."""
     if not isinstance(name, str):
@@ -85,24 +89,16 @@ def open_below(folder: Path, name: object) -> io.BufferedReader:
     other OSErrors, and ForeignError where it is no regular file, or a link that leads out of the folder.
     """
     path = folder / check_name(name)
-    _require_regular(path, path.stat())
-    # The file may be replaced by a pipe at this moment: O_NONBLOCK opens that too, without waiting.
+    stream = _open_regular(path)
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
-            raise ForeignError(f"{path} is no regular file") from None
-        raise
-    try:
-        _require_regular(path, os.fstat(opened))
         # What was opened, and not what the path names by now.
-        real = Path(f"/proc/self/fd/{opened}").readlink()
+        real = Path(f"/proc/self/fd/{stream.fileno()}").readlink()
         if not _belongs(folder, real):
             raise ForeignError(f"{path} is a link that leads out of its folder")
-        return os.fdopen(opened, "rb")
     except BaseException:
-        os.close(opened)
+        stream.close()
         raise
+    return stream
 
 
 def is_file_below(folder: Path, name: object) -> bool:
@@ -123,13 +119,15 @@ def is_file_below(folder: Path, name: object) -> bool:
 
 
 def read_below(folder: Path, name: object, most_bytes: int) -> bytes:
-    """Read a regular file of a foreign folder. Raises OSError, and ForeignError where it is larger or none."""
+    """Read a regular file of a foreign folder. Raises as `open_below` does, and TooLargeError."""
     with open_below(folder, name) as stream:
-        # One that grows meanwhile is cut as well.
-        data = b"" if os.fstat(stream.fileno()).st_size > most_bytes else stream.read(most_bytes + 1)
-        if os.fstat(stream.fileno()).st_size > most_bytes or len(data) > most_bytes:
-            raise ForeignError(f"{folder / str(name)} is larger than {most_bytes // 2**20} MB")
-    return data
+        return _read_all(stream, folder / str(name), most_bytes)
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """Read a regular file, wherever it lies. Raises OSError, TooLargeError, and ForeignError where it is none."""
+    with _open_regular(path) as stream:
+        return _read_all(stream, path, most_bytes)
 
 
 def parse_json(data: bytes, *, most_values: int = MOST_CONFIG_VALUES) -> Any:
@@ -176,6 +174,31 @@ def _require_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("it holds half of a surrogate pair") from None
+
+
+def _open_regular(path: Path) -> io.BufferedReader:
+    _require_regular(path, path.stat())
+    # The file may be replaced by a pipe at this moment: O_NONBLOCK opens that too, without waiting.
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+            raise ForeignError(f"{path} is no regular file") from None
+        raise
+    try:
+        _require_regular(path, os.fstat(opened))
+        return os.fdopen(opened, "rb")
+    except BaseException:
+        os.close(opened)
+        raise
+
+
+def _read_all(stream: io.BufferedReader, path: Path, most_bytes: int) -> bytes:
+    # A file that grows meanwhile is refused as well.
+    data = b"" if os.fstat(stream.fileno()).st_size > most_bytes else stream.read(most_bytes + 1)
+    if os.fstat(stream.fileno()).st_size > most_bytes or len(data) > most_bytes:
+        raise TooLargeError(f"{path} is larger than {most_bytes // 2**20} MB")
+    return data
 
 
 def _require_regular(path: Path, found: os.stat_result) -> None:

@@ -1,9 +1,8 @@
-"""Reading files of a repository that anybody may have written: bounded, and never from outside of it."""
+"""Names and bounds for a repository that anybody may have written. resources/foreign.py reads its files."""
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -20,22 +19,8 @@ MOST_FINDINGS = 200
 LONGEST_MESSAGE = 500
 
 
-class TooLargeError(Exception):
-    """A file is larger than anything of its kind."""
-
-
-def read_file(path: Path, limit_bytes: int) -> bytes:
-    """Read a regular file of at most that size. Raises OSError, or TooLargeError with a sentence for people."""
-    # Opening a pipe would otherwise wait for whoever writes into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "is no regular file", str(path))
-        data = file.read(limit_bytes + 1) if status.st_size <= limit_bytes else None
-    if data is None or len(data) > limit_bytes:
-        raise TooLargeError(f"is larger than {limit_bytes:,} bytes, so it was not read. Put the right file there.")
-    return data
+#: For a file beyond its kind's size, with that size in bytes.
+TOO_LARGE = "is larger than {:,} bytes, so it was not read. Put the right file there."
 
 
 def is_below(folder: Path, path: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
+from resources.foreign import ForeignError, TooLargeError, read_regular
 from resources.triton.layout import CONFIG
 from resources.triton.lint.ensembles import ensemble_findings
 from resources.triton.lint.findings import Finding
@@ -20,10 +21,9 @@ from resources.triton.lint.graphs import graph_findings, type_name
 from resources.triton.lint.reading import (
     LARGEST_CONFIG_BYTES,
     MOST_FINDINGS,
-    TooLargeError,
+    TOO_LARGE,
     is_below,
     links_out,
-    read_file,
     shortened,
     why_not_below,
 )
@@ -132,6 +132,8 @@ def lint(root: Path) -> list[Finding]:
                 found.append(finding)
         except OSError as error:
             found.append(model.at("unreadable", f"{error.filename} cannot be read: {error.strerror}."))
+        except ForeignError as error:  # a file that was replaced by a pipe meanwhile
+            found.append(model.at("unreadable", f"{error}."))
         findings += found
         if len(found) >= MOST_FINDINGS:
             more = f"has {MOST_FINDINGS} findings or more, and was not looked at further. Mend these first."
@@ -179,15 +181,15 @@ def _read(root: Path, folder: Path) -> tuple[Model, list[Finding]]:
         findings.append(Finding("no-config", folder.name, "has no config.pbtxt, so Triton makes one up. Write one."))
     elif is_below(root, path):
         try:
-            text = read_file(path, LARGEST_CONFIG_BYTES).decode("utf-8")
+            text = read_regular(path, LARGEST_CONFIG_BYTES).decode("utf-8")
             config = text_format.Parse(text, ModelConfig())
-        except TooLargeError as error:
-            findings.append(Finding("too-large", place, str(error)))
+        except TooLargeError:
+            findings.append(Finding("too-large", place, TOO_LARGE.format(LARGEST_CONFIG_BYTES)))
         except text_format.ParseError as error:
             # "line:column : text"
             message = re.sub(r"^\d+:\d+ : ", "", str(error))
             findings.append(Finding("config-syntax", place, f"{message}.".replace("..", "."), error.GetLine() or 0))
-        except (OSError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, ForeignError, UnicodeDecodeError, RecursionError) as error:
             findings.append(Finding("config-syntax", place, f"cannot be read as UTF-8 text: {error}."))
     versions = []
     for path in sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")):

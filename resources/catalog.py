@@ -333,7 +333,7 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
 
 
 def _text_of(path: Path) -> str:
-    """The file's text. Raises OSError or ValueError, also for what is no file: opening a FIFO would wait for ever."""
+    """Return the file's text. Raises OSError or ValueError; also for a pipe, which would be waited for without end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(descriptor)
@@ -346,7 +346,7 @@ def _text_of(path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
-    """What the file holds, as it is now: every step of a run asks."""
+    """Return the entries of the file. The signature makes the cache forget them when the file changes."""
     try:
         data = yaml.load(_text_of(path), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
@@ -395,7 +395,7 @@ def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
         try:
             _add(file, _read(file), models)
         except CatalogError as error:
-            refused[file.stem] = f"{error}. Mend that file, or remove it; the other models are not concerned."
+            refused[file.stem] = f"{error}. Mend that file, or remove it; other models are not affected."
     return Catalog(models=tuple(entry for entry, _ in models.values()), refused=refused)
 
 

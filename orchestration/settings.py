@@ -20,7 +20,7 @@ from resources.addresses import WEB, Address, web_address
 from resources.checkpoints.registry import source_names
 from resources.checkpoints.settings import HUB, Access
 from resources.errors import CatalogError
-from resources.http import Trust
+from resources.http import Tls
 from resources.isolation import Limits
 from resources.targets import check_target
 from resources.tracking import Tracker
@@ -193,7 +193,7 @@ def read_access(environment: Mapping[str, str]) -> Access:
         mlflow_username=environment.get("MLFLOW_TRACKING_USERNAME"),
         mlflow_password=environment.get("MLFLOW_TRACKING_PASSWORD"),
         mlflow_token=environment.get("MLFLOW_TRACKING_TOKEN"),
-        mlflow_trust=Trust(
+        mlflow_trust=Tls(
             authorities=_path(environment, "MLFLOW_TRACKING_SERVER_CERT_PATH"),
             certificate=_path(environment, "MLFLOW_TRACKING_CLIENT_CERT_PATH"),
             insecure=environment.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"),

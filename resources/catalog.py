@@ -18,7 +18,7 @@ from resources.addresses import holds_login
 from resources.artifacts.hashes import signature
 from resources.errors import CatalogError
 from resources.files import write_whole
-from resources.foreign import ForeignError, read_regular
+from resources.foreign import ForeignError, open_regular, read_whole
 from resources.tasks import TASKS, Gates, Options
 from resources.trust import Trust
 
@@ -335,7 +335,11 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
 def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
     """Return the entries of the file. The signature makes the cache forget them when the file changes."""
     try:
-        data = yaml.load(read_regular(path, _MOST_BYTES).decode(), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        with open_regular(path) as stream:
+            text = read_whole(stream, _MOST_BYTES)
+        if text is None:
+            raise CatalogError(f"The models file {path} is larger than {_MOST_BYTES // 2**20} MB")
+        data = yaml.load(text.decode(), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
     except yaml.MarkedYAMLError as error:

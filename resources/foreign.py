@@ -45,10 +45,6 @@ class ForeignError(RefineryError):
     """A name or a file of somebody else's is not used. The message says what is wrong with it, and begins with it."""
 
 
-class TooLargeError(ForeignError):
-    """A file is larger than any of its kind."""
-
-
 def check_name(name: object) -> str:
     """Return a relative path of somebody else's, if it can stay below a folder. Raises ForeignError."""
     if not isinstance(name, str):
@@ -85,11 +81,11 @@ def local_path(folder: Path, name: object) -> Path:
 def open_below(folder: Path, name: object) -> io.BufferedReader:
     """Open a regular file of a foreign folder.
 
-    Nothing else is opened, because a pipe would wait for ever and a device has no end. Raises FileNotFoundError and
-    other OSErrors, and ForeignError where it is no regular file, or a link that leads out of the folder.
+    Raises FileNotFoundError and other OSErrors, and ForeignError where it is no regular file, or a link that leads out
+    of the folder.
     """
     path = folder / check_name(name)
-    stream = _open_regular(path)
+    stream = open_regular(path)
     try:
         # What was opened, and not what the path names by now.
         real = Path(f"/proc/self/fd/{stream.fileno()}").readlink()
@@ -99,6 +95,28 @@ def open_below(folder: Path, name: object) -> io.BufferedReader:
         stream.close()
         raise
     return stream
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file, wherever its links lead.
+
+    Nothing else is opened, because a pipe would wait for ever and a device has no end. Raises OSError, and ForeignError
+    where it is something else.
+    """
+    _require_regular(path, path.stat())
+    # The file may be replaced by a pipe at this moment: O_NONBLOCK opens that too, without waiting.
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+            raise ForeignError(f"{path} is no regular file") from None
+        raise
+    try:
+        _require_regular(path, os.fstat(opened))
+        return os.fdopen(opened, "rb")
+    except BaseException:
+        os.close(opened)
+        raise
 
 
 def is_file_below(folder: Path, name: object) -> bool:
@@ -119,15 +137,20 @@ def is_file_below(folder: Path, name: object) -> bool:
 
 
 def read_below(folder: Path, name: object, most_bytes: int) -> bytes:
-    """Read a regular file of a foreign folder. Raises as `open_below` does, and TooLargeError."""
+    """Read a regular file of a foreign folder. Raises OSError, and ForeignError where it is larger or none."""
     with open_below(folder, name) as stream:
-        return _read_all(stream, folder / str(name), most_bytes)
+        data = read_whole(stream, most_bytes)
+    if data is None:
+        raise ForeignError(f"{folder / str(name)} is larger than {most_bytes // 2**20} MB")
+    return data
 
 
-def read_regular(path: Path, most_bytes: int) -> bytes:
-    """Read a regular file, wherever it lies. Raises OSError, TooLargeError, and ForeignError where it is none."""
-    with _open_regular(path) as stream:
-        return _read_all(stream, path, most_bytes)
+def read_whole(stream: io.BufferedReader, most_bytes: int) -> bytes | None:
+    """Read a file to its end; None where it is larger than that, also where it grows meanwhile."""
+    if os.fstat(stream.fileno()).st_size > most_bytes:
+        return None
+    data = stream.read(most_bytes + 1)
+    return data if len(data) <= most_bytes else None
 
 
 def parse_json(data: bytes, *, most_values: int = MOST_CONFIG_VALUES) -> Any:
@@ -174,31 +197,6 @@ def _require_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("it holds half of a surrogate pair") from None
-
-
-def _open_regular(path: Path) -> io.BufferedReader:
-    _require_regular(path, path.stat())
-    # The file may be replaced by a pipe at this moment: O_NONBLOCK opens that too, without waiting.
-    try:
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
-            raise ForeignError(f"{path} is no regular file") from None
-        raise
-    try:
-        _require_regular(path, os.fstat(opened))
-        return os.fdopen(opened, "rb")
-    except BaseException:
-        os.close(opened)
-        raise
-
-
-def _read_all(stream: io.BufferedReader, path: Path, most_bytes: int) -> bytes:
-    # A file that grows meanwhile is refused as well.
-    data = b"" if os.fstat(stream.fileno()).st_size > most_bytes else stream.read(most_bytes + 1)
-    if os.fstat(stream.fileno()).st_size > most_bytes or len(data) > most_bytes:
-        raise TooLargeError(f"{path} is larger than {most_bytes // 2**20} MB")
-    return data
 
 
 def _require_regular(path: Path, found: os.stat_result) -> None:

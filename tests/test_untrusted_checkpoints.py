@@ -114,6 +114,11 @@ def test_attention_of_transformers_own(folder, value):
     validate(entry_for(folder), folder)
 
 
+def test_labels_may_be_called_as_fields_are(folder):
+    edit_json(folder / "config.json", id2label={"0": "backbone", "1": "dtype"}, label2id={"backbone": 3, "dtype": 1})
+    validate(entry_for(folder), folder)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import first_line
-from resources.foreign import TooLargeError, read_regular
 from resources.triton.lint.findings import Finding
 from resources.triton.lint.reading import (
     LARGEST_GRAPH_BYTES,
-    TOO_LARGE,
+    TooLargeError,
     is_below,
+    read_file,
     text_of,
     why_not_below,
 )
@@ -62,9 +62,9 @@ def graph_findings(model: Model, path: Path) -> Iterator[Finding]:
     if not is_below(model.root, file):
         return  # by a link, which is said
     try:
-        proto = onnx.ModelProto.FromString(read_regular(file, LARGEST_GRAPH_BYTES))
-    except TooLargeError:
-        yield model.at("too-large", TOO_LARGE.format(LARGEST_GRAPH_BYTES), path=file)
+        proto = onnx.ModelProto.FromString(read_file(file, LARGEST_GRAPH_BYTES))
+    except TooLargeError as error:
+        yield model.at("too-large", str(error), path=file)
         return
     except Exception as error:
         yield model.at("onnx-graph", f"cannot be read: {first_line(error)}", path=file)

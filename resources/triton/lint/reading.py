@@ -1,4 +1,4 @@
-"""Names and bounds for a repository that anybody may have written. resources/foreign.py reads its files."""
+"""Reading files of a repository that anybody may have written: bounded, and never from outside of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from resources.foreign import ForeignError, local_path
+from resources.foreign import ForeignError, local_path, open_regular, read_whole
 
 #: Triton's documentation knows no limit. A configuration of a thousand steps has a quarter of this.
 LARGEST_CONFIG_BYTES = 2**20
@@ -19,8 +19,19 @@ MOST_FINDINGS = 200
 LONGEST_MESSAGE = 500
 
 
-#: For a file beyond its kind's size, with that size in bytes.
-TOO_LARGE = "is larger than {:,} bytes, so it was not read. Put the right file there."
+class TooLargeError(Exception):
+    """A file is larger than anything of its kind."""
+
+
+def read_file(path: Path, limit_bytes: int) -> bytes:
+    """Read a regular file of at most that size. Raises OSError, ForeignError, or TooLargeError with a sentence for
+    people.
+    """
+    with open_regular(path) as file:
+        data = read_whole(file, limit_bytes)
+    if data is None:
+        raise TooLargeError(f"is larger than {limit_bytes:,} bytes, so it was not read. Put the right file there.")
+    return data
 
 
 def is_below(folder: Path, path: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
-from resources.foreign import ForeignError, TooLargeError, read_regular
+from resources.foreign import ForeignError
 from resources.triton.layout import CONFIG
 from resources.triton.lint.ensembles import ensemble_findings
 from resources.triton.lint.findings import Finding
@@ -21,9 +21,10 @@ from resources.triton.lint.graphs import graph_findings, type_name
 from resources.triton.lint.reading import (
     LARGEST_CONFIG_BYTES,
     MOST_FINDINGS,
-    TOO_LARGE,
+    TooLargeError,
     is_below,
     links_out,
+    read_file,
     shortened,
     why_not_below,
 )
@@ -132,8 +133,6 @@ def lint(root: Path) -> list[Finding]:
                 found.append(finding)
         except OSError as error:
             found.append(model.at("unreadable", f"{error.filename} cannot be read: {error.strerror}."))
-        except ForeignError as error:  # a file that was replaced by a pipe meanwhile
-            found.append(model.at("unreadable", f"{error}."))
         findings += found
         if len(found) >= MOST_FINDINGS:
             more = f"has {MOST_FINDINGS} findings or more, and was not looked at further. Mend these first."
@@ -181,10 +180,10 @@ def _read(root: Path, folder: Path) -> tuple[Model, list[Finding]]:
         findings.append(Finding("no-config", folder.name, "has no config.pbtxt, so Triton makes one up. Write one."))
     elif is_below(root, path):
         try:
-            text = read_regular(path, LARGEST_CONFIG_BYTES).decode("utf-8")
+            text = read_file(path, LARGEST_CONFIG_BYTES).decode("utf-8")
             config = text_format.Parse(text, ModelConfig())
-        except TooLargeError:
-            findings.append(Finding("too-large", place, TOO_LARGE.format(LARGEST_CONFIG_BYTES)))
+        except TooLargeError as error:
+            findings.append(Finding("too-large", place, str(error)))
         except text_format.ParseError as error:
             # "line:column : text"
             message = re.sub(r"^\d+:\d+ : ", "", str(error))

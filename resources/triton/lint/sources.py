@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resources.foreign import TooLargeError, read_regular
+from resources.foreign import ForeignError
 from resources.triton.lint.findings import Finding
-from resources.triton.lint.reading import LARGEST_SOURCE_BYTES, TOO_LARGE
+from resources.triton.lint.reading import LARGEST_SOURCE_BYTES, TooLargeError, read_file
 
 if TYPE_CHECKING:
     from resources.triton.lint.repository import Model
@@ -24,15 +24,15 @@ def source_findings(model: Model, path: Path) -> Iterator[Finding]:
     """What is wrong with a version's `model.py`."""
     place = path.relative_to(model.root).as_posix()
     try:
-        tree = ast.parse(read_regular(path, LARGEST_SOURCE_BYTES))
+        tree = ast.parse(read_file(path, LARGEST_SOURCE_BYTES))
         imports = list(_imports(tree))
-    except TooLargeError:
-        yield Finding("too-large", place, TOO_LARGE.format(LARGEST_SOURCE_BYTES))
+    except TooLargeError as error:
+        yield Finding("too-large", place, str(error))
         return
     except SyntaxError as error:
         yield Finding("python-syntax", place, f"is no Python: {error.msg}.", error.lineno or 0)
         return
-    except (ValueError, RecursionError, MemoryError) as error:  # null bytes; nested beyond all measure
+    except (OSError, ForeignError, ValueError, RecursionError, MemoryError) as error:  # null bytes; nested too deep
         yield Finding("python-syntax", place, f"cannot be read as Python: {error or type(error).__name__}.")
         return
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.alias)}

@@ -40,6 +40,23 @@ BACK_SECONDS = 10.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
+#: Put at the end of a release's model.py. While the file FLAG is there, every execution takes three seconds.
+SLOW = """
+import os
+
+_execute = TritonPythonModel.execute
+
+
+def _slow(self, requests):
+    if os.path.exists(FLAG):
+        time.sleep(3)
+    return _execute(self, requests)
+
+
+TritonPythonModel.execute = _slow
+"""
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     return make_plan(tmp_path_factory.mktemp("plan"), seed=0)
@@ -51,6 +68,12 @@ def repository(tmp_path_factory, plan):
     folder = tmp_path_factory.mktemp("models") / "cpu"
     publish(plan, folder, Steps(prove=unasked))
     return folder
+
+
+def extend(repository, code, flag, model="tiny"):
+    """Add code to the model.py of a model's first release. FLAG in it is the path of a file."""
+    file = repository / f"{model}__r1__pipeline" / "1" / "model.py"
+    file.write_text(file.read_text() + code.replace("FLAG", repr(str(flag))))
 
 
 def answered(address, plan):
@@ -119,13 +142,10 @@ def test_a_process_that_did_not_react_is_replaced(repository, plan, triton_setti
         assert time.monotonic() - begun < BACK_SECONDS
 
 
+@pytest.mark.whole
 def test_requests_that_are_slow_or_refused_repair_nothing(repository, plan, triton_settings, tmp_path):
     slow = shutil.copytree(repository, tmp_path / "models" / "cpu")
-    model = slow / "tiny__r1__pipeline" / "1" / "answering.py"
-    begin = "        asked = [self._read(request) for request in requests]\n"
-    assert begin in model.read_text()
-    hold = f"        import os, time; os.path.exists({str(tmp_path / 'slow')!r}) and time.sleep(3)\n"
-    model.write_text(model.read_text().replace(begin, hold + begin))
+    extend(slow, SLOW, tmp_path / "slow")
     with serving(slow, triton_settings, tmp_path / "log") as served, TextClient(served.address) as client:
         said, stubs = list(served.said), served.stubs()
         (tmp_path / "slow").touch()

@@ -6,7 +6,6 @@ that were checked, or allocate whatever they name. docs/security.md, "Checkpoint
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,8 @@ _SECOND_MODEL = ("backbone", "backbone_config", "use_timm_backbone", "use_pretra
 _TIMM = ("timm_wrapper", "timm_backbone")
 #: Paths of the machine where a tokenizer was saved. transformers ignores these whatever they say.
 _STALE_PATHS = ("special_tokens_map_file", "tokenizer_file", "added_tokens_file")
+#: transformers takes nothing from these but labels.
+_LABEL_TABLES = ("id2label", "label2id")
 #: What torch calls the numbers that weights may have.
 _DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float16|float32|float64)")
 
@@ -51,8 +52,10 @@ def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
     if architectures is not None and not _is_texts(architectures):
         raise refuse(entry, f"{CONFIG}, architectures: it is no list of names", "Copy the checkpoint again")
     for key, value in values:
-        _refuse_code(entry, CONFIG, key, value)
         _refuse_number(entry, key, value)
+    # A label may be called as a field is.
+    for key, value in values_of({name: value for name, value in config.items() if name not in _LABEL_TABLES}):
+        _refuse_code(entry, CONFIG, key, value)
     _check_labels(entry, config)
     vocabulary = config.get("vocab_size")
     if vocabulary is not None and (not _is_count(vocabulary) or vocabulary < 1):
@@ -176,7 +179,8 @@ def length_of(value: Any, most: int) -> int | None:
     """A length from 1 to `most`; None for all else. transformers writes some as floats, and "no limit" as 1e30."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if math.isfinite(value) and 1 <= value <= most else None
+    # Neither NaN nor an integer beyond what a float holds gets through the comparison.
+    return int(value) if 1 <= value <= most else None
 
 
 def _is_count(value: Any) -> bool:

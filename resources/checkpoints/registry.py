@@ -308,5 +308,5 @@ def _join_tokenizers(folder: Path) -> None:
                 try:
                     if is_file_below(place, path.name) and not (model / path.name).exists():
                         (model / path.name).write_bytes(read_below(place, path.name, MOST_TOKENIZER_BYTES))
-                except ForeignError as error:
-                    raise CheckpointError(f"source: {error}. Log the model again with mlflow.") from None
+                except (OSError, ForeignError) as error:
+                    raise CheckpointError(f"source: {error}. Log the model again with mlflow.") from error

@@ -66,8 +66,14 @@ class TrackingStore:
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
             with file_lock(self.folder / "store.lock"):
                 fresh = self._file is not None and not self._file.exists()
-                client = within(ANSWER_SECONDS, partial(MlflowClient, self.uri.for_library))
-                within(ANSWER_SECONDS, partial(client.search_experiments, max_results=1))
+                try:
+                    client = within(ANSWER_SECONDS, partial(MlflowClient, self.uri.for_library))
+                    within(ANSWER_SECONDS, partial(client.search_experiments, max_results=1))
+                except ImportError as error:
+                    raise TrackingError(
+                        f"MLflow at {self.uri} cannot be opened: {first_line(error)}. Install the driver of that "
+                        "database, such as psycopg2-binary or PyMySQL."
+                    ) from error
                 if fresh:  # what was written to one that lay there before is gone with it
                     self._forget_links()
             # A database file is on this machine: nobody else's server answers for it.

@@ -79,7 +79,9 @@ def serve_foreground(
     )
     server.require_free()
     if health_port in (http_port, grpc_port, metrics_port):
-        raise ServerError(f"--health-port is {health_port}, as another port is. Give four different ports.")
+        raise ServerError(
+            f"--health-port {health_port} is also the HTTP, gRPC or metrics port. Give four different ports."
+        )
     with _sigterm_as_interrupt(), ExitStack() as stack:
         try:
             health = Health(health_port) if health_port is not None else None

@@ -72,9 +72,10 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
             return known
         # The same command may be given again: ./bert and the Hub's bert are called as their entries are.
         if known.source not in (options.model, str(Path(options.model).resolve())):
+            own = options.model in load_catalog(workspace.catalog_path).names
             raise CatalogError(
                 f"{options.model} is in the catalog already, so --{given[0].replace('_', '-')} changes nothing. Edit "
-                f"its entry in {workspace.catalog_path} or in {workspace.additions}."
+                f"its entry in {workspace.catalog_path if own else workspace.additions}."
             )
         source = known.source
     else:

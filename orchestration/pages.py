@@ -147,7 +147,7 @@ def _await(name: str, process: subprocess.Popen[bytes], port: int, log: Path) ->
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM; resources/triton/supervise.py sees to the rest."""
+    """End the processes. resources/triton/supervise.py, which runs them, ends what they started."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + _STOP_SECONDS

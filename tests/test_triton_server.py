@@ -521,7 +521,7 @@ def test_serving_takes_up_new_releases_and_rollbacks_without_a_failed_request(
             end.set()
             for thread in clients:
                 thread.join(60)
-    assert trouble == []
+    assert trouble == [], said
     assert len(seen) > 50
     assert sum("cannot load tiny" in line for line in said) == 1
 

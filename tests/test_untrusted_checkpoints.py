@@ -237,13 +237,18 @@ def test_names_of_a_registry_that_lead_out_of_the_copy(tmp_path, monkeypatch):
         registry._check_listing("anything", Address("sqlite://"))
 
 
-def test_links_of_a_version_that_lead_out_of_its_folder(folder, tmp_path):
+def test_links_of_a_version_that_lead_out_of_its_folder(folder, tmp_path, monkeypatch):
     """In an artifact store that is a folder of this machine, whose files MLflow copies with what they link to."""
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+
     registry._check_listing(folder.as_uri(), Address("sqlite://"))
     (tmp_path / "secret").write_text("of somebody else")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(registry.ForeignError, match="leads out"):
-        registry._check_listing(folder.as_uri(), Address("sqlite://"))
+    leads_here = lambda uri: ("m", "1", folder.as_uri())  # noqa: E731
+    monkeypatch.setattr(ModelsArtifactRepository, "_get_model_uri_infos", leads_here)
+    for address in (folder.as_uri(), "models:/m/1"):
+        with pytest.raises(registry.ForeignError, match="leads out"):
+            registry._check_listing(address, Address("sqlite://"))
 
 
 def test_a_description_of_a_registry_that_has_no_end(tmp_path):

@@ -15,6 +15,7 @@ from resources.catalog import ModelEntry
 from resources.checkpoints.reading import TOKENIZER, has_file, read_object, refuse
 from resources.foreign import MOST_CONFIG_BYTES, ForeignError, parse_json, read_below, values_of
 from resources.tasks import CheckpointFiles
+from resources.tasks.base import MOST_LABELS
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 #: Attention and experts as transformers itself computes them. Every other name makes it look for a package, or for
@@ -34,7 +35,6 @@ _LABEL_TABLES = ("id2label", "label2id")
 #: What torch calls the numbers that weights may have.
 _DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float16|float32|float64)")
 
-_MOST_LABELS = 100_000
 _MOST_LABEL_CHARACTERS = 1000
 #: Far beyond any real model, and little enough for a count of modules or a length. The first that fits a field's name.
 _MOST = ((re.compile("layer|depth|group|block"), 10_000), (re.compile("size|dim|hidden|head|position|length"), 2**24))
@@ -151,19 +151,19 @@ def _refuse_number(entry: ModelEntry, key: str, value: Any) -> None:
 
 def _check_labels(entry: ModelEntry, config: dict[str, Any]) -> None:
     count = config.get("num_labels")
-    if count is not None and (not _is_count(count) or count > _MOST_LABELS):
+    if count is not None and (not _is_count(count) or count > MOST_LABELS):
         raise refuse(
             entry,
-            f"{CONFIG}, num_labels: {count!r:.60} is no number of labels from 0 to {_MOST_LABELS}",
+            f"{CONFIG}, num_labels: {count!r:.60} is no number of labels from 0 to {MOST_LABELS}",
             "Write the number of the head's outputs, or remove the field and name them in id2label",
         )
     table = config.get("id2label")
     if table is None:
         return
-    if not isinstance(table, dict) or len(table) > _MOST_LABELS:
+    if not isinstance(table, dict) or len(table) > MOST_LABELS:
         raise refuse(
             entry,
-            f"{CONFIG}, id2label: it is no table of at most {_MOST_LABELS} labels",
+            f"{CONFIG}, id2label: it is no table of at most {MOST_LABELS} labels",
             'Write it as {"0": "the first label", "1": ...}',
         )
     for label in table.values():

@@ -223,7 +223,8 @@ def _check_listing(address: str, uri: Address) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     repository, left, seen = get_artifact_repository(address, tracking_uri=uri.for_library), [""], 0
-    here = getattr(repository, "artifact_dir", None)
+    # Addresses such as models:/... lead to another repository.
+    here = getattr(getattr(repository, "repo", repository), "artifact_dir", None)
     while left:
         for one in repository.list_artifacts(left.pop()):
             check_name(one.path)

@@ -111,6 +111,13 @@ def test_of_a_webhook_only_its_host_is_seen():
     assert address.conceal("no /services/T/B/secret there") == "no /*** there"
 
 
+def test_switches_of_a_query_leave_errors_readable():
+    address = Address("postgresql://user:canary@host/db?ssl=1&key=canary-key")
+    assert address.conceal("line 11: no canary, canary-key or ssl=1&key=canary-key") == "line 11: no ***, *** or ***"
+    error = OSError(111, "refused")
+    assert address.without_secrets(error) is error
+
+
 def library_errors():
     """What libraries say of an address that holds a password, and that nobody answers."""
     import requests

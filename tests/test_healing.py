@@ -249,6 +249,19 @@ def test_a_model_is_repaired_in_poll_mode_too(repository, plan, triton_settings,
         assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
 
 
+@pytest.mark.whole
+def test_in_poll_mode_a_new_server_does_not_wait_for_models_that_have_gone(repository, plan, triton_settings, tmp_path):
+    folder = shutil.copytree(repository, tmp_path / "models" / "cpu")
+    publish(make_plan(tmp_path / "plan", model="other"), folder, Steps(prove=unasked))
+    with serving(folder, triton_settings, tmp_path / "log", control="poll") as served:
+        for path in (folder / "other", folder / "other__r1__pipeline"):
+            path.rename(tmp_path / path.name)
+        begun = time.monotonic()
+        served.triton().kill()
+        assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
+        wait_until(lambda: served.health()[0] == 200)
+
+
 def nested(port):
     """200,000 nested brackets, which Triton 2.51 does not survive."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection, suppress(OSError):

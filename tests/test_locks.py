@@ -6,6 +6,8 @@ import re
 import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from threading import Event, Thread
 
 import pytest
@@ -204,18 +206,21 @@ SPOILED = {
 
 
 @pytest.fixture
-def machine(tmp_path_factory, monkeypatch):
-    """The machine's lock, in a folder for everybody, and this user's own. Root opens any file, so it is nobody here."""
-    folder = tmp_path_factory.mktemp("machine")
-    for name in ("tmp", "home"):
-        (folder / name).mkdir()
-        (folder / name).chmod(0o777)
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(parent.stat().st_mode | 0o011)
-    monkeypatch.setattr(locks, "MACHINE_LOCK", folder / "tmp" / "machine.lock")
-    monkeypatch.setattr(locks, "_own_lock", lambda: folder / "home" / "own" / "machine.lock")
-    monkeypatch.setattr(locks, "_TOLD", set())
-    return folder / "tmp" / "machine.lock"
+def machine(monkeypatch):
+    """The machine's lock, in a folder for everybody, and this user's own. Root opens any file, so it is nobody here.
+
+    The folders of pytest are closed to nobody, so these lie beside them.
+    """
+    with tempfile.TemporaryDirectory(prefix="refinery-locks-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        for part in ("tmp", "home"):
+            (folder / part).mkdir()
+            (folder / part).chmod(0o777)
+        monkeypatch.setattr(locks, "MACHINE_LOCK", folder / "tmp" / "machine.lock")
+        monkeypatch.setattr(locks, "_own_lock", lambda: folder / "home" / "own" / "machine.lock")
+        monkeypatch.setattr(locks, "_TOLD", set())
+        yield folder / "tmp" / "machine.lock"
 
 
 @pytest.mark.parametrize("name", ["machine.lock", "machine.gate"])

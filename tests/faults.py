@@ -14,7 +14,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,8 +30,9 @@ _PRELOADED = (
     *("alembic.command", "dagster._core.storage.sqlite_storage", "sqlalchemy.dialects.sqlite", "tritonclient.grpc"),
     *("mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
 )
-#: As `struct state` there: writes counted, the first that fails, whether all after it do, the folder, what failed.
-_STATE = struct.Struct("QQQ1024s1024s")
+#: As `struct state` there: writes counted, the first that fails, whether all after it do, whether databases are
+#: spared, the folder, what failed.
+_STATE = struct.Struct("QQQQ1024s1024s")
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,20 @@ class Commands:
     def __init__(self, home: Path, process: subprocess.Popen[str], state: mmap.mmap) -> None:
         self.home, self._process, self._state = home, process, state
 
-    def run(self, *arguments: str, at: int = 0, full: bool = False) -> Done:
+    def run(self, *arguments: str, at: int = 0, full: bool = False, spared: bool = False) -> Done:
         """Run one command.
 
         at: the number of the write below `home` that fails with ENOSPC; 0: none does. full: so does every later one
-        that needs room.
+        that needs room. spared: SQLite's databases are neither counted nor failed.
         """
-        self._state[:] = _STATE.pack(0, at, full, os.fsencode(self.home), b"").ljust(len(self._state), b"\0")
+        self._state[:] = _STATE.pack(0, at, full, spared, os.fsencode(self.home), b"").ljust(len(self._state), b"\0")
         out, err = self.home.with_name("out"), self.home.with_name("err")
         asked = {"arguments": arguments, "out": str(out), "err": str(err)}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
-        writes, _, _, _, failed = _STATE.unpack(self._state[: _STATE.size])
+        writes, _, _, _, _, failed = _STATE.unpack(self._state[: _STATE.size])
         said = os.fsdecode(failed.rstrip(b"\0"))
         return Done(code, out.read_text(errors="replace"), err.read_text(errors="replace"), writes, said)
 
@@ -78,7 +79,7 @@ def commands(folder: Path) -> Iterator[Commands]:
     home, library = folder.resolve() / "home", folder / "faulty_disk.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, _SOURCE, "-ldl"], check=True)
     file = library.with_suffix(".so.state")
-    file.write_bytes(_STATE.pack(0, 0, 0, b"/nowhere", b"").ljust(mmap.PAGESIZE, b"\0"))
+    file.write_bytes(_STATE.pack(0, 0, 0, 0, b"/nowhere", b"").ljust(mmap.PAGESIZE, b"\0"))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("REFINERY_", "DAGSTER_"))}
     variables = {"REFINERY_HOME": str(home), "REFINERY_CATALOG": str(home / "models.yaml"), "COLUMNS": "200"}
     process = subprocess.Popen(

@@ -5,6 +5,8 @@ again as soon as there is room.
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import dagster as dg
@@ -146,3 +148,93 @@ def check_gc(refinery, at, full):
     assert {path.name for path in (home / "artifacts" / "engine").iterdir()} == {NEEDED}, done
     assert leftovers(home) == [], done
     return done.code, kept
+
+
+def numbers(writes, step):
+    """The numbers of the writes that fail, and whether the disk is full from there on; with a step each in one mode."""
+    found = range(1, writes + 1, step)
+    if step == 1:
+        return [(number, full) for full in (False, True) for number in found]
+    return [(number, place % 2 == 1) for place, number in enumerate(found)]
+
+
+STEPS = [pytest.param(10, id="every tenth"), pytest.param(1, id="every", marks=pytest.mark.whole)]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("command", RELEASE_COMMANDS)
+def test_what_serves_goes_on_and_nothing_stays_half_done(refinery, made, command, step):
+    arguments, expected = RELEASE_COMMANDS[command]
+    copy(made, refinery.home)
+    whole = refinery.run(*arguments)
+    assert (whole.code, leftovers(refinery.home)) == (0, []), whole
+    assert whole.writes > 5
+    for at, full in numbers(whole.writes, step):
+        copy(made, refinery.home)
+        check_release_command(refinery, arguments, at, full, expected)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_gc_frees_whatever_cannot_be_written(refinery, made, step):
+    copy(made, refinery.home)
+    whole = refinery.run("gc")
+    assert whole.code == 0, whole
+    for at, full in numbers(whole.writes, step):
+        copy(made, refinery.home)
+        check_gc(refinery, at, full)
+
+
+@pytest.mark.whole
+def test_a_tracking_database_that_could_not_be_made_whole_is_made_again(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; from resources.tracking.store import TrackingStore\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2); folder = Path(sys.argv[1])\n"
+        "store = TrackingStore(f'sqlite:///{folder}/mlflow.db', ui=None, folder=folder / 'tracking')\n"
+        "with store.clear_errors(): print(len(store.client.search_experiments()))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    starved = subprocess.run([*command, str(2**17)], capture_output=True, text=True, check=False)
+    assert starved.returncode == 1
+    assert "cannot be written" in starved.stderr
+    assert "Make room there" in starved.stderr
+    assert list(tmp_path.glob("mlflow.db*")) == []
+    assert subprocess.run([*command, str(2**30)], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+#: An optimization of a tiny model on a home of its own makes tens of thousands of writes, most of them of databases.
+SAMPLES = 10
+
+
+def optimize_command(checkpoint):
+    options = {"name": "new", "engines": "onnxruntime_fp32", "seconds": 0.3, "serving-seconds": 0, "seq-len": 16}
+    return ["optimize", str(checkpoint), *(f"--{name}={value}" for name, value in options.items()), "--batch-size=1"]
+
+
+def check_optimize(refinery, arguments, at, full, before, *, spared):
+    done = refinery.run(*arguments, at=at, full=full, spared=spared)
+    home, repository = refinery.home, refinery.home / "triton_models" / "cpu"
+    assert "Traceback" not in done.err, done
+    if done.code:
+        assert done.code == 1, done
+        assert_says(done, home)
+    assert leftovers(home) == [], (done, leftovers(home))
+    assert {"tiny": assert_serves_whole(home)} == before
+    assert refinery.run("gc", at=1, full=True).code == 0
+    again = refinery.run(*arguments)
+    assert again.code == 0, (done, again)
+    assert current_number(repository, "new") is not None
+    assert differences(repository, find_release(repository, "new", current_number(repository, "new"))) == []
+    assert leftovers(home) == [], done
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("spared", [True, False], ids=["files", "databases too"])
+def test_an_optimization_leaves_nothing_half_done(refinery, made, made_checkpoint, spared):
+    """Fail writes spread evenly over the run: every one would take days."""
+    arguments = optimize_command(made_checkpoint())
+    copy(made, refinery.home)
+    whole = refinery.run(*arguments, spared=spared)
+    assert whole.code == 0, whole
+    for place, at in enumerate(range(1, whole.writes + 1, max(1, whole.writes // SAMPLES))):
+        copy(made, refinery.home)
+        check_optimize(refinery, arguments, at, place % 2 == 1, {"tiny": RELEASES}, spared=spared)

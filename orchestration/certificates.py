@@ -1,7 +1,7 @@
-"""The certificates of a private authority, for all that asks servers over TLS.
+"""The certificates of a private authority, for every part that talks to servers over TLS.
 
-requests, and with it MLflow, takes them from REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. Our own questions, huggingface_hub
-and its Xet client look at SSL_CERT_FILE alone.
+requests, and with it MLflow, reads REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. Our own client (resources/http.py),
+huggingface_hub and its Xet client read only SSL_CERT_FILE.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from resources.files import write_whole
 
 
 def share_certificates(environment: MutableMapping[str, str]) -> None:
-    """Have SSL_CERT_FILE name the certificates of REQUESTS_CA_BUNDLE, beside those that are trusted without it.
+    """Add the certificates of REQUESTS_CA_BUNDLE to those of SSL_CERT_FILE.
 
-    Beside, because a bundle for one server of MLflow must not end downloads from the Hub.
+    The usual certificates stay, because a bundle for a private MLflow server must not end downloads from the Hub.
     """
     given = Path(environment.get("REQUESTS_CA_BUNDLE") or environment.get("CURL_CA_BUNDLE") or "")
     usual = environment.get("SSL_CERT_FILE")
@@ -37,7 +37,7 @@ def share_certificates(environment: MutableMapping[str, str]) -> None:
 
 
 def _usual(file: str | None) -> list[Path]:
-    """What is trusted without a setting: the system's certificates, and Mozilla's, which requests takes."""
+    """Return the files that are trusted without a setting: the system's, and Mozilla's, which requests uses."""
     if file:
         return _files(Path(file))
     import certifi

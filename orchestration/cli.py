@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trouble = disk_trouble(error)
             if trouble:
                 print(f"refinery: {trouble}", file=sys.stderr)
-            else:  # a defect, whose words are as foreign as any
+            else:  # a defect; printed here, so that control characters in its text are escaped as well
                 traceback.print_exc()
             return FAILURE
 
@@ -226,7 +226,7 @@ def _add_allow_pickle(command: argparse._ActionsContainer) -> None:
         "--allow-pickle",
         action="store_true",
         default=None,
-        help="for a source: read weights that are a pickle, which run code of whoever made them",
+        help="for a source: load weights stored as a pickle, which run their author's code as you",
     )
 
 

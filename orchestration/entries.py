@@ -30,6 +30,7 @@ from resources.catalog import (
 )
 from resources.checkpoints import Access, SourceSettings, locate
 from resources.checkpoints.configuration import read_architecture
+from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.registry import parse_reference
 from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of
 from resources.errors import ArtifactError, CatalogError, CheckpointError, first_line
@@ -46,8 +47,8 @@ _HEADS = {
 #: What the command line may say about a new entry; None: nothing.
 ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds", "allow_pickle")
 _PICKLE_WARNING = (
-    "refinery: warning: --allow-pickle: weights that are a pickle run their author's code as you, each time they are "
-    "read. Their entry keeps allow_pickle: true."
+    "refinery: warning: --allow-pickle: weights stored as a pickle run their author's code as you, each time they are "
+    "loaded. The model's entry keeps allow_pickle: true."
 )
 
 
@@ -71,9 +72,10 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
             return known
         # The same command may be given again: ./bert and the Hub's bert are called as their entries are.
         if known.source not in (options.model, str(Path(options.model).resolve())):
+            own = options.model in load_catalog(workspace.catalog_path).names
             raise CatalogError(
-                f"{options.model} is in the catalog already, where its --{given[0].replace('_', '-')} is written: edit "
-                f"{workspace.catalog_path} or its file in {workspace.additions}."
+                f"{options.model} is in the catalog already, so --{given[0].replace('_', '-')} changes nothing. Edit "
+                f"its entry in {workspace.catalog_path if own else workspace.additions}."
             )
         source = known.source
     else:
@@ -82,7 +84,9 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
     name = options.name or _name_from(source)
     _require_read(catalog, name)
     # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
-    if source.startswith("/") and not (locate(source).folder / "config.json").is_file():
+    if source.startswith("/") and not ((folder := locate(source).folder) / "config.json").is_file():
+        if (folder / ADAPTER).exists():
+            raise CheckpointError(f"{name}: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
         raise CheckpointError(
             f"{name}: config.json is missing from {source}. Give the folder that save_pretrained wrote, whole."
         )
@@ -112,8 +116,8 @@ def _keep(
             return earlier
         if not rewrite:
             raise CatalogError(
-                f"{name!r} is in the catalog, where {_differences(entry, earlier)} is not so; leave that out, or give "
-                "another name with --name."
+                f"{name!r} is in the catalog with other settings, and this command does not change them. Leave out the "
+                f"options that ask for {_differences(entry, earlier)}, or give another name with --name."
             )
     else:
         if _was_collected(workspace, name):
@@ -134,18 +138,18 @@ def _require_read(catalog: Catalog, name: str) -> None:
 
 
 def _require_unedited(path: Path, entry: ModelEntry, earlier: ModelEntry | None) -> None:
-    """Refuse to replace what somebody else wrote. Raises CatalogError that says what to write there instead."""
+    """Refuse to replace what a user wrote. Raises CatalogError, which says what to write there."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         text = ""
-        if earlier is not None:  # somebody put it into another file
+        if earlier is not None:  # the entry was moved into another file of that folder
             path = path.parent
     except (OSError, UnicodeDecodeError) as error:
         raise CatalogError(f"{path} cannot be read: {error}. Mend or remove it.") from None
     if earlier is None and text.strip():
         raise CatalogError(
-            f"{path} is there, and holds no model named {entry.name!r}. Rename that file, or give another name with "
+            f"{path} exists, and holds no model named {entry.name!r}. Rename that file, or give another name with "
             "--name."
         )
     if earlier is not None and text != entry_text(earlier):
@@ -156,9 +160,11 @@ def _require_unedited(path: Path, entry: ModelEntry, earlier: ModelEntry | None)
 
 
 def _differences(entry: ModelEntry, earlier: ModelEntry) -> str:
-    """The fields that the entry has otherwise than the earlier one, as a models file has them."""
+    """Return the fields whose values differ from the earlier entry's, as a models file has them."""
     fields, before = entry.fields(), earlier.fields()
-    return ", ".join(f"{name}: {_flow(value)}" for name, value in fields.items() if before.get(name) != value)
+    changed = [f"{name}: {_flow(value)}" for name, value in fields.items() if before.get(name) != value]
+    # A field with its default value is left out of a models file.
+    return ", ".join([*changed, *(f"no {name}" for name in before if name not in fields)])
 
 
 def _flow(value: object) -> str:
@@ -171,7 +177,7 @@ def _flow(value: object) -> str:
 
 
 def _was_collected(workspace: Workspace, name: str) -> bool:
-    """Whether the name ever stood for a checkpoint that was there: a mistyped source may be put right."""
+    """Whether a checkpoint was ever collected under the name. Until then a mistyped source may be corrected."""
     try:
         workspace.store.current(Checkpoint, f"checkpoint/{name}")
     except ArtifactError:
@@ -180,13 +186,13 @@ def _was_collected(workspace: Workspace, name: str) -> bool:
 
 
 def _source(model: str, catalog: Catalog, access: Access) -> str:
-    """The catalog's spelling of a source. Raises CatalogError or CheckpointError for what can be none."""
+    """Return the catalog's spelling of a source. Raises CatalogError or CheckpointError for anything else."""
     try:
         path = Path(model).expanduser()
         if path.is_dir() or model.startswith(("/", "./", "../", "~")):
             return str(path.resolve())
     except (OSError, RuntimeError) as error:  # a name longer than the system takes; ~nobody
-        raise CatalogError(f"{model[:100]}: is no folder: {error}. Write its whole path.") from None
+        raise CatalogError(f"{model[:100]} is no folder: {error}. Write its whole path.") from None
     if is_hub_id(model):
         source = model.removeprefix(HUB_PREFIX)
         if "/" not in source.split("@")[0] and source == model:
@@ -199,23 +205,25 @@ def _source(model: str, catalog: Catalog, access: Access) -> str:
 
 
 def _find_on_hub(model: str, catalog: Catalog, access: Access) -> None:
-    """Say that the Hub's model is taken, which may be no more than a mistyped name of the catalog.
+    """Warn that the Hub's model is used, because the name may be a mistyped name of the catalog.
 
-    Raises CatalogError where the Hub does not have it, nor its cache here.
+    Raises CatalogError where neither the Hub nor its cache on this machine has the model.
     """
     why = _absence(model, access)
     if why is not None:
         close = get_close_matches(model, catalog.names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there: {', '.join(catalog.names) or 'none'}."
+        hint = f"did you mean {close[0]!r}?" if close else f"it holds {', '.join(catalog.names) or 'none'}."
         raise CatalogError(
-            f"There is no model named {model!r} in the catalog; {hint} It is no folder here either, and no model of "
-            f"the Hub: {why}. Add it to the models file, or give a folder or a Hub id."
+            f"There is no model named {model!r} in the catalog; {hint} It is no folder here, and the Hub's model "
+            f"cannot be used: {why}. Add it to the models file, or give a folder or a Hub id."
         )
-    print(f"refinery: {model} is not in the catalog and no folder here: taking the Hub's model.", file=sys.stderr)
+    print(
+        f"refinery: {model} is neither in the catalog nor a folder here, so the Hub's model is used.", file=sys.stderr
+    )
 
 
 def _absence(model: str, access: Access) -> str | None:
-    """Why the Hub's model cannot be had; None where the Hub names it, or its cache here holds it."""
+    """Say why the Hub's model is not available; None where the Hub or its cache on this machine has it."""
     try:
         hub_commit(model, access)
     except CheckpointError as error:
@@ -227,7 +235,7 @@ def _absence(model: str, access: Access) -> str | None:
 
 
 def _name_from(source: str) -> str:
-    """The default name of a source's entry. Raises CatalogError where none can be made of it."""
+    """Return the default name of a source's entry. Raises CatalogError where the source makes no valid name."""
     kind = kind_of(source)
     if kind == "registry":
         last = parse_reference(source).name
@@ -237,12 +245,12 @@ def _name_from(source: str) -> str:
     try:
         check_name(name)
     except ValueError:
-        raise CatalogError(f"{source}: no name can be made of it; give one with --name.") from None
+        raise CatalogError(f"{source}: its last part makes no name for a model. Give one with --name.") from None
     return name
 
 
 def _entry(known: Mapping[str, Any], options: Namespace, settings: SourceSettings) -> ModelEntry:
-    """The entry with those fields, changed as the options say."""
+    """Return the entry with these fields, changed as the options say."""
     for option in ("seq_len", "batch_size"):
         for number in (getattr(options, option) or "1").split(","):
             if not number.strip().isdigit() or int(number) < 1:
@@ -270,8 +278,8 @@ def _entry(known: Mapping[str, Any], options: Namespace, settings: SourceSetting
 
 
 def _guess_task(fields: Mapping[str, Any], settings: SourceSettings) -> str:
-    """By the class the checkpoint was saved from; what has no head of its own embeds."""
+    """Tell the task from the class that the checkpoint was saved from: without a known head, `embedding`."""
     allow_pickle = bool(fields.get("allow_pickle", False))
     folder = locate(fields["source"], allow_pickle=allow_pickle, settings=settings).folder
-    architecture = read_architecture(folder)  # empty: collecting the checkpoint says better than a guess what is wrong
+    architecture = read_architecture(folder)  # empty where unreadable: collecting the checkpoint reports why
     return next((task for head, task in _HEADS.items() if architecture.endswith(head)), "embedding")

@@ -1,4 +1,4 @@
-"""What a request for Dagster's pages must show before Dagster's own web application sees it.
+"""The checks that a request passes before Dagster's own web application sees it.
 
 Dagster's web server has no log-in, takes GraphQL mutations by GET and by forms, and looks at neither Host nor Origin.
 So any web page that a user of this machine opens could start runs, by an image's address or by a form.
@@ -23,8 +23,8 @@ _SETTING = "REFINERY_DAGSTER_UI"
 class PagesGuard:
     """Dagster's web application behind checks of Host, Origin, method and content type.
 
-    A name of another's in Host is DNS rebinding. An Origin other than the pages' own is another web page. A content
-    type other than JSON needs no preflight, so a browser sends it for any page.
+    A foreign name in Host means DNS rebinding. A foreign Origin means that another web page sent the request. JSON is
+    required because a browser sends other content types for any page, without asking first (preflight).
     """
 
     def __init__(self, app: ASGIApp, address: str | None = None) -> None:
@@ -56,18 +56,21 @@ class PagesGuard:
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         host = origin_of(f"http://{hosts[0]}") if len(hosts) == 1 else None
         if host is None or host[1] not in self._names:
-            return 403, f"The request names a host that is not served here. A proxy's address belongs in {_SETTING}."
+            return 403, f"The request names a host that is not served here. Set {_SETTING} to the address of a proxy."
         if not all(self._is_own(origin, hosts[0]) for origin in origins):
-            return 403, f"The request comes from another web page. A proxy's address belongs in {_SETTING}."
+            return (
+                403,
+                f"The request comes from another web page. Set {_SETTING} to the address of a proxy.",
+            )
         if scope["type"] == "websocket":
             return None
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
             if media_type != "application/json":
-                return 415, "A request that may change something has the content type application/json."
+                return 415, "A request that may change something needs the content type application/json."
         # Not the exact path, because Dagster's routes also take a line break behind it.
         elif scope["path"].startswith("/graphql") and "text/html" not in headers.get("accept", ""):
-            return 405, "GraphQL is asked by POST with the content type application/json."
+            return 405, "Send GraphQL by POST with the content type application/json."
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:

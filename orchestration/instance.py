@@ -122,9 +122,9 @@ def prepare_instance(workspace: Workspace) -> Path:
 
 def _require_postgres(url: str) -> None:
     if not url.startswith(_POSTGRES_SCHEME):
-        shown = url.partition("://")[0] if "://" in url else ""  # the rest has the password
+        scheme = f"begins with {url.partition('://')[0]!r}" if "://" in url else "has no scheme"  # no password is shown
         raise CatalogError(
-            f"{POSTGRES_VARIABLE} begins with {shown!r}. Write {_POSTGRES_SCHEME}user:password@host:5432/database, so "
+            f"{POSTGRES_VARIABLE} {scheme}. Write {_POSTGRES_SCHEME}user:password@host:5432/database, so "
             "that SQLAlchemy takes the driver that dagster-postgres brings."
         )
     if find_spec("dagster_postgres") is None:

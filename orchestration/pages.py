@@ -17,7 +17,7 @@ import dagster as dg
 
 from orchestration.instance import WORKSPACE, prepare_instance
 from orchestration.sensors import SENSOR
-from orchestration.settings import read_workspace, tracker_of
+from orchestration.settings import read_execution, read_policies, read_workspace, tracker_of, webhook_of
 from resources.errors import ServerError
 from resources.triton.launch import supervised
 from resources.variables import DATABASE, MLFLOW, PROGRAM, PYTHON, inherited
@@ -30,10 +30,14 @@ _STOP_SECONDS = 20.0
 
 
 def serve_pages(options: Namespace) -> int:
-    """Start both, print their addresses, and stop both when either ends or on Ctrl-C. An MLflow server that runs
-    elsewhere is only named.
+    """Start both servers, print their addresses, and stop both when either ends or on Ctrl-C.
+
+    An MLflow server that runs elsewhere is not started: its address is printed.
     """
     workspace = read_workspace(os.environ)
+    # Mistakes in these would otherwise be seen on Dagster's pages alone, which then have no definitions.
+    for read in (webhook_of, read_execution, read_policies):
+        read(os.environ)
     _require_free(options.dagster_port, "--dagster-port")
     if not is_tracking_server(workspace):
         _require_free(options.mlflow_port, "--mlflow-port")
@@ -98,17 +102,22 @@ def is_tracking_server(workspace: Workspace) -> bool:
 def mlflow_variables(workspace: Workspace) -> dict[str, str]:
     """Return the environment of MLflow's server: no key of a cloud, and the address of its database.
 
-    That address may hold a password. Everybody on the machine can read a command line, and only the same user an
-    environment.
+    That address may hold a password. Every user of the machine can read a command line, but only the same user can
+    read an environment.
     """
     uri = workspace.mlflow_uri().reveal()
     drivers = () if uri.startswith("sqlite:") else DATABASE
-    return inherited(PROGRAM, PYTHON, MLFLOW, secrets=drivers, MLFLOW_BACKEND_STORE_URI=uri)
+    found = inherited(PROGRAM, PYTHON, MLFLOW, secrets=drivers, MLFLOW_BACKEND_STORE_URI=uri)
+    # MLflow 3 runs jobs of its evaluation and tracing features in eight more processes, with 1 GB of memory together.
+    # Nothing here uses them.
+    found.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    return found
 
 
 def page_addresses(workspace: Workspace, dagster_port: int, mlflow_port: int) -> dict[str, str]:
-    """Where the pages are, as settings for the runs that are started there, so that each links to the other's pages. An
-    address that is set stays: it is where people come from.
+    """Return the addresses of the pages as settings for the runs that start there, which link to them.
+
+    An address that the user set stays, because it is the one that people use.
     """
     server = workspace.mlflow_uri() if is_tracking_server(workspace) else f"http://{_LOOPBACK}:{mlflow_port}"
     return {
@@ -138,7 +147,7 @@ def _await(name: str, process: subprocess.Popen[bytes], port: int, log: Path) ->
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM; resources/triton/supervise.py sees to the rest."""
+    """End the processes. resources/triton/supervise.py, which runs them, ends what they started."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + _STOP_SECONDS

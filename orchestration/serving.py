@@ -180,8 +180,9 @@ def serve(options: Namespace) -> int:
 
 
 def _require_embeddable(repository: Path, control: str) -> None:
-    """Raise ReleaseError where no model of the repository could be served here, or, unless they are loaded one by one,
-    where one could not: then Triton ends.
+    """Raise ReleaseError where the embedded server would end because of models of the `native` flavour.
+
+    With explicit control it skips such models, and ends only if there is no other. Otherwise one of them ends it.
     """
     served = [current_release(repository, model) for model in public_models(repository)]
     native = [release for release in served if release is not None and release.flavour == "native"]

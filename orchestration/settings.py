@@ -20,7 +20,7 @@ from resources.addresses import WEB, Address, web_address
 from resources.checkpoints.registry import source_names
 from resources.checkpoints.settings import HUB, Access
 from resources.errors import CatalogError
-from resources.http import Trust
+from resources.http import Tls
 from resources.isolation import Limits
 from resources.targets import check_target
 from resources.tracking import Tracker
@@ -94,20 +94,26 @@ def read_connection(environment: Mapping[str, str]) -> Connection:
     files = {name: _path(environment, f"REFINERY_TRITON_{name}") for name in ("CA", "CERTIFICATE", "PRIVATE_KEY")}
     for name, path in files.items():
         if path is not None and not path.is_file():
-            raise CatalogError(f"REFINERY_TRITON_{name}: {path} is not a file.")
+            raise CatalogError(f"REFINERY_TRITON_{name}: {path} is not a file. Name a file in PEM format.")
     if (files["CERTIFICATE"] is None) != (files["PRIVATE_KEY"] is None):
         raise CatalogError("REFINERY_TRITON_CERTIFICATE and REFINERY_TRITON_PRIVATE_KEY belong together; give both.")
     given = environment.get("REFINERY_TRITON_TLS", "")
     if given not in ("", "0", "1"):
-        raise CatalogError(f"REFINERY_TRITON_TLS: {given!r} is neither 0 nor 1.")
+        raise CatalogError(
+            f"REFINERY_TRITON_TLS: {given!r} is neither 0 nor 1. Set 1 for servers that are reached over TLS."
+        )
     named = any(path is not None for path in files.values())
     if given == "0" and named:
         raise CatalogError(
-            "REFINERY_TRITON_TLS is 0, and files for TLS are named all the same. Unset one or the other."
+            "REFINERY_TRITON_TLS is 0, but REFINERY_TRITON_CA, _CERTIFICATE or _PRIVATE_KEY is set. Unset one or the "
+            "other."
         )
     key = environment.get("REFINERY_TRITON_KEY") or None
     if key is not None and not _HEADER_VALUE.fullmatch(key):
-        raise CatalogError("REFINERY_TRITON_KEY holds characters that a header cannot.")
+        raise CatalogError(
+            "REFINERY_TRITON_KEY holds characters that no header can hold. Use letters and digits, as `openssl rand "
+            "-hex 32` prints them."
+        )
     return Connection(
         key=key,
         headers=_headers(environment.get("REFINERY_TRITON_HEADERS")),
@@ -138,9 +144,9 @@ def _headers(text: str | None) -> tuple[tuple[str, str], ...]:
 def complete_environment(environment: MutableMapping[str, str]) -> None:
     """Give libraries what they need and the environment lacks.
 
-    A home and a user's name where the system has none, as for a container's user without an account: libraries ask for
-    both when they look for their caches, and fail or make a folder called `~` without them. And the certificates of
-    REQUESTS_CA_BUNDLE also for what does not use requests: our own questions, huggingface_hub and its Xet client.
+    Where the system has no home and no name for the user, as in a container, both are set: libraries ask for them when
+    they look for their caches, and without them they fail or make a folder called `~`. The certificates of
+    REQUESTS_CA_BUNDLE are also given to clients that do not use requests, see orchestration/certificates.py.
     """
     try:
         Path.home()
@@ -187,7 +193,7 @@ def read_access(environment: Mapping[str, str]) -> Access:
         mlflow_username=environment.get("MLFLOW_TRACKING_USERNAME"),
         mlflow_password=environment.get("MLFLOW_TRACKING_PASSWORD"),
         mlflow_token=environment.get("MLFLOW_TRACKING_TOKEN"),
-        mlflow_trust=Trust(
+        mlflow_trust=Tls(
             authorities=_path(environment, "MLFLOW_TRACKING_SERVER_CERT_PATH"),
             certificate=_path(environment, "MLFLOW_TRACKING_CLIENT_CERT_PATH"),
             insecure=environment.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"),
@@ -238,8 +244,8 @@ def tracker_of(workspace: Workspace) -> Tracker:
 def _source_names(workspace: Workspace) -> frozenset[str]:
     """The registered models that entries of the catalog take checkpoints from.
 
-    While the catalog cannot be read, somebody is editing it, and a run goes on. The tracker takes no registered model
-    that holds versions of others then either.
+    A catalog that cannot be read, because somebody is editing it, does not fail the run. The tracker then still refuses
+    a registered model that holds versions of somebody else.
     """
     try:
         return source_names(entry.source for entry in workspace.catalog().models)

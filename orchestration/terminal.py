@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 
 
 class _Printable(io.TextIOWrapper):
-    """A text stream that writes what is printable, and escapes what its encoding lacks."""
+    """A text stream that passes everything through `printable`, and escapes what its encoding lacks."""
 
     def write(self, text: str) -> int:
         super().write(printable(text))
@@ -84,14 +84,14 @@ def table_console() -> Console:
 
 
 def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
-    """A console of standard output, which takes texts as they are but for what is not printable."""
+    """A console on standard output that takes texts literally, and passes them through `printable`."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
     class PrintableConsole(Console):
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
             for segment in super().render(renderable, options):
-                # A segment of the line break alone, or of the console's own control codes, is no text of anybody's.
+                # Segments of the console's own control codes stay as they are.
                 yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     return PrintableConsole(
@@ -111,7 +111,7 @@ def print_refused(catalog: Catalog) -> None:
 
 
 def print_step(console: Console, elapsed_s: float, name: str, text: str, colour: str = "default") -> None:
-    """What a step came to."""
+    """Print one line with a step's result."""
     from rich.text import Text
 
     console.print(Text.assemble((f"{elapsed_s:7.1f} s", "dim"), "  ", (name, "bold"), "  "), end="")

@@ -31,11 +31,12 @@ from dagster_webserver.app import create_app_from_workspace_process_context
 from orchestration.guard import PagesGuard
 from orchestration.settings import read_workspace
 
-#: As dagster-webserver's own command has them: for a statement, for a connection, and how many there may be more.
+#: The defaults of the command `dagster-webserver`, for an instance in a database server: the longest statement, the
+#: age at which a connection is replaced, and the connections beyond the pool's size.
 _STATEMENT_MS, _CONNECTION_SECONDS, _MORE_CONNECTIONS = 15_000, 3600, 20
-#: As `dagster dev` has it: how often a page asks for what is new.
+#: How often a page asks for news, as with `dagster dev`.
 _POLL_MS = 2000
-#: Requests under way, such as the stream of a run's events, are cut off then; and so is the daemon.
+#: How long requests under way (such as the stream of a run's events) and the daemon may take to end.
 _STOP_SECONDS = 4
 
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("dagster", "dagster-webserver"):
         logging.getLogger(name).setLevel(logging.INFO)
-    # Dagster then shows errors of the definitions without the lines of its own code.
+    # With this, Dagster shows errors of the definitions without the lines of its own code.
     os.environ["DAGSTER_IS_DEV_CLI"] = "1"
     signal.signal(signal.SIGTERM, _as_interrupt)
     with suppress(KeyboardInterrupt), ExitStack() as stack:
@@ -84,14 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end_with(daemon: subprocess.Popen[bytes], server: uvicorn.Server) -> None:
-    """End the server once the daemon has ended: without it no sensor looks and no queued run begins."""
+    """End the server when the daemon ends, because without the daemon no sensor looks and no queued run begins."""
     daemon.wait()
     server.should_exit = True
 
 
 @contextmanager
 def _code_servers(instance: dg.DagsterInstance, workspace: str) -> Iterator[str]:
-    """Run a process for each location of the workspace file that names none; yields a file that names them all."""
+    """Start a code server for each location of the workspace file without one. Yields a file that names all of them."""
     with (
         ProxyServerManager(instance, WorkspaceFileTarget([workspace]), "warning") as servers,
         tempfile.TemporaryDirectory(prefix="refinery-ui-") as folder,

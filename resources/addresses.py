@@ -15,6 +15,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 #: They have one host, and characters outside of this set are written with percent signs (RFC 3986).
 WEB = ("http://", "https://")
 _HIDDEN = "***"
+_LONGEST_SWITCH = 3
 
 
 class LibraryError(Exception):
@@ -91,7 +92,9 @@ class Address(str):
         if self._whole == str(self):
             return []
         login, (_, _, query) = _login(self._whole), self._whole.partition("?")
-        parts = [self._whole, login, query, *(pair.partition("=")[2] for pair in query.split("&"))]
+        values = [pair.partition("=")[2] for pair in query.split("&")]
+        # Shorter ones are switches (ssl=1), and every number and line of an error has such letters.
+        parts = [self._whole, login, query, *(value for value in values if len(value) > _LONGEST_SWITCH)]
         if not self._path:
             parts += [urlsplit(self._whole).path.strip("/")]
         if login:

@@ -6,9 +6,7 @@ field and the remedy named, before any work begins.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +18,7 @@ from resources.addresses import holds_login
 from resources.artifacts.hashes import signature
 from resources.errors import CatalogError
 from resources.files import write_whole
+from resources.foreign import ForeignError, open_regular, read_whole
 from resources.tasks import TASKS, Gates, Options
 from resources.trust import Trust
 
@@ -332,23 +331,15 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
     return _parse(path, now)
 
 
-def _text_of(path: Path) -> str:
-    """The file's text. Raises OSError or ValueError, also for what is no file: opening a FIFO would wait for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        if status.st_size > _MOST_BYTES:
-            raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MB")
-        return stream.read(_MOST_BYTES).decode("utf-8")
-
-
 @lru_cache(maxsize=1024)
 def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
-    """What the file holds, as it is now: every step of a run asks."""
+    """Return the entries of the file. The signature makes the cache forget them when the file changes."""
     try:
-        data = yaml.load(_text_of(path), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        with open_regular(path) as stream:
+            text = read_whole(stream, _MOST_BYTES)
+        if text is None:
+            raise CatalogError(f"The models file {path} is larger than {_MOST_BYTES // 2**20} MB")
+        data = yaml.load(text.decode(), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
     except yaml.MarkedYAMLError as error:
@@ -357,6 +348,8 @@ def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
     # ValueError: what looks like a date or a number and is none, such as 2026-13-01; and text that is not UTF-8.
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CatalogError(f"The models file {path} cannot be read: {error}") from None
+    except ForeignError as error:
+        raise CatalogError(f"The models file cannot be read: {error}") from None
     except RecursionError:
         raise CatalogError(f"The models file {path} cannot be read: it is nested too deeply") from None
     if not isinstance(data, dict) or set(data) != {"models"} or not isinstance(data["models"], list):
@@ -395,7 +388,7 @@ def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
         try:
             _add(file, _read(file), models)
         except CatalogError as error:
-            refused[file.stem] = f"{error}. Mend that file, or remove it; the other models are not concerned."
+            refused[file.stem] = f"{error}. Mend that file, or remove it; other models are not affected."
     return Catalog(models=tuple(entry for entry, _ in models.values()), refused=refused)
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,22 +61,30 @@ def first_gpu() -> Gpu | None:
 
     Asked of the driver's own tool: initializing CUDA here would take a second and hundreds of megabytes.
     """
+    said = ask_driver(("name", "compute_cap", "driver_version"), "csv,noheader", seconds=_QUERY_SECONDS)
+    return parse_gpu(said) if said is not None else None
+
+
+def ask_driver(fields: Sequence[str], form: str, *, seconds: float) -> str | None:
+    """Return the fields of all GPUs, a line each, as nvidia-smi prints them in that form.
+
+    None where there is no driver, or where it does not answer in time.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    command = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(
-            command,
+            [tool, f"--query-gpu={','.join(fields)}", f"--format={form}"],
             env=inherited(PROGRAM, COMPUTE),
             capture_output=True,
             text=True,
-            timeout=_QUERY_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return parse_gpu(result.stdout) if result.returncode == 0 else None
+    return result.stdout if result.returncode == 0 else None
 
 
 def parse_gpu(text: str) -> Gpu | None:

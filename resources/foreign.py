@@ -29,9 +29,11 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 #: A configuration has a few kilobytes; one with a hundred thousand labels has five megabytes.
 MOST_CONFIG_BYTES = 16 * 2**20
 MOST_CONFIG_VALUES = 10**6
-#: The largest tokenizers of published models have 35 MB and 1.8 million values.
+#: A tokenizer of 900,000 pieces, as XLM-V's, has 58 MB and 2.7 million values.
 MOST_TOKENIZER_BYTES = 64 * 2**20
 MOST_TOKENIZER_VALUES = 3 * 10**6
+#: Of a record, manifest or configuration of our own. A record with a hundred thousand long labels has half of it.
+MOST_DOCUMENT_BYTES = 64 * 2**20
 #: Real configurations nest five levels deep.
 MOST_DEPTH = 32
 #: Of one text in a configuration. Chat templates have some ten thousand characters.
@@ -79,10 +81,28 @@ def local_path(folder: Path, name: object) -> Path:
 def open_below(folder: Path, name: object) -> io.BufferedReader:
     """Open a regular file of a foreign folder.
 
-    Nothing else is opened, because a pipe would wait for ever and a device has no end. Raises FileNotFoundError and
-    other OSErrors, and ForeignError where it is no regular file, or a link that leads out of the folder.
+    Raises FileNotFoundError and other OSErrors, and ForeignError where it is no regular file, or a link that leads out
+    of the folder.
     """
     path = folder / check_name(name)
+    stream = open_regular(path)
+    try:
+        # What was opened, and not what the path names by now.
+        real = Path(f"/proc/self/fd/{stream.fileno()}").readlink()
+        if not _belongs(folder, real):
+            raise ForeignError(f"{path} is a link that leads out of its folder")
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file, wherever its links lead.
+
+    Nothing else is opened, because a pipe would wait for ever and a device has no end. Raises OSError, and ForeignError
+    where it is something else.
+    """
     _require_regular(path, path.stat())
     # The file may be replaced by a pipe at this moment: O_NONBLOCK opens that too, without waiting.
     try:
@@ -93,10 +113,6 @@ def open_below(folder: Path, name: object) -> io.BufferedReader:
         raise
     try:
         _require_regular(path, os.fstat(opened))
-        # What was opened, and not what the path names by now.
-        real = Path(f"/proc/self/fd/{opened}").readlink()
-        if not _belongs(folder, real):
-            raise ForeignError(f"{path} is a link that leads out of its folder")
         return os.fdopen(opened, "rb")
     except BaseException:
         os.close(opened)
@@ -123,11 +139,18 @@ def is_file_below(folder: Path, name: object) -> bool:
 def read_below(folder: Path, name: object, most_bytes: int) -> bytes:
     """Read a regular file of a foreign folder. Raises OSError, and ForeignError where it is larger or none."""
     with open_below(folder, name) as stream:
-        # One that grows meanwhile is cut as well.
-        data = b"" if os.fstat(stream.fileno()).st_size > most_bytes else stream.read(most_bytes + 1)
-        if os.fstat(stream.fileno()).st_size > most_bytes or len(data) > most_bytes:
-            raise ForeignError(f"{folder / str(name)} is larger than {most_bytes // 2**20} MB")
+        data = read_whole(stream, most_bytes)
+    if data is None:
+        raise ForeignError(f"{folder / str(name)} is larger than {most_bytes // 2**20} MB")
     return data
+
+
+def read_whole(stream: io.BufferedReader, most_bytes: int) -> bytes | None:
+    """Read a file to its end; None where it is larger than that, also where it grows meanwhile."""
+    if os.fstat(stream.fileno()).st_size > most_bytes:
+        return None
+    data = stream.read(most_bytes + 1)
+    return data if len(data) <= most_bytes else None
 
 
 def parse_json(data: bytes, *, most_values: int = MOST_CONFIG_VALUES) -> Any:

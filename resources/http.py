@@ -28,7 +28,7 @@ _MOST_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class Trust:
+class Tls:
     """What a server over TLS is believed by, and shown: OpenSSL's usual certificates (SSL_CERT_FILE), or these.
 
     authorities: a file or folder of certificates, in place of the usual ones. certificate: our own, with its key.
@@ -58,10 +58,10 @@ class Trust:
         return context
 
 
-_USUAL = Trust()
+_USUAL = Tls()
 
 
-def get_json(url: str, headers: Mapping[str, str], trust: Trust = _USUAL) -> Any:
+def get_json(url: str, headers: Mapping[str, str], trust: Tls = _USUAL) -> Any:
     """The JSON document that the address answers with.
 
     url: without name and password, which urllib would take for the host's name; see resources.addresses. Raises
@@ -76,7 +76,7 @@ def post_json(url: str, headers: Mapping[str, str], document: Any) -> None:
     _answer(urllib.request.Request(url, json.dumps(document).encode(), headers), _USUAL)  # noqa: S310 - see _answer
 
 
-def _answer(request: urllib.request.Request, trust: Trust) -> bytes:
+def _answer(request: urllib.request.Request, trust: Tls) -> bytes:
     if request.type not in ("http", "https"):
         raise ValueError(f"{request.type}: is no address of a web server")
     try:
@@ -86,7 +86,7 @@ def _answer(request: urllib.request.Request, trust: Trust) -> bytes:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
-def _read(request: urllib.request.Request, trust: Trust, deadline: float) -> bytes:
+def _read(request: urllib.request.Request, trust: Tls, deadline: float) -> bytes:
     opener = urllib.request.build_opener(_SameHost, _Http(deadline), _Https(deadline, trust))
     with opener.open(request, timeout=_SILENCE_SECONDS) as answer:
         parts: list[bytes] = []
@@ -95,7 +95,7 @@ def _read(request: urllib.request.Request, trust: Trust, deadline: float) -> byt
             parts.append(part)
             size += len(part)
             if size > _MOST_BYTES:
-                raise TimeoutError(f"it answers with more than {_MOST_BYTES} bytes")
+                raise ValueError(f"it answers with more than {_MOST_BYTES} bytes")
     return b"".join(parts)
 
 
@@ -123,7 +123,7 @@ class _Http(urllib.request.HTTPHandler):
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, deadline: float, trust: Trust) -> None:
+    def __init__(self, deadline: float, trust: Tls) -> None:
         super().__init__()
         self._deadline, self._trust = deadline, trust
 

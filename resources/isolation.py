@@ -127,7 +127,8 @@ class Worker:
 
     def close(self) -> None:
         """End the child, whatever it is doing, and what it has started."""
-        if descendants(self.pid):
+        # The number of a child that has ended may be another process's by now.
+        if self._process.is_alive() and descendants(self.pid):
             self._kill()
         self._connection.close()
         self._process.join(timeout=0.5)  # an idle child sees the closed pipe and leaves by itself

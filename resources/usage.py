@@ -12,8 +12,6 @@ takes a lock there and, on the processor, as long as many requests.
 from __future__ import annotations
 
 import platform
-import shutil
-import subprocess
 import threading
 import time
 from types import TracebackType
@@ -22,7 +20,7 @@ from typing import Self
 import psutil
 
 from resources.artifacts.records import Usage, UsageSample
-from resources.variables import COMPUTE, PROGRAM, inherited
+from resources.device import ask_driver
 
 #: Between two samples. A sample of a processor takes a fifth of a millisecond, one of an H100 30 milliseconds.
 INTERVAL_SECONDS = 5.0
@@ -87,24 +85,10 @@ def machine_usage() -> dict[str, float]:
 def gpu_usage() -> dict[str, float]:
     """All GPUs of NVIDIA's that this machine has; nothing where it has none, or does not answer in time.
 
-    Asked of the driver's own tool, as resources.device does: pynvml would be a package more.
+    Asked of the driver's own tool, because pynvml would be one more dependency.
     """
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return {}
-    command = [tool, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
-    try:
-        result = subprocess.run(
-            command,
-            env=inherited(PROGRAM, COMPUTE),
-            capture_output=True,
-            text=True,
-            timeout=_QUERY_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return parse_gpus(result.stdout) if result.returncode == 0 else {}
+    said = ask_driver(_QUERY, "csv,noheader,nounits", seconds=_QUERY_SECONDS)
+    return parse_gpus(said) if said is not None else {}
 
 
 def parse_gpus(text: str) -> dict[str, float]:

@@ -31,7 +31,7 @@ SHARD = "model-00001-of-00002.safetensors"
 DOCUMENTS = ("config.json", "tokenizer.json", "modules.json", INDEX, SHARD)
 
 _ODD: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, 2, -1, 1.5, 2**31, 4_000_000_000, 10**30, -(10**30), 1e308, -1e308),
+    *(None, True, False, 0, 1, 2, -1, 1.5, 2**31, 4_000_000_000, 10**30, -(10**30), 10**400, 1e308, -1e308),
     *(float("inf"), float("nan"), "", "12", "\ud800", "a\0b", "../../x", "/etc/passwd", "someone/kernels"),
     *([], {}, [[]], {"": {}}, [None], {"a": [1, {"b": 2}]}, "BERT", "LABEL_0", ["a"], {"0": "a"}, {"1": "a"}),
 )

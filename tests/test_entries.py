@@ -8,6 +8,7 @@ import yaml
 
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from resources.addresses import Address
+from resources.catalog import ModelEntry
 from resources.checkpoints import Access
 from resources.checkpoints.sources import hub_reference, kind_of
 from resources.errors import CatalogError, CheckpointError
@@ -84,6 +85,15 @@ def test_what_was_edited_is_used_and_not_rewritten(empty, added, edit):
     assert path.read_bytes() == before
 
 
+def test_a_default_is_written_by_leaving_its_field_out(empty, added):
+    folder, path = added
+    add(empty, folder, seconds=2.0)
+    path.write_text("# For the search page.\n" + path.read_text())
+    default = ModelEntry.model_validate({"name": "a", "source": "a/b", "task": "embedding"}).benchmark.seconds
+    with pytest.raises(CatalogError, match="Write there: no benchmark.$"):
+        add(empty, folder, seconds=default)
+
+
 def test_an_entry_in_another_file_is_not_added_twice(empty, added):
     folder, path = added
     path.rename(path.with_name("mine.yaml"))
@@ -98,7 +108,7 @@ def test_a_file_that_holds_another_model_is_not_replaced(empty, added, tmp_path)
     folder, path = added
     path.write_text(path.read_text().replace("name: bert", "name: mine"))
     before = path.read_bytes()
-    with pytest.raises(CatalogError, match="bert.yaml is there, and holds no model named 'bert'. Rename that file"):
+    with pytest.raises(CatalogError, match="bert.yaml exists, and holds no model named 'bert'. Rename that file"):
         add(empty, folder)
     assert path.read_bytes() == before
 
@@ -124,7 +134,7 @@ def test_who_only_measures_changes_no_entry(empty, added):
     folder, path = added
     before = path.read_bytes()
     assert add(empty, folder, rewrite=False).name == "bert"
-    with pytest.raises(CatalogError, match="'bert' is in the catalog, where task: reranking is not so; leave that out"):
+    with pytest.raises(CatalogError, match="Leave out the options that ask for task: reranking, or give"):
         add(empty, folder, rewrite=False, task="reranking")
     assert path.read_bytes() == before
 
@@ -135,7 +145,9 @@ def test_the_same_command_may_be_given_again(empty, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "bert")
     for _ in range(2):
         assert [str(shape) for shape in add(empty, "bert", seq_len="16", batch_size="1").shapes] == ["1x16"]
-    with pytest.raises(CatalogError, match="bert is in the catalog already, where its --seq-len is written"):
+    with pytest.raises(
+        CatalogError, match="bert is in the catalog already, so --seq-len changes nothing. Edit its entry in "
+    ):
         monkeypatch.chdir("/")
         add(empty, "bert", seq_len="8")
 
@@ -155,6 +167,15 @@ def test_pickles_are_allowed_by_an_option_that_says_what_it_means(empty, added, 
 
 
 # Sources
+
+
+def test_an_adapters_folder_is_said_to_be_one(empty, tmp_path):
+    """peft writes no config.json beside an adapter."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="it is an adapter: merge it first"):
+        add(empty, tmp_path / "lora")
+    assert not empty.additions.exists()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +201,7 @@ def test_other_places_may_have_an_at_too(empty, source):
 
 def test_a_name_that_cannot_be_made_is_asked_for(empty, tmp_path):
     folder = write_checkpoint(tmp_path / "@@")
-    with pytest.raises(CatalogError, match="no name can be made of it; give one with --name"):
+    with pytest.raises(CatalogError, match="its last part makes no name for a model. Give one with --name"):
         add(empty, folder)
     assert add(empty, folder, name="at").source == str(folder)
 
@@ -192,8 +213,8 @@ def test_a_name_that_cannot_be_made_is_asked_for(empty, tmp_path):
         ("hub:org/name@", "is neither a folder"),
         ("nub:org/name", "is neither a folder"),
         ("no such model", "There is no model named 'no such model' in the catalog"),
-        ("~nobody-at-all/x", "is no folder: "),
-        ("x/" * 5000, "is no folder: "),
+        ("~nobody-at-all/x", " is no folder: "),
+        ("x/" * 5000, " is no folder: "),
     ],
 )
 def test_what_is_no_source_is_not_added(empty, source, expected):
@@ -228,7 +249,7 @@ def test_a_hub_id_without_a_slash_is_taken_as_in_the_catalog(empty, capsys):
         online = hub(empty, address)
         entry = add(online, "bert-base-uncased", task="fill-mask")
         assert (entry.name, entry.source) == ("bert-base-uncased", "bert-base-uncased")
-        assert "is not in the catalog and no folder here: taking the Hub's model" in capsys.readouterr().err
+        assert "is neither in the catalog nor a folder here, so the Hub's model is used" in capsys.readouterr().err
         asked.clear()
         # The same command again, and with another option; the catalog's name comes before the Hub's.
         assert add(online, "bert-base-uncased", task="fill-mask") == entry
@@ -251,18 +272,20 @@ def test_a_mistyped_name_is_no_model_of_the_hub(empty, added):
     ):
         add(hub(empty, address), "brt", task="embedding")
     assert str(caught.value) == (
-        "There is no model named 'brt' in the catalog; did you mean 'bert'? It is no folder here either, and no model "
-        "of the Hub: the Hub has no model 'brt', or it is private. Add it to the models file, or give a folder or a "
-        "Hub id."
+        "There is no model named 'brt' in the catalog; did you mean 'bert'? It is no folder here, and the Hub's model "
+        "cannot be used: the Hub has no model 'brt', or it is private. Add it to the models file, or give a folder or "
+        "a Hub id."
     )
     assert not (empty.additions / "brt.yaml").exists()
 
 
 def test_without_the_hub_its_cache_says_whether_there_is_such_a_model(empty, unused_port, capsys):
     away = hub(empty, f"http://127.0.0.1:{unused_port}")
-    with pytest.raises(CatalogError, match="no model of the Hub: the Hub at .* could not be asked for bert-base"):
+    with pytest.raises(
+        CatalogError, match="the Hub's model cannot be used: the Hub at .* could not be asked for bert-base"
+    ):
         add(away, "bert-base-uncased", task="fill-mask")
     (away.access.hub_cache / "models--bert-base-uncased" / "refs").mkdir(parents=True)
     (away.access.hub_cache / "models--bert-base-uncased" / "refs" / "main").write_text(COMMIT)
     assert add(away, "bert-base-uncased", task="fill-mask").name == "bert-base-uncased"
-    assert "taking the Hub's model" in capsys.readouterr().err
+    assert "the Hub's model is used" in capsys.readouterr().err

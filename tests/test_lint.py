@@ -16,6 +16,8 @@ from orchestration.lint import as_sarif, as_text
 from resources.errors import ReleaseError, ServerError
 from resources.triton.layout import CONFIG
 from resources.triton.lint import RULES, Finding, lint
+from resources.triton.lint.repository import Model
+from resources.triton.lint.sources import source_findings
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer
 from tests.releases import LABELS, make_plan, unasked
@@ -501,6 +503,18 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_looked_at(repository, monke
         ("unreadable", "double"),
         ("label-file", f"echo/{CONFIG}"),
     ]
+
+
+def test_python_that_cannot_be_read_is_said(repository):
+    """It may be another user's, or change between two looks; permissions do not stop root."""
+    model = Model(repository, repository / "echo", None, "", (1,))
+    path = repository / "echo" / "1" / "model.py"
+    path.unlink()
+    for expected in ("No such file", "no regular file"):
+        (finding,) = source_findings(model, path)
+        assert finding.rule == "python-syntax"
+        assert expected in finding.message
+        path.exists() or os.mkfifo(path)
 
 
 def test_what_triton_completes_or_takes_is_no_error(repository):

@@ -16,6 +16,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from orchestration.guard import origin_of
+from orchestration.pages import mlflow_variables
 from orchestration.sensors import SENSOR
 from resources.workspace import Workspace
 from tests.test_cli import REFINERY, environment, free
@@ -269,11 +270,28 @@ def test_mlflow_refuses_other_pages_too(pages, headers, host):
     assert pages.ask("GET", find, page="mlflow")[0] == 404
 
 
+def test_mlflow_starts_no_processes_for_jobs(pages):
+    """They would take 1 GB of memory, and nothing here uses MLflow's jobs."""
+    commands = [one.cmdline() for one in psutil.Process(pages.process.pid).children(recursive=True)]
+    assert any("mlflow" in command for command in commands)
+    assert not [command for command in commands if any("mlflow.server.jobs" in part for part in command)]
+
+
+def test_jobs_of_mlflow_run_where_the_user_asks_for_them(workspace, monkeypatch):
+    monkeypatch.delenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", raising=False)
+    assert mlflow_variables(workspace)["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "true")
+    assert mlflow_variables(workspace)["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "true"
+
+
 def test_no_other_port_is_open(pages):
     processes = [psutil.Process(pages.process.pid), *psutil.Process(pages.process.pid).children(recursive=True)]
     listening = set()
     for process in processes:
         try:
+            # A run that is under way proves its release on a Triton, which test_restricted.py looks at.
+            if "tritonserver" in process.name():
+                continue
             found = process.net_connections("inet")
         except psutil.NoSuchProcess:
             continue

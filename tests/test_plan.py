@@ -243,6 +243,9 @@ def test_a_new_revision_on_the_hub_is_told_without_being_fetched(copy, monkeypat
     import huggingface_hub
 
     class Api:
+        def __init__(self, **settings):
+            pass
+
         def model_info(self, repository, *, revision, timeout):
             return type("Info", (), {"sha": "b" * 40})
 

@@ -256,6 +256,17 @@ PARTS = ("pipeline",)
 # --- in which order ---------------------------------------------------------------------------------------------------
 
 
+def test_documents_beyond_their_bound_are_not_read(bucket, monkeypatch):
+    monkeypatch.setattr(storage, "MOST_DOCUMENT_BYTES", 2**20)
+    place = bucket / "record.json"
+    for size in (0, 5, 2**20):
+        place.write_bytes(bytes(size))
+        assert len(place.read_bytes()) == size
+    place.write_bytes(bytes(2**20 + 1))
+    with pytest.raises(ReleaseError, match=r"record\.json is larger than 1 MB"):
+        place.read_bytes()
+
+
 def test_files_come_model_py_first_and_the_pointer_last(s3, bucket, plans, small):
     publish(plans[0], bucket, UNASKED)
     home = bucket.key.removeprefix(f"{BUCKET}/")

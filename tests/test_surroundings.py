@@ -38,6 +38,18 @@ def test_a_folder_that_no_database_address_can_hold_is_refused(empty, tmp_path, 
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("REFINERY_WEBHOOK", "hooks.example.org"), ("REFINERY_EXECUTOR", "slurm"), ("REFINERY_OWNERS", "nobody")],
+)
+def test_pages_do_not_start_with_settings_that_break_their_definitions(empty, monkeypatch, capsys, variable, value):
+    monkeypatch.setenv("REFINERY_HOME", str(empty.home))
+    monkeypatch.setenv("REFINERY_CATALOG", str(empty.catalog_path))
+    monkeypatch.setenv(variable, value)
+    assert main(["ui"]) == 1
+    assert variable in capsys.readouterr().err
+
+
 def test_stores_lie_in_an_odd_folder(empty, tmp_path, monkeypatch):
     home = tmp_path / ODD
     monkeypatch.setenv("DAGSTER_HOME", "")

@@ -267,6 +267,14 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path):
         tracker.prepare()
 
 
+def test_a_database_whose_driver_is_missing_is_said(tmp_path):
+    address = "postgresql+pg8000://user:canary@127.0.0.1:9/mlflow"
+    tracker = Tracker(address, ui=None, folder=tmp_path)
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9.*No module named 'pg8000'. Install the driver") as caught:
+        tracker.prepare()
+    assert "canary" not in str(caught.value)
+
+
 def test_a_candidate_that_failed_and_was_then_measured_is_written_anew(tracker, tmp_path):
     from mlflow import MlflowClient
 

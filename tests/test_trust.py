@@ -1,13 +1,16 @@
 """Who may write in the artifact store does not decide what code runs: only the catalog's entry does."""
 
 import json
+import os
 import pickle
+import time
 from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from resources.artifacts.fingerprint import Fingerprint
+from resources.artifacts.gc import DAY_SECONDS, collect
 from resources.artifacts.records import Checkpoint, Engine, OnnxGraph, StoredFile, sha256_file
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import ModelEntry
@@ -166,3 +169,21 @@ def test_records_of_earlier_versions_are_read_as_long_as_nobody_asks_for_just_th
         assert store.find(Engine, record.digest).made_of == earlier
     again = store.get_or_make(Engine, Fingerprint("engine", record.digest, record.made_of), lambda _: record)
     assert not again.reused
+
+
+def no_room(record):
+    with record.open("wb") as stream:
+        stream.truncate(10**12)  # it takes no room
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, no_room, lambda record: record.symlink_to("/dev/zero")])
+def test_records_and_pointers_that_have_no_end_are_not_read(made, put):
+    store, record, _ = made
+    store.point("e", record)
+    for path in (store.folder(record) / "record.json", store.root / "current" / "e.json"):
+        path.unlink()
+        put(path)
+    assert store.look(Engine, record.digest) == (None, ("record.json",))
+    assert store.record(Engine, record.digest) is None
+    assert store.pointed("e") == ""
+    assert collect(store, (), used_since=time.time() - DAY_SECONDS).removed == {}

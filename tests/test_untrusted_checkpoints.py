@@ -11,6 +11,7 @@ import socket
 import pytest
 
 from orchestration.entries import _guess_task
+from resources.addresses import Address
 from resources.artifacts.store import ArtifactStore
 from resources.checkpoints import SourceSettings, collect_checkpoint, locate, registry
 from resources.checkpoints.collect import copy_unchanged
@@ -110,6 +111,11 @@ def test_fields_that_lead_to_code_or_to_other_files(folder, field, value, expect
 @pytest.mark.parametrize("value", [None, "eager", "sdpa", {"": "sdpa"}])
 def test_attention_of_transformers_own(folder, value):
     edit_json(folder / "config.json", attn_implementation=value, torch_dtype="float16", quantization_config={})
+    validate(entry_for(folder), folder)
+
+
+def test_labels_may_be_called_as_fields_are(folder):
+    edit_json(folder / "config.json", id2label={"0": "backbone", "1": "dtype"}, label2id={"backbone": 3, "dtype": 1})
     validate(entry_for(folder), folder)
 
 
@@ -228,22 +234,30 @@ def test_names_of_a_registry_that_lead_out_of_the_copy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(artifact_repository_registry, "get_artifact_repository", lambda *args, **kwargs: Store())
     with pytest.raises(registry.ForeignError, match="leads out"):
-        registry._check_listing("anything", "sqlite://")
+        registry._check_listing("anything", Address("sqlite://"))
 
 
-def test_links_of_a_version_that_lead_out_of_its_folder(folder, tmp_path):
+def test_links_of_a_version_that_lead_out_of_its_folder(folder, tmp_path, monkeypatch):
     """In an artifact store that is a folder of this machine, whose files MLflow copies with what they link to."""
-    registry._check_listing(folder.as_uri(), "sqlite://")
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+
+    registry._check_listing(folder.as_uri(), Address("sqlite://"))
     (tmp_path / "secret").write_text("of somebody else")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(registry.ForeignError, match="leads out"):
-        registry._check_listing(folder.as_uri(), "sqlite://")
+    leads_here = lambda uri: ("m", "1", folder.as_uri())  # noqa: E731
+    monkeypatch.setattr(ModelsArtifactRepository, "_get_model_uri_infos", leads_here)
+    for address in (folder.as_uri(), "models:/m/1"):
+        with pytest.raises(registry.ForeignError, match="leads out"):
+            registry._check_listing(address, Address("sqlite://"))
 
 
 def test_a_description_of_a_registry_that_has_no_end(tmp_path):
     """YAML nests, and its aliases multiply."""
     bomb = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40))])
-    for text in ("[" * 20_000, bomb + "\nflavors: {transformers: {model_binary: *a39, components: [*a39]}}"):
+    merged = "\n".join(
+        ["a0: &a0 {k: v}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9))]
+    )
+    for text in ("[" * 20_000, merged, bomb + "\nflavors: {transformers: {model_binary: *a39, components: [*a39]}}"):
         (tmp_path / "MLmodel").write_text(text)
         try:
             registry._join_tokenizers(tmp_path)
@@ -252,6 +266,14 @@ def test_a_description_of_a_registry_that_has_no_end(tmp_path):
     (tmp_path / "MLmodel").unlink()
     os.mkfifo(tmp_path / "MLmodel")
     registry._join_tokenizers(tmp_path)
+
+
+def test_a_description_whose_model_is_a_file(tmp_path):
+    (tmp_path / "components" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "components" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "MLmodel").write_text("flavors: {transformers: {model_binary: MLmodel, components: [tokenizer]}}")
+    with pytest.raises(CheckpointError, match="Log the model again"):
+        registry._join_tokenizers(tmp_path)
 
 
 # Sizes
@@ -314,6 +336,12 @@ def test_fields_that_no_model_has_are_refused(folder, fields):
 def test_what_nobody_can_take_is_refused(folder, name, text):
     (folder / name).write_text(text, encoding="utf-8")
     assert name.split(".", maxsplit=1)[0] in refusal(folder).replace("a text may have", "config")
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "tokenizer_config.json"])
+def test_a_length_that_no_float_holds_is_none(folder, name):
+    (folder / name).write_text(f'{{"max_seq_length": 1{"0" * 400}, "model_max_length": 1{"0" * 400}}}')
+    assert validate(entry_for(folder), folder).max_tokens == 64
 
 
 @pytest.mark.parametrize("config", ['{"architectures": 1.5}', "[" * 100_000, '{"architectures": []}', "7", ""])

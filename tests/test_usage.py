@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from resources import usage
+from resources import device, usage
 from resources.usage import Watch, gpu_usage, parse_gpus
 
 
@@ -81,6 +81,6 @@ def test_a_driver_that_does_not_answer_costs_the_sample_alone(monkeypatch):
     def hang(command, **how):
         raise subprocess.TimeoutExpired(command, how["timeout"])
 
-    monkeypatch.setattr(usage.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(usage.subprocess, "run", hang)
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(device.subprocess, "run", hang)
     assert gpu_usage() == {}

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -83,35 +82,37 @@ def test_who_asks_a_server_has_what_it_needs_for_that(environment):
     assert inherited(MLFLOW, secrets=DATABASE) == {"PGPASSWORD": "canary"}
 
 
-CHILD = """
+PARENT = """
 import os
-from pathlib import Path
+from child import seen
 from resources import isolation
 from resources.isolation import Limits, run_isolated
-from tests.test_variables import seen
 isolation.PRELOAD = ()
 if __name__ == "__main__":
     print(run_isolated(seen, limits=Limits(60, 10**10), what="a child")[0])
     os.environ["HF_TOKEN"]  # ours are left alone
 """
-
-
+#: A module of its own, because a child imports what it runs.
+CHILD = """
+import os
+from pathlib import Path
 def seen():
-    """All that a child finds of its environment, and of the server's that it was forked from."""
+    # All that a child finds of its environment, and of the server's that it was forked from.
     found = [f"{name}={value}" for name, value in os.environ.items()]
     for process in (os.getpid(), os.getppid()):
-        with Path(f"/proc/{process}/environ").open() as stream:
-            found += stream.read().split("\0")
+        found += Path(f"/proc/{process}/environ").read_text().split("\\0")
     return found
+"""
 
 
 def test_children_that_load_checkpoints_have_no_secret(tmp_path):
     """Nor does the server that they are forked from, whose environment is theirs in /proc."""
-    script = tmp_path / "main.py"
-    script.write_text(CHILD)
+    (tmp_path / "main.py").write_text(PARENT)
+    (tmp_path / "child.py").write_text(CHILD)
     result = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, **SECRETS, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "3"},
+        [sys.executable, "main.py"],
+        cwd=tmp_path,
+        env={**os.environ, **SECRETS, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "OMP_NUM_THREADS": "3"},
         capture_output=True,
         text=True,
         timeout=120,

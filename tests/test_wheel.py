@@ -76,6 +76,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
     assert names == files_of_rooms()
 
 
+@pytest.mark.whole
 def test_dagster_loads_the_definitions_of_the_wheel(installed, tmp_path):
     code = "import orchestration.definitions as found; print(found.__file__, len(found.defs.assets))"
     assert str(installed.parents[1]) in outside(installed, tmp_path, str(installed), "-c", code)
@@ -100,8 +101,11 @@ def test_every_module_is_imported_from_the_wheel(installed, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--help"], "optimize"), (["models"], "all-minilm-l6-v2"), (["plan"], "all-minilm-l6-v2")],
-    ids=["help", "models", "plan"],
+    [
+        pytest.param(["--help"], "optimize", marks=pytest.mark.whole, id="help"),
+        pytest.param(["models"], "all-minilm-l6-v2", marks=pytest.mark.whole, id="models"),
+        pytest.param(["plan"], "all-minilm-l6-v2", id="plan"),
+    ],
 )
 def test_the_command_line_runs_outside_of_the_checkout(installed, tmp_path, arguments, says):
     assert says in outside(installed, tmp_path, str(installed.with_name("refinery")), *arguments)

@@ -24,6 +24,7 @@ from resources.artifacts.records import Record
 from resources.artifacts.staging import claimed, discard, leftovers
 from resources.artifacts.store import RECORD_FILE, ArtifactStore
 from resources.errors import FULL, ArtifactError, disk_remedy
+from resources.foreign import MOST_DOCUMENT_BYTES, ForeignError, read_below
 from resources.locks import file_lock
 
 DAY_SECONDS = 24 * 3600.0
@@ -83,8 +84,8 @@ class _Entry:
     def named(self) -> set[str]:
         found: set[str] = set()
         for file in _NAMING:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                found |= digests_in((self.folder / file).read_bytes())
+            with suppress(FileNotFoundError, NotADirectoryError, ForeignError):
+                found |= digests_in(read_below(self.folder, file, MOST_DOCUMENT_BYTES))
         return found
 
 
@@ -152,8 +153,8 @@ def _current(store: ArtifactStore) -> set[str]:
     """Digests of what every step made last, whatever the model: other catalogs may share the store."""
     found: set[str] = set()
     for pointer in (store.root / "current").rglob("*.json"):
-        with suppress(FileNotFoundError):
-            found |= digests_in(pointer.read_bytes())
+        with suppress(FileNotFoundError, ForeignError):
+            found |= digests_in(read_below(pointer.parent, pointer.name, MOST_DOCUMENT_BYTES))
     return found
 
 

@@ -38,7 +38,7 @@ from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.staging import claimed, staging_folder
 from resources.errors import ArtifactError
 from resources.files import move_whole
-from resources.foreign import parse_json
+from resources.foreign import MOST_DOCUMENT_BYTES, ForeignError, parse_json, read_below
 from resources.locks import file_lock
 
 R = TypeVar("R", bound=Record)
@@ -104,9 +104,11 @@ class ArtifactStore:
         try:
             # Before anything is read: what was used just now is not removed.
             self._touch(folder / RECORD_FILE)
-            record = kind.model_validate_json((folder / RECORD_FILE).read_bytes())
+            record = kind.model_validate_json(read_below(folder, RECORD_FILE, MOST_DOCUMENT_BYTES))
         except (FileNotFoundError, NotADirectoryError):
             return None, (RECORD_FILE,) if folder.is_dir() else ()
+        except ForeignError:  # a pipe, a link to elsewhere, or too large: somebody else put it there
+            return None, (RECORD_FILE,)
         except ValidationError as error:  # of an older version, or no JSON at all
             return None, (RECORD_FILE,) if error.errors()[0]["type"] == "json_invalid" else ()
         if record.digest != digest:  # folders are named by half of the digest
@@ -261,8 +263,9 @@ class ArtifactStore:
         """What is known of that digest, whatever became of its files: none of them is read, or brought here."""
         here: R | None
         try:
-            here = kind.model_validate_json((self._folder(kind.kind, digest) / RECORD_FILE).read_bytes())
-        except (OSError, ValidationError):
+            folder = self._folder(kind.kind, digest)
+            here = kind.model_validate_json(read_below(folder, RECORD_FILE, MOST_DOCUMENT_BYTES))
+        except (OSError, ForeignError, ValidationError):
             here = None
         if here is not None and (here.digest != digest or not here.fits_its_digest):
             here = None
@@ -273,10 +276,13 @@ class ArtifactStore:
     def pointed(self, name: str) -> str:
         """The digest of the newest record that the named step made; empty if there is none."""
         try:
-            remote, path = self.remote, self._pointer(name)
-            text = path.read_text(encoding="utf-8") if remote is None else remote.pointer(name)
-            return str(parse_json(text.encode())["digest"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            path = self._pointer(name)
+            if self.remote is None:
+                data = read_below(path.parent, path.name, MOST_DOCUMENT_BYTES)
+            else:
+                data = self.remote.pointer(name).encode()
+            return str(parse_json(data)["digest"])
+        except (FileNotFoundError, ForeignError, ValueError, KeyError, TypeError):
             return ""
 
     @contextmanager

@@ -27,7 +27,7 @@ from resources.checkpoints.reading import TOKENIZER
 from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import locate
 from resources.checkpoints.tokenizer import Signature, prepare_tokenizer
-from resources.checkpoints.validation import validate
+from resources.checkpoints.validation import Validated, validate
 from resources.errors import ArtifactError, CatalogError, CheckpointError, IsolationError, UnfetchedError
 from resources.evaluation.requests import require_answers, sampled_requests
 from resources.foreign import ForeignError, open_below
@@ -110,69 +110,90 @@ def collect_checkpoint(
     def make(folder: Path) -> Checkpoint:
         for name in found.files:
             copy_unchanged(entry.name, located.folder, name, folder / name, hashes[name])
-        signature, peak = _read_isolated(entry, folder, found.weights, limits, log)
-        task, options = TASKS[entry.task], entry.task_options()
-        files = CheckpointFiles(entry.name, folder, found.config)
-        labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
-        max_tokens = task.max_tokens(found.max_tokens, options)
-        encoder = {
-            "max_tokens": max_tokens,
-            "inputs": list(signature.inputs),
-            "pad_id": signature.pad_id,
-            "strategy": pipeline_class(entry.task).strategy,
-            "stride": task.stride(max_tokens, options),
-        }
-        (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
-        pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
-        (folder / PIPELINE_FILE).write_text(pipeline, encoding="utf-8")
-        lengths = None
-        if entry.sample is not None:
-            items = sampled_requests(entry, settings, _MOST_SAMPLED)
-            lengths, _ = run_isolated(
-                _profile,
-                folder,
-                entry.name,
-                items,
-                max_tokens,
-                limits=limits,
-                what=f"{entry.name}: tokenizing the sample of requests",
-                log=log,
-            )
-            (folder / ENCODER_FILE).write_text(json.dumps({**encoder, "buckets": lengths.buckets}), encoding="utf-8")
-        return Checkpoint(
-            digest=made_of.digest,
-            model=entry.name,
-            source=entry.source,
-            revision=located.revision or content_revision(hashes),
-            task=entry.task,
-            architecture=files.architecture,
-            model_type=str(found.config.get("model_type", "")),
-            weights_digest=weights,
-            weights_bytes=sum((folder / name).stat().st_size for name in found.weights),
-            tokenizer_digest=digest_of_files((name, sha256_file(folder / name)) for name in (TOKENIZER, ENCODER_FILE)),
-            labels_digest=fingerprint("labels", labels=labels, problem=found.config.get("problem_type")),
-            pipeline_digest=fingerprint("pipeline", task=entry.task, settings=settings),
-            ids_digest=fingerprint(
-                "ids",
-                inputs=signature.inputs,
-                vocabulary=signature.vocabulary_size,
-                pad_id=signature.pad_id,
-                max_tokens=max_tokens,
-            ),
-            labels=labels,
-            output=task.output(files),
-            settings=settings,
-            max_tokens=max_tokens,
-            lengths=lengths,
-            allow_pickle=entry.allow_pickle,
-            trust_remote_code=entry.trust_remote_code,
-            peak_memory_bytes=peak,
-        )
+        revision = located.revision or content_revision(hashes)
+        return _record_of(entry, folder, found, limits, log, digest=made_of.digest, revision=revision, weights=weights)
 
     made = store.get_or_make(Checkpoint, made_of, make)
     if made.reused:
         _require_source(made.record, hashes, store)
     return made
+
+
+def _record_of(
+    entry: ModelEntry,
+    folder: Path,
+    found: Validated,
+    limits: Limits,
+    log: Path | None,
+    *,
+    digest: str,
+    revision: str,
+    weights: str,
+) -> Checkpoint:
+    """Complete the copy with what is served of it, and describe it. Raises CheckpointError.
+
+    Args:
+        folder: The copy.
+        weights: The digest of the weights.
+    """
+    signature, peak = _read_isolated(entry, folder, found.weights, limits, log)
+    task, options = TASKS[entry.task], entry.task_options()
+    files = CheckpointFiles(entry.name, folder, found.config)
+    labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
+    max_tokens = task.max_tokens(found.max_tokens, options)
+    encoder = {
+        "max_tokens": max_tokens,
+        "inputs": list(signature.inputs),
+        "pad_id": signature.pad_id,
+        "strategy": pipeline_class(entry.task).strategy,
+        "stride": task.stride(max_tokens, options),
+    }
+    (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
+    pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
+    (folder / PIPELINE_FILE).write_text(pipeline, encoding="utf-8")
+    lengths = None
+    if entry.sample is not None:
+        items = sampled_requests(entry, settings, _MOST_SAMPLED)
+        lengths, _ = run_isolated(
+            _profile,
+            folder,
+            entry.name,
+            items,
+            max_tokens,
+            limits=limits,
+            what=f"{entry.name}: tokenizing the sample of requests",
+            log=log,
+        )
+        (folder / ENCODER_FILE).write_text(json.dumps({**encoder, "buckets": lengths.buckets}), encoding="utf-8")
+    return Checkpoint(
+        digest=digest,
+        model=entry.name,
+        source=entry.source,
+        revision=revision,
+        task=entry.task,
+        architecture=files.architecture,
+        model_type=str(found.config.get("model_type", "")),
+        weights_digest=weights,
+        weights_bytes=sum((folder / name).stat().st_size for name in found.weights),
+        tokenizer_digest=digest_of_files((name, sha256_file(folder / name)) for name in (TOKENIZER, ENCODER_FILE)),
+        labels_digest=fingerprint("labels", labels=labels, problem=found.config.get("problem_type")),
+        pipeline_digest=fingerprint("pipeline", task=entry.task, settings=settings),
+        ids_digest=fingerprint(
+            "ids",
+            inputs=signature.inputs,
+            vocabulary=signature.vocabulary_size,
+            pad_id=signature.pad_id,
+            max_tokens=max_tokens,
+        ),
+        labels=labels,
+        output=task.output(files),
+        settings=settings,
+        max_tokens=max_tokens,
+        lengths=lengths,
+        allow_pickle=entry.allow_pickle,
+        trust_remote_code=entry.trust_remote_code,
+        peak_memory_bytes=peak,
+    )
 
 
 def _require_source(record: Checkpoint, hashes: Mapping[str, str], store: ArtifactStore) -> None:

@@ -6,7 +6,6 @@ that were checked, or allocate whatever they name. docs/security.md, "Checkpoint
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from resources.catalog import ModelEntry
 from resources.checkpoints.reading import TOKENIZER, has_file, read_object, refuse
 from resources.foreign import MOST_CONFIG_BYTES, ForeignError, parse_json, read_below, values_of
 from resources.tasks import CheckpointFiles
+from resources.tasks.base import MOST_LABELS
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 #: Attention and experts as transformers itself computes them. Every other name makes it look for a package, or for
@@ -30,10 +30,11 @@ _SECOND_MODEL = ("backbone", "backbone_config", "use_timm_backbone", "use_pretra
 _TIMM = ("timm_wrapper", "timm_backbone")
 #: Paths of the machine where a tokenizer was saved. transformers ignores these whatever they say.
 _STALE_PATHS = ("special_tokens_map_file", "tokenizer_file", "added_tokens_file")
+#: transformers takes nothing from these but labels.
+_LABEL_TABLES = ("id2label", "label2id")
 #: What torch calls the numbers that weights may have.
 _DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float16|float32|float64)")
 
-_MOST_LABELS = 100_000
 _MOST_LABEL_CHARACTERS = 1000
 #: Far beyond any real model, and little enough for a count of modules or a length. The first that fits a field's name.
 _MOST = ((re.compile("layer|depth|group|block"), 10_000), (re.compile("size|dim|hidden|head|position|length"), 2**24))
@@ -51,8 +52,10 @@ def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
     if architectures is not None and not _is_texts(architectures):
         raise refuse(entry, f"{CONFIG}, architectures: it is no list of names", "Copy the checkpoint again")
     for key, value in values:
-        _refuse_code(entry, CONFIG, key, value)
         _refuse_number(entry, key, value)
+    # A label may be called as a field is.
+    for key, value in values_of({name: value for name, value in config.items() if name not in _LABEL_TABLES}):
+        _refuse_code(entry, CONFIG, key, value)
     _check_labels(entry, config)
     vocabulary = config.get("vocab_size")
     if vocabulary is not None and (not _is_count(vocabulary) or vocabulary < 1):
@@ -148,19 +151,19 @@ def _refuse_number(entry: ModelEntry, key: str, value: Any) -> None:
 
 def _check_labels(entry: ModelEntry, config: dict[str, Any]) -> None:
     count = config.get("num_labels")
-    if count is not None and (not _is_count(count) or count > _MOST_LABELS):
+    if count is not None and (not _is_count(count) or count > MOST_LABELS):
         raise refuse(
             entry,
-            f"{CONFIG}, num_labels: {count!r:.60} is no number of labels from 0 to {_MOST_LABELS}",
+            f"{CONFIG}, num_labels: {count!r:.60} is no number of labels from 0 to {MOST_LABELS}",
             "Write the number of the head's outputs, or remove the field and name them in id2label",
         )
     table = config.get("id2label")
     if table is None:
         return
-    if not isinstance(table, dict) or len(table) > _MOST_LABELS:
+    if not isinstance(table, dict) or len(table) > MOST_LABELS:
         raise refuse(
             entry,
-            f"{CONFIG}, id2label: it is no table of at most {_MOST_LABELS} labels",
+            f"{CONFIG}, id2label: it is no table of at most {MOST_LABELS} labels",
             'Write it as {"0": "the first label", "1": ...}',
         )
     for label in table.values():
@@ -176,7 +179,8 @@ def length_of(value: Any, most: int) -> int | None:
     """A length from 1 to `most`; None for all else. transformers writes some as floats, and "no limit" as 1e30."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if math.isfinite(value) and 1 <= value <= most else None
+    # Neither NaN nor an integer beyond what a float holds gets through the comparison.
+    return int(value) if 1 <= value <= most else None
 
 
 def _is_count(value: Any) -> bool:

@@ -223,7 +223,8 @@ def _check_listing(address: str, uri: Address) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     repository, left, seen = get_artifact_repository(address, tracking_uri=uri.for_library), [""], 0
-    here = getattr(repository, "artifact_dir", None)
+    # Addresses such as models:/... lead to another repository.
+    here = getattr(getattr(repository, "repo", repository), "artifact_dir", None)
     while left:
         for one in repository.list_artifacts(left.pop()):
             check_name(one.path)
@@ -308,5 +309,5 @@ def _join_tokenizers(folder: Path) -> None:
                 try:
                     if is_file_below(place, path.name) and not (model / path.name).exists():
                         (model / path.name).write_bytes(read_below(place, path.name, MOST_TOKENIZER_BYTES))
-                except ForeignError as error:
-                    raise CheckpointError(f"source: {error}. Log the model again with mlflow.") from None
+                except (OSError, ForeignError) as error:
+                    raise CheckpointError(f"source: {error}. Log the model again with mlflow.") from error

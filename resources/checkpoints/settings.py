@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from resources.addresses import Address, authorization
-from resources.http import Trust
+from resources.http import Tls
 
 HUB = Address("https://huggingface.co")
 _OWN_STORE = Address("sqlite:///.refinery/mlflow.db")
@@ -23,7 +23,7 @@ class Access:
     mlflow_username: str | None = None
     mlflow_password: str | None = field(default=None, repr=False)
     mlflow_token: str | None = field(default=None, repr=False)
-    mlflow_trust: Trust = field(default_factory=Trust)
+    mlflow_trust: Tls = field(default_factory=Tls)
     azure_key: str | None = field(default=None, repr=False)
 
     @property

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 
-_MOST_LABELS = 100_000
+#: Of one classifier.
+MOST_LABELS = 100_000
 
 
 class Gates(BaseModel):
@@ -326,7 +327,7 @@ def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
     As transformers counts them: a whole table says how many there are, and `num_labels` only where it has gaps.
     """
     table, count = files.config.get("id2label"), files.config.get("num_labels")
-    if count is not None and (type(count) is not int or not 0 <= count <= _MOST_LABELS):
+    if count is not None and (type(count) is not int or not 0 <= count <= MOST_LABELS):
         raise files.refuse(
             f"config.json, num_labels: {count!r:.60} is no number of labels", "Write the number of the head's outputs"
         )
@@ -349,6 +350,6 @@ def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
 
 def _label_number(text: str) -> int:
     """Raises ValueError where that is none."""
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(_MOST_LABELS))):
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_LABELS))):
         raise ValueError(text)
     return int(text)

@@ -76,10 +76,15 @@ class TrackingStore:
                 try:
                     client = within(ANSWER_SECONDS, partial(MlflowClient, self.uri.for_library))
                     within(ANSWER_SECONDS, partial(client.search_experiments, max_results=1))
-                except BaseException:
+                except BaseException as error:
                     if fresh:
                         self._remove_half_made()
-                    raise
+                    if not isinstance(error, ImportError):
+                        raise
+                    raise TrackingError(
+                        f"MLflow at {self.uri} cannot be opened: {first_line(error)}. Install the driver of that "
+                        "database, such as psycopg2-binary or PyMySQL."
+                    ) from error
                 if fresh:  # what was written to one that lay there before is gone with it
                     self._forget_links()
             # A database file is on this machine: nobody else's server answers for it.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from resources.errors import ServerError, first_line
+from resources.errors import RefineryError, ServerError, first_line
 from resources.triton.client import TextClient
 from resources.triton.connection import kept_key, new_key
 from resources.triton.guard import BeyondRepairError, Guard
 from resources.triton.health import Health
-from resources.triton.layout import CONFIG, public_models
+from resources.triton.layout import public_models, public_pointers
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import Control, TritonSettings
 from resources.triton.watch import Watcher
@@ -28,6 +29,9 @@ PAUSES_SECONDS = (0.0, 1.0, 2.0, 4.0)
 _SHORT_LIFE_SECONDS = 10.0
 #: So many attempts that end before the server is ready are the end of serving.
 MOST_ATTEMPTS = 6
+#: At the end, for a look at the repository that is under way. A download may take longer, and the next start removes
+#: what it left.
+_LAST_LOOK_SECONDS = 2.0
 
 
 def serve_foreground(
@@ -55,7 +59,7 @@ def serve_foreground(
             what is there at the start.
         options: Further ones of tritonserver.
         key: Of the restricted APIs; None: a random one. While the server runs the settings' folder of keys has it.
-        refresh: Called before each look at the repository, which may be a copy.
+        refresh: Called before each look at the repository, which may be a copy; by another thread.
 
     Raises:
         ServerError: The server does not start, cannot load a single model of those that are there at the start, or
@@ -64,7 +68,7 @@ def serve_foreground(
     server = EmbeddedServer(
         repository,
         settings,
-        models=() if control == "explicit" else public_models(repository),
+        models=(),
         log=log,
         http_port=http_port,
         grpc_port=grpc_port,
@@ -75,7 +79,9 @@ def serve_foreground(
     )
     server.require_free()
     if health_port in (http_port, grpc_port, metrics_port):
-        raise ServerError(f"--health-port is {health_port}, as another port is. Give four different ports.")
+        raise ServerError(
+            f"--health-port {health_port} is also the HTTP, gRPC or metrics port. Give four different ports."
+        )
     with _sigterm_as_interrupt(), ExitStack() as stack:
         try:
             health = Health(health_port) if health_port is not None else None
@@ -106,16 +112,30 @@ class _Serving:
         self._health, self._say, self._stop, self._refresh = health, say, stop, refresh
         self._served = False
         self._serving: Callable[[], Mapping[str, str]] = dict
+        self._watcher: Watcher | None = None
+        self._ended = threading.Event()
+        self._defect: Exception | None = None
 
     def run(self) -> None:
         """Serve until it is to stop. Raises ServerError."""
+        following = threading.Thread(target=self._follow, name="follow", daemon=True)
+        following.start()
+        try:
+            self._serve()
+        finally:
+            self._ended.set()
+            following.join(_LAST_LOOK_SECONDS)
+
+    def _serve(self) -> None:
         failed = short = 0
         while True:
             begun = time.monotonic()
             try:
+                if self._control != "explicit":
+                    self._server.models = tuple(public_models(self._repository))
                 with self._server, self._server.client() as client:
                     why = self._live(client)
-            except ServerError as error:
+            except (ServerError, OSError) as error:  # OSError: a full disk may have room later
                 failed += 1
                 if not self._served or failed == MOST_ATTEMPTS:
                     raise
@@ -131,12 +151,19 @@ class _Serving:
 
     def _live(self, client: TextClient) -> str | None:
         """Serve as long as the server lives; why it has to be started again, None: it is to stop."""
-        watcher = Watcher(self._repository, client, self._say) if self._control == "explicit" else None
+        over = threading.Event()
+
+        def say(line: str) -> None:
+            if not over.is_set():  # else a load failed because the connection was closed
+                self._say(line)
+
+        watcher = Watcher(self._repository, client, say) if self._control == "explicit" else None
         if watcher is not None:
             watcher.look()
             if not watcher.serving and public_models(self._repository):
                 raise ServerError(f"No model of {self._repository} could be loaded; the log is {self._log}.")
-        serving = self._pointers if watcher is None else lambda: watcher.serving
+        # A copy, because another thread changes it.
+        serving = (lambda: public_pointers(self._repository)) if watcher is None else lambda: dict(watcher.serving)
         self._serving = serving
         guard = Guard(self._server.pid, client, serving, explicit=watcher is not None, say=self._say, show=self._show)
         self._served = True
@@ -145,16 +172,21 @@ class _Serving:
             f"serving {', '.join(sorted(serving())) or 'no model yet'}: http {self._server.http_address}, "
             f"grpc {self._server.grpc_address}{self._health_address()}; log {self._log}"
         )
-        watched = time.monotonic()
+        self._watcher = watcher
+        try:
+            return self._guarded(guard)
+        finally:
+            self._watcher = None
+            over.set()
+
+    def _guarded(self, guard: Guard) -> str | None:
+        """Repair what breaks as long as the server lives; why it has to be started again, None: it is to stop."""
         while not self._stop():
             time.sleep(GUARD_SECONDS)
             if self._server.ended():
                 return f"the embedded Triton {self._server.death()}"
-            if time.monotonic() - watched > WATCH_SECONDS:
-                watched = time.monotonic()
-                self._refresh()
-                if watcher is not None:
-                    watcher.look()
+            if self._defect is not None:
+                raise self._defect
             try:
                 guard.look()
             except BeyondRepairError as error:
@@ -162,12 +194,27 @@ class _Serving:
                 return str(error)
         return None
 
-    def _pointers(self) -> dict[str, str]:
-        found = {}
-        for model in public_models(self._repository):
-            with suppress(OSError, UnicodeDecodeError):
-                found[model] = (self._repository / model / CONFIG).read_text(encoding="utf-8")
-        return found
+    def _follow(self) -> None:
+        """Keep the server in step with its repository, in a thread of its own.
+
+        To download or load a release may take minutes. What breaks meanwhile is repaired all the same.
+        """
+        said = ""
+        while not self._ended.wait(WATCH_SECONDS):
+            try:
+                self._refresh()
+                if (watcher := self._watcher) is not None:
+                    watcher.look()
+                said = ""
+            except (RefineryError, OSError) as error:  # a network's disk may come back
+                if str(error) != said:
+                    said = str(error)
+                    self._say(
+                        f"{self._repository} could not be read: {first_line(error)}. What serves goes on serving."
+                    )
+            except Exception as error:
+                self._defect = error
+                return
 
     def _show(self, problems: Mapping[str, str]) -> None:
         if self._health is not None:

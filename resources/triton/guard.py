@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from resources.errors import ServerError
-from resources.triton.client import TextClient
+from resources.triton.client import Contract, TextClient
 from resources.triton.layout import named_internals
 from resources.triton.stubs import Stubs
 
@@ -21,6 +21,8 @@ MOST_REPAIRS = 10
 _TRIES = 3
 #: Triton's words where the process of a Python model does not react at all.
 _UNHEALTHY = "is not healthy"
+#: What gRPC says of a request that is refused as the client's own fault.
+_REFUSED = "StatusCode.INVALID_ARGUMENT"
 #: A question that is asked so often, and how long any answer is waited for: meanwhile nothing is repaired.
 _PROBE, _PROBES, _ANSWER_SECONDS = "Is anybody there?", 3, 2.0
 
@@ -58,7 +60,7 @@ class Guard:
         self._repairs = 0
         self._checked = time.monotonic()
         self._missing: set[str] = set()
-        self._failed: dict[str, int] | None = None
+        self._failed: dict[str, int] = {}  # the server has just started
 
     def look(self) -> None:
         """Find what broke since the last look, and repair it.
@@ -103,29 +105,45 @@ class Guard:
         later, the next request gets the answer of the refused one, and so on: such a process must not live.
         """
         failed = self._client.failed_requests(seconds=_ANSWER_SECONDS)
-        before, self._failed = self._failed if self._failed is not None else failed, failed
+        before, self._failed = self._failed, failed
         for model, config in serving.items():
             internals = named_internals(config)
             more = any(failed.get(name, 0) > before.get(name, 0) for name in internals)
-            # Once could be a release that changed between two questions.
-            if not more or (reason := self._fault(model)) is None or self._fault(model) is None:
+            if not more or (reason := self._fault(model)) is None:
                 continue
             for name in internals:
                 self._stubs.kill(name)
-            self._stubs.lost()
             self._broken.setdefault(model, f"{reason}, so its process was ended")
 
     def _fault(self, model: str) -> str | None:
-        """Ask the same question several times over; what is wrong with the answers, None: nothing that is known."""
+        """Ask the same question several times over; what is wrong with the answers, None: nothing that is known.
+
+        Answers that come one request too late are seen in the first alone: after it come those to the same question.
+        """
+        found = []
         try:
-            contract = self._client.contract(model)
-            item = dict.fromkeys(contract.inputs, _PROBE)
-            answers = [self._client.ask(model, contract, [item], seconds=_ANSWER_SECONDS)[0] for _ in range(_PROBES)]
+            number, contract = self._client.release_of(model), self._client.contract(model)
+            for _ in range(_PROBES):
+                found.append(self._answer(model, contract))
+            if self._client.release_of(model) != number:
+                return None  # another release answers otherwise, and with another process
         except ServerError as error:
             return "Triton says that its process is not healthy" if _UNHEALTHY in str(error) else None
-        if contract.structured or all(_is_like(answers[0], answer) for answer in answers):
+        if all(_is_like(found[0], one) for one in found):
             return None
         return "it gave answers that belong to other requests"
+
+    def _answer(self, model: str, contract: Contract) -> Any:
+        """The answer to a question, or the words of a refusal: not every model takes any text. Raises ServerError."""
+        item = dict.fromkeys(contract.inputs, _PROBE)
+        try:
+            return self._client.ask(model, contract, [item], seconds=_ANSWER_SECONDS)[0]
+        except ServerError as error:
+            cause = error.__cause__
+            # Without a cause the answer came, and it does not fit the question.
+            if cause is None or getattr(cause, "status", lambda: "")() == _REFUSED:
+                return str(error)
+            raise
 
     def _repair(self, model: str, config: str, reason: str) -> None:
         if not self._explicit:
@@ -154,7 +172,17 @@ class Guard:
 
 
 def _is_like(first: Any, other: Any) -> bool:
-    """Whether two vectors may answer the same question: what is computed together differs in the last digits."""
+    """Whether two answers may be to the same question: what is computed together differs in the last digits."""
     import numpy as np
 
-    return first.shape == other.shape and bool(np.linalg.norm(first - other) <= 0.1 * np.linalg.norm(first))
+    if type(first) is not type(other):
+        return False
+    if isinstance(first, np.ndarray):
+        return first.shape == other.shape and bool(np.linalg.norm(first - other) <= 0.1 * np.linalg.norm(first))
+    if isinstance(first, float):
+        return abs(first - other) <= 0.1
+    if isinstance(first, list):
+        return len(first) == len(other) and all(map(_is_like, first, other))
+    if isinstance(first, dict):
+        return first.keys() == other.keys() and all(_is_like(first[name], other[name]) for name in first)
+    return bool(first == other)

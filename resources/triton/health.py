@@ -17,6 +17,8 @@ PATH = "/health"
 _REQUEST_SECONDS = 2.0
 _LONGEST_REQUEST = 8192
 _START_SECONDS = 10.0
+#: Connections at a time. Without a bound a local process could use up the descriptors of `refinery serve`.
+_MOST_OPEN = 100
 
 
 class Health:
@@ -28,6 +30,7 @@ class Health:
     def __init__(self, port: int) -> None:
         self._port = port
         self._problems: dict[str, str] = {"server": "it has not started yet"}
+        self._open = 0
         self._loop = asyncio.new_event_loop()
         self._begun = threading.Event()
         self._trouble: OSError | None = None
@@ -78,12 +81,19 @@ class Health:
         await asyncio.gather(*under_way, return_exceptions=True)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            async with asyncio.timeout(_REQUEST_SECONDS):
-                request = await reader.readuntil(b"\r\n\r\n")
-                writer.write(self._reply(request))
-                await writer.drain()
-        writer.close()
+        if self._open >= _MOST_OPEN:
+            writer.close()
+            return
+        self._open += 1
+        try:
+            with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                async with asyncio.timeout(_REQUEST_SECONDS):
+                    request = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(self._reply(request))
+                    await writer.drain()
+        finally:
+            self._open -= 1
+            writer.close()
 
     def _reply(self, request: bytes) -> bytes:
         method, _, rest = request.partition(b" ")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -91,6 +92,15 @@ def public_models(repository: Location) -> list[str]:
     return sorted(
         path.name for path in repository.iterdir() if (path / CONFIG).is_file() and parse_internal(path.name) is None
     )
+
+
+def public_pointers(repository: Path) -> dict[str, str]:
+    """The configuration of every public model, by name; of those that can be read."""
+    found = {}
+    for model in public_models(repository):
+        with suppress(OSError, UnicodeDecodeError):
+            found[model] = (repository / model / CONFIG).read_text(encoding="utf-8")
+    return found
 
 
 @_reading()

@@ -39,9 +39,9 @@ class EmbeddedServer:
     """A Triton server of one repository, on loopback, while the context lasts.
 
     Explicit model control: it holds the named public models and the releases they are pinned to, and nothing else of
-    the repository; the other modes hold all of it, and `models` are those that are waited for. Ports left out are free
-    ones. options: further ones of tritonserver. key: of its restricted APIs; None: a random one. It ends when the
-    thread that started it ends, however that is.
+    the repository; the other modes hold all of it, and `models` are those that are waited for. They may be changed
+    before the next start. Ports left out are free ones. options: further ones of tritonserver. key: of its restricted
+    APIs; None: a random one. It ends when the thread that started it ends, however that is.
     Raises ServerError with the telling lines of its log where it does not get ready.
     """
 
@@ -62,7 +62,8 @@ class EmbeddedServer:
         self.connection = Connection(key=key or new_key())
         self._control: Control = control
         self._options = tuple(options)
-        self._repository, self._settings, self._models, self._log = repository, settings, tuple(models), log
+        self._repository, self._settings, self._log = repository, settings, log
+        self.models = tuple(models)
         self._ports = Ports.choose(http_port, grpc_port, metrics_port)
         self._lives = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -177,7 +178,7 @@ class EmbeddedServer:
     def _loaded(self) -> list[str]:
         """The models, each after those that it calls."""
         names: list[str] = []
-        for model in self._models:
+        for model in self.models:
             with suppress(OSError):  # the server itself says that it is not there
                 names += called_internals((self._repository / model / CONFIG).read_text(encoding="utf-8"))
             names.append(model)
@@ -189,7 +190,7 @@ class EmbeddedServer:
             while time.monotonic() < deadline:
                 if self.ended():
                     raise ServerError(f"The embedded Triton ended while starting:\n{self.last_words()}")
-                if client.is_live() and all(client.is_ready(name) for name in self._models):
+                if client.is_live() and all(client.is_ready(name) for name in self.models):
                     return
                 time.sleep(0.1)
         raise ServerError(f"The embedded Triton was not ready within {READY_SECONDS:g} s:\n{self.last_words()}")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from resources.addresses import holds_login
 from resources.deadlines import Pace
 from resources.errors import ReleaseError, first_line
+from resources.foreign import MOST_DOCUMENT_BYTES
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -54,6 +55,8 @@ _REFUSED = re.compile(
     r"\b40[13]\b|AccessDenied|Access Denied|Forbidden|Unauthorized|AuthorizationFailure|AuthenticationFailed|"
     r"InvalidAccessKeyId|SignatureDoesNotMatch|[Cc]redentials"
 )
+#: HTTP's status 416.
+_NO_RANGE = re.compile(r"InvalidRange|\b416\b|[Rr]ange [Nn]ot [Ss]atisfiable")
 #: Of the disk on this side, which resources.triton.files explains.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -204,9 +207,20 @@ class RemotePath:
         }
 
     def read_bytes(self) -> bytes:
-        """Raises FileNotFoundError too."""
+        """Read a document; larger files are for `download`. Raises FileNotFoundError too."""
         with self._asking("read") as (files, bound):
-            return bytes(files.cat_file(self.key, **bound))
+            try:
+                data = bytes(files.cat_file(self.key, start=0, end=MOST_DOCUMENT_BYTES + 1, **bound))
+            except Exception as error:
+                if not _NO_RANGE.search(" ".join(_chain(error))):
+                    raise
+                data = b""  # an empty object has no range
+        if len(data) > MOST_DOCUMENT_BYTES:
+            raise ReleaseError(
+                f"{self} is larger than {MOST_DOCUMENT_BYTES // 2**20} MB, as no record, manifest or configuration is. "
+                "See who can write there, and remove it."
+            )
+        return data
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Raises FileNotFoundError and UnicodeDecodeError too."""

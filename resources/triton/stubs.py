@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import psutil
 
 #: A look at the processes that are known costs microseconds, one at all of the machine's some milliseconds.
 _SEARCH_SECONDS = 5.0
+#: Of a process that no signal ended.
+_ENDED = "ended"
 _PROGRAM = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has shared memory
 
@@ -31,45 +32,53 @@ class Stubs:
 
     def __init__(self, leader: int) -> None:
         self._leader = leader
-        self._known: list[Stub] = []
+        self._known: dict[psutil.Process, Stub] = {}
+        self._ending: set[psutil.Process] = set()
         self._searched = 0.0
         self.search()
 
     def search(self) -> None:
-        """Find those that there are now."""
+        """Find those that there are now. Those that are known stay known until they have ended, see `lost`."""
         self._searched = time.monotonic()
-        self._known = []
         with suppress(psutil.Error):
             for process in psutil.Process(self._leader).children(recursive=True):
-                if (stub := _read(process)) is not None:
-                    self._known.append(stub)
+                if process not in self._known and (stub := _read(process)) is not None:
+                    self._known[process] = stub
 
     def lost(self) -> dict[str, str]:
-        """Return the models that have fewer processes than at the last call, each with how one of them ended.
+        """Return the models of which a process has died since the last call, each with how it ended.
 
-        A model that was loaded anew has other processes, but not fewer.
+        Triton waits for the processes that it ends itself, when a model is unloaded, so nothing is left of them. One
+        that died stays a zombie until then.
         """
-        ended = [stub for stub in self._known if not _is_alive(stub.process)]
-        if not ended:
-            if time.monotonic() - self._searched > _SEARCH_SECONDS:
-                self.search()
-            return {}
-        before = Counter(stub.model for stub in self._known)
-        how = {stub.model: _how_it_ended(stub.process) for stub in ended}
-        self.search()
-        for stub in ended:  # Triton does not remove it, as long as it runs
-            with suppress(OSError):
-                (_SHARED_MEMORY / stub.region).unlink()
-        now = Counter(stub.model for stub in self._known)
-        return {model: words for model, words in how.items() if now[model] < before[model]}
+        died = {}
+        for process, stub in list(self._known.items()):
+            if _is_alive(process):
+                continue
+            how = _how_it_died(process)
+            if how == _ENDED and process not in self._ending:
+                self._ending.add(process)  # Triton may be about to wait for it
+                continue
+            self._forget(stub)
+            if how is not None:
+                died[stub.model] = how
+        if time.monotonic() - self._searched > _SEARCH_SECONDS:
+            self.search()
+        return died
 
     def kill(self, model: str) -> None:
-        """End the processes of a model, which do not heed anything else."""
-        for stub in self._known:
-            if stub.model == model:
-                with suppress(psutil.Error):
-                    stub.process.kill()
-                    stub.process.wait(1.0)
+        """End the processes of a model, which do not heed anything else. `lost` does not tell of them."""
+        for stub in [stub for stub in self._known.values() if stub.model == model]:
+            with suppress(psutil.Error):
+                stub.process.kill()
+                stub.process.wait(1.0)
+            self._forget(stub)
+
+    def _forget(self, stub: Stub) -> None:
+        del self._known[stub.process]
+        self._ending.discard(stub.process)
+        with suppress(OSError):  # Triton does not remove it, as long as it runs
+            (_SHARED_MEMORY / stub.region).unlink()
 
 
 def _read(process: psutil.Process) -> Stub | None:
@@ -87,13 +96,14 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _how_it_ended(process: psutil.Process) -> str:
-    """Name the signal that ended a child of another process, as far as the kernel still says."""
+def _how_it_died(process: psutil.Process) -> str | None:
+    """How a child of another process ended, which that has not waited for; None: it has."""
     with suppress(OSError, ValueError, IndexError):
-        status = int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(None, 1)[1])  # proc(5): exit_code
-        if status & 0x7F:
-            return f"ended by {signal_text(status & 0x7F)}"
-    return "ended"
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()  # proc(5)
+        if fields[0] == "Z":
+            status = int(fields[-1])
+            return f"{_ENDED} by {signal_text(status & 0x7F)}" if status & 0x7F else _ENDED
+    return None
 
 
 def signal_text(number: int) -> str:

@@ -75,15 +75,20 @@ class Segments:
         draft.rename(_SHARED_MEMORY / f"{prefix}{_LOCK}")
         libc = ctypes.CDLL(None)
         self._events = libc.inotify_init1(os.O_CLOEXEC)
+        # Both fail where the user's inotify instances or watches are used up.
         if self._events >= 0:
-            libc.inotify_add_watch(self._events, bytes(_SHARED_MEMORY), _IN_CREATE | _IN_ATTRIB)
+            watch = libc.inotify_add_watch(self._events, bytes(_SHARED_MEMORY), _IN_CREATE | _IN_ATTRIB)
+            if watch < 0:
+                os.close(self._events)
+                self._events = -1
 
     def close_on(self) -> None:
         """Close each segment to other users as soon as it is there, for ever."""
         while True:
-            for path in _segments(self._prefix):
-                with suppress(OSError):
-                    _close(path)
+            with suppress(OSError):
+                for path in _segments(self._prefix):
+                    with suppress(OSError):
+                        _close(path)
             if self._events >= 0:
                 os.read(self._events, 65536)
             else:

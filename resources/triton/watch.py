@@ -9,7 +9,7 @@ from pathlib import Path
 
 from resources.errors import ServerError
 from resources.triton.client import TextClient
-from resources.triton.layout import CONFIG, named_internals, pinned_number, public_models
+from resources.triton.layout import named_internals, pinned_number, public_pointers
 
 #: Requests that were under way in the release before may finish in it.
 GRACE_SECONDS = 5.0
@@ -26,8 +26,7 @@ class Watcher:
 
     def look(self) -> None:
         """Load what is new or changed, once; what cannot be loaded is said once, and what served goes on serving."""
-        found = self._pointers()
-        for model, config in found.items():
+        for model, config in public_pointers(self._repository).items():
             if self.serving.get(model) != config and self._refused.get(model) != config:
                 self._load(model, config)
         for model in [model for model in self.serving if not (self._repository / model).exists()]:
@@ -67,10 +66,3 @@ class Watcher:
                 del self._left[name]
                 with suppress(ServerError):
                     self._client.unload(name)
-
-    def _pointers(self) -> dict[str, str]:
-        pointers = {}
-        for model in public_models(self._repository):
-            with suppress(OSError, UnicodeDecodeError):
-                pointers[model] = (self._repository / model / CONFIG).read_text(encoding="utf-8")
-        return pointers

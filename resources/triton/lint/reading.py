@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from resources.foreign import ForeignError, local_path
+from resources.foreign import ForeignError, local_path, open_regular, read_whole
 
 #: Triton's documentation knows no limit. A configuration of a thousand steps has a quarter of this.
 LARGEST_CONFIG_BYTES = 2**20
@@ -25,15 +24,12 @@ class TooLargeError(Exception):
 
 
 def read_file(path: Path, limit_bytes: int) -> bytes:
-    """Read a regular file of at most that size. Raises OSError, or TooLargeError with a sentence for people."""
-    # Opening a pipe would otherwise wait for whoever writes into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "is no regular file", str(path))
-        data = file.read(limit_bytes + 1) if status.st_size <= limit_bytes else None
-    if data is None or len(data) > limit_bytes:
+    """Read a regular file of at most that size. Raises OSError, ForeignError, or TooLargeError with a sentence for
+    people.
+    """
+    with open_regular(path) as file:
+        data = read_whole(file, limit_bytes)
+    if data is None:
         raise TooLargeError(f"is larger than {limit_bytes:,} bytes, so it was not read. Put the right file there.")
     return data
 

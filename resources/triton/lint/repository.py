@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
+from resources.foreign import ForeignError
 from resources.triton.layout import CONFIG
 from resources.triton.lint.ensembles import ensemble_findings
 from resources.triton.lint.findings import Finding
@@ -187,7 +188,7 @@ def _read(root: Path, folder: Path) -> tuple[Model, list[Finding]]:
             # "line:column : text"
             message = re.sub(r"^\d+:\d+ : ", "", str(error))
             findings.append(Finding("config-syntax", place, f"{message}.".replace("..", "."), error.GetLine() or 0))
-        except (OSError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, ForeignError, UnicodeDecodeError, RecursionError) as error:
             findings.append(Finding("config-syntax", place, f"cannot be read as UTF-8 text: {error}."))
     versions = []
     for path in sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith(".")):

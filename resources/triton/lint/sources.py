@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resources.foreign import ForeignError
 from resources.triton.lint.findings import Finding
 from resources.triton.lint.reading import LARGEST_SOURCE_BYTES, TooLargeError, read_file
 
@@ -31,7 +32,7 @@ def source_findings(model: Model, path: Path) -> Iterator[Finding]:
     except SyntaxError as error:
         yield Finding("python-syntax", place, f"is no Python: {error.msg}.", error.lineno or 0)
         return
-    except (ValueError, RecursionError, MemoryError) as error:  # null bytes; nested beyond all measure
+    except (OSError, ForeignError, ValueError, RecursionError, MemoryError) as error:  # null bytes; nested too deep
         yield Finding("python-syntax", place, f"cannot be read as Python: {error or type(error).__name__}.")
         return
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.alias)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -94,8 +93,8 @@ class TrackingStore:
     def _remove_half_made(self) -> None:
         """Remove a database that could not be made whole, which MLflow would refuse. The caller holds its lock."""
         assert self._file is not None
-        for path in self._file.parent.glob(f"{glob.escape(self._file.name)}*"):
-            path.unlink(missing_ok=True)
+        for suffix in ("", "-journal", "-wal", "-shm"):  # as SQLite names what lies beside it
+            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
 
     def experiment(self, model: str) -> str:
         """The id of the model's experiment, made if it is not there."""

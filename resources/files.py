@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of the system that names none: writing and syncing know a descriptor alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -33,7 +47,8 @@ def write_whole(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+        with naming(path):
+            draft.write_bytes(data.encode() if isinstance(data, str) else data)
         sync(draft)
         draft.replace(path)
     except BaseException:

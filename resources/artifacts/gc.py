@@ -23,7 +23,7 @@ from typing import Protocol
 from resources.artifacts.records import Record
 from resources.artifacts.staging import claimed, discard, leftovers
 from resources.artifacts.store import RECORD_FILE, ArtifactStore
-from resources.errors import FULL, ArtifactError
+from resources.errors import FULL, ArtifactError, disk_remedy
 from resources.foreign import MOST_DOCUMENT_BYTES, ForeignError, read_below
 from resources.locks import file_lock
 
@@ -99,10 +99,10 @@ def collect(store: ArtifactStore, wanted: Collection[str], *, used_since: float,
     try:
         return _collect(store, wanted, used_since, dry_run)
     except OSError as error:
+        remedy = disk_remedy(error.errno) or "Mend that and run again."
         raise ArtifactError(
             f"The artifact store {store.root} could not be cleaned up: {error.strerror or error} "
-            f"({error.filename or 'no file is named'}). Whoever does it has to be able to write in all of it. "
-            "Mend that and run again."
+            f"({error.filename or 'no file is named'}). {remedy}"
         ) from error
 
 
@@ -188,9 +188,18 @@ def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:
                 raise
             # No file can be made, so nobody can be making the artifact either, which is what the locks are for.
             aside = staging / uuid.uuid4().hex if staging.exists() else staging
-        entry.folder.rename(aside)
+        try:
+            entry.folder.rename(aside)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            # Not even a name has room. What is about to be removed need not be moved first.
+            if entry.used >= used_since:
+                return False
+            (entry.folder / RECORD_FILE).unlink(missing_ok=True)  # without it the rest is no artifact
+            aside = entry.folder
         # Whoever takes an artifact touches it before looking at it. From here on it is not there to be touched.
-        if _Entry(entry.kind, aside).used >= used_since:
+        if aside != entry.folder and _Entry(entry.kind, aside).used >= used_since:
             aside.rename(entry.folder)
             return False
         lock.unlink(missing_ok=True)

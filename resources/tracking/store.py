@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from resources.addresses import Address
 from resources.artifacts.hashes import write_json
 from resources.deadlines import within
-from resources.errors import TrackingError, first_line
+from resources.errors import TrackingError, disk_remedy, disk_trouble, first_line
 from resources.locks import file_lock
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class TrackingStore:
         return self._file is None
 
     @property
+    def unmade(self) -> bool:
+        """Whether it is a file that nobody has written yet. Looking into it would make it, with all of its tables."""
+        return self._file is not None and not self._file.exists()
+
+    @property
     def client(self) -> MlflowClient:
         if self._client is None:
             import logging
@@ -65,11 +71,15 @@ class TrackingStore:
 
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
             with file_lock(self.folder / "store.lock"):
-                fresh = self._file is not None and not self._file.exists()
+                fresh = self.unmade
                 try:
                     client = within(ANSWER_SECONDS, partial(MlflowClient, self.uri.for_library))
                     within(ANSWER_SECONDS, partial(client.search_experiments, max_results=1))
-                except ImportError as error:
+                except BaseException as error:
+                    if fresh:
+                        self._remove_half_made()
+                    if not isinstance(error, ImportError):
+                        raise
                     raise TrackingError(
                         f"MLflow at {self.uri} cannot be opened: {first_line(error)}. Install the driver of that "
                         "database, such as psycopg2-binary or PyMySQL."
@@ -79,6 +89,12 @@ class TrackingStore:
             # A database file is on this machine: nobody else's server answers for it.
             self._client = client if self._file is not None else cast("MlflowClient", _Bounded(client))
         return self._client
+
+    def _remove_half_made(self) -> None:
+        """Remove a database that could not be made whole, which MLflow would refuse. The caller holds its lock."""
+        assert self._file is not None
+        for suffix in ("", "-journal", "-wal", "-shm"):  # as SQLite names what lies beside it
+            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
 
     def experiment(self, model: str) -> str:
         """The id of the model's experiment, made if it is not there."""
@@ -196,10 +212,15 @@ class TrackingStore:
             yield
         except exceptions() as error:
             shown = self.uri.without_secrets(error)
-            raise TrackingError(
-                f"MLflow at {self.uri} cannot be written: {first_line(shown)} Start that server or mend "
-                "REFINERY_MLFLOW_URI, then run again: what was measured is kept and will be written then."
-            ) from shown
+            if not self.shared and disk_trouble(error):
+                remedy = disk_remedy(errno.ENOSPC)
+            else:
+                remedy = (
+                    "Start that server or mend REFINERY_MLFLOW_URI, then run again: what was measured is kept and will "
+                    "be written then."
+                )
+            said = first_line(shown).rstrip(".")
+            raise TrackingError(f"MLflow at {self.uri} cannot be written: {said}. {remedy}") from shown
 
 
 class _Bounded:

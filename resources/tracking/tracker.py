@@ -220,6 +220,8 @@ class Tracker:
 
     def champion_release(self, model: str, target: str) -> int | None:
         """The Triton release of the version that has the champion's alias; None where there is none."""
+        if self._store.unmade:
+            return None
         with self._store.clear_errors():
             version = champion_version(self._store, model, target)
         number = version.tags.get(f"{TAG}release", "") if version is not None else ""

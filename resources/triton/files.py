@@ -71,7 +71,16 @@ def discard(path: Location, bin_folder: Location) -> None:
     assert isinstance(bin_folder, Path)
     # On a full disk no folder can be made, and this is how room is made: the first to go becomes the bin.
     gone = bin_folder / uuid.uuid4().hex if bin_folder.exists() else bin_folder
-    path.rename(gone)
+    try:
+        path.rename(gone)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        # Not even a name has room, and this is how room is made: file by file, as in object storage.
+        names = [name.relative_to(path).as_posix() for name in path.rglob("*") if not name.is_dir()]
+        for name in sorted(names, key=_rank, reverse=True):
+            (path / name).unlink(missing_ok=True)
+        gone = path
     shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from resources.errors import ReleaseError, ServerError
+from resources.errors import FULL, ReleaseError, ServerError
 from resources.triton.client import TextClient
 from resources.triton.files import clear_disk_errors, discard, repository_lock, staging_root, sync
 from resources.triton.fleet import Fleet
@@ -103,11 +103,20 @@ def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None
     internals = [name for name, found in parsed.items() if found is not None and found[:2] == (model, number)]
     # The manifest first: without it the rest is no release, wherever this ends.
     discard(repository / model / str(number), root)
-    sync(repository / model)
+    _sync_if_room(repository / model)
     fleet.retire(internals)
     for name in internals:
         discard(repository / name, root)
-    sync(repository)
+    _sync_if_room(repository)
+
+
+def _sync_if_room(folder: Location) -> None:
+    """Make removals durable. A disk that is too full for that gets its room by the removals that follow."""
+    try:
+        sync(folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
 
 def _require_served(address: str, model: str, settings: TritonSettings) -> int | None:

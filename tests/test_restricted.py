@@ -268,7 +268,7 @@ def test_servers_behind_tls_a_key_and_a_header(repository, triton_settings, cert
         ({"REFINERY_TRITON_TLS": "yes"}, "REFINERY_TRITON_TLS: 'yes' is neither 0 nor 1"),
         ({"REFINERY_TRITON_CA": "/nowhere/ca.pem"}, "REFINERY_TRITON_CA: /nowhere/ca.pem is not a file"),
         ({"REFINERY_TRITON_CERTIFICATE": __file__}, "belong together"),
-        ({"REFINERY_TRITON_CA": __file__, "REFINERY_TRITON_TLS": "0"}, "REFINERY_TRITON_TLS is 0, but REFINERY_TRITON_CA"),
+        ({"REFINERY_TRITON_CA": __file__, "REFINERY_TRITON_TLS": "0"}, "REFINERY_TRITON_TLS is 0, but"),
     ],
 )
 def test_settings_that_make_no_sense(variables, message):

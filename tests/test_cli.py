@@ -32,7 +32,7 @@ def environment(workspace, **more):
     }
 
 
-def refinery(workspace, *arguments, timeout=240, **more):
+def refinery(workspace, *arguments, timeout=480, **more):
     result = subprocess.run(
         [REFINERY, *arguments],
         env=environment(workspace, **more),

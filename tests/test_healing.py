@@ -124,41 +124,95 @@ def prefix_of(server):
     return option.split("=")[-1]
 
 
-def test_a_killed_process_of_a_model_is_replaced(repository, plan, triton_settings, tmp_path):
-    """Also while a release is downloaded, which may take minutes."""
+@pytest.fixture(scope="module")
+def served(repository, triton_settings, tmp_path_factory):
+    """`refinery serve` on that repository, whose download of a release takes as long as these tests."""
     downloading, enough = threading.Event(), threading.Event()
 
     def refresh():
         downloading.set()
-        enough.wait(120)
+        enough.wait(300)
 
-    with serving(repository, triton_settings, tmp_path / "log", refresh=refresh) as served:
+    with serving(repository, triton_settings, tmp_path_factory.mktemp("serve") / "log", refresh=refresh) as found:
         assert downloading.wait(30)
-        assert served.health() == (200, {"status": "ok"})
-        for _ in range(2):
-            seen, end = set(), threading.Event()
-
-            def watch(seen=seen, end=end):
-                while not end.is_set():
-                    seen.add(served.health()[0])
-
-            watching = threading.Thread(target=watch)
-            watching.start()
-            said = len(served.said)
-            begun = time.monotonic()
-            (stub,) = served.stubs()
-            stub.kill()
-            wait_until(lambda said=said: len(served.said) > said)
-            assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
-            end.set()
-            watching.join()
-            assert seen == {200, 503}
-            (line,) = served.said[said:]
-            assert "tiny: the process of tiny__r1__pipeline ended by signal 9 (SIGKILL); loaded again within" in line
-            wait_until(lambda: served.health()[0] == 200)
+        yield found
         enough.set()
-        # One segment, and the supervisor's lock: the killed ones left nothing that others could read.
-        assert len(segments(prefix_of(served.triton()))) == 2
+
+
+def test_a_killed_process_of_a_model_is_replaced(served, plan):
+    assert served.health() == (200, {"status": "ok"})
+    for _ in range(2):
+        seen, end = set(), threading.Event()
+
+        def watch(seen=seen, end=end):
+            while not end.is_set():
+                seen.add(served.health()[0])
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        said = len(served.said)
+        begun = time.monotonic()
+        (stub,) = served.stubs()
+        stub.kill()
+        wait_until(lambda said=said: len(served.said) > said)
+        assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
+        end.set()
+        watching.join()
+        assert seen == {200, 503}
+        (line,) = served.said[said:]
+        assert "tiny: the process of tiny__r1__pipeline ended by signal 9 (SIGKILL); loaded again within" in line
+        wait_until(lambda: served.health()[0] == 200)
+    # One segment, and the supervisor's lock: the killed ones left nothing that others could read.
+    assert len(segments(prefix_of(served.triton()))) == 2
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny__r1__pipeline"])
+def test_what_somebody_unloads_is_loaded_again(served, plan, name):
+    said, begun = len(served.said), time.monotonic()
+    with TextClient(served.address, connection=served.connection) as client:
+        client.unload(name)
+    wait_until(lambda: len(served.said) > said)
+    assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
+    assert "loaded again within" in served.said[-1]
+    wait_until(lambda: served.health()[0] == 200)
+
+
+def nested(port):
+    """200,000 nested brackets, which Triton 2.51 does not survive."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection, suppress(OSError):
+        body = b'{"inputs":' + b"[" * 200_000
+        connection.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\n")
+        connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        connection.recv(1024)
+
+
+def chunked(port):
+    """600,000 chunks of one byte."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection, suppress(OSError):
+        connection.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(60):
+            connection.sendall(b"1\r\n \r\n" * 10_000)
+        connection.sendall(b"0\r\n\r\n")
+        connection.recv(1024)
+
+
+@pytest.mark.parametrize("attack", [nested, pytest.param(chunked, marks=pytest.mark.whole)])
+def test_a_request_that_kills_the_server_costs_seconds(served, plan, attack):
+    before, prefix, said = served.triton(), prefix_of(served.triton()), len(served.said)
+    started = served.log.read_text(errors="replace").count("Started HTTPService")
+    attack(served.ports.http)
+    wait_until(lambda: not before.is_running())
+    begun = time.monotonic()
+    assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
+    line = "the embedded Triton ended by signal 11 (SIGSEGV); the embedded Triton is started again"
+    assert line in served.said[said:]
+    # The log keeps what the server before it said.
+    assert served.log.read_text(errors="replace").count("Started HTTPService") == started + 1
+    # The same ports, and the same key.
+    with TextClient(served.address, connection=served.connection) as client:
+        assert "tiny" in client.ready_models()
+    wait_until(lambda: served.health()[0] == 200)
+    assert not segments(prefix)
 
 
 def test_a_process_whose_answers_come_too_late_is_replaced(triton_settings, tmp_path):
@@ -212,18 +266,6 @@ def test_requests_that_are_slow_or_refused_repair_nothing(repository, plan, trit
         assert served.health()[0] == 200
 
 
-def test_what_somebody_unloads_is_loaded_again(repository, plan, triton_settings, tmp_path):
-    with serving(repository, triton_settings, tmp_path / "log") as served:
-        for name in ("tiny", "tiny__r1__pipeline"):
-            with TextClient(served.address, connection=served.connection) as client:
-                client.unload(name)
-            said, begun = len(served.said), time.monotonic()
-            wait_until(lambda said=said: len(served.said) > said)
-            assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
-            assert "loaded again within" in served.said[-1]
-        wait_until(lambda: served.health()[0] == 200)
-
-
 @pytest.mark.whole
 def test_after_many_repairs_the_server_is_started_again(repository, plan, triton_settings, tmp_path, monkeypatch):
     """Triton keeps what belonged to a killed process, which would fill the shared memory of a container."""
@@ -262,43 +304,6 @@ def test_in_poll_mode_a_new_server_does_not_wait_for_models_that_have_gone(repos
         wait_until(lambda: served.health()[0] == 200)
 
 
-def nested(port):
-    """200,000 nested brackets, which Triton 2.51 does not survive."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection, suppress(OSError):
-        body = b'{"inputs":' + b"[" * 200_000
-        connection.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\n")
-        connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        connection.recv(1024)
-
-
-def chunked(port):
-    """600,000 chunks of one byte."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection, suppress(OSError):
-        connection.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for _ in range(60):
-            connection.sendall(b"1\r\n \r\n" * 10_000)
-        connection.sendall(b"0\r\n\r\n")
-        connection.recv(1024)
-
-
-@pytest.mark.parametrize("attack", [nested, pytest.param(chunked, marks=pytest.mark.whole)])
-def test_a_request_that_kills_the_server_costs_seconds(repository, plan, triton_settings, tmp_path, attack):
-    with serving(repository, triton_settings, tmp_path / "log") as served:
-        before, prefix = served.triton(), prefix_of(served.triton())
-        attack(served.ports.http)
-        wait_until(lambda: not before.is_running())
-        begun = time.monotonic()
-        assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
-        line = "the embedded Triton ended by signal 11 (SIGSEGV); the embedded Triton is started again"
-        assert line in served.said
-        assert served.log.read_text(errors="replace").count("Started HTTPService") == 2  # also what it said before
-        # The same ports, and the same key.
-        with TextClient(served.address, connection=served.connection) as client:
-            assert "tiny" in client.ready_models()
-        wait_until(lambda: served.health()[0] == 200)
-        assert not segments(prefix)
-
-
 @pytest.mark.whole
 def test_a_server_that_cannot_start_again_is_given_up(repository, triton_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(foreground, "PAUSES_SECONDS", (0.0, 0.2))
@@ -322,15 +327,15 @@ def test_shared_memory_is_closed_to_others_before_the_first_request(repository, 
     with EmbeddedServer(repository, triton_settings, models=["tiny"], log=tmp_path / "log") as server:
         (triton,) = [one for one in psutil.Process(server.pid).children() if one.name() == "tritonserver"]
         prefix = prefix_of(triton)
-        for _ in range(2):
+        for loaded_later in (False, True):
+            if loaded_later:
+                with server.client() as client:
+                    client.unload("tiny__r1__pipeline")
+                    wait_until(lambda: not any("stub" in one.name() for one in triton.children()))
+                    client.load("tiny__r1__pipeline")
+                    client.load("tiny")
             assert len(segments(prefix)) == 2
             assert {stat.S_IMODE(path.stat().st_mode) for path in segments(prefix)} == {0o600}
-            with server.client() as client:
-                client.unload("tiny__r1__pipeline")
-                wait_until(lambda: not any("stub" in one.name() for one in triton.children()))
-                client.load("tiny__r1__pipeline")
-                client.load("tiny")
-                ask_together(client, TEXTS)
         triton.kill()
         wait_until(server.ended)
         assert not segments(prefix)

@@ -187,6 +187,8 @@ def _was_collected(workspace: Workspace, name: str) -> bool:
 
 def _source(model: str, catalog: Catalog, access: Access) -> str:
     """Return the catalog's spelling of a source. Raises CatalogError or CheckpointError for anything else."""
+    if not model.strip():  # an unset variable of a shell, which pathlib takes for the current folder
+        raise CatalogError("MODEL is empty. Give a name of the catalog, a folder or a Hub id.")
     try:
         path = Path(model).expanduser()
         if path.is_dir() or model.startswith(("/", "./", "../", "~")):

@@ -18,7 +18,7 @@ def disk_remedy(number: int | None) -> str:
     if number in FULL:
         return "Make room there and run again; `refinery gc` removes what nobody needs any more."
     if number in CLOSED:
-        return "Whoever runs this has to be able to write there."
+        return "Whoever runs this has to be able to read and to write there."
     return "Look after that disk, and run again." if number in BROKEN else ""
 
 
@@ -32,7 +32,7 @@ def disk_trouble(error: BaseException | None) -> str:
             ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")
         ):
             return f"A database below REFINERY_HOME: {error}. {disk_remedy(errno.ENOSPC)}"
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return ""
 
 

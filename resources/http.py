@@ -14,6 +14,7 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import IO, Any
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from resources.deadlines import within
@@ -88,7 +89,15 @@ def _answer(request: urllib.request.Request, trust: Tls) -> bytes:
 
 def _read(request: urllib.request.Request, trust: Tls, deadline: float) -> bytes:
     opener = urllib.request.build_opener(_SameHost, _Http(deadline), _Https(deadline, trust))
-    with opener.open(request, timeout=_SILENCE_SECONDS) as answer:
+    try:
+        answer = opener.open(request, timeout=_SILENCE_SECONDS)
+    except HTTPError:
+        raise
+    except URLError as error:  # its own text hides the system's behind an error number and brackets
+        if isinstance(error.reason, TimeoutError):
+            raise error.reason from error
+        raise ConnectionError(getattr(error.reason, "strerror", None) or str(error.reason)) from error
+    with answer:
         parts: list[bytes] = []
         size = 0
         while part := answer.read1(65536):

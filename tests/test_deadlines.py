@@ -131,6 +131,11 @@ def test_no_thread_is_left_of_a_look_that_ended():
         assert threading.active_count() <= before + 1
 
 
+def test_a_server_that_is_not_there_is_told_in_the_systems_words():
+    with pytest.raises(ConnectionError, match="^Connection refused$"):
+        get_json("http://127.0.0.1:1/", {})
+
+
 def test_a_call_within_its_time_is_as_without_a_limit():
     assert within(10, lambda: json.loads("[1]")) == [1]
     with pytest.raises(ZeroDivisionError):

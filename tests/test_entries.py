@@ -215,6 +215,7 @@ def test_a_name_that_cannot_be_made_is_asked_for(empty, tmp_path):
         ("no such model", "There is no model named 'no such model' in the catalog"),
         ("~nobody-at-all/x", " is no folder: "),
         ("x/" * 5000, " is no folder: "),
+        ("", "MODEL is empty"),
     ],
 )
 def test_what_is_no_source_is_not_added(empty, source, expected):

@@ -95,7 +95,7 @@ def test_optimize_says_what_is_full_and_leaves_nothing(home, made_checkpoint):
     [
         (errno.ENOSPC, "Make room there"),
         (errno.EDQUOT, "Make room there"),
-        (errno.EROFS, "has to be able to write there"),
+        (errno.EROFS, "has to be able to read and to write there"),
         (errno.EIO, "Look after that disk"),
         (errno.ENOENT, ""),
     ],
@@ -104,6 +104,9 @@ def test_what_the_system_says_of_a_disk_becomes_ours_with_file_and_remedy(number
     error = OSError(number, os.strerror(number), "/place/file")
     outer = ValueError("a library's own")
     outer.__cause__ = error
+    unrelated = ValueError("mended already")
+    unrelated.__context__, unrelated.__suppress_context__ = error, True
+    assert disk_trouble(unrelated) == ""
     for one in (error, outer):
         assert (said in disk_trouble(one)) and ("/place/file" in disk_trouble(one)) == bool(said)
     text = _of_the_system(["ValueError: x\n", f"{type(error).__name__}: {error}\n"])

@@ -7,7 +7,7 @@ from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import Checkpoint
-from resources.evaluation.reference import make_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.workspace import Workspace
 
 
@@ -34,6 +34,5 @@ def evaluation_set(context: dg.AssetExecutionContext, workspace: dg.ResourcePara
             "rows": record.rows,
             "longest_tokens": record.longest_tokens,
             "width": record.width,
-            "texts_tokenized_as_transformers_does": record.tokenizer_checked,
         },
     )

@@ -3,10 +3,10 @@
 import dagster as dg
 
 from assets.checkpoint import checkpoint
-from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember, table
 from assets.partitions import models
 from assets.placement import placement
+from assets.reference import reference
 from resources.artifacts.records import Checkpoint, OnnxGraph
 from resources.export.make import make_graph
 from resources.workspace import Workspace
@@ -18,7 +18,7 @@ _REMEDY = (
 
 
 @dg.asset(
-    deps=[checkpoint, evaluation_set],
+    deps=[checkpoint, reference],
     partitions_def=models,
     group_name="graph",
     kinds={"pytorch", "file"},  # Dagster has no icon of ONNX

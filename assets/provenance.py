@@ -11,7 +11,7 @@ import dagster as dg
 from resources.artifacts.fingerprint import code_version
 from resources.checkpoints import collect
 from resources.engines import BASELINE, engine_spec, rebuild
-from resources.evaluation import benchmark, champion, reference
+from resources.evaluation import benchmark, champion, evaluation_set, reference
 from resources.export import make as export
 from resources.triton import release, search, serving_report
 
@@ -36,6 +36,11 @@ PROVENANCE = {
     "evaluation_set": Provenance(
         "`checkpoint`, and the requests of the catalog's `evaluation`, or the ones that are shipped.",
         "weights, tokenizer, requests or `task` are others, or PyTorch, transformers or tokenizers.",
+        evaluation_set.CODE,
+    ),
+    "reference": Provenance(
+        "`checkpoint`, as sentence-transformers or transformers reads it, and the requests of `evaluation_set`.",
+        "one of these is another, or PyTorch, transformers, tokenizers or sentence-transformers.",
         reference.CODE,
     ),
     "onnx_graph": Provenance(

@@ -13,6 +13,7 @@ from assets.evaluation_set import evaluation_set
 from assets.freshness import release_check
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
 from assets.provenance import documented
+from assets.reference import reference
 from assets.served import served_benchmark_asset
 from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
@@ -49,7 +50,7 @@ def make_definitions(
     runs that fail.
     """
     policies = policies or Policies()
-    assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, onnx_graph]
+    assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, reference, onnx_graph]
     checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
     for target, spec in product(workspace.targets, ENGINES):
         benchmark, accuracy_gate = benchmark_assets(spec, target)

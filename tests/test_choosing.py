@@ -175,7 +175,6 @@ def test_objective_changes_the_winner():
     assert judge(reports, no_gates, "size", 100)[0].engine == "small"
 
 
-EVALUATION = EvaluationSet(digest="e", model="tiny", items=1, rows=1, width=1, longest_tokens=1, tokenizer_checked=1)
 
 
 def without_gates(workspace):
@@ -249,7 +248,7 @@ def test_the_worse_of_two_ways_counts():
 
     from resources.evaluation.answering import Answered
     from resources.evaluation.benchmark import measure_accuracy
-    from resources.evaluation.reference import Evaluation
+    from resources.evaluation.evaluation_set import Evaluation
     from resources.tasks import TASKS
 
     random = np.random.default_rng(0)

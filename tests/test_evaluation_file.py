@@ -186,7 +186,7 @@ def test_the_measures_themselves():
 
 
 READERS = {
-    "evaluation": lambda entry: evaluation_requests(entry, {}),
+    "evaluation": lambda entry: evaluation_requests(entry, {}, 32),
     "sample": lambda entry: sampled_requests(entry, {}, most=1000),
 }
 
@@ -224,7 +224,7 @@ def test_a_file_that_cannot_be_read(tmp_path, field):
 def test_a_line_may_hold_unicode_s_line_separators(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{n} \u2028 \x85 end"}, ensure_ascii=False) for n in range(20)))
-    items, _ = evaluation_requests(entry_for("/x", evaluation=str(path)), {})
+    items, _ = evaluation_requests(entry_for("/x", evaluation=str(path)), {}, 32)
     assert items[3] == {"TEXT": "3 \u2028 \x85 end"}
 
 

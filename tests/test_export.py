@@ -9,7 +9,7 @@ import pytest
 from resources.checkpoints import collect_checkpoint
 from resources.engines.onnxruntime import OnnxRuntimeRunner
 from resources.errors import EngineError, ExportError
-from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set, read_evaluation_set
 from resources.export import exporter
 from resources.export.make import make_graph
 from resources.pipelines import open_pipeline

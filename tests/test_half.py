@@ -18,8 +18,8 @@ from resources.engines.half import NEAR, halvable, near_overflow, to_half, watch
 from resources.engines.make import goal_of, sources_of
 from resources.engines.onnxruntime import OnnxRuntimeRunner
 from resources.engines.sessions import session_of_bytes
+from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.evaluation.examiner import Examiner
-from resources.evaluation.reference import make_evaluation_set
 from resources.export.make import make_graph
 from resources.targets import capability_of, check_target, device_of
 from tests.checkpoints import add_overflow

@@ -16,7 +16,7 @@ from resources.engines import Sources, build, engine_spec, load, unsupported_rea
 from resources.engines.make import make_engine, sources_of
 from resources.errors import EngineError
 from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.reference import make_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.evaluation.texts import batch_of_shape
 from resources.export.make import make_graph
 from resources.pipelines import open_pipeline

@@ -250,7 +250,7 @@ def judged(workspace, folder, engine, **fields):
     from resources.engines.make import make_engine, sources_of
     from resources.evaluation.benchmark import make_benchmark
     from resources.evaluation.champion import gates_missed
-    from resources.evaluation.reference import make_evaluation_set
+    from resources.evaluation.evaluation_set import make_evaluation_set
     from resources.export.make import make_graph
     from tests.conftest import entry_for
 

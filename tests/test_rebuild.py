@@ -20,8 +20,8 @@ from resources.engines import Built, Sources, build, engine_spec
 from resources.engines.make import goal_of, make_engine, sources_of
 from resources.engines.rebuild import SCRIPT, Recipe, differences, main, recipe_of, write_script
 from resources.errors import EngineError
+from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.evaluation.goal import Goal
-from resources.evaluation.reference import make_evaluation_set
 from resources.export.make import make_graph
 from resources.isolation import Limits
 from resources.triton.release import check_copies, content_digest, list_files, write_engine

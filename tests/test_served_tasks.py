@@ -67,7 +67,7 @@ def items_of(task, repository):
         # Bytes of other scripts are many tokens.
         texts = [text for text in sample_texts() if text.isascii()][:40]
         return [{"TEXT": f"{text[:14]} [MASK] {text[14:24]}"} for text in texts]
-    return TASKS[task].items(settings_of(task, repository))[:60:2]
+    return TASKS[task].items(settings_of(task, repository), 32)[:60:2]
 
 
 def settings_of(task, repository):

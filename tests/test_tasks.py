@@ -591,6 +591,6 @@ def test_a_cross_encoder_with_a_prompt_or_two_outputs_is_refused(own_checkpoint)
 def test_every_masked_text_has_words_beside_its_masks():
     from resources.tasks.samples import masked_items
 
-    texts = [item["TEXT"] for item in masked_items("[MASK]")]
+    texts = [item["TEXT"] for item in masked_items("[MASK]", 32)]
     assert len(texts) > 140
     assert all(text.replace("[MASK]", "").strip() for text in texts)

@@ -30,7 +30,7 @@ from resources.engines.tensorrt_session import installed_flavour, mismatch, pick
 from resources.engines.tuning import Profile, Tuning, check_profiles, profiles_of
 from resources.errors import EngineError, ReleaseError, ServerError
 from resources.evaluation.benchmark import make_benchmark, missed_gates
-from resources.evaluation.reference import make_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.export.make import make_graph
 from resources.isolation import Limits
 from resources.tasks import TASKS

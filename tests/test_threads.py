@@ -14,7 +14,7 @@ from resources.engines import engine_spec
 from resources.engines.make import make_engine, sources_of
 from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import make_champion
-from resources.evaluation.reference import make_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.evaluation.threads import Contest, choose, sweep, thread_counts
 from resources.export.make import make_graph
 from resources.isolation import Limits, Worker

@@ -19,7 +19,7 @@ from resources.engines import BASELINE, Sources, engine_spec, load
 from resources.engines.make import make_engine, sources_of
 from resources.engines.tensorrt_provider import SETTINGS, read_settings
 from resources.errors import ArtifactError, CheckpointError, RefineryError
-from resources.evaluation.reference import ITEMS_FILE, REFERENCE_NUMBERS, make_evaluation_set, read_evaluation_set
+from resources.evaluation.evaluation_set import ITEMS_FILE, REFERENCE_NUMBERS, make_evaluation_set, read_evaluation_set
 from resources.export.make import make_graph
 from resources.isolation import run_isolated
 from resources.workspace import Workspace

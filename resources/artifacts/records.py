@@ -176,7 +176,7 @@ class EvaluationSet(Record):
     """Real requests and what PyTorch in fp32 answers to each row of them alone, without padding.
 
     `items.json`: the requests; `reference.npy` or `reference.json`: one answer an item, see
-    resources.evaluation.reference.
+    resources.evaluation.evaluation_set.
     """
 
     kind: ClassVar[str] = "evaluation_set"
@@ -184,7 +184,23 @@ class EvaluationSet(Record):
     rows: int = Field(description="Of the engine: windows and labels make several of one request.")
     width: int
     longest_tokens: int
-    tokenizer_checked: int = Field(description="Rows whose token ids were compared with transformers' tokenizer.")
+
+
+class Reference(Record):
+    """What the library answers to the evaluation set that users would have used, end to end from text.
+
+    `answers.json`: one answer for each of the evaluation set's items; null where the library takes no
+    such request. PyTorch's own answers, which engines are compared with, were equal to these: else there is no record.
+    """
+
+    kind: ClassVar[str] = "reference"
+    library: str = Field(description="And which of its classes or functions.")
+    compared: int = Field(description="Answers that are equal.")
+    refused: int = Field(description="Requests that the library does not take or cannot answer.")
+    rows: int = Field(description="Rows whose token ids were compared with those of transformers' tokenizer.")
+    retokenized: tuple[str, ...] = Field(
+        default=(), description="Texts that the library cuts otherwise where it loads the tokenizer by itself."
+    )
 
 
 class ParityCase(BaseModel):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resources.checkpoints.conversion import require_right_conversion
 from resources.checkpoints.reading import TOKENIZER
-from resources.checkpoints.validation import slow_tokenizer
+from resources.checkpoints.validation import ONLY_IN_PYTHON_REMEDY, only_in_python, slow_tokenizer
 from resources.errors import CheckpointError, first_line
 from resources.tasks import SpecialTokens
 
@@ -36,7 +37,7 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
     config, accepted = _model(folder, model, trust_remote_code, stored_bytes)
     file = TOKENIZER if (folder / TOKENIZER).is_file() else slow_tokenizer(folder)
     try:
-        tokenizer = _tokenizer(folder, trust_remote_code, save=file != TOKENIZER)
+        tokenizer = _tokenizer(folder, trust_remote_code, convert=file != TOKENIZER)
         # DeBERTa's tokenizers make segment ids although most of its models have no table for them (type_vocab_size 0).
         segments = "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 1) != 0
         # Of byte-pair encodings transformers never removes spaces, whatever their configuration says.
@@ -49,10 +50,12 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
             mask_token=tokenizer.mask_token,
         )
         vocabulary_size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{model}: {error}") from error
     except BaseException as error:  # a panic of the library in Rust is no Exception
         raise CheckpointError(
-            f"{model}: transformers cannot read its tokenizer ({file}): {first_line(error)}. Save it again, as a fast "
-            "tokenizer (tokenizer.json), with tokenizer.save_pretrained."
+            f"{model}: transformers cannot read its tokenizer ({file}): {first_line(error)}. Give the checkpoint with "
+            f"a {TOKENIZER} that its author made."
         ) from error
     inputs = tuple(
         name
@@ -89,16 +92,45 @@ def _model(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int)
     return config, accepted
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool, *, save: bool) -> Any:
+def _tokenizer(folder: Path, trust_remote_code: bool, *, convert: bool) -> Any:
+    """The tokenizer that is served. convert: only older files are there, and tokenizer.json is to be made of them."""
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, TokenizersBackend
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    if save:
-        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    if convert:
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        if not isinstance(made, TokenizersBackend):
+            raise CheckpointError(f"{only_in_python(type(made).__name__)}. {ONLY_IN_PYTHON_REMEDY}")
+        require_right_conversion(folder, made)
+        made.backend_tokenizer.save(str(folder / TOKENIZER))
     # Releases read that file with tokenizers alone, and transformers takes only parts of it.
     Tokenizer.from_file(str(folder / TOKENIZER)).encode(_TEXT)
-    return tokenizer
+    return load_tokenizers(folder, trust_remote_code)[1]
+
+
+def load_tokenizers(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load a tokenizer as transformers does by itself, and with tokenizer.json as it was trained.
+
+    transformers 5 takes parts of that file alone for some architectures, and makes the others as it thinks they should
+    be: DeBERTa's normalizer of SentencePiece becomes NFC. Everything that tokenizer.json does not say (names of special
+    tokens, limits, sides, the arrays that the model takes) is the same in both.
+    """
+    from transformers import AutoTokenizer, TokenizersBackend
+
+    try:
+        own = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception:  # of a class that exists only in Python, say, whose author has made a tokenizer.json
+        own = TokenizersBackend.from_pretrained(folder, local_files_only=True)
+    trained = TokenizersBackend(
+        tokenizer_file=str(folder / TOKENIZER),
+        model_max_length=own.model_max_length,
+        model_input_names=own.model_input_names,
+        padding_side=own.padding_side,
+        truncation_side=own.truncation_side,
+        clean_up_tokenization_spaces=own.clean_up_tokenization_spaces,
+        **own.special_tokens_map,
+    )
+    return own, trained
 
 
 def _pad_id(model: str, config: Any, tokenizer: Any) -> int:

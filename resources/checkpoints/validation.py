@@ -32,6 +32,29 @@ from resources.tasks import TASKS, CheckpointFiles
 
 #: Sets of files that transformers can make a fast tokenizer from, as patterns.
 SLOW_TOKENIZERS = (("vocab.txt",), ("vocab.json", "merges.txt"), ("*.model",))
+#: Classes of transformers whose tokenizers exist only in Python; no other library can serve them.
+ONLY_IN_PYTHON = (
+    "BertJapaneseTokenizer",
+    "BertweetTokenizer",
+    "BioGptTokenizer",
+    "ByT5Tokenizer",
+    "CanineTokenizer",
+    "CTRLTokenizer",
+    "EsmTokenizer",
+    "FSMTTokenizer",
+    "FlaubertTokenizer",
+    "PerceiverTokenizer",
+    "PhobertTokenizer",
+    "ProphetNetTokenizer",
+    "RoCBertTokenizer",
+    "TapasTokenizer",
+    "XLMTokenizer",
+)
+#: The same of checkpoints whose files name no class.
+_ONLY_IN_PYTHON_TYPES = ("biogpt", "canine", "ctrl", "esm", "flaubert", "fsmt", "roc_bert", "tapas", "xlm")
+ONLY_IN_PYTHON_REMEDY = (
+    f"Give the checkpoint with a {TOKENIZER} that gives the same tokens, or use a model with such a tokenizer"
+)
 #: Model types whose first token has position pad id + 1, so that the first rows of the table are never used. Their pad
 #: id is 1 where config.json has none, and MPNet's is 1 whatever config.json says.
 POSITIONS_AFTER_PAD = (
@@ -80,7 +103,7 @@ def validate(entry: ModelEntry, folder: Path) -> Validated:
         if file.endswith(".safetensors"):
             check_whole(entry, folder, file)
     files = {*stored, *_files(entry, folder)}
-    _check_tokenizer(entry, folder, config)
+    _check_tokenizer(entry, folder, config, tokenizer_config)
     TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config))
     return Validated(
         files=tuple(sorted(files)),
@@ -168,8 +191,9 @@ def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:
     return sorted(place for place in places if (folder / place).is_dir())
 
 
-def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any]) -> None:
+def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> None:
     if not has_file(entry, folder, TOKENIZER):
+        _require_a_convertible(entry, config, tokenizer_config)
         if slow_tokenizer(folder) is None:
             raise refuse(
                 entry,
@@ -188,6 +212,21 @@ def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any]) ->
             f"{vocabulary} rows (config.json, vocab_size)",
             "Give the tokenizer this checkpoint was trained with",
         )
+
+
+def only_in_python(name: str) -> str:
+    """Why a tokenizer of such a class is not served."""
+    return (
+        f"its tokenizer ({name}) exists only in Python, and releases cut text with the tokenizers library, which "
+        "cannot do what it does"
+    )
+
+
+def _require_a_convertible(entry: ModelEntry, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> None:
+    """Raise CheckpointError where there is no tokenizer.json, and none can be made of what there is."""
+    named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
+    if named in ONLY_IN_PYTHON or (named is None and config["model_type"] in _ONLY_IN_PYTHON_TYPES):
+        raise refuse(entry, only_in_python(str(named or config["model_type"])), ONLY_IN_PYTHON_REMEDY)
 
 
 def slow_tokenizer(folder: Path) -> str | None:

@@ -24,7 +24,7 @@ from resources.catalog import ModelEntry, Shape
 from resources.device import describe_device, physical_cores
 from resources.engines import BASELINE, SPINNING, Sources
 from resources.errors import EngineError
-from resources.evaluation.reference import Evaluation, read_evaluation_set
+from resources.evaluation.evaluation_set import Evaluation, read_evaluation_set
 from resources.evaluation.shapes import shapes_of
 from resources.evaluation.texts import texts_of
 from resources.evaluation.threads import SHARE, Contest, sweep, thread_counts

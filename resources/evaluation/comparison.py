@@ -28,7 +28,8 @@ from resources.engines.make import LIBRARIES, make_engine, sources_of
 from resources.errors import CatalogError
 from resources.evaluation.champion import gates_missed
 from resources.evaluation.choosing import judge
-from resources.evaluation.reference import make_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set
+from resources.evaluation.reference import make_reference
 from resources.evaluation.rivals import Progress, Rivals
 from resources.evaluation.shapes import shapes_of
 from resources.evaluation.statistics import geometric_mean
@@ -99,6 +100,7 @@ def compare(
     )
     measured_at = _checked(entry, checkpoint, shapes) if shapes else shapes_of(entry, checkpoint)
     evaluation = _said(say, "evaluation_set", make_evaluation_set(workspace, entry, checkpoint))
+    _said(say, "reference", make_reference(workspace, entry, checkpoint, evaluation))
     graph = _said(say, "onnx_graph", make_graph(workspace, entry, checkpoint))
     sources = sources_of(workspace, entry, checkpoint, graph)
     engines = []

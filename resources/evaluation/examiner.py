@@ -12,8 +12,8 @@ import numpy as np
 from resources.artifacts.records import Checkpoint
 from resources.evaluation.answering import Run, answer_every_way
 from resources.evaluation.benchmark import measure_accuracy, missed_gates
+from resources.evaluation.evaluation_set import read_evaluation_set
 from resources.evaluation.goal import Goal
-from resources.evaluation.reference import read_evaluation_set
 from resources.pipelines import open_pipeline
 from resources.pipelines.base import Row
 from resources.tasks import TASKS

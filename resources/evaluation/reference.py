@@ -1,25 +1,29 @@
-"""The evaluation set: real requests, and what PyTorch in fp32 answers to each of their rows without padding."""
+"""The reference from outside: what the library answers that users would have used, end to end from text.
+
+Engines are compared with PyTorch's answers, and those are made by our own reading of the checkpoint. A mistake there
+would be in both. So PyTorch's answers have to equal those of sentence-transformers or of transformers' pipeline, each
+of which reads the checkpoint by itself, before any engine is compared with them.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
-from resources.artifacts.records import Checkpoint, EvaluationSet
+from resources.artifacts.records import Checkpoint, EvaluationSet, Reference
 from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.checkpoints import checkpoint_files
-from resources.errors import CheckpointError
-from resources.evaluation.batches import equal_length_batches
-from resources.evaluation.requests import evaluation_requests, require_answers
-from resources.evaluation.shapes import shapes_of
+from resources.errors import CheckpointError, first_line
+from resources.evaluation.evaluation_set import read_evaluation_set
 from resources.isolation import run_isolated
 from resources.locks import building
 from resources.tasks import TASKS
+from resources.tasks.samples import long_text
 from resources.trust import Trust
 from resources.usage import Watch
 from resources.workspace import Workspace
@@ -27,165 +31,130 @@ from resources.workspace import Workspace
 if TYPE_CHECKING:
     from resources.pipelines.base import Item, Pipeline
 
-#: What an evaluation set depends on, beside what it was made from.
-CODE = (
-    "resources.evaluation.reference",
-    "resources.evaluation.answering",
-    "resources.evaluation.batches",
-    "resources.checkpoints",
-    "resources.tasks",
-    "resources.pipelines",
-)
-REFERENCE_NUMBERS = "reference.npy"
-REFERENCE_DOCUMENTS = "reference.json"
-ITEMS_FILE = "items.json"
-_BATCH = 16
+#: What a reference depends on, beside what it was made from.
+CODE = ("resources.evaluation.reference", "resources.tasks", "resources.checkpoints.tokenizer", "resources.pipelines")
+ANSWERS_FILE = "answers.json"
+#: Texts and differences that an error or a record names.
+_NAMED = 3
+_MOST_CHARACTERS = 60
+#: Where the library itself fails on more than this share of the requests, it was not compared with.
+_MOST_FAILED = 0.1
 
 
 @dataclass(frozen=True)
-class _Reference:
+class _Found:
+    library: str
+    compared: int
+    refused: int
     rows: int
-    width: int
-    longest_tokens: int
-    tokenizer_checked: int
+    retokenized: tuple[str, ...]
 
 
-def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[EvaluationSet]:
-    """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a reference."""
-    shapes_of(entry, checkpoint)  # before any work: it refuses what the checkpoint cannot take
-    items, right = evaluation_requests(entry, checkpoint.settings)
+def make_reference(
+    workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint, evaluation: EvaluationSet
+) -> Made[Reference]:
+    """The library's answers. Raises CheckpointError, with the texts, where PyTorch's answers are others."""
     made_of = Fingerprint.of(
-        "evaluation_set",
+        "reference",
         model=entry.name,
-        items=items,
-        right=right,
-        weights=checkpoint.weights_digest,
-        tokenizer=checkpoint.tokenizer_digest,
-        pipeline=checkpoint.pipeline_digest,
-        task=checkpoint.task,
+        evaluation=evaluation.digest,
+        # The library reads all of the checkpoint by itself, files that nothing of ours looks at among them.
+        copy=checkpoint.digest,
         code=code_versions(*CODE),
-        libraries=library_versions("torch", "transformers", "tokenizers"),
+        libraries=library_versions("torch", "transformers", "tokenizers", "sentence-transformers"),
     )
 
-    def make(folder: Path) -> EvaluationSet:
-        workspace.store.require_whole(checkpoint)
+    def make(folder: Path) -> Reference:
+        workspace.store.require_whole(checkpoint, evaluation)
         with building(), Watch() as watch:
             found, peak = run_isolated(
-                _answer,
+                _compare,
                 checkpoint,
                 workspace.store.folder(checkpoint),
                 entry.trust,
-                items,
-                right,
+                workspace.store.folder(evaluation),
                 folder,
                 workspace.threads(entry),
                 limits=workspace.limits,
-                what=f"{entry.name}, revision {checkpoint.revision}: PyTorch's answers to the evaluation set",
-                log=workspace.log(entry.name, "evaluation_set"),
+                what=f"{entry.name}, revision {checkpoint.revision}: the answers of the library that users would use",
+                log=workspace.log(entry.name, "reference"),
             )
-        return EvaluationSet(
+        return Reference(
             digest=made_of.digest,
             model=entry.name,
-            items=len(items),
+            library=found.library,
+            compared=found.compared,
+            refused=found.refused,
             rows=found.rows,
-            width=found.width,
-            longest_tokens=found.longest_tokens,
-            tokenizer_checked=found.tokenizer_checked,
+            retokenized=found.retokenized,
             peak_memory_bytes=peak,
             usage=watch.usage,
         )
 
-    return workspace.store.get_or_make(EvaluationSet, made_of, make)
+    return workspace.store.get_or_make(Reference, made_of, make)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation set holds. reference: PyTorch's answer to each item, fp32 `[width]` or a JSON document.
-    right: the right answer where the user gave one, else None.
-    """
-
-    items: list[Item]
-    reference: list[Any]
-    right: list[Any]
-
-
-def read_evaluation_set(folder: Path) -> Evaluation:
-    """Read back what `make_evaluation_set` made."""
-    data = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
-    if (folder / REFERENCE_NUMBERS).is_file():
-        import numpy as np
-
-        reference = list(np.load(folder / REFERENCE_NUMBERS))
-    else:
-        reference = json.loads((folder / REFERENCE_DOCUMENTS).read_text(encoding="utf-8"))
-    return Evaluation(data["items"], reference, data["right"])
-
-
-def _answer(
-    checkpoint: Checkpoint,
-    source: Path,
-    trust: Trust,
-    items: list[Item],
-    right: list[Any],
-    folder: Path,
-    threads: int,
-) -> _Reference:
-    import numpy as np
+def _compare(
+    checkpoint: Checkpoint, source: Path, trust: Trust, evaluation: Path, folder: Path, threads: int
+) -> _Found:
     import torch
 
-    from resources.evaluation.answering import answer_items
+    from resources.checkpoints.tokenizer import load_tokenizers
     from resources.pipelines import open_pipeline
 
     torch.set_num_threads(threads)
-    pipeline, task = open_pipeline(str(source)), TASKS[checkpoint.task]
-    require_answers(checkpoint.model, "evaluation", pipeline, items)
-    checked = _check_tokenizer(checkpoint, source, trust, pipeline, items)
-    module = task.module(checkpoint_files(checkpoint, source), **trust.load_arguments)
-
-    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
-        with torch.inference_mode():
-            answer: np.ndarray = module(**{name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
-        return answer.astype(np.float32)
-
-    answered = answer_items(
-        pipeline,
-        run,
-        items,
-        lambda lengths: equal_length_batches(list(chain.from_iterable(lengths)), _BATCH),
-        per_token=task.per_token,
+    who = f"{checkpoint.model}, revision {checkpoint.revision}"
+    known, pipeline, task = read_evaluation_set(evaluation), open_pipeline(str(source)), TASKS[checkpoint.task]
+    own, trained = load_tokenizers(source, trust.trust_remote_code)
+    rows = _require_tokens(who, pipeline, trained, known.items)
+    retokenized = tuple(text[:_MOST_CHARACTERS] for text in _retokenized(own, trained, known.items))
+    library = task.library(
+        checkpoint_files(checkpoint, source), checkpoint.settings, trained, pipeline.encoder, **trust.load_arguments
     )
-    if answered.broken:
+    answers, failures = _answers(library.answer, known.items)
+    if len(failures) > _MOST_FAILED * len(answers):
         raise CheckpointError(
-            f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself gives {answered.broken} of the "
-            "evaluation set in fp32, so there is nothing to serve. The weights are damaged or the training diverged: "
-            "give another checkpoint."
+            f"{who}: {library.name} fails on {len(failures)} of {len(answers)} requests of the evaluation set, so "
+            f"there is nothing to compare with: {failures[0]}. Use the checkpoint with that library first."
         )
-    lacking = task.too_little(checkpoint.settings, answered.answers)
-    if lacking:
+    wrong = [
+        (item, why)
+        for item, expected, answer in zip(known.items, answers, known.reference, strict=True)
+        if expected is not None and (why := task.difference(checkpoint.settings, expected, answer))
+    ]
+    if wrong:
         raise CheckpointError(
-            f"{checkpoint.model}, revision {checkpoint.revision}: {lacking} to judge an engine by. Give requests of "
-            "your own, such as this model is for: evaluation, in the models file."
+            f"{who}: this release would answer otherwise than {library.name} for {len(wrong)} of {len(answers)} "
+            f"requests: {_named(wrong)}. Nothing is built, because no engine could be right; report it, with the "
+            "checkpoint's configuration."
         )
-    if pipeline.structured:
-        text = json.dumps(answered.answers, ensure_ascii=False)
-        (folder / REFERENCE_DOCUMENTS).write_text(text, encoding="utf-8")
-    else:
-        np.save(folder / REFERENCE_NUMBERS, np.stack(answered.answers))
-    data = {"items": items, "right": right}
-    (folder / ITEMS_FILE).write_text(json.dumps(data, ensure_ascii=False, indent=0), encoding="utf-8")
-    return _Reference(answered.rows, answered.width, answered.longest_tokens, checked)
+    _write(folder / ANSWERS_FILE, answers)
+    refused = sum(answer is None for answer in answers)
+    return _Found(library.name, len(answers) - refused, refused, rows, retokenized)
 
 
-def _check_tokenizer(checkpoint: Checkpoint, source: Path, trust: Trust, pipeline: Pipeline, items: list[Item]) -> int:
-    """What is served tokenizes with `tokenizers` alone; transformers' own tokenizer must agree on every row."""
-    from transformers import AutoTokenizer
+def _answers(answer: Any, items: Iterable[Item]) -> tuple[list[Any], list[str]]:
+    """The library's answers, None where it gives none, and what it says where it fails."""
+    answers: list[Any] = []
+    failures: list[str] = []
+    for item in items:
+        try:
+            answers.append(answer(item))
+        except Exception as error:  # beyond the model's positions, say, where the library knows no limit
+            answers.append(None)
+            failures.append(f"{_shown(item)}: {first_line(error)}")
+    return answers, failures
 
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=trust.trust_remote_code)
+
+def _require_tokens(who: str, pipeline: Pipeline, tokenizer: Any, items: list[Item]) -> int:
+    """The rows of the items. Raises CheckpointError where the tokenizer's own ids are others than those that serve."""
     encoder = pipeline.encoder
     segments = [segment for item in items for segment in pipeline.segments(item)]
+    long = long_text(encoder.max_tokens)
+    segments.append(encoder.enough((long,) if len(segments[0]) == 1 else ("a", long), windows=pipeline.windows))
     encodings = encoder.tokens(segments)
     texts = [list(part) for part in zip(*segments, strict=True)]
-    cutting = {"truncation": encoder.strategy, "max_length": encoder.max_tokens}
+    cutting: dict[str, Any] = {"truncation": encoder.strategy, "max_length": encoder.max_tokens}
     if pipeline.windowed:
         cutting |= {"stride": encoder.stride, "return_overflowing_tokens": True}
         ids = [window.ids for encoding in encodings for window in (encoding, *encoding.overflowing)]
@@ -195,9 +164,31 @@ def _check_tokenizer(checkpoint: Checkpoint, source: Path, trust: Trust, pipelin
     wrong = [number for number, (first, second) in enumerate(zip(ids, expected, strict=True)) if first != second]
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.model}, revision {checkpoint.revision}: tokenizer.json gives other tokens than transformers "
-            f"for {len(wrong)} of {len(ids)} rows, the first being {tokenizer.decode(expected[wrong[0]])[:60]!r}. Save "
-            "the tokenizer again with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) and use "
-            "that folder."
+            f"{who}: this release would give the model other tokens than transformers does for {len(wrong)} of "
+            f"{len(ids)} rows, the first being {tokenizer.decode(expected[wrong[0]])[:_MOST_CHARACTERS]!r}. Nothing is "
+            "built; report it, with the checkpoint's tokenizer."
         )
     return len(ids)
+
+
+def _retokenized(own: Any, trained: Any, items: Iterable[Item]) -> Iterator[str]:
+    """Texts that transformers cuts otherwise by itself than with tokenizer.json as it was trained."""
+    if own.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str():
+        return
+    for text in dict.fromkeys(text for item in items for text in item.values()):
+        if own(text, truncation=True)["input_ids"] != trained(text, truncation=True)["input_ids"]:
+            yield text
+
+
+def _named(wrong: list[tuple[Item, str]]) -> str:
+    said = [f"{_shown(item)}: {why}" for item, why in wrong[:_NAMED]]
+    return "; ".join([*said, "..."] if len(wrong) > _NAMED else said)
+
+
+def _shown(item: Item) -> str:
+    return ", ".join(repr(text[:_MOST_CHARACTERS]) for text in item.values())
+
+
+def _write(path: Path, answers: list[Any]) -> None:
+    plain = [answer.tolist() if hasattr(answer, "tolist") else answer for answer in answers]
+    path.write_text(json.dumps(plain, ensure_ascii=False), encoding="utf-8")

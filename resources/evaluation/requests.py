@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 FEWEST_ITEMS = 20
 
 
-def evaluation_requests(entry: ModelEntry, settings: dict[str, Any]) -> tuple[list[Item], list[Any]]:
+def evaluation_requests(entry: ModelEntry, settings: dict[str, Any], max_tokens: int) -> tuple[list[Item], list[Any]]:
     """The user's evaluation requests with their right answers, or the task's own. Raises CatalogError.
 
-    settings: the checkpoint's, for its pipeline.
+    settings, max_tokens: the checkpoint's, for its pipeline.
     """
     if entry.evaluation is None:
-        items = TASKS[entry.task].items(settings)
+        items = TASKS[entry.task].items(settings, max_tokens)
         return items, [None] * len(items)
     found = _read(entry, "evaluation", entry.evaluation, settings)
     return [item for item, _ in found], [right for _, right in found]

@@ -17,7 +17,7 @@ from resources.device import describe_device
 from resources.engines import BASELINE, Sources
 from resources.errors import EngineError
 from resources.evaluation.benchmark import measure_accuracy, open_probe
-from resources.evaluation.reference import read_evaluation_set
+from resources.evaluation.evaluation_set import read_evaluation_set
 from resources.evaluation.texts import texts_of
 from resources.evaluation.timing import Turns, shares, take_turns
 from resources.isolation import Worker

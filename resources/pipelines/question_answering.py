@@ -14,7 +14,8 @@ import numpy as np
 
 from .base import Item, Pipeline, Row, softmax
 
-#: Spans of a window that are looked at, as transformers took them: twice the answers that are wanted, and ten.
+#: Spans of a window that are looked at, as transformers took them, where they are widened to words: twice the answers
+#: that are wanted, and ten. Several of them may become one answer.
 _SPANS = 12
 #: More than any probability: no window was looked at.
 _NO_WINDOW = 2.0
@@ -24,7 +25,8 @@ _NOTHING = {"answer": "", "score": 0.0, "start": 0, "end": 0}
 class QuestionAnsweringPipeline(Pipeline):
     """A question and a context to `answer`, `score`, `start`, `end` (characters of the context).
 
-    settings: `max_answer_tokens`; `handle_impossible_answer`: an empty answer is one of the answers.
+    settings: `max_answer_tokens`; `handle_impossible_answer`: an empty answer is one of the answers; `align_to_words`:
+    answers are widened to whole words.
     outputs: logits of start and end `[tokens, 2]`.
     """
 
@@ -43,7 +45,8 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> dict[str, Any]:
         found: dict[str, dict[str, Any]] = {}
-        nothing = _NO_WINDOW
+        nothing, words = _NO_WINDOW, self.settings["align_to_words"]
+        count = _SPANS if words else 1
         for row, output in zip(rows, outputs, strict=True):
             allowed = np.array([number == 1 for number in row.encoding.sequence_ids])
             if not allowed.any():
@@ -53,10 +56,10 @@ class QuestionAnsweringPipeline(Pipeline):
             start, end = softmax(np.where(allowed[:, None], output, -np.inf).T)
             nothing = min(nothing, float(start[0] * end[0]))
             start[0] = end[0] = 0.0
-            for first, last, score in _best_spans(start, end, self.settings["max_answer_tokens"]):
+            for first, last, score in _best_spans(start, end, self.settings["max_answer_tokens"], count):
                 if not (allowed[first] and allowed[last]):
                     continue
-                begin, stop = _characters(row.encoding, first, last)
+                begin, stop = _characters(row.encoding, first, last, words=words)
                 text = item["CONTEXT"][begin:stop]
                 # The same words at another place, in another window or as other tokens of them: one answer.
                 known = found.setdefault(text.lower(), {"answer": text, "score": 0.0, "start": begin, "end": stop})
@@ -67,12 +70,12 @@ class QuestionAnsweringPipeline(Pipeline):
         return max(answers, key=lambda answer: answer["score"], default={**_NOTHING})
 
 
-def _best_spans(start: np.ndarray, end: np.ndarray, longest: int) -> list[tuple[int, int, float]]:
-    """The spans of at most `longest` tokens with the largest products of both probabilities, the largest first."""
+def _best_spans(start: np.ndarray, end: np.ndarray, longest: int, count: int) -> list[tuple[int, int, float]]:
+    """So many spans of at most `longest` tokens with the largest products of both probabilities, the largest first."""
     longest = min(longest, len(start))
     padded = np.concatenate([end, np.zeros(longest - 1, dtype=end.dtype)])
     products = (start[:, None] * np.lib.stride_tricks.sliding_window_view(padded, longest)).ravel()
-    count = min(_SPANS, len(products))
+    count = min(count, len(products))
     best = np.argpartition(-products, count - 1)[:count]
     best = best[np.argsort(-products[best], kind="stable")]
     # Beyond the last token there is none: those of probability zero only fill the list up.
@@ -80,9 +83,9 @@ def _best_spans(start: np.ndarray, end: np.ndarray, longest: int) -> list[tuple[
     return [(first, last, score) for first, last, score in spans if last < len(start)]
 
 
-def _characters(encoding: Any, first: int, last: int) -> tuple[int, int]:
-    """From the beginning of the first token's word to the end of the last one's."""
+def _characters(encoding: Any, first: int, last: int, *, words: bool) -> tuple[int, int]:
+    """From the beginning of the first token to the end of the last one; words: of their words, where they have any."""
     begin, stop = encoding.token_to_word(first), encoding.token_to_word(last)
-    if begin is None or stop is None:
+    if not words or begin is None or stop is None:
         return encoding.offsets[first][0], encoding.offsets[last][1]
     return encoding.word_to_chars(begin, 1)[0], encoding.word_to_chars(stop, 1)[1]

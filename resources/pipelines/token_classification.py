@@ -19,14 +19,14 @@ Entity = dict[str, Any]
 class TokenClassificationPipeline(Pipeline):
     """A text to a list of entities: `entity_group` (`entity` without aggregation), score, word, start, end.
 
-    settings: `labels`, `aggregation_strategy` (none, simple, first, average, max), `unknown_id`.
+    settings: `labels`, `ignore_labels`, `aggregation_strategy` (none, simple, first, average, max), `unknown_id`.
     outputs: probabilities `[tokens, labels]`.
     """
 
     windowed: ClassVar[bool] = True
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> list[Entity]:
-        strategy = self.settings["aggregation_strategy"]
+        strategy, ignored = self.settings["aggregation_strategy"], self.settings["ignore_labels"]
         entities: list[Entity] = []
         for row, output in zip(rows, outputs, strict=True):
             tokens = self._tokens(item["TEXT"], row.encoding, output)
@@ -36,7 +36,7 @@ class TokenClassificationPipeline(Pipeline):
                 found = [self._word(word, strategy) for word in _words(tokens)]
             if strategy != "none":
                 found = [self._group(group) for group in _groups(found)]
-            entities += [entity for entity in found if entity.get("entity_group", entity.get("entity")) != "O"]
+            entities += [one for one in found if one.get("entity_group", one.get("entity")) not in ignored]
         return _without_overlaps(entities) if len(rows) > 1 else entities
 
     def _tokens(self, text: str, encoding: Any, scores: np.ndarray) -> list[Entity]:

@@ -22,6 +22,7 @@ from resources.artifacts.records import (
     EvaluationSet,
     OnnxGraph,
     Record,
+    Reference,
     ServingConfiguration,
     ServingReport,
 )
@@ -35,7 +36,8 @@ from resources.engines.make import make_engine
 from resources.errors import RefineryError, UnfetchedError
 from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import Served, make_champion
-from resources.evaluation.reference import make_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set
+from resources.evaluation.reference import make_reference
 from resources.export.make import make_graph
 from resources.plan.reasons import NEVER, after, differences, failure_of, reasons_of
 from resources.plan.steps import ModelPlan, PlannedStep, State
@@ -53,7 +55,7 @@ from resources.workspace import Workspace
 R = TypeVar("R", bound=Record)
 
 #: Steps that no target has for itself.
-_COMMON = ("checkpoint", "evaluation_set", "onnx_graph")
+_COMMON = ("checkpoint", "evaluation_set", "reference", "onnx_graph")
 
 
 def plan_model(workspace: Workspace, entry: ModelEntry) -> ModelPlan:
@@ -102,6 +104,12 @@ class _Planner:
             EvaluationSet,
             lambda: make_evaluation_set(workspace, entry, checkpoint),
             lambda digest: EvaluationSet.model_construct(digest=digest, model=entry.name),
+        )
+        self._ask(
+            "reference",
+            Reference,
+            lambda: make_reference(workspace, entry, checkpoint, evaluation),
+            lambda digest: Reference.model_construct(digest=digest, model=entry.name),
         )
         graph = self._ask(
             "onnx_graph",

@@ -22,6 +22,7 @@ _WORDS = {
     "sample": "the sample of requests",
     "graph": "onnx_graph",
     "evaluation": "evaluation_set",
+    "copy": "the checkpoint",
     "baseline": f"PyTorch ({BASELINE})",
     "engine": "the engine",
     "profiles": "the lengths that engines are tuned to",

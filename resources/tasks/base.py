@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 Metrics = dict[str, float]
 
@@ -133,6 +134,27 @@ class SpecialTokens:
     mask_token: str | None = None
 
 
+@dataclass(frozen=True)
+class Library:
+    """A library that users would have used, with the checkpoint loaded.
+
+    answer: what it says to one request, in the form of the task's pipeline; None: it takes no such request.
+    """
+
+    name: str
+    answer: Callable[[Item], Any]
+
+
+#: How far a number may lie from the library's: both compute in fp32, in another order. Numbers beyond 1 are compared
+#: relative to their size.
+TOLERANCE = 1e-4
+
+
+def is_near(expected: float, found: float) -> bool:
+    """Whether a number is the library's, but for the order in which fp32 was added up. NaN never is."""
+    return abs(expected - found) <= TOLERANCE * max(1.0, abs(expected))
+
+
 class Task(ABC):
     """One task. Instances hold no state; heavy libraries are imported inside the methods that need them.
 
@@ -183,8 +205,26 @@ class Task(ABC):
         return 0
 
     @abstractmethod
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        """The evaluation items where the user gives none."""
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        """The library that answers are to equal, used as its documentation says.
+
+        It reads the checkpoint's configuration by itself. Nothing of ours but the choices of the models file may reach
+        it, or it shares our mistakes.
+
+        Args:
+            tokenizer: transformers' class of it, with tokenizer.json as it was trained.
+            encoder: Where the models file's choices are: lengths, strides.
+        """
+
+    @abstractmethod
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        """What is wrong with an answer where the library gives the expected one; empty: nothing."""
+
+    @abstractmethod
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        """The evaluation items where the user gives none. max_tokens: of one row."""
 
     @abstractmethod
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:

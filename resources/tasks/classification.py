@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
+    Library,
     Metrics,
     Options,
     SpecialTokens,
     Task,
     at_least,
     at_most,
+    is_near,
     load_pretrained,
     read_labels,
     stacked,
 )
 from resources.tasks.grading import micro_f1, number, one_of, require, spearman
 from resources.tasks.heads import Activation, classifier
+from resources.tasks.libraries import transformers_name, transformers_pipeline
 from resources.tasks.samples import text_items
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 HEAD = "ForSequenceClassification"
 
@@ -79,8 +83,36 @@ class ClassificationTask(Task):
             "labels": list(read_labels(files)),
         }
 
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        return text_items()
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        import numpy as np
+        from transformers import AutoModelForSequenceClassification
+
+        task = "text-classification"
+        classify = transformers_pipeline(
+            task, files, AutoModelForSequenceClassification, tokenizer, encoder.max_tokens, **load
+        )
+        places = {str(label): place for place, label in classify.model.config.id2label.items()}
+
+        def answer(item: Item) -> Any:
+            found = classify(item["TEXT"], top_k=None, truncation=True)
+            values = np.zeros(len(found), dtype=np.float32)
+            for one in found:
+                values[places[str(one["label"])]] = one["score"]
+            return values
+
+        return Library(transformers_name(task), answer)
+
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        labels = settings["labels"]
+        for label, wanted, given in zip(labels, expected.tolist(), found.tolist(), strict=True):
+            if not is_near(wanted, given):
+                return f"{label} {given:.6g}, and not {wanted:.6g}"
+        return ""
+
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        return text_items(max_tokens)
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         (text,) = require(line, "text")

@@ -6,8 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from resources.tasks.base import CheckpointFiles, Gates, Metrics, Task, at_least, at_most, load_pretrained, stacked
+from resources.tasks.base import (
+    CheckpointFiles,
+    Gates,
+    Library,
+    Metrics,
+    Task,
+    at_least,
+    at_most,
+    is_near,
+    load_pretrained,
+    stacked,
+)
 from resources.tasks.grading import number, require, spearman
+from resources.tasks.libraries import sentence_transformer, sentence_transformers_name
 from resources.tasks.samples import text_items
 from resources.tasks.sentence_transformers import module_file, read_json, read_modules, refuse_prompts
 
@@ -16,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 T = TypeVar("T")
 
@@ -27,6 +40,8 @@ _POOLING_FLAGS = {
 }
 
 
+#: Of a text's vector with the library's.
+LEAST_COSINE = 0.99999
 #: Neighbours of a text that are looked at. What retrieval serves from.
 NEIGHBOURS = 10
 
@@ -113,8 +128,28 @@ class EmbeddingTask(Task):
         # Most checkpoints for sentences were saved without BERT's pooler, which only BERT's own heads read.
         return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), read_pooling(files))
 
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        return text_items()
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        model = sentence_transformer(files, tokenizer, encoder.max_tokens, **load)
+        return Library(
+            sentence_transformers_name("SentenceTransformer"),
+            lambda item: model.encode([item["TEXT"]], batch_size=1, show_progress_bar=False)[0],
+        )
+
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        import numpy as np
+
+        if np.shape(expected) != np.shape(found):
+            return f"a vector of {np.size(found)} numbers, and not of {np.size(expected)}"
+        (cosine,) = self.scores(settings, [expected], [found])
+        if not cosine >= LEAST_COSINE:
+            return f"cosine {cosine:.6f}"
+        norms = float(np.linalg.norm(expected)), float(np.linalg.norm(found))
+        return "" if is_near(*norms) else f"a vector of length {norms[1]:.6g}, and not {norms[0]:.6g}"
+
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        return text_items(max_tokens)
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         (text,) = require(line, "text")

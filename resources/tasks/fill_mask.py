@@ -11,16 +11,19 @@ from resources.pipelines.limits import RequestLimits
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
+    Library,
     Metrics,
     Options,
     SpecialTokens,
     Task,
     at_least,
     at_most,
+    is_near,
     load_pretrained,
 )
 from resources.tasks.grading import require
 from resources.tasks.heads import mask_filler
+from resources.tasks.libraries import transformers_name, transformers_pipeline
 from resources.tasks.samples import masked_items
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
+
+
+#: Two tokens whose probabilities differ by less than this share have no order.
+_TIE = 1e-3
 
 
 class FillMaskGates(Gates):
@@ -78,8 +86,32 @@ class FillMaskTask(Task):
             "clean_up": tokens.clean_up,
         }
 
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        return masked_items(settings["mask_token"])
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        from transformers import AutoModelForMaskedLM
+
+        fill = transformers_pipeline(self.name, files, AutoModelForMaskedLM, tokenizer, encoder.max_tokens, **load)
+
+        def answer(item: Item) -> Any:
+            # The pipeline does not cut a text that is too long, and the model cannot take it.
+            if len(fill.tokenizer(item["TEXT"])["input_ids"]) > encoder.max_tokens:
+                return None
+            return fill(item["TEXT"], top_k=settings["top_k"])
+
+        return Library(transformers_name(self.name), answer)
+
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        if len(_by_mask(expected)) != len(_by_mask(found)):
+            return f"{len(_by_mask(found))} masks, and not {len(_by_mask(expected))}"
+        for first, second in zip(_by_mask(expected), _by_mask(found), strict=True):
+            for wanted, given in zip(first, second, strict=True):
+                if why := _unlike(wanted, given):
+                    return why
+        return ""
+
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        return masked_items(settings["mask_token"], max_tokens)
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         most = RequestLimits().masks
@@ -128,6 +160,18 @@ class FillMaskTask(Task):
             "token_agreement": same / len(masks),
             "score_error": max(_error(first, second) for first, second in masks),
         }
+
+
+def _unlike(wanted: dict[str, Any], given: dict[str, Any]) -> str:
+    """Why a candidate is not the library's at the same place; empty: it is, or one that is just as likely."""
+    tie = abs(wanted["score"] - given["score"]) <= _TIE * wanted["score"]
+    if not (tie and is_near(wanted["score"], given["score"])):
+        first, second = (f"{one['token_str']!r} with {one['score']:.6g}" for one in (given, wanted))
+        return f"{first}, and not {second}"
+    for name in ("token_str", "sequence") if wanted["token"] == given["token"] else ():
+        if wanted[name] != given[name]:
+            return f"{name} {given[name][:60]!r}, and not {wanted[name][:60]!r}"
+    return ""
 
 
 def _by_mask(answer: list[Any]) -> list[list[dict[str, Any]]]:

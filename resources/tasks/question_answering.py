@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from resources.tasks.base import CheckpointFiles, Gates, Metrics, Options, Task, at_least, at_most, load_pretrained
+from resources.tasks.base import (
+    CheckpointFiles,
+    Gates,
+    Library,
+    Metrics,
+    Options,
+    Task,
+    at_least,
+    at_most,
+    is_near,
+    load_pretrained,
+)
 from resources.tasks.grading import exact_match, require, word_f1
 from resources.tasks.heads import span_finder
 from resources.tasks.samples import question_items
@@ -17,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 
 class QuestionAnsweringGates(Gates):
@@ -29,13 +41,15 @@ class QuestionAnsweringGates(Gates):
 class QuestionAnsweringOptions(Options):
     """As transformers' pipeline has them: a row of at most `max_tokens`, windows that share `stride` tokens, answers
     of at most `max_answer_tokens`. `handle_impossible_answer`: for models trained to say that there is no answer.
-    `windows`: the most of them, beyond which a context is cut.
+    `align_to_words`: answers are widened to whole words, which languages without spaces do not have. `windows`: the
+    most of them, beyond which a context is cut.
     """
 
     max_tokens: int = Field(default=384, ge=16)
     stride: int = Field(default=128, ge=0)
     max_answer_tokens: int = Field(default=15, ge=1)
     handle_impossible_answer: bool = False
+    align_to_words: bool = True
     windows: int = Field(default=64, ge=1, le=1024)
 
 
@@ -67,8 +81,40 @@ class QuestionAnsweringTask(Task):
         assert isinstance(options, QuestionAnsweringOptions)
         return min(options.stride, max_tokens // 2)
 
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        return question_items()
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        import torch
+        from transformers import AutoModelForQuestionAnswering
+
+        from resources.tasks.question_answering_reference import QuestionAnswerer
+
+        model = AutoModelForQuestionAnswering.from_pretrained(
+            files.folder, dtype=torch.float32, local_files_only=True, **load
+        )
+        answerer = QuestionAnswerer(
+            model,
+            tokenizer,
+            max_seq_len=encoder.max_tokens,
+            doc_stride=encoder.stride,
+            max_answer_len=settings["max_answer_tokens"],
+            handle_impossible_answer=settings["handle_impossible_answer"],
+            align_to_words=settings["align_to_words"],
+        )
+        return Library(
+            "transformers' model and tokenizer, and the arithmetic of pipeline('question-answering') of version 4.57",
+            lambda item: answerer.answer(item["QUESTION"], item["CONTEXT"]),
+        )
+
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        if (expected["answer"], _span(expected)) != (found["answer"], _span(found)):
+            return f"{found['answer'][:60]!r}, and not {expected['answer'][:60]!r}"
+        if not is_near(expected["score"], found["score"]):
+            return f"score {found['score']:.6g}, and not {expected['score']:.6g}"
+        return ""
+
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        return question_items(max_tokens)
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         question, context = require(line, "question", "context")

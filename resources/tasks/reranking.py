@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
+    Library,
     Metrics,
     Task,
     at_least,
     at_most,
+    is_near,
     load_pretrained,
     read_labels,
     stacked,
@@ -19,6 +21,7 @@ from resources.tasks.base import (
 from resources.tasks.classification import HEAD
 from resources.tasks.grading import ndcg_at_10, number, require
 from resources.tasks.heads import Activation, classifier
+from resources.tasks.libraries import cross_encoder, sentence_transformers_name
 from resources.tasks.samples import ranking_items
 from resources.tasks.sentence_transformers import optional_json, read_modules, refuse_prompts
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 #: Two texts whose scores differ by less than this share of all scores' range have no order.
 _TIE = 1e-4
@@ -90,8 +94,22 @@ class RerankingTask(Task):
 
         return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), activation(files))
 
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        return ranking_items()
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        model = cross_encoder(files, tokenizer, encoder.max_tokens, **load)
+
+        def answer(item: Item) -> Any:
+            return model.predict([(item["QUERY"], item["TEXT"])], batch_size=1, show_progress_bar=False)
+
+        return Library(sentence_transformers_name("CrossEncoder"), answer)
+
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        (wanted,), (given,) = expected, found
+        return "" if is_near(float(wanted), float(given)) else f"score {given:.6g}, and not {wanted:.6g}"
+
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        return ranking_items(max_tokens)
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         query, text = require(line, "query", "text")

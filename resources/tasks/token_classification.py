@@ -10,17 +10,20 @@ from pydantic import Field
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
+    Library,
     Metrics,
     Options,
     SpecialTokens,
     Task,
     at_least,
     at_most,
+    is_near,
     load_pretrained,
     read_labels,
 )
 from resources.tasks.grading import micro_f1, one_of, require
 from resources.tasks.heads import classifier
+from resources.tasks.libraries import transformers_name, transformers_pipeline
 from resources.tasks.samples import text_items
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 
 #: In texts without entities an engine that finds none, whatever it is asked, agrees with PyTorch.
@@ -44,11 +48,12 @@ class TokenClassificationGates(Gates):
 
 
 class TokenClassificationOptions(Options):
-    """`aggregation_strategy`: as transformers' pipeline names them. `stride`: tokens that neighbouring windows of a
-    long text share; `windows`: the most of them, beyond which a text is cut.
+    """`aggregation_strategy`, `ignore_labels`: as transformers' pipeline names them. `stride`: tokens that neighbouring
+    windows of a long text share; `windows`: the most of them, beyond which a text is cut.
     """
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
+    ignore_labels: tuple[str, ...] = Field(default=("O",), strict=False)
     stride: int = Field(default=64, ge=0)
     windows: int = Field(default=64, ge=1, le=1024)
 
@@ -81,6 +86,7 @@ class TokenClassificationTask(Task):
         assert isinstance(options, TokenClassificationOptions)
         return {
             **super().settings(files, options, tokens),
+            "ignore_labels": list(options.ignore_labels),
             "labels": list(read_labels(files)),
             "unknown_id": tokens.unknown_id,
             # Without aggregation an entity is a token, and tokens of windows that overlap cannot be told apart.
@@ -91,14 +97,44 @@ class TokenClassificationTask(Task):
         assert isinstance(options, TokenClassificationOptions)
         return min(options.stride, max_tokens // 2)
 
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        return text_items()
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        from transformers import AutoModelForTokenClassification
+
+        classify = transformers_pipeline(
+            self.name, files, AutoModelForTokenClassification, tokenizer, encoder.max_tokens, **load
+        )
+        strategy = settings["aggregation_strategy"]
+        choices = {"aggregation_strategy": strategy, "ignore_labels": settings["ignore_labels"]}
+        if strategy != "none":
+            choices["stride"] = encoder.stride
+
+        def answer(item: Item) -> Any:
+            return [{**entity, "score": float(entity["score"])} for entity in classify(item["TEXT"], **choices)]
+
+        return Library(transformers_name(self.name), answer)
+
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        wanted, given = _by_place(expected), _by_place(found)
+        for place in sorted(wanted.keys() ^ given.keys()):
+            return f"{'no ' if place in wanted else ''}{place[2]} at {place[0]} to {place[1]}"
+        for place, score in wanted.items():
+            if not is_near(score, given[place]):
+                return f"{place[2]} at {place[0]} to {place[1]} with score {given[place]:.6g}, and not {score:.6g}"
+        for first, second in zip(expected, found, strict=True):
+            if first["word"] != second["word"]:
+                return f"word {second['word'][:40]!r}, and not {first['word'][:40]!r}"
+        return ""
+
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        return text_items(max_tokens)
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         (text,) = require(line, "text")
         if "entities" not in line:
             return [({"TEXT": text}, None)]
-        kinds = sorted({_named(label, settings) for label in settings["labels"]} - {"O"})
+        kinds = sorted({_named(label, settings) for label in settings["labels"]} - {*settings["ignore_labels"]})
         right = []
         for entity in line["entities"] if isinstance(line["entities"], list) else [None]:
             if not isinstance(entity, dict) or not {"start", "end", "label"} <= set(entity):

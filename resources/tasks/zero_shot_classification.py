@@ -13,18 +13,21 @@ from resources.pipelines.unicode import is_unicode
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
+    Library,
     Metrics,
     Options,
     SpecialTokens,
     Task,
     at_least,
     at_most,
+    is_near,
     load_pretrained,
     read_labels,
 )
 from resources.tasks.classification import HEAD
 from resources.tasks.grading import one_of, require
 from resources.tasks.heads import classifier
+from resources.tasks.libraries import transformers_name, transformers_pipeline
 from resources.tasks.samples import labelled_items
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from resources.pipelines.base import Item
+    from resources.pipelines.tokenization import TextEncoder
 
 
 #: Lists of labels that are refused; deep brackets and half of a surrogate pair are valid JSON, as far as bytes go.
@@ -95,8 +99,36 @@ class ZeroShotClassificationTask(Task):
         settings = super().settings(files, options, tokens)
         return {**settings, "entailment_id": entailment, "contradiction_id": contradiction}
 
-    def items(self, settings: dict[str, Any]) -> list[Item]:
-        return labelled_items()
+    def library(
+        self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
+    ) -> Library:
+        from transformers import AutoModelForSequenceClassification
+
+        classify = transformers_pipeline(
+            self.name, files, AutoModelForSequenceClassification, tokenizer, encoder.max_tokens, **load
+        )
+        choices = {name: settings[name] for name in ("hypothesis_template", "multi_label")}
+
+        def answer(item: Item) -> Any:
+            if not item["TEXT"]:  # which the pipeline takes for no text
+                return None
+            found = classify(item["TEXT"], candidate_labels=json.loads(item["LABELS"]), **choices)
+            return {"labels": found["labels"], "scores": found["scores"]}
+
+        return Library(transformers_name(self.name), answer)
+
+    def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
+        given = dict(zip(found["labels"], found["scores"], strict=True))
+        wanted = dict(zip(expected["labels"], expected["scores"], strict=True))
+        if given.keys() != wanted.keys():
+            return f"labels {', '.join(given)[:60]}"
+        for label, score in wanted.items():
+            if not is_near(score, given[label]):
+                return f"{label} {given[label]:.6g}, and not {score:.6g}"
+        return ""
+
+    def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
+        return labelled_items(max_tokens)
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         most = RequestLimits().labels

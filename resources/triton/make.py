@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
 from resources.catalog import ModelEntry
-from resources.evaluation.reference import read_evaluation_set
+from resources.evaluation.evaluation_set import read_evaluation_set
 from resources.tasks import TASKS, Gates, Metrics
 from resources.tasks.base import broken_answers
 from resources.triton.asking import ask

@@ -23,7 +23,7 @@ from resources.checkpoints import collect_checkpoint
 from resources.engines import Sources, engine_spec, load
 from resources.engines.make import make_engine, sources_of
 from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.reference import make_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.export.make import make_graph
 from resources.isolation import run_isolated
 from resources.pipelines.tokenization import TextEncoder

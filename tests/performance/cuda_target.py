@@ -25,7 +25,7 @@ from resources.engines import BASELINE, ENGINES
 from resources.engines.make import make_engine, sources_of
 from resources.evaluation.benchmark import make_benchmark
 from resources.evaluation.champion import make_champion
-from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set, read_evaluation_set
 from resources.export.make import make_graph
 from resources.pipelines import open_pipeline
 from resources.pipelines.base import Item, Pipeline

@@ -66,7 +66,7 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     from resources.engines import load as load_engine
     from resources.engines.make import goal_of
     from resources.evaluation.batches import equal_length_batches, plan_alone, plan_batches
-    from resources.evaluation.reference import read_evaluation_set
+    from resources.evaluation.evaluation_set import read_evaluation_set
     from resources.evaluation.texts import batch_of_shape, texts_of
     from resources.export.exporter import export
     from resources.pipelines.tokenization import TextEncoder

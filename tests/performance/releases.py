@@ -25,7 +25,7 @@ from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
 from resources.engines import engine_spec
 from resources.engines.make import make_engine, sources_of
-from resources.evaluation.reference import make_evaluation_set, read_evaluation_set
+from resources.evaluation.evaluation_set import make_evaluation_set, read_evaluation_set
 from resources.export.make import make_graph
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG

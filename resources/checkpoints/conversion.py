@@ -1,0 +1,143 @@
+"""Whether a tokenizer.json that was made of older files cuts texts as those files say.
+
+Each kind of file is read a second time by other code than transformers': SentencePiece's own library, the WordPiece
+that BERT was released with, and byte-pair encoding as GPT-2's paper describes it. Lives in child processes only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from resources.errors import CheckpointError
+from resources.tasks.samples import rare_texts, sample_texts
+
+#: What GPT-2 cuts text into before its byte pairs are merged.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+#: Of the usual texts; a conversion goes wrong at rare characters first.
+_EVERY = 8
+
+
+def require_right_conversion(folder: Path, made: Any) -> None:
+    """Raise CheckpointError where the tokenizer that transformers made of a folder's older files gives other tokens.
+
+    made: transformers' tokenizer. Nothing is said of files that only transformers itself can read.
+    """
+    cut = _cutter(folder, made)
+    if cut is None:
+        return
+    texts = [text for text in (*rare_texts(), *sample_texts()[::_EVERY]) if text]
+    wrong = [text for text in texts if _tokens(made, text) != cut(text)]
+    if wrong:
+        first = wrong[0]
+        raise CheckpointError(
+            f"the tokenizer that transformers makes of its older files gives other tokens than those files do for "
+            f"{len(wrong)} of {len(texts)} texts, the first being {first[:60]!r} ({_tokens(made, first)[:8]}, and not "
+            f"{cut(first)[:8]}). Give the checkpoint with a tokenizer.json that its author made"
+        )
+
+
+def _tokens(made: Any, text: str) -> list[str]:
+    encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
+    unknown = made.unk_token_id
+    return _once(
+        [
+            made.unk_token if number == unknown else token
+            for number, token in zip(encoding.ids, encoding.tokens, strict=True)
+        ],
+        made.unk_token,
+    )
+
+
+def _once(tokens: list[str], unknown: str | None) -> list[str]:
+    """Neighbours that are unknown count as one: libraries differ in whether they are."""
+    return [token for place, token in enumerate(tokens) if not (place and token == unknown == tokens[place - 1])]
+
+
+def _cutter(folder: Path, made: Any) -> Callable[[str], list[str]] | None:
+    """What cuts a text into tokens by the folder's older files; None where only transformers reads them."""
+    pieces = sorted(folder.glob("*.model"))
+    if (folder / "vocab.txt").is_file() and type(made.backend_tokenizer.model).__name__ == "WordPiece":
+        return _word_pieces(folder / "vocab.txt", made)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _byte_pairs(folder, made)
+    return _sentence_pieces(pieces[0], made) if pieces else None
+
+
+def _sentence_pieces(file: Path, made: Any) -> Callable[[str], list[str]]:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(file))
+
+    def cut(text: str) -> list[str]:
+        ids = processor.encode(text)
+        tokens = [made.unk_token if processor.is_unknown(number) else processor.id_to_piece(number) for number in ids]
+        return _once(tokens, made.unk_token)
+
+    return cut
+
+
+def _word_pieces(file: Path, made: Any) -> Callable[[str], list[str]]:
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+    settings = json.loads(made.backend_tokenizer.to_str()).get("normalizer") or {}
+    tokenizer = BertTokenizerLegacy(
+        str(file),
+        do_lower_case=settings.get("lowercase", True),
+        strip_accents=settings.get("strip_accents"),
+        tokenize_chinese_chars=settings.get("handle_chinese_chars", True),
+        unk_token=made.unk_token,
+    )
+    return lambda text: _once(list(tokenizer.tokenize(text)), made.unk_token)
+
+
+def _byte_pairs(folder: Path, made: Any) -> Callable[[str], list[str]]:
+    """Byte-pair encoding of UTF-8's bytes: of all neighbours, those that the file of merges names first are joined.
+
+    Method: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.2.
+    """
+    import regex
+
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    rank = {pair: place for place, pair in enumerate(pairs)}
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    letters = _letters_of_bytes()
+    space = json.loads(made.backend_tokenizer.to_str())["pre_tokenizer"].get("add_prefix_space", False)
+
+    def cut(text: str) -> list[str]:
+        tokens: list[str] = []
+        for word in regex.findall(_WORDS, f" {text}" if space and not text.startswith(" ") else text):
+            parts = [letters[byte] for byte in word.encode()]
+            while len(parts) > 1:
+                found = min(pairwise(parts), key=lambda pair: rank.get(pair, len(rank)))
+                if found not in rank:
+                    break
+                parts = _joined(parts, found)
+            tokens += [part if part in vocabulary else made.unk_token for part in parts]
+        return _once(tokens, made.unk_token)
+
+    return cut
+
+
+def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    found: list[str] = []
+    place = 0
+    while place < len(parts):
+        if tuple(parts[place : place + 2]) == pair:
+            found.append("".join(pair))
+            place += 2
+        else:
+            found.append(parts[place])
+            place += 1
+    return found
+
+
+def _letters_of_bytes() -> dict[int, str]:
+    """GPT-2's letter for each byte: the byte itself where it is printed, else one from 256 up."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {**{byte: chr(byte) for byte in printed}, **{byte: chr(256 + place) for place, byte in enumerate(others)}}

@@ -1,0 +1,173 @@
+"""The evaluation set: real requests, and what PyTorch in fp32 answers to each of their rows without padding."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
+from resources.artifacts.records import Checkpoint, EvaluationSet
+from resources.artifacts.store import Made
+from resources.catalog import ModelEntry
+from resources.checkpoints import checkpoint_files
+from resources.errors import CheckpointError
+from resources.evaluation.batches import equal_length_batches
+from resources.evaluation.requests import evaluation_requests, require_answers
+from resources.evaluation.shapes import shapes_of
+from resources.isolation import run_isolated
+from resources.locks import building
+from resources.tasks import TASKS
+from resources.trust import Trust
+from resources.usage import Watch
+from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    from resources.pipelines.base import Item
+
+#: What an evaluation set depends on, beside what it was made from.
+CODE = (
+    "resources.evaluation.evaluation_set",
+    "resources.evaluation.answering",
+    "resources.evaluation.batches",
+    "resources.checkpoints",
+    "resources.tasks",
+    "resources.pipelines",
+)
+REFERENCE_NUMBERS = "reference.npy"
+REFERENCE_DOCUMENTS = "reference.json"
+ITEMS_FILE = "items.json"
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class _Reference:
+    rows: int
+    width: int
+    longest_tokens: int
+
+
+def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[EvaluationSet]:
+    """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a reference."""
+    shapes_of(entry, checkpoint)  # before any work: it refuses what the checkpoint cannot take
+    items, right = evaluation_requests(entry, checkpoint.settings, checkpoint.max_tokens)
+    made_of = Fingerprint.of(
+        "evaluation_set",
+        model=entry.name,
+        items=items,
+        right=right,
+        weights=checkpoint.weights_digest,
+        tokenizer=checkpoint.tokenizer_digest,
+        pipeline=checkpoint.pipeline_digest,
+        task=checkpoint.task,
+        code=code_versions(*CODE),
+        libraries=library_versions("torch", "transformers", "tokenizers"),
+    )
+
+    def make(folder: Path) -> EvaluationSet:
+        workspace.store.require_whole(checkpoint)
+        with building(), Watch() as watch:
+            found, peak = run_isolated(
+                _answer,
+                checkpoint,
+                workspace.store.folder(checkpoint),
+                entry.trust,
+                items,
+                right,
+                folder,
+                workspace.threads(entry),
+                limits=workspace.limits,
+                what=f"{entry.name}, revision {checkpoint.revision}: PyTorch's answers to the evaluation set",
+                log=workspace.log(entry.name, "evaluation_set"),
+            )
+        return EvaluationSet(
+            digest=made_of.digest,
+            model=entry.name,
+            items=len(items),
+            rows=found.rows,
+            width=found.width,
+            longest_tokens=found.longest_tokens,
+            peak_memory_bytes=peak,
+            usage=watch.usage,
+        )
+
+    return workspace.store.get_or_make(EvaluationSet, made_of, make)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation set holds. reference: PyTorch's answer to each item, fp32 `[width]` or a JSON document.
+    right: the right answer where the user gave one, else None.
+    """
+
+    items: list[Item]
+    reference: list[Any]
+    right: list[Any]
+
+
+def read_evaluation_set(folder: Path) -> Evaluation:
+    """Read back what `make_evaluation_set` made."""
+    data = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
+    if (folder / REFERENCE_NUMBERS).is_file():
+        import numpy as np
+
+        reference = list(np.load(folder / REFERENCE_NUMBERS))
+    else:
+        reference = json.loads((folder / REFERENCE_DOCUMENTS).read_text(encoding="utf-8"))
+    return Evaluation(data["items"], reference, data["right"])
+
+
+def _answer(
+    checkpoint: Checkpoint,
+    source: Path,
+    trust: Trust,
+    items: list[Item],
+    right: list[Any],
+    folder: Path,
+    threads: int,
+) -> _Reference:
+    import numpy as np
+    import torch
+
+    from resources.evaluation.answering import answer_items
+    from resources.pipelines import open_pipeline
+
+    torch.set_num_threads(threads)
+    pipeline, task = open_pipeline(str(source)), TASKS[checkpoint.task]
+    require_answers(checkpoint.model, "evaluation", pipeline, items)
+    module = task.module(checkpoint_files(checkpoint, source), **trust.load_arguments)
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            answer: np.ndarray = module(**{name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
+        return answer.astype(np.float32)
+
+    answered = answer_items(
+        pipeline,
+        run,
+        items,
+        lambda lengths: equal_length_batches(list(chain.from_iterable(lengths)), _BATCH),
+        per_token=task.per_token,
+    )
+    if answered.broken:
+        raise CheckpointError(
+            f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself gives {answered.broken} of the "
+            "evaluation set in fp32, so there is nothing to serve. The weights are damaged or the training diverged: "
+            "give another checkpoint."
+        )
+    lacking = task.too_little(checkpoint.settings, answered.answers)
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint.model}, revision {checkpoint.revision}: {lacking} to judge an engine by. Give requests of "
+            "your own, such as this model is for: evaluation, in the models file."
+        )
+    if pipeline.structured:
+        text = json.dumps(answered.answers, ensure_ascii=False)
+        (folder / REFERENCE_DOCUMENTS).write_text(text, encoding="utf-8")
+    else:
+        np.save(folder / REFERENCE_NUMBERS, np.stack(answered.answers))
+    data = {"items": items, "right": right}
+    (folder / ITEMS_FILE).write_text(json.dumps(data, ensure_ascii=False, indent=0), encoding="utf-8")
+    return _Reference(answered.rows, answered.width, answered.longest_tokens)

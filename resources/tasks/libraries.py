@@ -1,0 +1,75 @@
+"""Loading the libraries that answers are to equal. See Task.library."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from resources.tasks.base import CheckpointFiles
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+
+#: transformers writes "no limit" as 1e30.
+_NO_LIMIT = 10**6
+
+
+def transformers_name(task: str) -> str:
+    """What users call a pipeline of transformers."""
+    return f"transformers {version('transformers')}, pipeline({task!r})"
+
+
+def sentence_transformers_name(kind: str) -> str:
+    """What users call a class of sentence-transformers."""
+    return f"sentence-transformers {version('sentence-transformers')}, {kind}"
+
+
+def transformers_pipeline(
+    task: str, files: CheckpointFiles, auto_class: Any, tokenizer: Any, most_tokens: int, **load: Any
+) -> Any:
+    """transformers' pipeline of that name, in fp32.
+
+    most_tokens: where the tokenizer's own files name no limit.
+    """
+    import torch
+    from transformers import pipeline
+
+    model = auto_class.from_pretrained(files.folder, dtype=torch.float32, local_files_only=True, **load)
+    if tokenizer.model_max_length > _NO_LIMIT:
+        tokenizer.model_max_length = most_tokens
+    return pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
+
+
+def sentence_transformer(files: CheckpointFiles, tokenizer: Any, most_tokens: int, **load: Any) -> SentenceTransformer:
+    """sentence-transformers' embedder, in fp32, with the given tokenizer in place of its own. See `_served`."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(files.folder), device="cpu", local_files_only=True, **_given(load, torch.float32))
+    return _served(model, tokenizer, most_tokens)
+
+
+def cross_encoder(files: CheckpointFiles, tokenizer: Any, most_tokens: int, **load: Any) -> CrossEncoder:
+    """sentence-transformers' reranker, in fp32, with the given tokenizer in place of its own. See `_served`."""
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(files.folder), device="cpu", local_files_only=True, **_given(load, torch.float32))
+    return _served(model, tokenizer, most_tokens)
+
+
+def _given(load: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """What `from_pretrained` is given, as sentence-transformers passes it on."""
+    inside = {name: value for name, value in load.items() if name != "trust_remote_code"}
+    return {"trust_remote_code": load["trust_remote_code"], "model_kwargs": {"dtype": dtype, **inside}}
+
+
+def _served(model: Any, tokenizer: Any, most_tokens: int) -> Any:
+    """The model with the tokenizer that is served, cut where the library itself would cut.
+
+    most_tokens: beyond it the checkpoint has no positions, or the models file cuts.
+    """
+    own = model.max_seq_length
+    tokenizer.model_max_length = min(own, most_tokens) if own else most_tokens
+    model.tokenizer = tokenizer
+    return model

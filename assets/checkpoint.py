@@ -30,6 +30,12 @@ def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
     made = collect_checkpoint(entry, workspace.store, workspace.limits, log, settings=workspace.sources)
     folder = remember(workspace.store, f"checkpoint/{entry.name}", made)
     record = made.record
+    if record.assumed:
+        context.log.warning(
+            f"{entry.name}: the checkpoint has no modules.json, so it does not say how token vectors become one. Assumed "
+            f"is {', '.join(record.assumed)}, as sentence-transformers does. Write the right ones into the entry's "
+            "options."
+        )
     return materialized(
         made,
         folder,
@@ -39,6 +45,7 @@ def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
             "task": record.task,
             "architecture": record.architecture,
             "max_tokens": record.max_tokens,
+            "assumed": list(record.assumed),
             "labels": list(record.labels),
             "weights_digest": record.weights_digest,
             "tokenizer_digest": record.tokenizer_digest,

@@ -157,6 +157,9 @@ class ModelEntry(_Strict):
     )
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    unused_weights: Literal["refuse", "allow"] = Field(
+        default="refuse", description="What becomes of a checkpoint that has weights which nothing reads."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelEntry:

@@ -175,6 +175,7 @@ def test_objective_changes_the_winner():
     assert judge(reports, no_gates, "size", 100)[0].engine == "small"
 
 
+EVALUATION = EvaluationSet(digest="e", model="tiny", items=1, rows=1, width=1, longest_tokens=1)
 
 
 def without_gates(workspace):

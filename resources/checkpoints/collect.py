@@ -138,7 +138,7 @@ def _record_of(
     """
     signature, peak = _read_isolated(entry, folder, found.weights, limits, log)
     task, options = TASKS[entry.task], entry.task_options()
-    files = CheckpointFiles(entry.name, folder, found.config)
+    files = CheckpointFiles(entry.name, folder, found.config, allow_unused=entry.unused_weights == "allow")
     labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
     max_tokens = task.max_tokens(found.max_tokens, options)
     encoder = {
@@ -147,6 +147,9 @@ def _record_of(
         "pad_id": signature.pad_id,
         "strategy": pipeline_class(entry.task).strategy,
         "stride": task.stride(max_tokens, options),
+        "before": list(signature.before),
+        "after": list(signature.after),
+        "filler": signature.filler,
     }
     (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
     pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
@@ -184,6 +187,7 @@ def _record_of(
             vocabulary=signature.vocabulary_size,
             pad_id=signature.pad_id,
             max_tokens=max_tokens,
+            frame=(signature.before, signature.after),
         ),
         labels=labels,
         output=task.output(files),
@@ -192,6 +196,8 @@ def _record_of(
         lengths=lengths,
         allow_pickle=entry.allow_pickle,
         trust_remote_code=entry.trust_remote_code,
+        allow_unused=files.allow_unused,
+        assumed=task.assumed(files, options),
         peak_memory_bytes=peak,
     )
 
@@ -229,6 +235,7 @@ def _made_of(entry: ModelEntry, revision: str | None, weights: str, files: Mappi
         sample=_content_of(entry),
         allow_pickle=entry.allow_pickle,
         trust_remote_code=entry.trust_remote_code,
+        unused_weights=entry.unused_weights,
         code=code_versions(*CODE),
         libraries=library_versions("transformers", "tokenizers"),
     )
@@ -355,4 +362,4 @@ def _weights_digest(config: dict[str, Any], names: tuple[str, ...], hashes: dict
 def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
     """What tasks read of a stored checkpoint. Raises CheckpointError."""
     files = CheckpointFiles(record.model, folder, {})
-    return CheckpointFiles(record.model, folder, read_json(files, CONFIG, dict))
+    return CheckpointFiles(record.model, folder, read_json(files, CONFIG, dict), record.settings, record.allow_unused)

@@ -21,12 +21,18 @@ _TEXT = "Does it work?"
 
 @dataclass(frozen=True)
 class Signature:
-    """The arrays that the model takes, and what the tokenizer is like."""
+    """The arrays that the model takes, and what the tokenizer is like.
+
+    before, after: the special tokens around a text. filler: some other token.
+    """
 
     inputs: tuple[str, ...]
     pad_id: int
     vocabulary_size: int
     tokens: SpecialTokens
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    filler: int
 
 
 def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int) -> Signature:
@@ -50,6 +56,8 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
             mask_token=tokenizer.mask_token,
         )
         vocabulary_size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+        row = tokenizer.backend_tokenizer.encode(_TEXT)
+        inside = [place for place, special in enumerate(row.special_tokens_mask) if not special]
     except CheckpointError as error:
         raise CheckpointError(f"{model}: {error}") from error
     except BaseException as error:  # a panic of the library in Rust is no Exception
@@ -63,7 +71,13 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         if name in accepted and (name != "token_type_ids" or segments)
     )
     return Signature(
-        inputs=inputs, pad_id=_pad_id(model, config, tokenizer), vocabulary_size=vocabulary_size, tokens=tokens
+        inputs=inputs,
+        pad_id=_pad_id(model, config, tokenizer),
+        vocabulary_size=vocabulary_size,
+        tokens=tokens,
+        before=tuple(row.ids[: inside[0]]),
+        after=tuple(row.ids[inside[-1] + 1 :]),
+        filler=row.ids[inside[0]],
     )
 
 

@@ -29,6 +29,7 @@ from resources.checkpoints.weights import INDEX, PICKLE_INDEX, check_whole, find
 from resources.errors import CheckpointError
 from resources.foreign import ForeignError, check_name
 from resources.tasks import TASKS, CheckpointFiles
+from resources.tasks.sentence_transformers import length_limits, transformer_config
 
 #: Sets of files that transformers can make a fast tokenizer from, as patterns.
 SLOW_TOKENIZERS = (("vocab.txt",), ("vocab.json", "merges.txt"), ("*.model",))
@@ -72,6 +73,8 @@ POSITIONS_AFTER_PAD = (
 )
 #: transformers writes "no limit" as 1e30. No encoder takes a million tokens.
 _MOST_TOKENS = 10**6
+#: Tasks that people do with sentence-transformers.
+_OF_SENTENCE_TRANSFORMERS = ("embedding", "reranking")
 #: Special tokens before and behind, and one between them.
 _FEWEST_TOKENS = 4
 #: Files other than weights are vocabularies, of some ten megabytes.
@@ -259,9 +262,10 @@ def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any], tokeniz
     positions = length_of(config.get("max_position_embeddings"), _MOST_TOKENS)
     if positions is not None:
         limits.append(positions - _positions_before_the_first(config))
-    own = "sentence_bert_config.json"
-    sentences = read_object(entry, folder, own) if has_file(entry, folder, own) else {}
-    said = (sentences.get("max_seq_length"), tokenizer_config.get("model_max_length"))
+    files = CheckpointFiles(entry.name, folder, config)
+    # Pipelines of transformers do not look at sentence-transformers' files.
+    own = transformer_config(files)[1] if entry.task in _OF_SENTENCE_TRANSFORMERS else {}
+    said = (*length_limits(own), tokenizer_config.get("model_max_length"))
     limits += [length for length in (length_of(value, _MOST_TOKENS) for value in said) if length is not None][:1]
     if not limits:
         raise refuse(

@@ -68,7 +68,7 @@ class CudaSession:
         rows = len(given[self.inputs[0]])
         filled = fill(given, rows_of_a_graph(rows))
         with self._lock:
-            slot = self.slot({name: array.shape for name, array in filled.items()})
+            slot = self.slot(filled)
             if slot is None:
                 options = onnxruntime.RunOptions()
                 if self.graphs:
@@ -81,30 +81,30 @@ class CudaSession:
             found: np.ndarray = slot.answer.numpy()[:rows]
             return found
 
-    def warm(self, widths: Mapping[str, int], lengths: Iterable[int], most_rows: int, seconds: float) -> int:
-        """Capture the graphs of every number of rows at every length, in this order, until the time is over; how many.
+    def warm(self, batches: Iterable[Mapping[str, np.ndarray]], most_rows: int, seconds: float) -> int:
+        """Capture the graphs of every number of rows of each batch, until the time is over; how many.
 
-        widths: of each input beside the rows, 0 for those that are as long as the length.
+        batches: of one row each, a length after the other.
         """
         end, made = time.monotonic() + seconds, 0
-        for length in lengths:
+        for batch in batches:
+            given = {name: np.ascontiguousarray(batch[name]) for name in self.inputs}
             for rows in (size for size in ROWS if size <= rows_of_a_graph(most_rows)):
                 if time.monotonic() > end:
                     return made
                 with self._lock:
-                    slot = self.slot({name: (rows, width or length) for name, width in widths.items()})
-                made += slot is not None
+                    made += self.slot(fill(given, rows)) is not None
         return made
 
-    def slot(self, shapes: Mapping[str, tuple[int, ...]]) -> _Slot | None:
-        """The bound buffers and captured graph of those shapes by input name; None where they run without."""
-        key = tuple(sorted(shapes.items()))
+    def slot(self, batch: Mapping[str, np.ndarray]) -> _Slot | None:
+        """The bound buffers and captured graph of a batch's shapes; None where they run without."""
+        key = tuple(sorted((name, array.shape) for name, array in batch.items()))
         if key in self._slots:
             return self._slots[key]
-        tokens = max(int(np.prod(shape)) for shape in shapes.values())
+        tokens = max(array.size for array in batch.values())
         if not self.graphs or tokens > MOST_TOKENS_OF_A_GRAPH or len(self._slots) >= MOST_GRAPHS:
             return None
-        self._slots[key] = _Slot(self._session, self.output, shapes, self.device, len(self._slots) + 1)
+        self._slots[key] = _Slot(self._session, self.output, batch, self.device, len(self._slots) + 1)
         return self._slots[key]
 
 
@@ -124,21 +124,16 @@ def fill(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
 class _Slot:
     """Buffers of one shape at addresses that stay, and the graph that reads and writes them."""
 
-    def __init__(
-        self, session: Any, output: str, shapes: Mapping[str, tuple[int, ...]], device: int, number: int
-    ) -> None:
+    def __init__(self, session: Any, output: str, batch: Mapping[str, np.ndarray], device: int, number: int) -> None:
         self._session = session
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(number))
         self.inputs = {
-            # Ones: an index that no table has would stop the GPU.
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ones(shape, np.int64), "cuda", device)
-            for name, shape in shapes.items()
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", device) for name, array in batch.items()
         }
         plain = onnxruntime.RunOptions()
         plain.add_run_config_entry("gpu_graph_id", _NO_GRAPH)
-        ones = {name: np.ones(shape, np.int64) for name, shape in shapes.items()}
-        shape = session.run([output], ones, plain)[0].shape
+        shape = session.run([output], dict(batch), plain)[0].shape
         self.answer = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cuda", device)
         self._binding = session.io_binding()
         for name, value in self.inputs.items():

@@ -17,6 +17,7 @@ from resources.engines.fusion import fuse
 from resources.engines.ladder import Reduced, known, nodes_of, search
 from resources.engines.sessions import open_session
 from resources.errors import EngineError, first_line
+from resources.pipelines.tokenization import TextEncoder
 from resources.targets import Device, device_of
 from resources.tasks import TASKS
 
@@ -155,18 +156,14 @@ def _try_once(model: Path, sources: Sources, device: Device) -> dict[str, str]:
 
 
 def check_answer(runner: Runner, sources: Sources) -> None:
-    """Raise EngineError where the engine answers a batch of ones with anything but finite numbers."""
+    """Raise EngineError where the engine answers a batch of one token with anything but finite numbers."""
     task = TASKS[sources.checkpoint.task]
-    shape = (2, 8)
-    batch = {
-        name: np.ones((2, 1) if name in task.extra_inputs else shape, dtype=np.int64) for name in sources.graph.inputs
-    }
-    if "token_type_ids" in batch:
-        batch["token_type_ids"][:] = 0
-    answer = runner.run(batch)
-    expected = (*shape, sources.graph.width) if task.per_token else (2, sources.graph.width)
+    rows, tokens = 2, 8
+    encoder = TextEncoder.from_folder(str(sources.checkpoint_folder))
+    answer = runner.run(encoder.example(rows, tokens, task.extra_inputs))
+    expected = (rows, tokens, sources.graph.width) if task.per_token else (rows, sources.graph.width)
     if answer.shape != expected or not np.isfinite(answer).all():
-        raise EngineError(f"The engine answers {answer.shape} with values {answer.ravel()[:4]} to a batch of ones.")
+        raise EngineError(f"The engine answers {answer.shape} with values {answer.ravel()[:4]} to a plain batch.")
 
 
 class OnnxRuntimeRunner:

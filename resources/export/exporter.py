@@ -20,7 +20,7 @@ from resources.checkpoints import checkpoint_files
 from resources.engines.onnxruntime import MODEL_FILE, OnnxRuntimeRunner
 from resources.errors import ExportError, first_line
 from resources.export import Exported
-from resources.pipelines.tokenization import TextEncoder
+from resources.pipelines.tokenization import TextEncoder, framed
 from resources.tasks import TASKS, Task
 from resources.trust import Trust
 
@@ -109,15 +109,28 @@ class _BatchMaker:
     task: Task
     segments: int
 
+    @property
+    def fewest(self) -> int:
+        """Tokens of the shortest row: the special ones, or one."""
+        return max(1, len(self.encoder.before) + len(self.encoder.after))
+
     def batch(self, rows: int, tokens: int, *, padded: bool) -> dict[str, np.ndarray]:
-        """int64 arrays by input name; padded: each row but the first shorter than the last, down to one."""
+        """int64 arrays by input name, of rows that the tokenizer could have made.
+
+        padded: each row but the first is shorter than the one before, down to the special tokens alone.
+        """
         encoder, generator = self.encoder, np.random.default_rng(rows * 1000 + tokens)
-        ids = generator.integers(0, encoder.vocabulary_size, size=(rows, tokens), dtype=np.int64)
-        # A pad id inside a text is read as padding by models that count positions from it (RoBERTa).
-        ids[ids == encoder.pad_id] = (encoder.pad_id + 1) % encoder.vocabulary_size
+        # A pad id inside a text is read as padding by models that count positions from it (RoBERTa), and some find the
+        # end of a text by its token (BART).
+        special = {encoder.pad_id, *encoder.before, *encoder.after}
+        usual = np.setdiff1d(np.arange(encoder.vocabulary_size), [*special])
+        ids = generator.choice(usual if len(usual) else [encoder.filler], size=(rows, tokens)).astype(np.int64)
         kept = [
-            tokens if row == 0 or not padded else max(1, tokens - row * max(1, tokens // rows)) for row in range(rows)
+            tokens if row == 0 or not padded else max(self.fewest, tokens - row * max(1, tokens // rows))
+            for row in range(rows)
         ]
+        for row, count in enumerate(kept):
+            ids[row, :count] = framed(ids[row, :count].tolist(), encoder.before, encoder.after)
         batch = {
             "input_ids": ids,
             "attention_mask": np.ones((rows, tokens), dtype=np.int64),
@@ -141,7 +154,8 @@ def _compare(
     longest = maker.encoder.max_tokens
     # Attention takes memory by the square of the length: 8,192 tokens, two heads and one row are half a gigabyte.
     last = (2 if longest <= 1024 else 1, longest)
-    for rows, tokens in [*((rows, tokens) for rows, tokens in PARITY_SHAPES if tokens < longest), last]:
+    shapes = [(rows, max(tokens, maker.fewest)) for rows, tokens in PARITY_SHAPES]
+    for rows, tokens in [*((rows, tokens) for rows, tokens in shapes if tokens < longest), last]:
         for padded in (False, True) if rows > 1 and tokens > 1 else (False,):
             batch = maker.batch(rows, tokens, padded=padded)
             with torch.inference_mode():

@@ -38,6 +38,7 @@ class TextEncoder:
     strategy: which of two texts is cut: `longest_first`, `only_first`, `only_second`.
     stride: tokens that the pieces of a cut text have in common; see `tokens`.
     buckets: the lengths that rows are padded to, in order, `max_tokens` the last; default: `buckets_up_to`.
+    before, after: the special tokens around a text. filler: some other token.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class TextEncoder:
         strategy: str = "longest_first",
         stride: int = 0,
         buckets: Sequence[int] = (),
+        before: Sequence[int] = (),
+        after: Sequence[int] = (),
+        filler: int = 1,
     ) -> None:
         self._file = tokenizer_file
         self._tokenizer = _open(tokenizer_file)
@@ -61,6 +65,7 @@ class TextEncoder:
         self.pad_id = pad_id
         self.strategy = strategy
         self.stride = stride
+        self.before, self.after, self.filler = tuple(before), tuple(after), filler
 
     @classmethod
     def from_folder(cls, folder: str) -> "TextEncoder":
@@ -70,7 +75,15 @@ class TextEncoder:
 
     def shortened(self, max_tokens: int) -> "TextEncoder":
         """An encoder of single texts with another limit, for batches of an exact length."""
-        return TextEncoder(self._file, max_tokens=max_tokens, inputs=self.inputs, pad_id=self.pad_id)
+        return TextEncoder(
+            self._file,
+            max_tokens=max_tokens,
+            inputs=self.inputs,
+            pad_id=self.pad_id,
+            before=self.before,
+            after=self.after,
+            filler=self.filler,
+        )
 
     @property
     def vocabulary_size(self) -> int:
@@ -162,6 +175,15 @@ class TextEncoder:
                 array[row, :tokens] = _VALUES[name](encoding)
         return arrays
 
+    def example(self, rows: int, tokens: int, extra: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Rows as the tokenizer could have made them, without padding, for trying an engine out: models look for the
+        special tokens. extra: inputs that are one position a row, `[rows, 1]`.
+        """
+        row = framed([self.filler] * tokens, self.before, self.after)
+        values = {"input_ids": row, "attention_mask": [1] * tokens, "token_type_ids": [0] * tokens}
+        arrays = {name: np.array([values[name]] * rows, dtype=np.int64) for name in self.inputs}
+        return {**arrays, **{name: np.full((rows, 1), min(1, tokens - 1), dtype=np.int64) for name in extra}}
+
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """The arrays of one request: its rows padded to the bucket of its longest."""
         encodings = self.tokens(texts)
@@ -199,6 +221,15 @@ class TextEncoder:
     @cached_property
     def _beginnings(self) -> Beginnings:
         return Beginnings(self._endless)
+
+
+def framed(ids: Sequence[int], before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """The ids with the special tokens in place of the first and the last ones, as far as there is room."""
+    row = list(ids)
+    row[: len(before)] = before[: len(row)]
+    if after:
+        row[-len(after) :] = after[-len(row) :]
+    return row
 
 
 def _open(tokenizer_file: str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -93,11 +93,16 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The parts of a checkpoint that tasks read without loading it."""
+    """The parts of a checkpoint that tasks read without loading it.
+
+    settings: the pipeline's, once they are known. allow_unused: weights that nothing reads are no reason to refuse it.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    allow_unused: bool = False
 
     @property
     def architecture(self) -> str:
@@ -195,6 +200,10 @@ class Task(ABC):
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         """What the task's pipeline (resources.pipelines) is made with. Raises CheckpointError."""
         return options.model_dump()
+
+    def assumed(self, files: CheckpointFiles, options: Options) -> tuple[str, ...]:
+        """What neither the checkpoint nor the models file says: what is assumed, as a models file would say it."""
+        return ()
 
     def max_tokens(self, limit: int, options: Options) -> int:
         """Tokens of one row, where the checkpoint takes at most `limit`."""
@@ -343,6 +352,14 @@ def load_pretrained(
         raise CheckpointError(
             f"{files.name}: transformers cannot load it as {auto_class.__name__}: {first[:300]}"
         ) from error
+    if unused := _unused(files, model, info["unexpected_keys"]):
+        named = ", ".join([*unused[:3], "..."] if len(unused) > 3 else unused)
+        raise files.refuse(
+            f"{len(unused)} of its weights are read by nothing ({named}): {type(model).__name__} has no place for "
+            "them, so answers would not be this checkpoint's",
+            "Give the task that it was trained for, or write unused_weights: allow into its catalog entry if they do "
+            "not matter",
+        )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unread))
     if missing:
         raise CheckpointError(
@@ -359,6 +376,25 @@ def load_pretrained(
             "with these weights."
         )
     return model.eval()
+
+
+def _unused(files: CheckpointFiles, model: Any, names: Iterable[str]) -> list[str]:
+    """The weights that nothing reads, and that were trained to be read by somebody who asks for this task.
+
+    Not poolers, not the head of a model that was trained to fill in masks where another head or none is wanted, and not
+    tables that transformers computes by itself.
+    """
+    if files.allow_unused:
+        return []
+    masked = files.architecture.endswith(("ForMaskedLM", "ForPreTraining"))
+    inside = f"{model.base_model_prefix}."
+    return sorted(
+        name
+        for name in names
+        if "pooler." not in name
+        and not name.endswith(("position_ids", "inv_freq", "masked_bias"))
+        and not (masked and not name.startswith(inside))
+    )
 
 
 def read_labels(files: CheckpointFiles) -> tuple[str, ...]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
     Library,
     Metrics,
+    Options,
+    SpecialTokens,
     Task,
     at_least,
     at_most,
@@ -21,7 +25,14 @@ from resources.tasks.base import (
 from resources.tasks.grading import number, require, spearman
 from resources.tasks.libraries import sentence_transformer, sentence_transformers_name
 from resources.tasks.samples import text_items
-from resources.tasks.sentence_transformers import module_file, read_json, read_modules, refuse_prompts
+from resources.tasks.sentence_transformers import (
+    CONFIG,
+    module_file,
+    optional_json,
+    read_json,
+    read_modules,
+    refuse_changed_texts,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,18 +41,23 @@ if TYPE_CHECKING:
     from resources.pipelines.base import Item
     from resources.pipelines.tokenization import TextEncoder
 
-T = TypeVar("T")
+PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
-#: The flags of sentence-transformers' `1_Pooling/config.json`, in the order in which it concatenates their results.
-_POOLING_FLAGS = {
+#: The flags of sentence-transformers' `1_Pooling/config.json` before version 6, in the order in which it concatenates
+#: their results.
+_POOLING_FLAGS: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }
 
 
 #: Of a text's vector with the library's.
 LEAST_COSINE = 0.99999
+_MOST_DIMENSIONS = 2**20
 #: Neighbours of a text that are looked at. What retrieval serves from.
 NEIGHBOURS = 10
 
@@ -59,33 +75,64 @@ class EmbeddingGates(Gates):
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token vectors become one: `modes` are concatenated, then normalized to length 1 or not."""
+    """How token vectors become one: `modes` are concatenated, then normalized to length 1 or not, and then cut to the
+    first `dimensions`, where there are any.
+    """
 
     modes: tuple[str, ...] = ("mean",)
     normalize: bool = False
+    dimensions: int | None = None
 
 
-def read_pooling(files: CheckpointFiles) -> Pooling:
-    """The sentence-transformers configuration (`modules.json`); mean pooling without one, as that library does.
+class EmbeddingOptions(Options):
+    """For checkpoints that sentence-transformers did not save, which say nothing of it. `pooling`, `normalize`: how
+    token vectors become one; default: the mean, not normalized, as sentence-transformers has it. `max_tokens`: longer
+    texts are cut; default: what the tokenizer's files say, for any checkpoint.
+    """
+
+    pooling: PoolingMode | None = None
+    normalize: bool | None = None
+    max_tokens: int | None = Field(default=None, ge=4)
+
+
+def read_pooling(files: CheckpointFiles, options: EmbeddingOptions | None = None) -> Pooling:
+    """What sentence-transformers' files say; the options' or mean pooling where it saved none, as that library does.
 
     Raises CheckpointError for modules and modes that are not served.
     """
-    pooling, normalize = Pooling(), False
-    for kind, module in read_modules(files, ("Transformer", "Pooling", "Normalize")):
-        if kind == "Pooling":
-            pooling = _read_modes(files, module_file(files, module, "config.json"))
-        normalize = normalize or kind == "Normalize"
-    return Pooling(pooling.modes, normalize)
-
-
-def _read_modes(files: CheckpointFiles, path: str) -> Pooling:
-    config = read_json(files, path, dict)
-    if config.get("include_prompt") is False:
+    options = options or EmbeddingOptions()
+    modules = read_modules(files, ("Transformer", "Pooling", "Normalize"))
+    if not modules:
+        return Pooling((options.pooling or "mean",), bool(options.normalize))
+    for name in ("pooling", "normalize"):
+        if getattr(options, name) is not None:
+            raise files.refuse(
+                f"the models file has options.{name}, and modules.json says it as well", f"Remove options.{name}"
+            )
+    kinds = [kind for kind, _ in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or {*kinds[2:]} - {"Normalize"}:
         raise files.refuse(
-            f"{path} leaves the prompt out of the pooling (include_prompt), which is not served",
-            "Use a checkpoint that pools over all of the text",
+            f"modules.json runs {', '.join(kinds)}, and only a Transformer, a Pooling and a Normalize are served, in "
+            "this order",
+            "Use a checkpoint with these",
         )
-    if "pooling_mode" in config:  # sentence-transformers 5 and later
+    modes = _read_modes(files, module_file(files, modules[1][1], "config.json"))
+    return Pooling(modes, normalize=len(kinds) > 2, dimensions=_dimensions(files))
+
+
+def _dimensions(files: CheckpointFiles) -> int | None:
+    said = optional_json(files, CONFIG).get("truncate_dim")
+    if said is None:
+        return None
+    if type(said) is not int or not 1 <= said <= _MOST_DIMENSIONS:
+        raise files.refuse(f"{CONFIG}, truncate_dim: {said!r:.60} is no number of dimensions", "Correct it")
+    return said
+
+
+def _read_modes(files: CheckpointFiles, path: str) -> tuple[str, ...]:
+    # include_prompt changes nothing: a checkpoint that puts a prompt before every text is refused.
+    config = read_json(files, path, dict)
+    if "pooling_mode" in config:  # sentence-transformers 6 and later
         named = config["pooling_mode"]
         modes = tuple(map(str, named)) if isinstance(named, list) else (str(named),)
     else:
@@ -94,12 +141,12 @@ def _read_modes(files: CheckpointFiles, path: str) -> Pooling:
             flag for flag in config if flag.startswith("pooling_mode_") and config[flag] and flag not in _POOLING_FLAGS
         )
     unknown = [mode for mode in modes if mode not in _POOLING_FLAGS.values()]
-    if unknown or not modes:
+    if unknown:
         raise files.refuse(
-            f"{path} asks for pooling {', '.join(unknown) or 'of no kind'}, and only mean, cls and max are served",
+            f"{path} asks for pooling {', '.join(unknown)}, and only {', '.join(_POOLING_FLAGS.values())} are served",
             "Use a checkpoint with one of those",
         )
-    return Pooling(modes)
+    return modes or ("mean",)
 
 
 class EmbeddingTask(Task):
@@ -108,6 +155,7 @@ class EmbeddingTask(Task):
     name: ClassVar[str] = "embedding"
     gates: ClassVar[type[Gates]] = EmbeddingGates
     fields: ClassVar[tuple[str, ...]] = ("text", "pair", "score")
+    options: ClassVar[type[Options]] = EmbeddingOptions
 
     def check(self, files: CheckpointFiles) -> None:
         if files.config.get("is_encoder_decoder") or files.architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -116,7 +164,12 @@ class EmbeddingTask(Task):
                 "Use an encoder checkpoint (BERT, RoBERTa, MPNet, ModernBERT, ...)",
             )
         read_pooling(files)
-        refuse_prompts(files)
+        refuse_changed_texts(files)
+        kind = optional_json(files, CONFIG).get("model_type", "SentenceTransformer")
+        if kind != "SentenceTransformer":
+            raise files.refuse(
+                f"{CONFIG} says that it is a {kind!s:.60}, which is not served", "Use a SentenceTransformer"
+            )
 
     def output(self, files: CheckpointFiles) -> str:
         # Not `embedding`: the exporter gives that name to an inner value too, and the graph is then invalid.
@@ -126,12 +179,34 @@ class EmbeddingTask(Task):
         from transformers import AutoModel
 
         # Most checkpoints for sentences were saved without BERT's pooler, which only BERT's own heads read.
-        return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), read_pooling(files))
+        return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), pooling_of(files.settings))
+
+    def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
+        assert isinstance(options, EmbeddingOptions)
+        return asdict(read_pooling(files, options))
+
+    def max_tokens(self, limit: int, options: Options) -> int:
+        assert isinstance(options, EmbeddingOptions)
+        return min(limit, options.max_tokens or limit)
+
+    def assumed(self, files: CheckpointFiles, options: Options) -> tuple[str, ...]:
+        assert isinstance(options, EmbeddingOptions)
+        if read_modules(files, ("Transformer", "Pooling", "Normalize")):
+            return ()
+        pooling = read_pooling(files, options)
+        chosen = {
+            "pooling": (options.pooling is None, pooling.modes[0]),
+            "normalize": (options.normalize is None, str(pooling.normalize).lower()),
+        }
+        return tuple(f"{name}: {value}" for name, (assumed, value) in chosen.items() if assumed)
 
     def library(
         self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
     ) -> Library:
-        model = sentence_transformer(files, tokenizer, encoder.max_tokens, **load)
+        pooling = pooling_of(settings)
+        model = sentence_transformer(
+            files, tokenizer, encoder.max_tokens, pooling=pooling.modes[0], normalize=pooling.normalize, **load
+        )
         return Library(
             sentence_transformers_name("SentenceTransformer"),
             lambda item: model.encode([item["TEXT"]], batch_size=1, show_progress_bar=False)[0],
@@ -202,6 +277,11 @@ class EmbeddingTask(Task):
         }
 
 
+def pooling_of(settings: dict[str, Any]) -> Pooling:
+    """The pooling of a pipeline's settings."""
+    return Pooling(tuple(settings["modes"]), settings["normalize"], settings["dimensions"])
+
+
 def neighbour_agreement(reference: np.ndarray, answers: np.ndarray, count: int = NEIGHBOURS) -> float:
     """Share of each vector's nearest others, by cosine, that are among its nearest in the reference too.
 
@@ -246,16 +326,28 @@ def _embedder(encoder: torch.nn.Module, pooling: Pooling) -> torch.nn.Module:
             extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
             hidden = hidden.float()
-            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-            parts = []
-            for mode in pooling.modes:
-                if mode == "cls":
-                    parts.append(hidden[:, 0])
-                elif mode == "max":
-                    parts.append(hidden.masked_fill(mask == 0, -1e9).max(dim=1).values)
-                else:
-                    parts.append((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9))
-            pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            return torch.nn.functional.normalize(pooled, p=2.0, dim=1) if pooling.normalize else pooled
+            parts = [_pooled(mode, hidden, attention_mask) for mode in pooling.modes]
+            vector = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            if pooling.normalize:
+                vector = torch.nn.functional.normalize(vector, p=2.0, dim=1)
+            return vector if pooling.dimensions is None else vector[:, : pooling.dimensions]
 
     return Embedder().eval()
+
+
+def _pooled(mode: str, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """One vector a row, `[batch, width]`, of token vectors that are padded on the right."""
+    import torch
+
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "max":
+        return hidden.masked_fill(mask == 0, -1e9).max(dim=1).values
+    if mode == "lasttoken":
+        last = attention_mask.sum(dim=1, keepdim=True).sub(1).clamp(min=0)
+        return torch.gather(hidden, 1, last.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).squeeze(1)
+    if mode == "weightedmean":
+        mask = mask * torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype).unsqueeze(-1)
+    count = mask.sum(dim=1).clamp(min=1e-9)
+    return (hidden * mask).sum(dim=1) / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)

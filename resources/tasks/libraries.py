@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from resources.tasks.base import CheckpointFiles
+from resources.tasks.sentence_transformers import MODULES
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -40,12 +41,24 @@ def transformers_pipeline(
     return pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
 
 
-def sentence_transformer(files: CheckpointFiles, tokenizer: Any, most_tokens: int, **load: Any) -> SentenceTransformer:
-    """sentence-transformers' embedder, in fp32, with the given tokenizer in place of its own. See `_served`."""
+def sentence_transformer(
+    files: CheckpointFiles, tokenizer: Any, most_tokens: int, *, pooling: str, normalize: bool, **load: Any
+) -> SentenceTransformer:
+    """sentence-transformers' embedder, in fp32, with the given tokenizer in place of its own. See `_served`.
+
+    pooling, normalize: the models file's choice for a checkpoint without modules.json; with it they are not looked at.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
 
-    model = SentenceTransformer(str(files.folder), device="cpu", local_files_only=True, **_given(load, torch.float32))
+    given = _given(load, torch.float32)
+    if (files.folder / MODULES).is_file():
+        model = SentenceTransformer(str(files.folder), device="cpu", local_files_only=True, **given)
+    else:
+        first = Transformer(str(files.folder), model_kwargs={**given["model_kwargs"], "local_files_only": True})
+        modules = [first, Pooling(first.get_embedding_dimension(), pooling), *([Normalize()] if normalize else [])]
+        model = SentenceTransformer(modules=modules, device="cpu")
     return _served(model, tokenizer, most_tokens)
 
 

@@ -23,7 +23,7 @@ from resources.tasks.grading import ndcg_at_10, number, require
 from resources.tasks.heads import Activation, classifier
 from resources.tasks.libraries import cross_encoder, sentence_transformers_name
 from resources.tasks.samples import ranking_items
-from resources.tasks.sentence_transformers import optional_json, read_modules, refuse_prompts
+from resources.tasks.sentence_transformers import CONFIG, optional_json, read_modules, refuse_changed_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,10 +50,9 @@ def activation(files: CheckpointFiles) -> Activation:
     """As sentence-transformers' CrossEncoder chooses it: that library's own file (since version 6), config.json's
     section of it (version 4), its field (before), else sigmoid. Raises CheckpointError for one that is not served.
     """
-    own = "config_sentence_transformers.json"
     section = files.config.get("sentence_transformers")
     named = {
-        own: optional_json(files, own).get("activation_fn"),
+        CONFIG: optional_json(files, CONFIG).get("activation_fn"),
         "config.json": (section.get("activation_fn") if isinstance(section, dict) else None)
         or files.config.get("sbert_ce_default_activation_function"),
     }
@@ -84,7 +83,7 @@ class RerankingTask(Task):
             )
         activation(files)
         read_modules(files, ("Transformer",))
-        refuse_prompts(files)
+        refuse_changed_texts(files)
 
     def output(self, files: CheckpointFiles) -> str:
         return "score"

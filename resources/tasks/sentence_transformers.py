@@ -19,25 +19,76 @@ from resources.tasks.base import CheckpointFiles
 T = TypeVar("T")
 
 
-def refuse_prompts(files: CheckpointFiles) -> None:
-    """Raise CheckpointError where sentence-transformers would change the text before its tokenizer sees it."""
-    name = "config_sentence_transformers.json"
-    config = optional_json(files, name)
+CONFIG = "config_sentence_transformers.json"
+MODULES = "modules.json"
+#: What its first module is configured by: the names that it has given that file, in the order in which it looks.
+TRANSFORMER_CONFIGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+#: What it passes on to transformers, by the names that these have had, and what changes nothing there that is served:
+#: everything runs in fp32, on transformers' own attention, and without code of others.
+_PASSED_ON = {
+    "model": ("dtype", "torch_dtype", "attn_implementation", "add_pooling_layer", "use_safetensors"),
+    "tokenizer": ("model_max_length", "use_fast"),
+    "processor": ("model_max_length", "use_fast"),
+    "config": (),
+    "processing": (),
+}
+_HARMLESS = ("trust_remote_code", "local_files_only", "cache_dir", "token", "revision")
+
+
+def transformer_config(files: CheckpointFiles) -> tuple[str, dict[str, Any]]:
+    """The first module's file and what it holds, in whichever layout; without modules.json none is read."""
+    if not _has(files, MODULES):
+        return "", {}
+    for name in TRANSFORMER_CONFIGS:
+        if config := optional_json(files, name):
+            return name, config
+    return "", {}
+
+
+def length_limits(config: dict[str, Any]) -> tuple[Any, ...]:
+    """What the first module's file says of the longest text, the first that is there."""
+    passed = (config.get(f"{part}_{kind}") for part in ("processor", "tokenizer") for kind in ("kwargs", "args"))
+    inside = (part.get("model_max_length") for part in passed if isinstance(part, dict))
+    return (*inside, config.get("max_seq_length"))
+
+
+def refuse_changed_texts(files: CheckpointFiles) -> None:
+    """Raise CheckpointError where sentence-transformers would change text, tokens or configuration before the model."""
+    config = optional_json(files, CONFIG)
     default, prompts = config.get("default_prompt_name"), config.get("prompts")
     if prompts and not isinstance(prompts, dict):
-        raise files.refuse(f"{name}, prompts: it is no table of prompts", "Copy the checkpoint again, whole")
+        raise files.refuse(f"{CONFIG}, prompts: it is no table of prompts", "Copy the checkpoint again, whole")
     if isinstance(default, str) and prompts and prompts.get(default):
         raise files.refuse(
-            f"{name} puts the prompt {default!r} before every text, which is not served",
+            f"{CONFIG} puts the prompt {default!r} before every text, which is not served",
             "Set its default_prompt_name to null, and let the caller write the prompt before the text",
         )
-    name = "sentence_bert_config.json"
-    config = optional_json(files, name)
+    name, config = transformer_config(files)
     if config.get("do_lower_case") and not _lowers(files):
         raise files.refuse(
             f"{name} turns every text into lower case (do_lower_case) before the tokenizer, which is not served",
             "Set do_lower_case to false there, and let the tokenizer do it (tokenizer.json, normalizer) or the caller",
         )
+    for part, harmless in _PASSED_ON.items():
+        for kind in ("kwargs", "args"):
+            given = config.get(f"{part}_{kind}")
+            for key in given if isinstance(given, dict) else ():
+                if given[key] and key not in (*harmless, *_HARMLESS):
+                    raise files.refuse(
+                        f"{name}, {part}_{kind}: {key} changes how the checkpoint is read, which is not served",
+                        "Save the checkpoint with that setting in its own files, and remove it there",
+                    )
+    task = config.get("transformer_task", "")
+    if task not in ("", "feature-extraction", "sequence-classification"):
+        raise files.refuse(f"{name}, transformer_task: {task!r:.60} is not served", "Use a checkpoint for text alone")
 
 
 def optional_json(files: CheckpointFiles, name: str) -> dict[str, Any]:
@@ -46,14 +97,14 @@ def optional_json(files: CheckpointFiles, name: str) -> dict[str, Any]:
 
 
 def read_modules(files: CheckpointFiles, served: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and entry of each module that sentence-transformers runs; none where it saved none.
+    """Kind and entry of each module that sentence-transformers runs, in their order; none where it saved none.
 
     Raises CheckpointError for one that is not of its own and of a kind that is served.
     """
-    if not _has(files, "modules.json"):
+    if not _has(files, MODULES):
         return []
-    found = []
-    for module in read_json(files, "modules.json", list):
+    found: list[tuple[str, dict[str, Any]]] = []
+    for module in read_json(files, MODULES, list):
         if not isinstance(module, dict):
             raise files.refuse("modules.json holds no list of modules", "Copy the checkpoint again, whole")
         package, _, kind = str(module.get("type", "")).rpartition(".")
@@ -63,7 +114,15 @@ def read_modules(files: CheckpointFiles, served: Sequence[str]) -> list[tuple[st
                 f"{', '.join(served)} are served",
                 "Use a checkpoint without it",
             )
+        if kind == "Transformer" and module.get("path") not in (None, "", "."):
+            raise files.refuse(
+                f"modules.json has the model in a folder of its own ({module['path']!s:.60}), as sentence-transformers "
+                "1 did",
+                "Load it with sentence-transformers and save it again: SentenceTransformer(folder).save(another)",
+            )
         found.append((kind, module))
+    if not found or found[0][0] != "Transformer":
+        raise files.refuse("modules.json does not begin with a Transformer", "Copy the checkpoint again, whole")
     return found
 
 

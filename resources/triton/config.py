@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 _WARM_UP_TOKENS = 16
+_WARM_UP_FILES = {"input_ids": "ids", "attention_mask": "ones"}
 #: What padding is for are batches. On a CPU they save little: 8 rows of 32 tokens took 0.80 of the time of 8 single
 #: ones, and 4 of 128 all of it; and a ninth of all work was padding. So rows are padded there to the next eight.
 _CPU_LENGTH_STEP = 8
@@ -160,14 +161,15 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
         _parameters(config, {"intra_op_thread_count": threads, "inter_op_thread_count": "1"})
         if device_of(plan.target) == "cuda":
             _accelerator(config, plan)
-    # Zero ids and a mask of ones: random ids lie outside the vocabulary, and the load would fail.
+    # One row as the tokenizer could have made it: random ids lie outside the vocabulary, and models look for special
+    # tokens.
     warm = config.model_warmup.add(name="one short text", batch_size=1)
     for array in _engine_inputs(plan):
         item = warm.inputs[array]
         item.data_type = pb.TYPE_INT64
         item.dims.extend([*([1] if rows else []), 1 if array in extra else _WARM_UP_TOKENS])
-        if array == "attention_mask":
-            item.input_data_file = "ones"
+        if array in _WARM_UP_FILES:
+            item.input_data_file = _WARM_UP_FILES[array]
         else:
             item.zero_data = True
     return config
@@ -210,10 +212,18 @@ def _accelerator(config: ModelConfig, plan: ReleasePlan) -> None:
         found.add(name="cuda", parameters=SETTINGS)
 
 
-def write_warm_up(folder: Path) -> None:
-    """The file that the engine's warm-up reads its mask from: `[tokens]` int64 ones, raw."""
+def write_warm_up(encoder_file: Path, folder: Path) -> None:
+    """The files that the engine's warm-up reads its ids and its mask from: `[tokens]` int64, raw.
+
+    encoder_file: says which tokens stand before and after a text. See resources.pipelines.tokenization.
+    """
+    encoder = json.loads(encoder_file.read_text(encoding="utf-8"))
+    before, after = encoder.get("before", []), encoder.get("after", [])
+    inside = [encoder.get("filler", 0)] * (_WARM_UP_TOKENS - len(before) - len(after))
+    values = {"input_ids": [*before, *inside, *after], "attention_mask": [1] * _WARM_UP_TOKENS}
     (folder / "warmup").mkdir()
-    (folder / "warmup" / "ones").write_bytes((1).to_bytes(8, "little") * _WARM_UP_TOKENS)
+    for array, file in _WARM_UP_FILES.items():
+        (folder / "warmup" / file).write_bytes(b"".join(value.to_bytes(8, "little") for value in values[array]))
 
 
 def write_config(config: ModelConfig, path: Path) -> None:

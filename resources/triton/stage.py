@@ -32,7 +32,7 @@ def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
         (root / engine / LABELS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_config(front_config(plan, number), root / front / CONFIG)
     if not plan.whole:
-        write_warm_up(root / engine)
+        write_warm_up(root / front / "1" / "encoder.json", root / engine)
         write_config(engine_config(plan, number), root / engine / CONFIG)
     folder = root / plan.model / str(number)
     folder.mkdir(parents=True)

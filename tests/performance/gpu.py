@@ -277,7 +277,7 @@ def run(
             for name, session in sessions.items():
                 answer = session.run(batch)
                 row[f"cosine worst {name}"] = float((answer * expected).sum(axis=1).min())
-                slot = session.slot({key: array.shape for key, array in batch.items() if key in session.inputs})
+                slot = session.slot({key: array for key, array in batch.items() if key in session.inputs})
                 if slot is None:
                     row[f"no graph {name}"] = session.why_no_graphs
                     continue

@@ -27,7 +27,6 @@ from aside import import_aside  # noqa: E402
 
 import_aside("tokenizers", "pipelines", "engine")
 
-import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from answering import AnsweringModel  # noqa: E402
 from reading import open_here  # noqa: E402
@@ -63,14 +62,13 @@ class TritonPythonModel(AnsweringModel):
         return self._engine.run({name: arrays[name] for name in self._engine.inputs})
 
     def _warm(self, extra):
-        widths = {name: 1 if name in extra else 0 for name in self._engine.inputs}
-        lengths = self._pipeline.encoder.buckets
+        encoder = self._pipeline.encoder
+        batches = (encoder.example(1, length, extra) for length in encoder.buckets)
         if hasattr(self._engine, "warm"):
-            self._engine.warm(widths, lengths, self._largest, _WARM_GRAPHS_SECONDS)
+            self._engine.warm(batches, self._largest, _WARM_GRAPHS_SECONDS)
             return
         end = time.monotonic() + _WARM_SECONDS
-        for length in lengths:
-            # Ones: there are vocabularies without many more.
-            self._engine.run({name: np.ones((1, width or length), np.int64) for name, width in widths.items()})
+        for batch in batches:
+            self._infer(batch)
             if time.monotonic() > end:
                 return

@@ -32,8 +32,8 @@ def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wo
     record = made.record
     if record.assumed:
         context.log.warning(
-            f"{entry.name}: the checkpoint has no modules.json, so it does not say how token vectors become one. Assumed "
-            f"is {', '.join(record.assumed)}, as sentence-transformers does. Write the right ones into the entry's "
+            f"{entry.name}: the checkpoint has no modules.json, so it does not say how token vectors become one. As "
+            f"sentence-transformers does, {', '.join(record.assumed)} is assumed. Write what is right into the entry's "
             "options."
         )
     return materialized(

@@ -29,7 +29,7 @@ from resources.catalog import (
     write_entry,
 )
 from resources.checkpoints import Access, SourceSettings, locate
-from resources.checkpoints.configuration import read_architecture
+from resources.checkpoints.kinds import task_of, why_of_no_use
 from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.registry import parse_reference
 from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of
@@ -37,13 +37,6 @@ from resources.errors import ArtifactError, CatalogError, CheckpointError, first
 from resources.revisions.hub import hub_commit
 from resources.workspace import Workspace
 
-#: What a checkpoint saved from such a class is for. Those for sequences may also rerank or judge labels; that only
-#: their author knows.
-_HEADS = {
-    "ForSequenceClassification": "classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-}
 #: What the command line may say about a new entry; None: nothing.
 ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds", "allow_pickle")
 _PICKLE_WARNING = (
@@ -85,6 +78,8 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
     _require_read(catalog, name)
     # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
     if source.startswith("/") and not ((folder := locate(source).folder) / "config.json").is_file():
+        if why := why_of_no_use(folder, {}):
+            raise CheckpointError(f"{name}: {source}: {why}.")
         if (folder / ADAPTER).exists():
             raise CheckpointError(f"{name}: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
         raise CheckpointError(
@@ -280,8 +275,7 @@ def _entry(known: Mapping[str, Any], options: Namespace, settings: SourceSetting
 
 
 def _guess_task(fields: Mapping[str, Any], settings: SourceSettings) -> str:
-    """Tell the task from the class that the checkpoint was saved from: without a known head, `embedding`."""
+    """Tell the task from the checkpoint's small files; `embedding` where they do not say."""
     allow_pickle = bool(fields.get("allow_pickle", False))
     folder = locate(fields["source"], allow_pickle=allow_pickle, settings=settings).folder
-    architecture = read_architecture(folder)  # empty where unreadable: collecting the checkpoint reports why
-    return next((task for head, task in _HEADS.items() if architecture.endswith(head)), "embedding")
+    return task_of(folder) or "embedding"  # collecting the checkpoint says what is wrong with it

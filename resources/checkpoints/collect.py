@@ -362,4 +362,7 @@ def _weights_digest(config: dict[str, Any], names: tuple[str, ...], hashes: dict
 def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
     """What tasks read of a stored checkpoint. Raises CheckpointError."""
     files = CheckpointFiles(record.model, folder, {})
-    return CheckpointFiles(record.model, folder, read_json(files, CONFIG, dict), record.settings, record.allow_unused)
+    config = read_json(files, CONFIG, dict)
+    if not config.get("architectures"):  # told from its weights when it was collected
+        config = {**config, "architectures": [record.architecture]}
+    return CheckpointFiles(record.model, folder, config, record.settings, record.allow_unused)

@@ -13,8 +13,7 @@ from typing import Any
 
 from resources.catalog import ModelEntry
 from resources.checkpoints.reading import TOKENIZER, has_file, read_object, refuse
-from resources.foreign import MOST_CONFIG_BYTES, ForeignError, parse_json, read_below, values_of
-from resources.tasks import CheckpointFiles
+from resources.foreign import values_of
 from resources.tasks.base import MOST_LABELS
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -61,15 +60,6 @@ def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
     if vocabulary is not None and (not _is_count(vocabulary) or vocabulary < 1):
         raise refuse(entry, f"{CONFIG}, vocab_size: {vocabulary!r:.60} is no number of tokens", "Correct it")
     return config
-
-
-def read_architecture(folder: Path) -> str:
-    """The class that a checkpoint was saved from; empty where config.json cannot be read or does not say."""
-    try:
-        config = parse_json(read_below(folder, CONFIG, MOST_CONFIG_BYTES))
-    except (OSError, ValueError, ForeignError):
-        return ""
-    return CheckpointFiles("", folder, config).architecture if isinstance(config, dict) else ""
 
 
 def check_tokenizer_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:

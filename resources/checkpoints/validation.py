@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from resources.catalog import ModelEntry
-from resources.checkpoints.configuration import check_config, check_tokenizer_config, length_of
+from resources.checkpoints.configuration import CONFIG, check_config, check_tokenizer_config, length_of
+from resources.checkpoints.kinds import head_of, why_of_no_use
 from resources.checkpoints.reading import (
     ADAPTER,
     IS_ADAPTER,
@@ -98,13 +99,13 @@ def validate(entry: ModelEntry, folder: Path) -> Validated:
     """Read a checkpoint's folder without loading weights. Raises CheckpointError naming model, file and remedy."""
     if has_file(entry, folder, ADAPTER):
         raise refuse(entry, f"{IS_ADAPTER} ({folder / ADAPTER})", MERGE_REMEDY)
-    config = check_config(entry, folder)
+    config = _read_config(entry, folder)
     tokenizer_config = check_tokenizer_config(entry, folder)
     stored = find_weights(entry, folder)
     weights = tuple(name for name in stored if not name.endswith(".json"))
-    for file in weights:
-        if file.endswith(".safetensors"):
-            check_whole(entry, folder, file)
+    names = [name for file in weights if file.endswith(".safetensors") for name in check_whole(entry, folder, file)]
+    if not config.get("architectures") and names:
+        config = {**config, "architectures": [f"{config['model_type']} {head_of(names)}"]}
     files = {*stored, *_files(entry, folder)}
     _check_tokenizer(entry, folder, config, tokenizer_config)
     TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config))
@@ -114,6 +115,17 @@ def validate(entry: ModelEntry, folder: Path) -> Validated:
         config=config,
         max_tokens=_max_tokens(entry, folder, config, tokenizer_config),
     )
+
+
+def _read_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
+    """config.json, checked. Raises CheckpointError, also for a family of models that no task here fits."""
+    # Some of them have no config.json, or one that transformers does not know.
+    if not has_file(entry, folder, CONFIG) and (why := why_of_no_use(folder, {})):
+        raise refuse(entry, *why.rsplit(". ", 1))
+    config = check_config(entry, folder)
+    if why := why_of_no_use(folder, config):
+        raise refuse(entry, *why.rsplit(". ", 1))
+    return config
 
 
 def _files(entry: ModelEntry, folder: Path) -> list[str]:

@@ -86,8 +86,8 @@ def _shards(entry: ModelEntry, folder: Path, index: str) -> list[str]:
     return names
 
 
-def check_whole(entry: ModelEntry, folder: Path, name: str) -> None:
-    """Refuse a safetensors file that is not as its header says it is.
+def check_whole(entry: ModelEntry, folder: Path, name: str) -> list[str]:
+    """The names of a safetensors file's tensors. Raises CheckpointError where it is not as its header says it is.
 
     The format: 8 bytes, the header's length; the header, JSON with each tensor's type, shape and byte range; the
     tensors' bytes, one after the other without a gap.
@@ -106,7 +106,8 @@ def check_whole(entry: ModelEntry, folder: Path, name: str) -> None:
     try:
         if data is None:
             raise ValueError("its header does not fit into it")
-        expected = 8 + length + _bytes_of(parse_json(data, most_values=_MOST_HEADER_VALUES))
+        header = parse_json(data, most_values=_MOST_HEADER_VALUES)
+        expected = 8 + length + _bytes_of(header)
     except ValueError:
         raise refuse(
             entry, f"{path} is truncated or no safetensors file ({size} bytes)", "Copy or download it again"
@@ -115,6 +116,7 @@ def check_whole(entry: ModelEntry, folder: Path, name: str) -> None:
         raise refuse(
             entry, f"{path} is damaged: {size} bytes where its header says {expected}", "Copy or download it again"
         )
+    return [key for key in header if key != "__metadata__"]
 
 
 def _bytes_of(header: Any) -> int:

@@ -87,6 +87,23 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deberta": ("bpe", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "roberta": ("bpe", {"max_position_embeddings": 66}),
+    "bart": (
+        "bpe",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "init_std": 0.4,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "decoder_start_token_id": 3,
+            "forced_eos_token_id": None,
+        },
+    ),
     "modernbert": ("bpe", {"global_attn_every_n_layers": 2, "local_attention": 16}),
 }
 

@@ -14,7 +14,7 @@ from resources.artifacts.store import Made
 from resources.catalog import ModelEntry
 from resources.checkpoints import checkpoint_files
 from resources.errors import CheckpointError
-from resources.evaluation.batches import equal_length_batches
+from resources.evaluation.batches import equal_length_batches, plan_batches
 from resources.evaluation.requests import evaluation_requests, require_answers
 from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
@@ -25,7 +25,8 @@ from resources.usage import Watch
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
-    from resources.pipelines.base import Item
+    from resources.evaluation.answering import Run
+    from resources.pipelines.base import Item, Pipeline
 
 #: What an evaluation set depends on, beside what it was made from.
 CODE = (
@@ -40,6 +41,8 @@ REFERENCE_NUMBERS = "reference.npy"
 REFERENCE_DOCUMENTS = "reference.json"
 ITEMS_FILE = "items.json"
 _BATCH = 16
+#: Of every so many requests one is answered in company too.
+_PADDED_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,29 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
         )
 
     return workspace.store.get_or_make(EvaluationSet, made_of, make)
+
+
+def _require_padding(checkpoint: Checkpoint, pipeline: Pipeline, run: Run, items: list[Item], alone: list[Any]) -> None:
+    """Raise CheckpointError where the model answers otherwise in company: servers pad what they answer together."""
+    from resources.evaluation.answering import answer_items
+
+    task, some = TASKS[checkpoint.task], items[::_PADDED_EVERY]
+    bucket = pipeline.encoder.bucket
+    padded = answer_items(
+        pipeline,
+        run,
+        some,
+        lambda lengths: plan_batches([*chain.from_iterable(lengths)], bucket, _BATCH),
+        per_token=task.per_token,
+    )
+    for item, expected, found in zip(some, alone[::_PADDED_EVERY], padded.answers or [None] * len(some), strict=True):
+        why = task.difference(checkpoint.settings, expected, found) if found is not None else padded.broken
+        if why:
+            raise CheckpointError(
+                f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself answers otherwise where a text is "
+                f"padded, which every server has to do: {', '.join(repr(text[:60]) for text in item.values())}: {why}. "
+                "Such a model cannot be served in batches; give another checkpoint."
+            )
 
 
 @dataclass(frozen=True)
@@ -157,6 +183,7 @@ def _answer(
             "evaluation set in fp32, so there is nothing to serve. The weights are damaged or the training diverged: "
             "give another checkpoint."
         )
+    _require_padding(checkpoint, pipeline, run, items, answered.answers)
     lacking = task.too_little(checkpoint.settings, answered.answers)
     if lacking:
         raise CheckpointError(

@@ -84,5 +84,5 @@ def _served(model: Any, tokenizer: Any, most_tokens: int) -> Any:
     """
     own = model.max_seq_length
     tokenizer.model_max_length = min(own, most_tokens) if own else most_tokens
-    model.tokenizer = tokenizer
+    model[0].processor = tokenizer
     return model

@@ -60,6 +60,9 @@ def test_real_checkpoint_embeds_as_sentence_transformers_does(minilm):
         {"pooling_mode_cls_token": True},
         {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False},
         {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
+        {"pooling_mode_lasttoken": True},
+        {"pooling_mode_weightedmean_tokens": True, "pooling_mode_mean_sqrt_len_tokens": True},
+        {},
     ],
 )
 def test_pooling_is_sentence_transformers_own(own_checkpoint, pooling, normalize):
@@ -101,16 +104,14 @@ def test_newer_configurations_name_the_mode(own_checkpoint, field):
 @pytest.mark.parametrize(
     "pooling",
     [
-        {"pooling_mode_lasttoken": True},
-        {"pooling_mode_mean_tokens": True, "pooling_mode_weightedmean_tokens": True},
-        {"pooling_mode": "weightedmean"},
-        {"pooling_mode": ["mean", "lasttoken"]},
+        {"pooling_mode_mean_tokens": True, "pooling_mode_middletoken": True},
+        {"pooling_mode": "middletoken"},
+        {"pooling_mode": ["mean", "middletoken"]},
         {"pooling_mode": None},
-        {},
     ],
 )
 def test_other_pooling_is_refused(own_checkpoint, pooling):
-    with pytest.raises(CheckpointError, match="only mean, cls and max are served"):
+    with pytest.raises(CheckpointError, match="only cls, max, mean, .* are served"):
         read_pooling(files_of(with_pooling(own_checkpoint(), pooling)))
 
 
@@ -133,7 +134,11 @@ def test_modules_of_other_kinds_are_refused(own_checkpoint, kind):
         ("modules.json", "{", "modules.json cannot be read.*Copy the checkpoint again"),
         ("modules.json", "{}", "modules.json holds no JSON list"),
         ("1_Pooling/config.json", "[]", "1_Pooling/config.json holds no JSON dict"),
-        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": false}', "include_prompt"),
+        ("config_sentence_transformers.json", '{"truncate_dim": "8"}', "truncate_dim: '8' is no number"),
+        ("config_sentence_transformers.json", '{"model_type": "SparseEncoder"}', "it is a SparseEncoder"),
+        ("sentence_bert_config.json", '{"processing_kwargs": {"text": {"padding": "max_length"}}}', "text changes how"),
+        ("sentence_bert_config.json", '{"config_args": {"hidden_act": "relu"}}', "config_args: hidden_act changes how"),
+        ("sentence_roberta_config.json", '{"do_lower_case": true}', "sentence_roberta_config.json turns every text"),
         (
             "config_sentence_transformers.json",
             '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}',
@@ -155,7 +160,8 @@ def test_configurations_that_are_not_served_are_refused(own_checkpoint, name, te
     [
         ("config_sentence_transformers.json", '{"prompts": {"query": "query: "}, "default_prompt_name": null}'),
         ("config_sentence_transformers.json", '{"prompts": {"document": ""}, "default_prompt_name": "document"}'),
-        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": true}'),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": false}'),
+        ("sentence_bert_config.json", '{"model_args": {"torch_dtype": "float16"}, "tokenizer_args": {}}'),
     ],
 )
 def test_prompts_that_change_nothing_are_no_obstacle(own_checkpoint, name, text):

@@ -150,8 +150,10 @@ def _require_tokens(who: str, pipeline: Pipeline, tokenizer: Any, items: list[It
     """The rows of the items. Raises CheckpointError where the tokenizer's own ids are others than those that serve."""
     encoder = pipeline.encoder
     segments = [segment for item in items for segment in pipeline.segments(item)]
+    # What is longer than any limit is not always among the items.
     long = long_text(encoder.max_tokens)
-    segments.append(encoder.enough((long,) if len(segments[0]) == 1 else ("a", long), windows=pipeline.windows))
+    pair = (long, "a") if encoder.strategy == "only_first" else ("a", long)
+    segments.append(encoder.enough((long,) if len(segments[0]) == 1 else pair, windows=pipeline.windows))
     encodings = encoder.tokens(segments)
     texts = [list(part) for part in zip(*segments, strict=True)]
     cutting: dict[str, Any] = {"truncation": encoder.strategy, "max_length": encoder.max_tokens}

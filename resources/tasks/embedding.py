@@ -179,7 +179,8 @@ class EmbeddingTask(Task):
         from transformers import AutoModel
 
         # Most checkpoints for sentences were saved without BERT's pooler, which only BERT's own heads read.
-        return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), pooling_of(files.settings))
+        pooling = pooling_of(files.settings) if files.settings else read_pooling(files)
+        return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), pooling)
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         assert isinstance(options, EmbeddingOptions)

@@ -50,7 +50,7 @@ def sentence_transformer(
     """
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     given = _given(load, torch.float32)
     if (files.folder / MODULES).is_file():

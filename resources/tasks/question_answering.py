@@ -100,6 +100,7 @@ class QuestionAnsweringTask(Task):
             max_answer_len=settings["max_answer_tokens"],
             handle_impossible_answer=settings["handle_impossible_answer"],
             align_to_words=settings["align_to_words"],
+            most_windows=settings["windows"],
         )
         return Library(
             "transformers' model and tokenizer, and the arithmetic of pipeline('question-answering') of version 4.57",

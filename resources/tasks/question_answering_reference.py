@@ -17,7 +17,10 @@ _SPANS = 12
 
 
 class QuestionAnswerer:
-    """`pipeline("question-answering")` with its own names of what can be chosen."""
+    """`pipeline("question-answering")` with its own names of what can be chosen.
+
+    most_windows: beyond it a context is cut where it is served, which the pipeline never did.
+    """
 
     def __init__(
         self,
@@ -29,13 +32,14 @@ class QuestionAnswerer:
         max_answer_len: int,
         handle_impossible_answer: bool,
         align_to_words: bool,
+        most_windows: int,
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
         self._length, self._stride, self._longest = max_seq_len, doc_stride, max_answer_len
-        self._impossible, self._align = handle_impossible_answer, align_to_words
+        self._impossible, self._align, self._most = handle_impossible_answer, align_to_words, most_windows
 
     def answer(self, question: str, context: str) -> dict[str, Any] | None:
-        """The best answer; None for a question or a context that the pipeline refused."""
+        """The best answer; None for a question or a context that the pipeline refused, or of too many windows."""
         if not question or not context:
             return None
         windows = self._tokenizer(
@@ -47,6 +51,8 @@ class QuestionAnswerer:
             return_overflowing_tokens=True,
             padding=False,
         )
+        if len(windows.encodings) > self._most:
+            return None
         found: list[dict[str, Any]] = []
         nothing = math.inf
         for number, encoding in enumerate(windows.encodings):

@@ -111,6 +111,11 @@ class TokenClassificationTask(Task):
             choices["stride"] = encoder.stride
 
         def answer(item: Item) -> Any:
+            if strategy != "none":
+                cutting = {"truncation": True, "stride": encoder.stride, "return_overflowing_tokens": True}
+                # Beyond so many windows a text is cut where it is served, which the pipeline never does.
+                if len(classify.tokenizer(item["TEXT"], **cutting)["input_ids"]) > settings["windows"]:
+                    return None
             return [{**entity, "score": float(entity["score"])} for entity in classify(item["TEXT"], **choices)]
 
         return Library(transformers_name(self.name), answer)

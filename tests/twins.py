@@ -1,4 +1,4 @@
-"""Small twins of deployed checkpoints: their configuration fields, files and kinds of tokenizers, with random weights."""
+"""Small twins of deployed checkpoints: their configuration, files and kinds of tokenizers, with random weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pooled(
     config: dict[str, Any] | None = None,
     name: str = "",
 ) -> Path:
-    """Write sentence-transformers' files beside a checkpoint: of version 6 where the pooling is a word, else older ones.
+    """Write sentence-transformers' files beside a checkpoint: version 6's where the pooling is a word, else older ones.
 
     config: of config_sentence_transformers.json. name: of the first module's file, with a limit of 48 tokens.
     """

@@ -35,6 +35,7 @@ from resources.isolation import Limits, run_isolated
 from resources.locks import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.tasks import TASKS, CheckpointFiles
+from resources.tasks.sentence_transformers import CONFIG as SENTENCE_TRANSFORMERS
 from resources.tasks.sentence_transformers import read_json
 
 #: What a stored checkpoint depends on, beside its source.
@@ -103,7 +104,7 @@ def collect_checkpoint(
         raise
     except (OSError, ForeignError) as error:
         raise _unreadable(entry, error) from error
-    weights = _weights_digest(found.config, found.files, hashes)
+    weights = _weights_digest(entry, found, hashes)
     others = {name: sha256 for name, sha256 in hashes.items() if not name.endswith(_WEIGHTS)}
     made_of = _made_of(entry, located.revision, weights, others)
 
@@ -190,7 +191,7 @@ def _record_of(
             frame=(signature.before, signature.after),
         ),
         labels=labels,
-        output=task.output(files),
+        output=task.output(replace(files, settings=settings)),
         settings=settings,
         max_tokens=max_tokens,
         lengths=lengths,
@@ -346,11 +347,18 @@ def copy_unchanged(model: str, folder: Path, name: str, place: Path, sha256: str
         )
 
 
-def _weights_digest(config: dict[str, Any], names: tuple[str, ...], hashes: dict[str, str]) -> str:
-    """Of everything that decides what the model computes: weights, configuration, pooling, its own code."""
-    computing = {key: value for key, value in config.items() if key not in _NOT_WEIGHTS}
+def _weights_digest(entry: ModelEntry, found: Validated, hashes: dict[str, str]) -> str:
+    """Of everything that decides what the model computes: weights, configuration, pooling, its own code, and what the
+    models file says of it.
+    """
+    names, task, options = found.files, TASKS[entry.task], entry.task_options()
+    computing = {key: value for key, value in found.config.items() if key not in _NOT_WEIGHTS}
     parts = [("config.json", hashlib.sha256(json.dumps(computing, sort_keys=True).encode()).hexdigest())]
-    pooling = {"modules.json", *(name for name in names if "/" in name)} if "modules.json" in names else set()
+    chosen = {name: getattr(options, name) for name in task.computing if getattr(options, name) is not None}
+    if chosen:
+        parts.append(("options", fingerprint("options", **chosen)))
+    of_sentence_transformers = {"modules.json", SENTENCE_TRANSFORMERS, *(name for name in names if "/" in name)}
+    pooling = of_sentence_transformers if "modules.json" in names else set()
     parts += [
         (name, hashes[name])
         for name in names

@@ -166,6 +166,7 @@ class Task(ABC):
     `per_token`: the engine answers each token, fp32 `[batch, sequence, width]`, and not each row `[batch, width]`.
     `extra_inputs`: inputs of the engine beside the tokenizer's, int64 `[batch, 1]`.
     `fields`: what a line of a user's file may hold.
+    `computing`: the options that decide what the engine computes; the others decide what is made of that.
     """
 
     name: ClassVar[str]
@@ -174,6 +175,7 @@ class Task(ABC):
     per_token: ClassVar[bool] = False
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[tuple[str, ...]]
+    computing: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, files: CheckpointFiles) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from resources.tasks.base import (
     CheckpointFiles,
@@ -54,19 +54,30 @@ def activation(files: CheckpointFiles) -> Activation:
     return "sigmoid" if problem == "multi_label_classification" or len(read_labels(files)) == 1 else "softmax"
 
 
+class ClassificationOptions(Options):
+    """`function_to_apply`: as transformers' pipeline names it; default: what it chooses by the checkpoint."""
+
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+
+
 class ClassificationTask(Task):
     """TEXT in, `probabilities` FP32 `[batch, labels]` out, named in Triton's label file; regression: `values`."""
 
     name: ClassVar[str] = "classification"
     gates: ClassVar[type[Gates]] = ClassificationGates
     fields: ClassVar[tuple[str, ...]] = ("text", "label")
+    options: ClassVar[type[Options]] = ClassificationOptions
+    computing: ClassVar[tuple[str, ...]] = ("function_to_apply",)
 
     def check(self, files: CheckpointFiles) -> None:
         files.require_head(self.name, HEAD, "a classification head")
         self.labels(files)
 
     def output(self, files: CheckpointFiles) -> str:
-        return "values" if activation(files) == "identity" else "probabilities"
+        if files.settings.get("function_to_apply") == "none":
+            return "logits"
+        chosen = files.settings["activation"] if files.settings else activation(files)
+        return "values" if chosen == "identity" else "probabilities"
 
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
         return read_labels(files)
@@ -74,12 +85,15 @@ class ClassificationTask(Task):
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), activation(files))
+        chosen = files.settings["activation"] if files.settings else activation(files)
+        return classifier(load_pretrained(AutoModelForSequenceClassification, files, **load), chosen)
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
+        assert isinstance(options, ClassificationOptions)
+        named = options.function_to_apply
         return {
             **super().settings(files, options, tokens),
-            "activation": activation(files),
+            "activation": ("identity" if named == "none" else named) or activation(files),
             "labels": list(read_labels(files)),
         }
 
@@ -96,7 +110,7 @@ class ClassificationTask(Task):
         places = {str(label): place for place, label in classify.model.config.id2label.items()}
 
         def answer(item: Item) -> Any:
-            found = classify(item["TEXT"], top_k=None, truncation=True)
+            found = classify(item["TEXT"], top_k=None, truncation=True, function_to_apply=settings["function_to_apply"])
             values = np.zeros(len(found), dtype=np.float32)
             for one in found:
                 values[places[str(one["label"])]] = one["score"]

@@ -156,6 +156,7 @@ class EmbeddingTask(Task):
     gates: ClassVar[type[Gates]] = EmbeddingGates
     fields: ClassVar[tuple[str, ...]] = ("text", "pair", "score")
     options: ClassVar[type[Options]] = EmbeddingOptions
+    computing: ClassVar[tuple[str, ...]] = ("pooling", "normalize")
 
     def check(self, files: CheckpointFiles) -> None:
         if files.config.get("is_encoder_decoder") or files.architecture.endswith(("ForCausalLM", "LMHeadModel")):

@@ -150,6 +150,8 @@ def _record_of(
         "stride": task.stride(max_tokens, options),
         "before": list(signature.before),
         "after": list(signature.after),
+        "between": list(signature.between),
+        "second_type": signature.second_type,
         "filler": signature.filler,
     }
     (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")

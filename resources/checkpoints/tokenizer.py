@@ -23,7 +23,8 @@ _TEXT = "Does it work?"
 class Signature:
     """The arrays that the model takes, and what the tokenizer is like.
 
-    before, after: the special tokens around a text. filler: some other token.
+    before, after, between: the special tokens around a text, and between the two of a pair. second_type: the segment id
+    of the second one. filler: some token that is not special.
     """
 
     inputs: tuple[str, ...]
@@ -32,6 +33,8 @@ class Signature:
     tokens: SpecialTokens
     before: tuple[int, ...]
     after: tuple[int, ...]
+    between: tuple[int, ...]
+    second_type: int
     filler: int
 
 
@@ -58,6 +61,9 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         vocabulary_size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
         row = tokenizer.backend_tokenizer.encode(_TEXT)
         inside = [place for place, special in enumerate(row.special_tokens_mask) if not special]
+        pair = tokenizer.backend_tokenizer.encode(_TEXT, _TEXT)
+        ends = max(place for place, number in enumerate(pair.sequence_ids) if number == 0)
+        begins = pair.sequence_ids.index(1)
     except CheckpointError as error:
         raise CheckpointError(f"{model}: {error}") from error
     except BaseException as error:  # a panic of the library in Rust is no Exception
@@ -77,6 +83,8 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         tokens=tokens,
         before=tuple(row.ids[: inside[0]]),
         after=tuple(row.ids[inside[-1] + 1 :]),
+        between=tuple(pair.ids[ends + 1 : begins]),
+        second_type=pair.type_ids[begins],
         filler=row.ids[inside[0]],
     )
 

@@ -8,11 +8,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .limits import RequestLimits
+from . import TOKEN_IDS
+from .limits import RefusedError, RequestLimits
 from .tokenization import TextEncoder
 
-#: One request, by the name of its input: {"QUESTION": ..., "CONTEXT": ...}.
-Item = dict[str, str]
+#: One request, by the name of its input: {"QUESTION": ..., "CONTEXT": ...}; token ids in place of texts are a list.
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """What a client cut text into by itself, in place of a `tokenizers.Encoding`."""
+
+    ids: tuple[int, ...]
+    type_ids: tuple[int, ...]
+    overflowing: tuple[Any, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,8 @@ class Row:
 class Pipeline:
     """What stands before and behind the engine of one task.
 
-    `inputs`: the names of a request's texts. `strategy`: which of two texts is cut where both together are too long.
+    `inputs`: the names of a request's texts. `optional`: of further ones. `from_ids`: of those that token ids may stand
+    for. `strategy`: which of two texts is cut where both together are too long.
     `windowed`: a text that is too long becomes several rows that overlap, up to `windows` of them, and is not cut.
     `structured`: an answer is a JSON document; else it is the engine's own numbers.
     `offsets`: the answer says where in the text something stands.
@@ -39,6 +53,8 @@ class Pipeline:
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("TEXT",)
+    optional: ClassVar[tuple[str, ...]] = ()
+    from_ids: ClassVar[tuple[str, ...]] = ("TEXT",)
     strategy: ClassVar[str] = "longest_first"
     windowed: ClassVar[bool] = False
     structured: ClassVar[bool] = True
@@ -52,6 +68,16 @@ class Pipeline:
         """What is tokenized for the request, one or two texts each. Raises RefusedError where it has no answer."""
         return [self.encoder.enough(tuple(item[name] for name in self.inputs), windows=self.windows)]
 
+    def given(self, ids: Sequence[int]) -> Item:
+        """The texts that token ids stand for, special tokens around them included. Raises RefusedError.
+
+        Answers that say where in a text something stands are about the text that the tokens are decoded to.
+        """
+        parts = self.encoder.parts(self.encoder.given(ids))
+        if len(parts) != len(self.from_ids):
+            raise RefusedError(f"{TOKEN_IDS} holds {len(parts)} texts; this model takes {len(self.from_ids)}")
+        return dict(zip(self.from_ids, (self.encoder.decode(part) for part in parts), strict=True))
+
     def prepare(self, item: Item) -> Any:
         """What `tokenize` takes for the request. Raises RefusedError where the request has no answer."""
         return self.segments(item)
@@ -59,9 +85,16 @@ class Pipeline:
     def tokenize(self, prepared: Sequence[Any]) -> list[list[Row]]:
         """The engine's rows for each request."""
         # In one call, which uses all cores.
-        texts = [segment for group in prepared for segment in group]
+        texts = [segment for group in prepared for segment in group if not isinstance(segment, Row)]
         encodings = iter(self.encoder.tokens(texts, offsets=self.offsets))
-        return [[row for _ in group for row in self._windows(next(encodings))] for group in prepared]
+        return [
+            [
+                row
+                for segment in group
+                for row in ([segment] if isinstance(segment, Row) else self._windows(next(encodings)))
+            ]
+            for group in prepared
+        ]
 
     def rows(self, items: Sequence[Item]) -> list[list[Row]]:
         """The engine's rows for each request. Raises RefusedError where one has no answer."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from .base import Item, Pipeline, Row
+from . import TOKEN_IDS
+from .base import GivenTokens, Item, Pipeline, Row
 
 
 class TextPipeline(Pipeline):
@@ -16,11 +17,31 @@ class TextPipeline(Pipeline):
     structured: ClassVar[bool] = False
     offsets: ClassVar[bool] = False
 
+    def given(self, ids: Sequence[int]) -> Item:
+        return {TOKEN_IDS: self.encoder.given(ids)}
+
+    def prepare(self, item: Item) -> Any:
+        if TOKEN_IDS not in item:
+            return super().prepare(item)
+        ids = item[TOKEN_IDS]
+        return [Row(GivenTokens(tuple(ids), tuple(self.encoder.types_of(ids))))]
+
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> np.ndarray:
         return outputs[0]
+
+
+class ClassifyingPipeline(TextPipeline):
+    """One text, or a pair of them, to one row of numbers. The longer of the two is cut first, as transformers does."""
+
+    optional: ClassVar[tuple[str, ...]] = ("TEXT_PAIR",)
+
+    def segments(self, item: Item) -> list[tuple[str, ...]]:
+        texts = (item["TEXT"], item["TEXT_PAIR"]) if "TEXT_PAIR" in item else (item["TEXT"],)
+        return [self.encoder.enough(texts)]
 
 
 class PairPipeline(TextPipeline):
     """A query and a text to one row of numbers. The longer of the two is cut first, as sentence-transformers does."""
 
     inputs: ClassVar[tuple[str, ...]] = ("QUERY", "TEXT")
+    from_ids: ClassVar[tuple[str, ...]] = ("QUERY", "TEXT")

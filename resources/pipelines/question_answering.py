@@ -31,6 +31,7 @@ class QuestionAnsweringPipeline(Pipeline):
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("QUESTION", "CONTEXT")
+    from_ids: ClassVar[tuple[str, ...]] = ("QUESTION", "CONTEXT")
     strategy: ClassVar[str] = "only_second"
     windowed: ClassVar[bool] = True
 

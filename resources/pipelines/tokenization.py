@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .beginnings import Beginnings
+from .limits import RefusedError
 
 #: Rows are padded to the next of these lengths. Triton batches only requests of equal shape: at one common length 16
 #: concurrent requests ran as 2 executions of the engine, at 16 different lengths as 16.
@@ -38,7 +39,8 @@ class TextEncoder:
     strategy: which of two texts is cut: `longest_first`, `only_first`, `only_second`.
     stride: tokens that the pieces of a cut text have in common; see `tokens`.
     buckets: the lengths that rows are padded to, in order, `max_tokens` the last; default: `buckets_up_to`.
-    before, after: the special tokens around a text. filler: some other token.
+    before, after: the special tokens around a text; between: those between the two of a pair. second_type: the segment
+    id of the second one. filler: some token that is not special.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class TextEncoder:
         buckets: Sequence[int] = (),
         before: Sequence[int] = (),
         after: Sequence[int] = (),
+        between: Sequence[int] = (),
+        second_type: int = 0,
         filler: int = 1,
     ) -> None:
         self._file = tokenizer_file
@@ -66,6 +70,7 @@ class TextEncoder:
         self.strategy = strategy
         self.stride = stride
         self.before, self.after, self.filler = tuple(before), tuple(after), filler
+        self.between, self.second_type = tuple(between), second_type
 
     @classmethod
     def from_folder(cls, folder: str) -> "TextEncoder":
@@ -82,6 +87,8 @@ class TextEncoder:
             pad_id=self.pad_id,
             before=self.before,
             after=self.after,
+            between=self.between,
+            second_type=self.second_type,
             filler=self.filler,
         )
 
@@ -154,6 +161,40 @@ class TextEncoder:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Token ids as text."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def given(self, ids: Sequence[int]) -> list[int]:
+        """Token ids that a client gives in place of texts, without padding. Raises RefusedError."""
+        kept = list(ids)
+        while kept and kept[-1] == self.pad_id and self.pad_id not in self.after:
+            kept.pop()
+        if not kept:
+            raise RefusedError("the request holds a row without a token")
+        if len(kept) > self.max_tokens:
+            raise RefusedError(f"a row holds {len(kept)} tokens; this model takes at most {self.max_tokens}")
+        if min(kept) < 0 or max(kept) >= self.vocabulary_size:
+            raise RefusedError(f"a row holds a token id that is not from 0 to {self.vocabulary_size - 1}")
+        return kept
+
+    def parts(self, ids: Sequence[int]) -> list[list[int]]:
+        """The ids of each text, without the special tokens around them."""
+        inner = list(ids)
+        if self.before and tuple(inner[: len(self.before)]) == self.before:
+            inner = inner[len(self.before) :]
+        if self.after and tuple(inner[-len(self.after) :]) == self.after:
+            inner = inner[: -len(self.after)]
+        place = self._between(inner)
+        return [inner] if place is None else [inner[:place], inner[place + len(self.between) :]]
+
+    def types_of(self, ids: Sequence[int]) -> list[int]:
+        """The segment id of each token."""
+        place = self._between(ids[: len(ids) - len(self.after)])
+        first = len(ids) if place is None else place + len(self.between)
+        return [0] * first + [self.second_type] * (len(ids) - first)
+
+    def _between(self, ids: Sequence[int]) -> int | None:
+        size = len(self.between)
+        places = range(len(ids) - size + 1) if size else range(0)
+        return next((place for place in places if tuple(ids[place : place + size]) == self.between), None)
 
     def bucket(self, tokens: int) -> int:
         """The smallest bucket that holds so many tokens."""

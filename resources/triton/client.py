@@ -21,6 +21,8 @@ _LIVE_SECONDS = 2.0
 _NOT_EXPLICIT = "not allowed if polling is enabled"
 #: What Triton says to who calls a restricted API without the right header.
 _RESTRICTED = "restricted, expecting header"
+#: Inputs of public models that need not be given.
+_OPTIONAL = ("TEXT_PAIR",)
 #: No model's name: releases are numbered from 1.
 _NOBODY = "nobody__r0__proof"
 
@@ -170,7 +172,12 @@ class TextClient:
         except Exception as error:
             raise self._trouble(f"does not serve {model}", error) from error
         output = found["outputs"][0]
-        inputs = tuple(str(item["name"]) for item in found["inputs"])
+        # Text, and not token ids in its place; and what may be left out is left out.
+        inputs = tuple(
+            str(item["name"])
+            for item in found["inputs"]
+            if item["datatype"] == "BYTES" and item["name"] not in _OPTIONAL
+        )
         return Contract(inputs, str(output["name"]), structured=output["datatype"] == "BYTES")
 
     def release_of(self, model: str) -> int | None:
@@ -298,7 +305,8 @@ def text_tensors(api: Any, contract: Contract, items: Sequence[Mapping[str, str 
     import numpy as np
 
     tensors = []
-    for name in contract.inputs:
+    given = (*contract.inputs, *(name for name in _OPTIONAL if items and name in items[0]))
+    for name in given:
         texts = [item[name] for item in items]
         rows = [[text.encode() if isinstance(text, str) else text] for text in texts]
         tensor = api.InferInput(name, [len(items), 1], "BYTES")

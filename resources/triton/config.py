@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
+from resources.pipelines import TOKEN_COUNT, TOKEN_IDS, pipeline_class
 from resources.targets import device_of
 from resources.tasks import TASKS, Task
 from resources.triton.layout import CONFIG, internal_name
@@ -46,8 +47,8 @@ def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> Mo
     lineage = {"refinery_release": str(number), "refinery_revision": plan.checkpoint.revision, **plan.lineage}
     engine_name = internal_name(plan.model, number, "engine")
     front = config.ensemble_scheduling.step.add(model_version=1)
-    for text in plan.texts:
-        front.input_map[text] = text
+    for given in config.input:
+        front.input_map[given.name] = given.name
     if plan.whole or plan.structured:
         front.model_name = internal_name(plan.model, number, "pipeline")
         config.output.append(_answer(plan))
@@ -63,6 +64,8 @@ def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> Mo
             engine.input_map[array] = array
         engine.output_map[plan.output] = plan.output
         config.output.append(_answer(plan))
+    config.output.append(_count())
+    front.output_map[TOKEN_COUNT] = TOKEN_COUNT
     _parameters(config, lineage)
     return config
 
@@ -77,7 +80,7 @@ def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
     _texts(config, plan)
     if plan.structured:
         # No warm-up: it would call the engine, which nobody has loaded yet. The model warms its tokenizer itself.
-        config.output.append(_answer(plan))
+        config.output.extend([_answer(plan), _count()])
         called = {
             "engine": internal_name(plan.model, number, "engine"),
             "engine_inputs": ",".join(_engine_inputs(plan)),
@@ -89,6 +92,7 @@ def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
     _parameters(config, _reading(plan))
     for array in plan.inputs:
         config.output.append(pb.ModelOutput(name=array, data_type=pb.TYPE_INT64, dims=[-1]))
+    config.output.append(_count())
     warm = config.model_warmup.add(name="empty text", batch_size=1)
     for text in plan.texts:
         warm.inputs[text].data_type = pb.TYPE_STRING
@@ -105,7 +109,7 @@ def _served_config(plan: ReleasePlan, number: int) -> ModelConfig:
     answer = _answer(plan)
     if plan.has_label_file:
         answer.label_filename = LABELS_FILE
-    config.output.append(answer)
+    config.output.extend([answer, _count()])
     _instances(config, plan)
     extra = [name for name in _task(plan).extra_inputs if name in plan.engine.inputs]
     values = {
@@ -272,8 +276,18 @@ def _answer(plan: ReleasePlan) -> Any:
 def _texts(config: ModelConfig, plan: ReleasePlan) -> None:
     from tritonclient.grpc import model_config_pb2 as pb
 
-    for text in plan.texts:
-        config.input.append(pb.ModelInput(name=text, data_type=pb.TYPE_STRING, dims=[1]))
+    kind = pipeline_class(plan.checkpoint.task)
+    for text in (*kind.inputs, *kind.optional):
+        optional = text in (*kind.from_ids, *kind.optional)
+        config.input.append(pb.ModelInput(name=text, data_type=pb.TYPE_STRING, dims=[1], optional=optional))
+    config.input.append(pb.ModelInput(name=TOKEN_IDS, data_type=pb.TYPE_INT64, dims=[-1], optional=True))
+
+
+def _count() -> Any:
+    """The output beside the answer: how many tokens were read."""
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    return pb.ModelOutput(name=TOKEN_COUNT, data_type=pb.TYPE_INT64, dims=[1])
 
 
 def _step(plan: ReleasePlan, name: str, backend: str, *, on_gpu: bool = False) -> Any:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from lane import Lane, NoLane
-from reading import attempt, prepare, read, refusal, require_rows
+from reading import attempt, count_of, prepare, read, refusal, require_rows
 
 #: Requests with a longer text, or with more in all their texts, are answered beside the others: in bytes, nearly.
 _LONG_TEXT, _LONG_REQUEST = 8 * 2**10, 64 * 2**10
@@ -117,7 +117,7 @@ class AnsweringModel:
             column = np.array([[document] for document in documents], dtype=np.object_)
         else:
             column = np.stack(answers)
-        return pb_utils.InferenceResponse([pb_utils.Tensor(self._answers, column)])
+        return pb_utils.InferenceResponse([pb_utils.Tensor(self._answers, column), count_of(rows)])
 
     def _outputs(self, rows):
         """For each row its own numbers without padding, or the exception that it met.

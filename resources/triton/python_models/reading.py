@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from pipelines import open_pipeline
+from pipelines import TOKEN_COUNT, TOKEN_IDS, open_pipeline
 from pipelines.limits import RefusedError, RequestLimits
 
 
@@ -38,24 +38,51 @@ def attempt(function, *arguments):
 
 def read(request, pipeline):
     """The request's items. Raises RefusedError where it asks for too much, or its bytes are no text."""
-    limits, total, columns = pipeline.limits, 0, []
-    for name in pipeline.inputs:
-        texts = pb_utils.get_input_tensor_by_name(request, name).as_numpy().astype(np.object_).ravel().tolist()
+    limits, total, columns = pipeline.limits, 0, {}
+    for name in (*pipeline.inputs, *pipeline.optional):
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            continue
+        texts = tensor.as_numpy().astype(np.object_).ravel().tolist()
         longest = max(map(len, texts), default=0)
         if longest > limits.text_bytes:
             raise RefusedError(f"{name} holds a text of {longest} bytes; this model takes at most {limits.text_bytes}")
         total += sum(map(len, texts))
-        columns.append(texts)
+        columns[name] = texts
+    tokens = pb_utils.get_input_tensor_by_name(request, TOKEN_IDS)
+    _require_inputs(pipeline, columns, tokens is not None)
     if total > limits.request_bytes:
         raise RefusedError(f"the request holds {total} bytes of texts; this model takes at most {limits.request_bytes}")
     try:
-        columns = [[text.decode("utf-8") for text in texts] for texts in columns]
+        columns = {name: [text.decode("utf-8") for text in texts] for name, texts in columns.items()}
     except UnicodeDecodeError as error:
         raise RefusedError(f"a text is not valid UTF-8: {error}") from None
-    items = [dict(zip(pipeline.inputs, texts, strict=True)) for texts in zip(*columns, strict=True)]
+    items = [dict(zip(columns, texts, strict=True)) for texts in zip(*columns.values(), strict=True)]
+    if tokens is not None:
+        ids = tokens.as_numpy()
+        if ids.ndim != 2 or ids.shape[1] > pipeline.encoder.max_tokens:
+            raise RefusedError(
+                f"{TOKEN_IDS} is of shape {list(ids.shape)}; give rows of at most {pipeline.encoder.max_tokens} tokens"
+            )
+        given = [pipeline.given(row) for row in ids.tolist()]
+        items = [{**one, **item} for one, item in zip(given, items or [{}] * len(given), strict=True)]
     if not items:
         raise RefusedError("the request holds no row")
     return items
+
+
+def _require_inputs(pipeline, texts, has_ids):
+    """Raise RefusedError where texts are missing, or given twice over: as texts, and as token ids."""
+    for name in pipeline.inputs:
+        may_be_ids = name in pipeline.from_ids
+        if has_ids and may_be_ids and name in texts:
+            raise RefusedError(f"the request holds both {name} and {TOKEN_IDS}; give one of them")
+        if name not in texts and not (has_ids and may_be_ids):
+            raise RefusedError(f"the request holds no {name}" + (f", and no {TOKEN_IDS}" if may_be_ids else ""))
+    if has_ids and any(name in texts for name in pipeline.optional):
+        raise RefusedError(
+            f"beside {TOKEN_IDS} no {pipeline.optional[0]} is taken; give the ids of both texts together"
+        )
 
 
 def prepare(items, pipeline):
@@ -76,6 +103,12 @@ def require_rows(rows, pipeline):
             f"the request needs {rows} rows of the engine or more, with its windows, labels and masks; this model "
             f"takes at most {most}"
         )
+
+
+def count_of(rows):
+    """How many tokens were read for each item, special ones included, in all of its rows."""
+    counts = [[sum(row.tokens for row in group)] for group in rows]
+    return pb_utils.Tensor(TOKEN_COUNT, np.array(counts, dtype=np.int64))
 
 
 def refusal(error):

@@ -21,7 +21,7 @@ from aside import import_aside  # noqa: E402
 import_aside("pipelines", "tokenizers")
 
 import triton_python_backend_utils as pb_utils  # noqa: E402
-from reading import attempt, open_here, prepare, read, refusal  # noqa: E402
+from reading import attempt, count_of, open_here, prepare, read, refusal  # noqa: E402
 
 
 class TritonPythonModel:
@@ -60,4 +60,5 @@ class TritonPythonModel:
                 raise RuntimeError(f"the request cannot be tokenized: {group}") from group
         rows = [row for group in groups for row in group]
         arrays = self._pipeline.arrays(rows, self._pipeline.encoder.bucket(max(row.tokens for row in rows)))
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
+        tensors = [pb_utils.Tensor(name, array) for name, array in arrays.items()]
+        return pb_utils.InferenceResponse([*tensors, count_of(groups)])

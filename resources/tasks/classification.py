@@ -65,7 +65,7 @@ class ClassificationTask(Task):
 
     name: ClassVar[str] = "classification"
     gates: ClassVar[type[Gates]] = ClassificationGates
-    fields: ClassVar[tuple[str, ...]] = ("text", "label")
+    fields: ClassVar[tuple[str, ...]] = ("text", "pair", "label")
     options: ClassVar[type[Options]] = ClassificationOptions
     computing: ClassVar[tuple[str, ...]] = ("function_to_apply",)
 
@@ -110,7 +110,9 @@ class ClassificationTask(Task):
         places = {str(label): place for place, label in classify.model.config.id2label.items()}
 
         def answer(item: Item) -> Any:
-            found = classify(item["TEXT"], top_k=None, truncation=True, function_to_apply=settings["function_to_apply"])
+            text = item["TEXT"]
+            given = {"text": text, "text_pair": item["TEXT_PAIR"]} if "TEXT_PAIR" in item else text
+            found = classify(given, top_k=None, truncation=True, function_to_apply=settings["function_to_apply"])
             values = np.zeros(len(found), dtype=np.float32)
             for one in found:
                 values[places[str(one["label"])]] = one["score"]
@@ -130,6 +132,7 @@ class ClassificationTask(Task):
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         (text,) = require(line, "text")
+        item = {"TEXT": text, **({"TEXT_PAIR": require(line, "pair")[0]} if "pair" in line else {})}
         right: Any = None
         if "label" in line and settings["activation"] == "identity":
             right = number(line, "label")
@@ -138,7 +141,7 @@ class ClassificationTask(Task):
             right = [one_of(label, settings["labels"], "label") for label in given]
             if settings["activation"] == "softmax" and len(right) != 1:
                 raise ValueError(f"'label' names {len(right)} labels, and these exclude each other")
-        return [({"TEXT": text}, right)]
+        return [(item, right)]
 
     def grade(
         self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]

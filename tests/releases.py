@@ -106,11 +106,21 @@ _TASKS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "classification": ({"activation": "softmax", "labels": list(LABELS)}, 3, False),
     "reranking": ({}, 1, False),
     "token-classification": (
-        {"labels": ["O", "B-PER", "I-PER"], "aggregation_strategy": "simple", "unknown_id": 1, "windows": 64},
+        {
+            "labels": ["O", "B-PER", "I-PER"],
+            "ignore_labels": ["O"],
+            "aggregation_strategy": "simple",
+            "unknown_id": 1,
+            "windows": 64,
+        },
         3,
         True,
     ),
-    "question-answering": ({"max_answer_tokens": 15, "handle_impossible_answer": False, "windows": 64}, 2, True),
+    "question-answering": (
+        {"max_answer_tokens": 15, "handle_impossible_answer": False, "align_to_words": True, "windows": 64},
+        2,
+        True,
+    ),
     "zero-shot-classification": (
         {"hypothesis_template": "It is {}.", "multi_label": False, "entailment_id": 2, "contradiction_id": 0},
         3,

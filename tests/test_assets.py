@@ -40,7 +40,7 @@ def test_every_asset_says_what_it_is_and_whose(known_kinds):
     assert {"huggingface", "mlflow", "pytorch"} < known_kinds
     found = specs()
     # Two targets: sources and graph once; engines, their benchmarks, what serves, champion and three of serving each.
-    assert len(found) == 3 + 2 * (12 + 12 + 1 + 1 + 3)
+    assert len(found) == 4 + 2 * (12 + 12 + 1 + 1 + 3)
     for name, spec in found.items():
         assert spec.group_name not in (None, "default"), name
         assert spec.kinds and spec.kinds <= known_kinds, (name, spec.kinds - known_kinds)

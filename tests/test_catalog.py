@@ -35,7 +35,7 @@ def test_the_default_file_holds_the_real_checkpoint():
 @pytest.mark.parametrize(
     ("task", "options", "wrong"),
     [
-        ("embedding", "{top_k: 3}", "options.top_k: no such field; there are none"),
+        ("embedding", "{top_k: 3}", "options.top_k: no such field; there are pooling, normalize, max_tokens"),
         ("token-classification", "{aggregation_strategy: median}", "options.aggregation_strategy: .*'median'"),
         ("question-answering", "{stride: -1}", "options.stride: .*-1"),
         ("zero-shot-classification", "{hypothesis_template: it is}", "options.hypothesis_template: .*'it is'"),
@@ -50,7 +50,12 @@ def test_options_are_the_tasks_own(tmp_path, task, options, wrong):
 def test_options_have_defaults(tmp_path):
     text = "models:\n" + MODEL.replace("embedding", "token-classification") + "    options: {stride: 8}\n"
     options = load(tmp_path, text).get("m").task_options()
-    assert options.model_dump() == {"aggregation_strategy": "simple", "stride": 8, "windows": 64}
+    assert options.model_dump() == {
+        "aggregation_strategy": "simple",
+        "ignore_labels": ("O",),
+        "stride": 8,
+        "windows": 64,
+    }
 
 
 def test_every_field_can_be_given(tmp_path):

@@ -18,7 +18,11 @@ from tests.pipeline import add_entry, run_job
 SOFTMAX = {"activation": "softmax", "labels": ["bad", "good"]}
 SIGMOID = {"activation": "sigmoid", "labels": ["bad", "good"]}
 VALUES = {"activation": "identity", "labels": ["score"]}
-ENTITIES = {"labels": ["O", "B-PER", "I-PER", "LOC", "event-x"], "aggregation_strategy": "simple"}
+ENTITIES = {
+    "labels": ["O", "B-PER", "I-PER", "LOC", "event-x"],
+    "aggregation_strategy": "simple",
+    "ignore_labels": ["O"],
+}
 TOKENS = {**ENTITIES, "aggregation_strategy": "none"}
 MASK = {"mask_token": "[MASK]"}
 

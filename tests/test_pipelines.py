@@ -340,7 +340,7 @@ def test_classes_are_those_of_transformers(asked, problem):
 def test_numbers_that_are_none_are_said_whatever_a_pipeline_would_make_of_them(asked, task):
     """A NaN has no largest label, and would look like 'no entity'."""
     model = asked(task)
-    items = model.task.items(model.record.settings)[:3]
+    items = model.task.items(model.record.settings, 32)[:3]
 
     def run(batch):
         rows, tokens = batch["input_ids"].shape

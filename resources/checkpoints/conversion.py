@@ -106,6 +106,8 @@ def _byte_pairs(folder: Path, made: Any) -> Callable[[str], list[str]]:
     rank = {pair: place for place, pair in enumerate(pairs)}
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     letters = _letters_of_bytes()
+    # A vocabulary of all bytes knows everything; what a smaller one does not know is dropped where it names no token.
+    unknown = [made.unk_token] if made.backend_tokenizer.model.unk_token else []
     space = json.loads(made.backend_tokenizer.to_str())["pre_tokenizer"].get("add_prefix_space", False)
 
     def cut(text: str) -> list[str]:
@@ -117,7 +119,7 @@ def _byte_pairs(folder: Path, made: Any) -> Callable[[str], list[str]]:
                 if found not in rank:
                     break
                 parts = _joined(parts, found)
-            tokens += [part if part in vocabulary else made.unk_token for part in parts]
+            tokens += [token for part in parts for token in ([part] if part in vocabulary else unknown)]
         return _once(tokens, made.unk_token)
 
     return cut

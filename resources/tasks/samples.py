@@ -123,4 +123,4 @@ def masked_items(mask: str, max_tokens: int, every: int = 2) -> list[Item]:
         if number % 8 == 0 and len(words) > 2:
             words[(number * 7 + len(words) // 2) % len(words)] = mask
         items.append({"TEXT": " ".join(words)})
-    return [*items, *({"TEXT": f"{text} {mask}"} for text in telling_texts(max_tokens))]
+    return [*items, *({"TEXT": f"{text} {mask}"} for text in telling_texts(max_tokens) if text.strip())]

@@ -43,6 +43,8 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
 
     stored_bytes: of the weights. Raises CheckpointError.
     """
+    from tokenizers import Tokenizer
+
     config, accepted = _model(folder, model, trust_remote_code, stored_bytes)
     file = TOKENIZER if (folder / TOKENIZER).is_file() else slow_tokenizer(folder)
     try:
@@ -59,9 +61,12 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
             mask_token=tokenizer.mask_token,
         )
         vocabulary_size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-        row = tokenizer.backend_tokenizer.encode(_TEXT)
+        # Padding and truncation are whatever the last training run left there.
+        plain = Tokenizer.from_file(str(folder / TOKENIZER))
+        plain.no_padding()
+        plain.no_truncation()
+        row, pair = plain.encode(_TEXT), plain.encode(_TEXT, _TEXT)
         inside = [place for place, special in enumerate(row.special_tokens_mask) if not special]
-        pair = tokenizer.backend_tokenizer.encode(_TEXT, _TEXT)
         ends = max(place for place, number in enumerate(pair.sequence_ids) if number == 0)
         begins = pair.sequence_ids.index(1)
     except CheckpointError as error:

@@ -129,20 +129,11 @@ def _keep(
             )
         entry = _entry({**earlier.fields(), "source": source}, options, workspace.sources)
     _require_unedited(path, entry, earlier)
-    if earlier is None:  # or the sensor and every plan would look at it from now on
-        _require_valid(entry, workspace.sources)
+    # Else the sensor and every plan would look at it from now on. Other sources may answer later.
+    if earlier is None and source.startswith("/"):
+        validate(entry, locate(source, allow_pickle=entry.allow_pickle).folder)
     write_entry(entry, workspace.additions)
     return entry
-
-
-def _require_valid(entry: ModelEntry, settings: SourceSettings) -> None:
-    """Raise CheckpointError where the checkpoint's small files say already that it cannot be used."""
-    trust = {"allow_pickle": entry.allow_pickle, "trust_remote_code": entry.trust_remote_code}
-    try:
-        folder = locate(entry.source, settings=settings, **trust).folder
-    except CheckpointError as error:
-        raise CheckpointError(f"{entry.name}: {error}") from error
-    validate(entry, folder)
 
 
 def _require_read(catalog: Catalog, name: str) -> None:

@@ -31,9 +31,11 @@ def checkpoint(
         require_publishable(workspace, entry.name, target)
     log = workspace.log(entry.name, "checkpoint")
     made = collect_checkpoint(entry, workspace.store, workspace.limits, log, settings=workspace.sources)
-    if not made.reused and workspace.mlflow_uri().is_web:
-        tracker.prepare()  # a server that is not there is to be said now, and not once engines were built
-    folder = remember(workspace.store, f"checkpoint/{entry.name}", made)
+    name = f"checkpoint/{entry.name}"
+    # Something new will be tracked: a server that is not there is to be said now, and not once engines were built.
+    if workspace.mlflow_uri().is_web and workspace.store.pointed(name) != made.record.digest:
+        tracker.prepare()
+    folder = remember(workspace.store, name, made)
     record = made.record
     return materialized(
         made,

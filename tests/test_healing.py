@@ -232,7 +232,8 @@ def test_a_request_that_kills_the_server_costs_seconds(served, plan, attack):
         assert "tiny" in client.ready_models()
     wait_until(lambda: served.health()[0] == 200)
     assert not segments(prefix)
-    assert len(environments()) <= len(before_it), "the server that died left its folder"
+    # Servers of other tests come and go meanwhile.
+    assert before_it - environments(), "the server that died left its folder"
 
 
 def test_a_process_whose_answers_come_too_late_is_replaced(triton_settings, tmp_path):

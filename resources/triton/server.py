@@ -103,7 +103,7 @@ class EmbeddedServer:
             # What it said before it died is kept, where it is started again.
             output = starting.enter_context(self._log.open("ab" if self._lives else "wb"))
             self._lives += 1
-            prefix, others = new_prefix(), _environments()
+            prefix = new_prefix()
             self._process = subprocess.Popen(
                 supervised(self._command(backends, prefix), backends, prefix),
                 env=self._environment(),
@@ -112,11 +112,8 @@ class EmbeddedServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            made: set[Path] = set()
-            starting.callback(_remove_empty, made)  # once it has ended
             starting.callback(self._stop)
             self._await_ready()
-            made |= _environments() - others
             self._stack = starting.pop_all()
         return self
 
@@ -209,20 +206,6 @@ class EmbeddedServer:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _environments() -> set[Path]:
-    """Folders that Triton's Python backend makes when it starts, for packed environments, of which there are none here.
-
-    It removes its own when it ends in good order, and leaves it behind where it dies.
-    """
-    return set(Path("/tmp").glob("python_env_??????"))  # noqa: S108 - where Triton makes them, whatever TMPDIR says
-
-
-def _remove_empty(folders: set[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # gone, or another server's that began at the same time and has something in it
-            folder.rmdir()
 
 
 def _plainly_named(repository: Path, folder: Path) -> Path:

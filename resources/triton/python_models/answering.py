@@ -1,5 +1,6 @@
 """Runs inside Triton, copied beside `model.py`: from texts to answers around an engine, wherever that is."""
 
+import gc
 import json
 
 import numpy as np
@@ -9,9 +10,6 @@ from reading import attempt, prepare, read, refusal, require_rows
 
 #: Requests with a longer text, or with more in all their texts, are answered beside the others: in bytes, nearly.
 _LONG_TEXT, _LONG_REQUEST = 8 * 2**10, 64 * 2**10
-#: But not where of any text only so many characters are read, for a single row: that takes 30 ms at most, and Triton
-#: gives what comes meanwhile to another instance, which it does not where it takes this one for free.
-_LITTLE = 64 * 2**10
 #: In place of the response of such a request.
 _LATER = object()
 
@@ -27,8 +25,8 @@ class AnsweringModel:
     def _open_lane(self, *, beside):
         """beside: large requests are answered by another thread, which the engine has to take."""
         self._lane, self._beside = Lane(self._answer_alone) if beside else NoLane(), beside
-        most = self._pipeline.encoder.longest_read()
-        self._most_read = most if not self._pipeline.structured and most <= _LITTLE else None
+        # What was loaded stays. Python's collector need not look at it again, for which it would stop all threads.
+        gc.freeze()
 
     def finalize(self):
         """Answer what still waits."""
@@ -43,18 +41,14 @@ class AnsweringModel:
     def _read(self, request):
         """The request's items, each with what the tokenizer is to read of it."""
         items = read(request, self._pipeline)
-        if self._is_large([len(text) for item in items for text in item.values()]):
+        lengths = [len(text) for item in items for text in item.values()]
+        if max(lengths) > _LONG_TEXT or sum(lengths) > _LONG_REQUEST:
             later = self._later(request, items)
             if later:
                 return later
         asked = self._prepare(items)
         rows = sum(len(prepared) for _, prepared in asked)
         return (rows > self._largest and self._later(request, items)) or asked
-
-    def _is_large(self, lengths):
-        if self._most_read is not None:
-            return sum(min(length, self._most_read) for length in lengths) > _LONG_REQUEST
-        return max(lengths) > _LONG_TEXT or sum(lengths) > _LONG_REQUEST
 
     def _later(self, request, items):
         """Have a large request answered beside the others, where that is possible."""
@@ -122,7 +116,7 @@ class AnsweringModel:
         asked = [item for item, _ in items]
         answers = [self._pipeline.answer(*parts) for parts in zip(asked, rows, outputs, strict=True)]
         if self._pipeline.structured:
-            documents = [json.dumps(answer, ensure_ascii=False).encode() for answer in answers]
+            documents = [_document(answer).encode() for answer in answers]
             column = np.array([[document] for document in documents], dtype=np.object_)
         else:
             column = np.stack(answers)
@@ -161,6 +155,13 @@ class AnsweringModel:
             output if np.isfinite(output).all() else ValueError("the engine answered with NaN or infinity")
             for output in cut
         ]
+
+
+def _document(answer):
+    """The answer as JSON. A list is written piece by piece: while json.dumps works, no other thread runs."""
+    if isinstance(answer, list):
+        return f"[{', '.join([json.dumps(one, ensure_ascii=False) for one in answer])}]"
+    return json.dumps(answer, ensure_ascii=False)
 
 
 def _is_read(found):

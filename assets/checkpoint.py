@@ -10,6 +10,7 @@ from resources.artifacts.store import ArtifactStore
 from resources.checkpoints import collect_checkpoint
 from resources.device import why_not_here
 from resources.reporting import length_plot, markdown_image, padding_table, remembered
+from resources.tracking import Tracker
 from resources.triton.preflight import require_publishable
 from resources.workspace import Workspace
 
@@ -22,13 +23,19 @@ from resources.workspace import Workspace
     description="A Hugging Face checkpoint, copied from wherever the catalog says, complete and fit for its task.",
     op_tags=placement(),
 )
-def checkpoint(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
+def checkpoint(
+    context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], tracker: dg.ResourceParam[Tracker]
+) -> dg.MaterializeResult:
     entry = workspace.entry(context.partition_key)
     for target in _published(context.run, workspace):
         require_publishable(workspace, entry.name, target)
     log = workspace.log(entry.name, "checkpoint")
     made = collect_checkpoint(entry, workspace.store, workspace.limits, log, settings=workspace.sources)
-    folder = remember(workspace.store, f"checkpoint/{entry.name}", made)
+    name = f"checkpoint/{entry.name}"
+    # Something new will be tracked: a server that is not there is to be said now, and not once engines were built.
+    if workspace.mlflow_uri().is_web and workspace.store.pointed(name) != made.record.digest:
+        tracker.prepare()
+    folder = remember(workspace.store, name, made)
     record = made.record
     if record.assumed:
         context.log.warning(

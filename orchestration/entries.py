@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from resources.addresses import holds_login
 from resources.artifacts.records import Checkpoint
 from resources.catalog import (
     DEFAULT_SHAPES,
@@ -33,6 +34,7 @@ from resources.checkpoints.kinds import task_of, why_of_no_use
 from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.registry import parse_reference
 from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of
+from resources.checkpoints.validation import validate
 from resources.errors import ArtifactError, CatalogError, CheckpointError, first_line
 from resources.revisions.hub import hub_commit
 from resources.workspace import Workspace
@@ -122,6 +124,9 @@ def _keep(
             )
         entry = _entry({**earlier.fields(), "source": source}, options, workspace.sources)
     _require_unedited(path, entry, earlier)
+    # Else the sensor and every plan would look at it from now on. Other sources may answer later.
+    if earlier is None and source.startswith("/"):
+        validate(entry, locate(source, allow_pickle=entry.allow_pickle).folder)
     write_entry(entry, workspace.additions)
     return entry
 
@@ -212,7 +217,7 @@ def _find_on_hub(model: str, catalog: Catalog, access: Access) -> None:
         hint = f"did you mean {close[0]!r}?" if close else f"it holds {', '.join(catalog.names) or 'none'}."
         raise CatalogError(
             f"There is no model named {model!r} in the catalog; {hint} It is no folder here, and the Hub's model "
-            f"cannot be used: {why}. Add it to the models file, or give a folder or a Hub id."
+            f"cannot be used: {why}. Correct the name, or see to the network and HF_ENDPOINT if it is the Hub's."
         )
     print(
         f"refinery: {model} is neither in the catalog nor a folder here, so the Hub's model is used.", file=sys.stderr
@@ -271,7 +276,9 @@ def _entry(known: Mapping[str, Any], options: Namespace, settings: SourceSetting
     try:
         return ModelEntry.model_validate(fields)
     except ValidationError as error:
-        raise CatalogError(f"{options.model}: {explain(error, ModelEntry)}") from None
+        # A source with a password in it is refused, and is not repeated.
+        named = fields["name"] if holds_login(options.model) else options.model
+        raise CatalogError(f"{named}: {explain(error, ModelEntry)}") from None
 
 
 def _guess_task(fields: Mapping[str, Any], settings: SourceSettings) -> str:

@@ -59,7 +59,7 @@ def print_plan(console: Console, found: ModelPlan) -> None:
     title = f"{found.model}: {len(found.differing)} of {len(found.steps)} steps would or may run, {reused} are reused"
     if rows:
         print_table(console, title, ("step", "", "why", "took"), rows)
-    else:
+    elif not found.error:
         console.print(f"{title}: nothing differs.", highlight=False)
     if found.error:
         console.print(f"{found.model}: it would fail: {found.error}", highlight=False)

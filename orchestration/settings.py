@@ -172,6 +172,8 @@ def require_plain(folder: Path, variable: str) -> None:
 def _home(environment: Mapping[str, str]) -> Path:
     home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
     require_plain(home, "REFINERY_HOME")
+    if home.exists() and not home.is_dir():
+        raise CatalogError(f"REFINERY_HOME: {home} is no folder. Name a folder, which is made where there is none.")
     return home
 
 
@@ -278,6 +280,10 @@ def _tracking_uri(environment: Mapping[str, str]) -> Address | None:
     given = environment.get("REFINERY_MLFLOW_URI")
     if given and given.startswith(WEB):
         return _web(environment, "REFINERY_MLFLOW_URI")
+    if given and ":" not in given and given != "databricks":
+        raise CatalogError(
+            f"REFINERY_MLFLOW_URI: {given!r} is no address, such as http://mlflow:5000 or sqlite:////srv/mlflow.db."
+        )
     return Address(given) if given else None
 
 

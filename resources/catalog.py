@@ -347,10 +347,10 @@ def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
         raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise CatalogError(f"{path}{line}: {error.problem}") from None
+        raise CatalogError(f"{path}{line}: {error.problem}. Mend that line or the one before it.") from None
     # ValueError: what looks like a date or a number and is none, such as 2026-13-01; and text that is not UTF-8.
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CatalogError(f"The models file {path} cannot be read: {error}") from None
+        raise CatalogError(f"The models file {path} cannot be read: {error}. Write it as YAML in UTF-8.") from None
     except ForeignError as error:
         raise CatalogError(f"The models file cannot be read: {error}") from None
     except RecursionError:

@@ -274,7 +274,9 @@ def test_a_failed_run_ends_in_one_message(empty, tmp_path):
     assert len(err.splitlines()) == 1
     assert not list((empty.home / "models.d").glob("*")), "what is no checkpoint is not left for the sensor"
     (tmp_path / "hollow" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    code, out, err = refinery(empty, "optimize", str(tmp_path / "hollow"), "--task", "embedding")
+    entry = {"name": "hollow", "source": str(tmp_path / "hollow"), "task": "embedding"}
+    empty.catalog_path.write_text(json.dumps({"models": [entry]}))
+    code, out, err = refinery(empty, "optimize", "hollow")
     assert code == 1
     assert len(out.splitlines()) == 1
     assert err.startswith("refinery: hollow: there are no weights")

@@ -1,5 +1,6 @@
 """What the command line adds to the catalog, and what it never changes there."""
 
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 
@@ -206,6 +207,21 @@ def test_a_name_that_cannot_be_made_is_asked_for(empty, tmp_path):
     assert add(empty, folder, name="at").source == str(folder)
 
 
+def test_a_password_in_a_source_is_not_repeated(empty):
+    with pytest.raises(CatalogError, match="it holds a name or password") as caught:
+        add(empty, "s3://user:canary@bucket/x", task="embedding")
+    assert "canary" not in str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_used_leaves_no_entry(empty, made_checkpoint, tmp_path):
+    folder = shutil.copytree(made_checkpoint(), tmp_path / "truncated")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated: .*is damaged"):
+        add(empty, folder)
+    assert not empty.additions.exists()
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -274,8 +290,8 @@ def test_a_mistyped_name_is_no_model_of_the_hub(empty, added):
         add(hub(empty, address), "brt", task="embedding")
     assert str(caught.value) == (
         "There is no model named 'brt' in the catalog; did you mean 'bert'? It is no folder here, and the Hub's model "
-        "cannot be used: the Hub has no model 'brt', or it is private. Add it to the models file, or give a folder or "
-        "a Hub id."
+        "cannot be used: the Hub has no model 'brt', or it is private. Correct the name, or see to the network "
+        "and HF_ENDPOINT if it is the Hub's."
     )
     assert not (empty.additions / "brt.yaml").exists()
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import http.client
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,7 +197,20 @@ def chunked(port):
         connection.recv(1024)
 
 
-@pytest.mark.parametrize("attack", [nested, pytest.param(chunked, marks=pytest.mark.whole)])
+def form(port):
+    """5 MB that call themselves a form, as everything does that curl sends without saying otherwise."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection, suppress(OSError):
+        text = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["ab " * 1_700_000]}
+        with suppress(http.client.HTTPException):
+            kind = {"Content-Type": "application/x-www-form-urlencoded"}
+            connection.request("POST", "/v2/models/tiny/infer", json.dumps({"inputs": [text]}), kind)
+            connection.getresponse()
+
+
+OTHERS = [pytest.param(attack, marks=pytest.mark.whole) for attack in (chunked, form)]
+
+
+@pytest.mark.parametrize("attack", [nested, *OTHERS])
 def test_a_request_that_kills_the_server_costs_seconds(served, plan, attack):
     before, prefix, said = served.triton(), prefix_of(served.triton()), len(served.said)
     started = served.log.read_text(errors="replace").count("Started HTTPService")

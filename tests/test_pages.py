@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -57,12 +58,18 @@ class Pages:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, made_checkpoint) -> Iterator[Pages]:
-    """The pages, with a source that is there and one that is not. None of its processes may be left at the end."""
+    """The pages, with a source that is there and one that is not. None of its processes may be left at the end.
+
+    The run of the one that is there waits for its evaluation set, without end, so that it is under way all the time.
+    """
     folder = tmp_path_factory.mktemp("pages")
     workspace = Workspace(folder / "home", folder / "models.yaml")
     nowhere = str(folder / "nowhere")
     sources = {"m": nowhere, "tiny": str(made_checkpoint())}
-    models = [{"name": name, "source": source, "task": "embedding"} for name, source in sources.items()]
+    waiting = folder / "requests.jsonl"
+    os.mkfifo(waiting)
+    fields = {"task": "embedding", "evaluation": str(waiting)}
+    models = [{"name": name, "source": source, **fields} for name, source in sources.items()]
     workspace.catalog_path.write_text(json.dumps({"models": models}))
     ports = {name: free() for name in ("dagster", "mlflow")}
     command = [REFINERY, "ui", *(part for name in ports for part in (f"--{name}-port", str(ports[name])))]
@@ -289,9 +296,6 @@ def test_no_other_port_is_open(pages):
     listening = set()
     for process in processes:
         try:
-            # A run that is under way proves its release on a Triton, which test_restricted.py looks at.
-            if "tritonserver" in process.name():
-                continue
             found = process.net_connections("inet")
         except psutil.NoSuchProcess:
             continue

@@ -1,10 +1,15 @@
 """An MLflow server with Postgres behind it, known by its URI alone: all that is written goes over HTTP."""
 
+from dataclasses import replace
+
 import pytest
 
 from orchestration.settings import read_workspace, tracker_of
+from resources.addresses import Address
 from resources.tracking import Tracker
 from tests import servers
+from tests.conftest import entry_for
+from tests.pipeline import add_entry, run_job
 from tests.test_choosing import report
 from tests.test_tracking import CHECKPOINT, LATER, champion_of, engine, mlflow_json, optimization, seen, write_all
 
@@ -58,3 +63,14 @@ def test_an_optimization_is_written_to_a_server_and_found_there(server, tmp_path
     parents = client.search_runs([parent.info.experiment_id], "tags.`refinery.parent` = 'true'")
     assert {run.info.run_id for run in parents} == {first.run_id, second.run_id}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "home", "third"]
+
+
+def test_a_server_that_is_not_there_ends_each_run_at_its_first_step(workspace, made_checkpoint, unused_port):
+    """Also where the run before has copied the checkpoint already."""
+    away = replace(workspace, tracking_uri=Address(f"http://127.0.0.1:{unused_port}"))
+    add_entry(away, entry_for(made_checkpoint()))
+    for _ in range(2):
+        outcome = run_job(away, "tiny")
+        assert not outcome.success
+        assert outcome.materialized() == set()
+        assert "cannot be written" in " ".join(outcome.messages)

@@ -104,6 +104,7 @@ def collect_checkpoint(
         raise
     except (OSError, ForeignError) as error:
         raise _unreadable(entry, error) from error
+    _require_requests(entry)
     weights = _weights_digest(entry, found, hashes)
     others = {name: sha256 for name, sha256 in hashes.items() if not name.endswith(_WEIGHTS)}
     made_of = _made_of(entry, located.revision, weights, others)
@@ -290,6 +291,14 @@ def _profile(folder: Path, model: str, items: list[dict[str, str]], max_tokens: 
     pipeline = open_pipeline(str(folder))
     require_answers(model, "sample", pipeline, items)
     return profile_lengths(pipeline, items, max_tokens)
+
+
+def _require_requests(entry: ModelEntry) -> None:
+    """Raise CatalogError where the evaluation requests are not there: they are read long after this."""
+    if entry.evaluation is not None and not Path(entry.evaluation).exists():
+        raise CatalogError(
+            f"{entry.name}: evaluation: {entry.evaluation} does not exist. Give a JSON Lines file in UTF-8."
+        )
 
 
 def _content_of(entry: ModelEntry) -> str | None:

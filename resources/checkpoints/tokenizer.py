@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def _model(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int)
         accepted = {*inspect.signature(made.forward).parameters}
     except BaseException as error:
         raise CheckpointError(
-            f"{model}: transformers cannot make a model of its config.json: {first_line(error)}"
+            f"{model}: transformers {version('transformers')} cannot make a model of its config.json: "
+            f"{first_line(error)}. Use a model type that it knows, or a newer transformers."
         ) from error
     if parameters > stored_bytes + _SPARE_PARAMETERS:
         raise CheckpointError(

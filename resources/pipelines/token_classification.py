@@ -7,6 +7,7 @@ https://huggingface.co/docs/transformers/main_classes/pipelines#transformers.Tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,8 +36,10 @@ class TokenClassificationPipeline(Pipeline):
             else:
                 found = [self._word(word, strategy) for word in _words(tokens)]
             if strategy != "none":
-                found = [self._group(group) for group in _groups(found)]
-            entities += [one for one in found if one.get("entity_group", one.get("entity")) not in ignored]
+                groups = [(group, group[0]["entity"].split("-", 1)[-1]) for group in _groups(found)]
+                entities += [self._group(group, kind) for group, kind in groups if kind not in ignored]
+            else:
+                entities += [entity for entity in found if entity["entity"] not in ignored]
         return _without_overlaps(entities) if len(rows) > 1 else entities
 
     def _tokens(self, text: str, encoding: Any, scores: np.ndarray) -> list[Entity]:
@@ -82,10 +85,10 @@ class TokenClassificationPipeline(Pipeline):
         word = self.encoder.join([token["word"] for token in tokens])
         return self._label(scores, {"word": word, "start": tokens[0]["start"], "end": tokens[-1]["end"]})
 
-    def _group(self, entities: list[Entity]) -> Entity:
+    def _group(self, entities: list[Entity], kind: str) -> Entity:
         return {
-            "entity_group": entities[0]["entity"].split("-", 1)[-1],
-            "score": float(np.mean([entity["score"] for entity in entities])),
+            "entity_group": kind,
+            "score": fmean(entity["score"] for entity in entities),
             "word": self.encoder.join([entity["word"] for entity in entities]),
             "start": entities[0]["start"],
             "end": entities[-1]["end"],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .beginnings import Beginnings
+from .beginnings import Beginnings, encode_alone
 from .limits import RefusedError
 
 #: Rows are padded to the next of these lengths. Triton batches only requests of equal shape: at one common length 16
@@ -120,7 +120,7 @@ class TextEncoder:
 
     def whole(self, text: str) -> Any:
         """The encoding of one text, special tokens included, not truncated."""
-        return self._endless.encode(text)
+        return encode_alone(self._endless, text, special=True)
 
     def enough(self, texts: tuple[str, ...], *, windows: int = 1) -> tuple[str, ...]:
         """A text, or a pair, cut to beginnings whose row, or so many windows, are those of the whole texts.
@@ -144,7 +144,7 @@ class TextEncoder:
 
     def cut(self, text: str, tokens: int) -> str:
         """The beginning of a text, as much of it as so many tokens hold. Raises RefusedError, see `enough`."""
-        found = self._endless.encode(self._beginnings.find(text, tokens + 1), add_special_tokens=False)
+        found = encode_alone(self._endless, self._beginnings.find(text, tokens + 1))
         if len(found.ids) <= tokens:
             return text
         return text[: found.offsets[tokens - 1][1]]
@@ -253,7 +253,7 @@ class TextEncoder:
         return short[0], short[1]
 
     def _count(self, text: str) -> int:
-        return len(self._endless.encode(text, add_special_tokens=False).ids)
+        return len(encode_alone(self._endless, text).ids)
 
     @cached_property
     def _endless(self) -> Any:

@@ -1,23 +1,25 @@
 """What hostile texts cost a server and those who ask it beside them.
 
 Releases of every task, with engines that cost nothing, so that all that is measured is the reading of texts; each is
-asked with texts of 1, 10 and 100 MB. Prints a table, and what misses the goals. Needs a quiet machine:
+asked with texts of 1, 10 and 100 MB, by a process of its own. The least that such texts cost in Triton is what they
+cost a model that refuses them for their length. Prints a table, and what misses the goals. Needs a quiet machine:
 
     python -m tests.performance.hostile [--megabytes 1,10,100] [--tasks embedding,fill-mask]
 
-The texts of 100 MB are compared with a Python model that refuses everything. The server is stopped where its Python
-models take more than 4 GB.
+The server is stopped where its Python models take more than 4 GB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,14 +47,21 @@ SECONDS, GROWTH = 1.0, 256 * 10**6
 REFUSING = "refusing"
 _NEIGHBOURS = 4
 #: Of the neighbours alone, and beside each kind of text; between two requests of a client.
-_QUIET_SECONDS, _HOSTILE_SECONDS, _PAUSE_SECONDS = 5.0, 1.5, 0.02
+_QUIET_SECONDS, _HOSTILE_SECONDS, _PAUSE_SECONDS = 5.0, 2.0, 0.02
+#: The least that a Python model can do: one that refuses a text for its length alone.
 _MODEL = """
+import numpy
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
     def execute(self, requests):
-        return [pb_utils.InferenceResponse(error=pb_utils.TritonError("no")) for _ in requests]
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        if len(pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()[0][0]) > 1000:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError("no", pb_utils.TritonError.INVALID_ARG))
+        return pb_utils.InferenceResponse([pb_utils.Tensor("values", numpy.zeros((1, 1), numpy.float32))])
 """
 _CONFIG = """
 name: "refusing" backend: "python" max_batch_size: 8
@@ -151,6 +160,8 @@ class Neighbours:
 
 def item_of(task: str, text: str) -> dict[str, str]:
     """A request of that task about the text."""
+    if task == REFUSING:
+        return {"TEXT": text}
     if task == "fill-mask":
         return {"TEXT": f"{text} [MASK]"}
     if task == "zero-shot-classification":
@@ -173,11 +184,35 @@ def ask(client: TextClient, model: str, contract: Contract, text: str) -> tuple[
     return time.monotonic() - begun, said
 
 
+def attack(address: str, model: str, contract: Contract, unit: str, size: int) -> tuple[float, str]:
+    """Ask for a text of so many bytes again and again. Returns the worst seconds, and what became of the last."""
+    text, took = unit * (size // len(unit.encode())), list[float]()
+    with TextClient(address) as client:
+        end = time.monotonic() + _HOSTILE_SECONDS
+        while not took or time.monotonic() < end:
+            seconds, said = ask(client, model, contract, text)
+            took.append(seconds)
+            time.sleep(0.2)
+    return max(took), said
+
+
 def measure(server: EmbeddedServer, tasks: Sequence[str], sizes: Sequence[int]) -> list[str]:
     """What misses the goals; prints the rest."""
     missed = []
-    with watched(server) as memory, TextClient(server.grpc_address) as client:
+    attacker = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with attacker, watched(server) as memory, TextClient(server.grpc_address) as client:
         refusing = Contract(("TEXT",), "values", structured=False)
+        attacker.submit(attack, server.grpc_address, REFUSING, refusing, "a", 1).result()
+        floors = {}
+        with Neighbours(server.grpc_address, REFUSING, refusing) as neighbours:
+            for size in sizes:
+                neighbours.forget()
+                asked = server.grpc_address, REFUSING, refusing, "a", size * 10**6
+                seconds, _ = attacker.submit(attack, *asked).result()
+                floors[size] = seconds, neighbours.p99()
+                print(
+                    f"{size:3} MB refused for their length: {seconds:.3f} s, neighbours' p99 {floors[size][1]:.1f} ms"
+                )
         for task in tasks:
             contract = client.contract(task)
             with Neighbours(server.grpc_address, task, contract) as neighbours:
@@ -186,33 +221,26 @@ def measure(server: EmbeddedServer, tasks: Sequence[str], sizes: Sequence[int]) 
                 quiet = neighbours.p99(_QUIET_SECONDS)
                 print(f"{task}: quiet p99 {quiet:.1f} ms")
                 for size in sizes:
-                    base = 0.0
-                    if size >= 100:
-                        base = ask(client, REFUSING, refusing, "a" * size * 10**6)[0]
+                    base, floor = floors[size]
                     for kind, unit in KINDS.items():
-                        # Of so many bytes.
-                        text = unit * (size * 10**6 // len(unit.encode()))
                         before, most = memory.now(), dict[int, int]()
                         memory.forget()
                         neighbours.forget()
-                        took: list[float] = []
-                        end = time.monotonic() + _HOSTILE_SECONDS
-                        while not took or time.monotonic() < end:
-                            seconds, said = ask(client, task, contract, text)
-                            took.append(seconds)
-                            time.sleep(0.2)
+                        asked = server.grpc_address, task, contract, unit, size * 10**6
+                        seconds, said = attacker.submit(attack, *asked).result()
+                        seconds -= base if size >= 100 else 0
                         most = {pid: most - before.get(pid, 0) for pid, most in memory.most.items()}
                         growth, p99 = max(most.values(), default=0), neighbours.p99()
                         line = (
-                            f"  {size:3} MB of {kind:9} {said[:60]:9} worst {max(took) - base:6.3f} s, the model grew "
+                            f"  {size:3} MB of {kind:9} {said[:60]:9} worst {seconds:6.3f} s, the model grew "
                             f"by {growth / 1e6:6.1f} MB, neighbours' p99 {p99:6.1f} ms ({p99 / quiet:.2f} x)"
                         )
                         wrong = [
                             what
                             for what, is_missed in (
-                                ("time", max(took) - base > SECONDS),
+                                ("time", seconds > SECONDS),
                                 ("memory", growth > GROWTH + size * 10**6),
-                                ("neighbours", p99 > 2 * quiet and size < 100),
+                                ("neighbours", p99 > 2 * max(quiet, floor) and size < 100),
                                 ("failed", said.startswith("FAILED")),
                             )
                             if is_missed

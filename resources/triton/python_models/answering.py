@@ -1,5 +1,6 @@
 """Runs inside Triton, copied beside `model.py`: from texts to answers around an engine, wherever that is."""
 
+import gc
 import json
 
 import numpy as np
@@ -24,6 +25,8 @@ class AnsweringModel:
     def _open_lane(self, *, beside):
         """beside: large requests are answered by another thread, which the engine has to take."""
         self._lane, self._beside = Lane(self._answer_alone) if beside else NoLane(), beside
+        # What was loaded stays. Python's collector need not look at it again, for which it would stop all threads.
+        gc.freeze()
 
     def finalize(self):
         """Answer what still waits."""
@@ -113,7 +116,7 @@ class AnsweringModel:
         asked = [item for item, _ in items]
         answers = [self._pipeline.answer(*parts) for parts in zip(asked, rows, outputs, strict=True)]
         if self._pipeline.structured:
-            documents = [json.dumps(answer, ensure_ascii=False).encode() for answer in answers]
+            documents = [_document(answer).encode() for answer in answers]
             column = np.array([[document] for document in documents], dtype=np.object_)
         else:
             column = np.stack(answers)
@@ -152,6 +155,13 @@ class AnsweringModel:
             output if np.isfinite(output).all() else ValueError("the engine answered with NaN or infinity")
             for output in cut
         ]
+
+
+def _document(answer):
+    """The answer as JSON. A list is written piece by piece: while json.dumps works, no other thread runs."""
+    if isinstance(answer, list):
+        return f"[{', '.join([json.dumps(one, ensure_ascii=False) for one in answer])}]"
+    return json.dumps(answer, ensure_ascii=False)
 
 
 def _is_read(found):

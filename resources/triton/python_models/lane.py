@@ -8,6 +8,7 @@ engine a few rows at a time and in the gaps that the others leave.
 import queue
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import triton_python_backend_utils as pb_utils
@@ -19,7 +20,8 @@ MOST_WAITING = 64 * 2**20
 _TOKENS = 256
 #: For how long a thread of Python may keep the others from running, of which the default is ten times as much.
 _SWITCH_SECONDS = 0.0005
-#: How long a large request waits for a gap. Without a limit it would wait for ever on a busy server.
+#: How long a large request waits for a gap, and never longer than it used the engine before. Without a limit it would
+#: wait for ever on a busy server.
 _PATIENCE_SECONDS = 0.02
 
 
@@ -28,7 +30,7 @@ class Lane:
 
     def __init__(self, answer):
         self._answer = answer
-        self._engine, self._gap = threading.Lock(), threading.Event()
+        self._engine, self._gap, self._used_seconds = threading.Lock(), threading.Event(), 0.0
         self._gap.set()
         self._jobs, self._waiting, self._count = queue.SimpleQueue(), 0, threading.Lock()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -56,10 +58,15 @@ class Lane:
     @contextmanager
     def turn(self):
         """One use of the engine."""
-        if threading.current_thread() is self._thread:
-            self._gap.wait(_PATIENCE_SECONDS)
+        if threading.current_thread() is not self._thread:
+            with self._engine:
+                yield
+            return
+        self._gap.wait(min(_PATIENCE_SECONDS, self._used_seconds))
         with self._engine:
+            begun = time.monotonic()
             yield
+            self._used_seconds = time.monotonic() - begun
 
     def most_rows(self, length, largest):
         """How many rows of a length the engine may be given at a time."""

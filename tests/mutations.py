@@ -1,7 +1,7 @@
 """Requests to Triton that are broken in one place or several, the same ones for the same seed.
 
-Nesting stays below what ends Triton itself, and binary strings have as many bytes as they say, since Triton's Python
-backend refuses a whole batch for one that has not: docs/security.md tells of both.
+Nesting and the shapes of numbers stay below what ends Triton itself, and binary strings have as many bytes as they say,
+since Triton's Python backend refuses a whole batch for one that has not: docs/security.md tells of these.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Mutations:
         path = f"/v2/models/{model}/infer"
         for _ in range(pick((1, 1, 1, 2, 3))):
             self._break(body)
+        _spare_memory(body)
         kind = self._random.randrange(12)
         if kind == 0:
             return self._binary(path, body)
@@ -185,6 +186,16 @@ class Mutations:
                 self._random.choice((0, 1, 1, 2))
             )
         return bytes(changed)
+
+
+def _spare_memory(body: dict[str, Any]) -> None:
+    """Make texts of those tensors that claim to hold 2^31 numbers or more: Triton would allocate them all at once."""
+    tensors = body.get("inputs")
+    for tensor in tensors if isinstance(tensors, list) else ():
+        shape = tensor.get("shape") if isinstance(tensor, dict) else None
+        huge = isinstance(shape, list) and any(isinstance(size, int) and size >= 2**31 for size in shape)
+        if huge and "datatype" in tensor:
+            tensor["datatype"] = "BYTES"
 
 
 def _packed(text: bytes) -> bytes:

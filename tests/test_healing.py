@@ -207,18 +207,30 @@ def form(port):
             connection.getresponse()
 
 
-OTHERS = [pytest.param(attack, marks=pytest.mark.whole) for attack in (chunked, form)]
+def claimed(port):
+    """A shape of more numbers than a vector can have, in 102 bytes."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection, suppress(OSError):
+        tensor = {"name": "TEXT", "shape": [2**63 - 1, 1], "datatype": "INT32", "data": [1]}
+        with suppress(http.client.HTTPException):
+            connection.request("POST", "/v2/models/tiny/infer", json.dumps({"inputs": [tensor]}))
+            connection.getresponse()
 
 
-@pytest.mark.parametrize("attack", [nested, *OTHERS])
-def test_a_request_that_kills_the_server_costs_seconds(served, plan, attack):
+SEGMENTATION, ABORT = "11 (SIGSEGV)", "6 (SIGABRT)"
+OTHERS = ((chunked, SEGMENTATION), (form, SEGMENTATION), (claimed, ABORT))
+
+
+@pytest.mark.parametrize(
+    ("attack", "signal"), [(nested, SEGMENTATION), *(pytest.param(*other, marks=pytest.mark.whole) for other in OTHERS)]
+)
+def test_a_request_that_kills_the_server_costs_seconds(served, plan, attack, signal):
     before, prefix, said = served.triton(), prefix_of(served.triton()), len(served.said)
     started = served.log.read_text(errors="replace").count("Started HTTPService")
     attack(served.ports.http)
     wait_until(lambda: not before.is_running())
     begun = time.monotonic()
     assert back_after(served, plan, begun) < BUSY_BACK_SECONDS
-    line = "the embedded Triton ended by signal 11 (SIGSEGV); the embedded Triton is started again"
+    line = f"the embedded Triton ended by signal {signal}; the embedded Triton is started again"
     assert line in served.said[said:]
     # The log keeps what the server before it said.
     assert served.log.read_text(errors="replace").count("Started HTTPService") == started + 1

@@ -80,8 +80,9 @@ def refuse_changed_texts(files: CheckpointFiles) -> None:
     for part, harmless in _PASSED_ON.items():
         for kind in ("kwargs", "args"):
             given = config.get(f"{part}_{kind}")
-            for key in given if isinstance(given, dict) else ():
-                if given[key] and key not in (*harmless, *_HARMLESS):
+            passed = given if isinstance(given, dict) else {}
+            for key in passed:
+                if passed[key] and key not in (*harmless, *_HARMLESS):
                     raise files.refuse(
                         f"{name}, {part}_{kind}: {key} changes how the checkpoint is read, which is not served",
                         "Save the checkpoint with that setting in its own files, and remove it there",

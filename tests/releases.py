@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from resources.artifacts.records import Checkpoint, Engine, ServingSetting
+from resources.checkpoints.tokenizer import frame_of
 from resources.pipelines import pipeline_class
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
@@ -132,18 +133,23 @@ _TASKS: dict[str, tuple[dict[str, Any], int, bool]] = {
 
 def make_task_plan(folder: Path, task: str, *, max_tokens: int = 512) -> ReleasePlan:
     """A plan for any task, called as its task is. Its answers mean nothing and cost next to nothing."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, decoders, processors
 
     plan, (settings, width, per_token) = make_plan(folder, model=task), _TASKS[task]
     file = plan.checkpoint_folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens(["[MASK]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.save(str(file))
     if task == "fill-mask":
         width, settings = tokenizer.get_vocab_size(), {**settings, "mask_id": tokenizer.token_to_id("[MASK]")}
     pipeline = pipeline_class(task)
     encoder = {"max_tokens": max_tokens, "inputs": list(INPUTS), "pad_id": 0, "strategy": pipeline.strategy}
     encoder["stride"] = 64 if pipeline.windowed else 0
+    encoder |= frame_of(tokenizer)
     (plan.checkpoint_folder / "encoder.json").write_text(json.dumps(encoder))
     (plan.checkpoint_folder / "pipeline.json").write_text(json.dumps({"task": task, "settings": settings}))
     output = "values"

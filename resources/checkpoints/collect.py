@@ -149,11 +149,7 @@ def _record_of(
         "pad_id": signature.pad_id,
         "strategy": pipeline_class(entry.task).strategy,
         "stride": task.stride(max_tokens, options),
-        "before": list(signature.before),
-        "after": list(signature.after),
-        "between": list(signature.between),
-        "second_type": signature.second_type,
-        "filler": signature.filler,
+        **signature.frame,
     }
     (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
     pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
@@ -191,7 +187,7 @@ def _record_of(
             vocabulary=signature.vocabulary_size,
             pad_id=signature.pad_id,
             max_tokens=max_tokens,
-            frame=(signature.before, signature.after),
+            frame=(signature.frame["before"], signature.frame["after"]),
         ),
         labels=labels,
         output=task.output(replace(files, settings=settings)),

@@ -22,21 +22,13 @@ _TEXT = "Does it work?"
 
 @dataclass(frozen=True)
 class Signature:
-    """The arrays that the model takes, and what the tokenizer is like.
-
-    before, after, between: the special tokens around a text, and between the two of a pair. second_type: the segment id
-    of the second one. filler: some token that is not special.
-    """
+    """The arrays that the model takes, and what the tokenizer is like. frame: see `frame_of`."""
 
     inputs: tuple[str, ...]
     pad_id: int
     vocabulary_size: int
     tokens: SpecialTokens
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    between: tuple[int, ...]
-    second_type: int
-    filler: int
+    frame: dict[str, Any]
 
 
 def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int) -> Signature:
@@ -66,10 +58,7 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         plain = Tokenizer.from_file(str(folder / TOKENIZER))
         plain.no_padding()
         plain.no_truncation()
-        row, pair = plain.encode(_TEXT), plain.encode(_TEXT, _TEXT)
-        inside = [place for place, special in enumerate(row.special_tokens_mask) if not special]
-        ends = max(place for place, number in enumerate(pair.sequence_ids) if number == 0)
-        begins = pair.sequence_ids.index(1)
+        frame = frame_of(plain)
     except CheckpointError as error:
         raise CheckpointError(f"{model}: {error}") from error
     except BaseException as error:  # a panic of the library in Rust is no Exception
@@ -87,12 +76,23 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         pad_id=_pad_id(model, config, tokenizer),
         vocabulary_size=vocabulary_size,
         tokens=tokens,
-        before=tuple(row.ids[: inside[0]]),
-        after=tuple(row.ids[inside[-1] + 1 :]),
-        between=tuple(pair.ids[ends + 1 : begins]),
-        second_type=pair.type_ids[begins],
-        filler=row.ids[inside[0]],
+        frame=frame,
     )
+
+
+def frame_of(tokenizer: Any) -> dict[str, Any]:
+    """Find what a tokenizer (of the `tokenizers` library) puts around a text and between two: see TextEncoder."""
+    row, pair = tokenizer.encode(_TEXT), tokenizer.encode(_TEXT, _TEXT)
+    inside = [place for place, special in enumerate(row.special_tokens_mask) if not special]
+    ends = max(place for place, number in enumerate(pair.sequence_ids) if number == 0)
+    begins = pair.sequence_ids.index(1)
+    return {
+        "before": row.ids[: inside[0]],
+        "after": row.ids[inside[-1] + 1 :],
+        "between": pair.ids[ends + 1 : begins],
+        "second_type": pair.type_ids[begins],
+        "filler": row.ids[inside[0]],
+    }
 
 
 def _model(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int) -> tuple[Any, set[str]]:

@@ -71,12 +71,19 @@ class Pipeline:
     def given(self, ids: Sequence[int]) -> Item:
         """The texts that token ids stand for, special tokens around them included. Raises RefusedError.
 
-        Answers that say where in a text something stands are about the text that the tokens are decoded to.
+        Answers that say where in a text something stands are about the text that the tokens are decoded to. Ids are
+        refused that the tokenizer would not make of that text: they would be answered as other ids.
         """
         parts = self.encoder.parts(self.encoder.given(ids))
         if len(parts) != len(self.from_ids):
             raise RefusedError(f"{TOKEN_IDS} holds {len(parts)} texts; this model takes {len(self.from_ids)}")
-        return dict(zip(self.from_ids, (self.encoder.decode(part) for part in parts), strict=True))
+        texts = [self.encoder.decode(part) for part in parts]
+        if [encoding.ids for encoding in map(self.encoder.inner, texts)] != parts:
+            raise RefusedError(
+                f"{TOKEN_IDS} holds tokens that this model's tokenizer does not make of the text that they stand for; "
+                "send the text"
+            )
+        return dict(zip(self.from_ids, texts, strict=True))
 
     def prepare(self, item: Item) -> Any:
         """What `tokenize` takes for the request. Raises RefusedError where the request has no answer."""

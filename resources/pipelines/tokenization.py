@@ -122,6 +122,10 @@ class TextEncoder:
         """The encoding of one text, special tokens included, not truncated."""
         return encode_alone(self._endless, text, special=True)
 
+    def inner(self, text: str) -> Any:
+        """The encoding of one text without special tokens around it, not truncated."""
+        return encode_alone(self._endless, text)
+
     def enough(self, texts: tuple[str, ...], *, windows: int = 1) -> tuple[str, ...]:
         """A text, or a pair, cut to beginnings whose row, or so many windows, are those of the whole texts.
 
@@ -253,7 +257,7 @@ class TextEncoder:
         return short[0], short[1]
 
     def _count(self, text: str) -> int:
-        return len(encode_alone(self._endless, text).ids)
+        return len(self.inner(text).ids)
 
     @cached_property
     def _endless(self) -> Any:

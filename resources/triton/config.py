@@ -277,9 +277,10 @@ def _texts(config: ModelConfig, plan: ReleasePlan) -> None:
     from tritonclient.grpc import model_config_pb2 as pb
 
     kind = pipeline_class(plan.checkpoint.task)
+    # All are optional for Triton: of an ensemble without one of its inputs it says "unexpected deadlock". The pipeline
+    # says which one a request lacks.
     for text in (*kind.inputs, *kind.optional):
-        optional = text in (*kind.from_ids, *kind.optional)
-        config.input.append(pb.ModelInput(name=text, data_type=pb.TYPE_STRING, dims=[1], optional=optional))
+        config.input.append(pb.ModelInput(name=text, data_type=pb.TYPE_STRING, dims=[1], optional=True))
     config.input.append(pb.ModelInput(name=TOKEN_IDS, data_type=pb.TYPE_INT64, dims=[-1], optional=True))
 
 

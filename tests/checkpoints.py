@@ -106,6 +106,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "modernbert": ("bpe", {"global_attn_every_n_layers": 2, "local_attention": 16}),
 }
+#: BART is served with a classification head alone, at the end of its decoder.
+ENCODERS = tuple(name for name in ARCHITECTURES if name != "bart")
 
 
 def make_checkpoint(

@@ -18,7 +18,7 @@ from resources.engines.graphs import drop_unused, name_nodes
 from resources.engines.onnxruntime import OnnxRuntimeRunner
 from resources.engines.sessions import session_of_bytes
 from resources.export.make import make_graph
-from tests.checkpoints import ARCHITECTURES
+from tests.checkpoints import ENCODERS
 from tests.conftest import entry_for
 
 #: Nodes of two fused layers, mean pooling included, views left out; a rule that no longer fires shows here.
@@ -45,7 +45,7 @@ def batch(rows, tokens, pad=0):
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": (np.arange(tokens) > tokens // 2) * mask}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ENCODERS)
 def test_a_fused_graph_answers_as_the_exported_one(made_checkpoint, sharing, tmp_path, architecture):
     entry = entry_for(made_checkpoint(architecture=architecture))
     checkpoint = collect_checkpoint(entry, sharing.store, sharing.limits).record

@@ -7,15 +7,18 @@ import pytest
 from resources.tasks import TASKS
 from resources.triton.layout import current_release
 from tests.answers import CHECKPOINTS
-from tests.checkpoints import ARCHITECTURES
+from tests.checkpoints import ENCODERS
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
 
 pytestmark = pytest.mark.whole
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+PAIRS = [(architecture, task) for architecture in ENCODERS for task in TASKS]
+PAIRS += [("bart", "classification"), ("bart", "zero-shot-classification")]
+
+
+@pytest.mark.parametrize(("architecture", "task"), PAIRS)
 def test_from_checkpoint_to_a_proven_release(
     made_checkpoint, workspace, triton_settings, architecture, task, record_property
 ):

@@ -519,7 +519,8 @@ def test_only_what_the_champion_was_chosen_from_is_released(own_checkpoint, begu
     add_entry(begun, entry_for(folder, **QUICK))
     assert run_job(begun, "tiny").success
     change_weights(folder)
-    keys = ["checkpoint", "evaluation_set", "onnx_graph", "engines/cpu/torch", "engines/cpu/onnxruntime_fp32"]
+    sources = ["checkpoint", "evaluation_set", "reference", "onnx_graph"]
+    keys = [*sources, "engines/cpu/torch", "engines/cpu/onnxruntime_fp32"]
     assert run_assets(begun, "tiny", keys).success
     outcome = run_assets(begun, "tiny", ["triton_repository/cpu"])
     assert not outcome.success

@@ -41,7 +41,7 @@ FIELDS = {
 #: The distribution, of which there is one of two.
 ONNXRUNTIME = "onnxruntime-gpu" if sys.platform == "linux" else "onnxruntime"
 BUILT = ("onnxruntime_fp32", "onnxruntime_int8")
-SOURCES = {"checkpoint", "evaluation_set"}
+SOURCES = {"checkpoint", "evaluation_set", "reference"}
 CHOSEN = {"champion/cpu", "serving_configuration/cpu"}
 RELEASED = {"triton_repository/cpu", "serving_benchmark/cpu"}
 
@@ -262,7 +262,7 @@ def test_a_new_revision_on_the_hub_is_told_without_being_fetched(copy, monkeypat
 def test_a_source_that_is_not_here_is_what_it_was_by_its_revision(copy, checkpoint_folder, monkeypatch):
     """Another machine collected it, or its copy was tidied up: that is no reason for a run."""
     monkeypatch.setattr(collect, "locate", lambda *_, **__: Located(checkpoint_folder, COMMIT))
-    assert run_assets(copy, "tiny", ["checkpoint"]).success
+    assert run_assets(copy, "tiny", ["checkpoint", "evaluation_set", "reference"]).success
 
     def elsewhere(source, *, fetch, **_):
         assert not fetch

@@ -83,7 +83,8 @@ class QuestionAnswerer:
         ]
         most = max(kept)
         powers = [math.exp(value - most) for value in kept]
-        return [power / sum(powers) for power in powers]
+        total = sum(powers)
+        return [power / total for power in powers]
 
     def _spans(self, start: list[float], end: list[float], allowed: list[bool]) -> list[tuple[int, int, float]]:
         spans = []

@@ -284,7 +284,7 @@ def test_a_checkpoint_that_answers_nan_is_refused(own_checkpoint, ready):
     assert not outcome.success
     assert len(outcome.messages) == 1
     assert outcome.messages[0].startswith("tiny, revision ")
-    assert "NaN or infinity in the answers to 320 of 320 rows" in outcome.messages[0]
+    assert "NaN or infinity in the answers to 350 of 350 rows" in outcome.messages[0]
     assert outcome.materialized() == {"checkpoint"}
     assert not ready.repository("cpu").exists()
 

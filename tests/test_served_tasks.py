@@ -158,7 +158,7 @@ def test_an_engine_that_answers_nan_is_refused_not_made_an_answer(served, triton
     model = copy / f"{task}__r1__pipeline" / "1" / "model.py"
     line = "return self._engine.run("
     assert line in model.read_text()
-    model.write_text(model.read_text().replace(line, "return np.nan * self._engine.run("))
+    model.write_text(model.read_text().replace(line, "return float('nan') * self._engine.run("))
     with (
         EmbeddedServer(copy, triton_settings, models=[task], log=tmp_path / "log") as server,
         server.client() as client,

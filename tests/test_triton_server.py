@@ -135,9 +135,10 @@ def test_plain_json_as_curl_sends_it(served, plans):
         f"http://{served.http_address}/v2/models/tiny/infer", data=json.dumps(question).encode()
     )
     with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310 - http, a few lines above
-        outputs = json.load(response)["outputs"]
-    assert outputs[0]["shape"] == [1, WIDTH]
-    np.testing.assert_allclose(outputs[0]["data"], answers_of(plans[0], TEXTS[:1])[0], rtol=0, atol=1e-6)
+        outputs = {output["name"]: output for output in json.load(response)["outputs"]}
+    answer = outputs["sentence_embedding"]
+    assert answer["shape"] == [1, WIDTH]
+    np.testing.assert_allclose(answer["data"], answers_of(plans[0], TEXTS[:1])[0], rtol=0, atol=1e-6)
 
 
 def test_a_request_that_is_wrong_fails_alone(served, plans):

@@ -180,7 +180,7 @@ def test_a_checkpoint_without_modules_says_what_is_assumed(tmp_path):
     assert record.assumed == ("pooling: mean", "normalize: false")
     chosen = entry_for(folder, options={"pooling": "cls", "normalize": True, "max_tokens": 32})
     record = collect_checkpoint(chosen, store, LIMITS).record
-    assert (record.assumed, record.max_tokens, record.settings["modes"]) == ((), 32, ("cls",))
+    assert (record.assumed, record.max_tokens, record.settings["modes"]) == ((), 32, ["cls"])
     pooled(folder, "mean")
     with pytest.raises(CheckpointError, match=r"options\.pooling, and modules\.json says it as well"):
         collect_checkpoint(chosen, store, LIMITS)

@@ -185,7 +185,8 @@ class EmbeddingTask(Task):
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         assert isinstance(options, EmbeddingOptions)
-        return asdict(read_pooling(files, options))
+        pooling = read_pooling(files, options)
+        return {**asdict(pooling), "modes": [*pooling.modes]}  # as a record of JSON gives it back
 
     def max_tokens(self, limit: int, options: Options) -> int:
         assert isinstance(options, EmbeddingOptions)

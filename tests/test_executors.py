@@ -57,9 +57,7 @@ def graph(tmp_path_factory, made_checkpoint):
         external_data=False,
         parity=(),
     )
-    evaluation = EvaluationSet(
-        digest="e", model="tiny", items=1, rows=1, width=1, longest_tokens=1, tokenizer_checked=1
-    )
+    evaluation = EvaluationSet(digest="e", model="tiny", items=1, rows=1, width=1, longest_tokens=1)
     for record in (MADE_UP, graph, evaluation):
         pretend(workspace, record)
     return workspace

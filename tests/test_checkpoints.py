@@ -72,6 +72,7 @@ def test_the_real_checkpoint_is_collected_once(store):
         "between": [102],
         "second_type": 1,
         "filler": 2515,
+        "truncation_side": "right",
     }
 
     # A fresh interpreter, because this one has loaded torch long ago.

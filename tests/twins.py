@@ -134,6 +134,17 @@ def half(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
     return changed
 
 
+def left(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """The same with a tokenizer that keeps the end of a text, and pads in front of it."""
+
+    def changed(folder: Path) -> Path:
+        made = make(folder)
+        edit_json(made / "tokenizer_config.json", truncation_side="left", padding_side="left")
+        return made
+
+    return changed
+
+
 _CROSS = {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
 _CROSS_6 = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid", "version": "6.0.0"}}
 
@@ -238,6 +249,10 @@ TWINS = {
     ),
     "no prompt": Twin(
         "embedders with include_prompt: false", "embedding", embedder("bert", {**MEAN, "include_prompt": False})
+    ),
+    "left": Twin("embedders that keep the end of a text", "embedding", left(embedder("bert", MEAN))),
+    "left classifier": Twin(
+        "classifiers that keep the end of a text", "classification", left(headed("bert", "sequence", ("no", "yes")))
     ),
     "old name": Twin(
         "embedders of sentence-transformers 1 to 3, with sentence_roberta_config.json",

@@ -141,6 +141,12 @@ def _record_of(
     signature, peak = _read_isolated(entry, folder, found.weights, limits, log)
     task, options = TASKS[entry.task], entry.task_options()
     files = CheckpointFiles(entry.name, folder, found.config, allow_unused=entry.unused_weights == "allow")
+    if signature.truncation_side != "right" and pipeline_class(entry.task).structured:
+        raise files.refuse(
+            f"tokenizer_config.json says truncation_side: {signature.truncation_side}, and task {entry.task!r} cuts the "
+            "end of a text",
+            "Set truncation_side to right there",
+        )
     labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
     max_tokens = task.max_tokens(found.max_tokens, options)
     encoder = {
@@ -150,6 +156,7 @@ def _record_of(
         "strategy": pipeline_class(entry.task).strategy,
         "stride": task.stride(max_tokens, options),
         **signature.frame,
+        "truncation_side": signature.truncation_side,
     }
     (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
     pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)

@@ -22,13 +22,17 @@ _TEXT = "Does it work?"
 
 @dataclass(frozen=True)
 class Signature:
-    """The arrays that the model takes, and what the tokenizer is like. frame: see `frame_of`."""
+    """The arrays that the model takes, and what the tokenizer is like. frame: see `frame_of`.
+
+    truncation_side: `right`, or `left` where the end of a text is kept.
+    """
 
     inputs: tuple[str, ...]
     pad_id: int
     vocabulary_size: int
     tokens: SpecialTokens
     frame: dict[str, Any]
+    truncation_side: str
 
 
 def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int) -> Signature:
@@ -77,6 +81,7 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         vocabulary_size=vocabulary_size,
         tokens=tokens,
         frame=frame,
+        truncation_side=tokenizer.truncation_side,
     )
 
 

@@ -41,6 +41,7 @@ class TextEncoder:
     buckets: the lengths that rows are padded to, in order, `max_tokens` the last; default: `buckets_up_to`.
     before, after: the special tokens around a text; between: those between the two of a pair. second_type: the segment
     id of the second one. filler: some token that is not special.
+    truncation_side: `right`, or `left` where the end of a text is kept.
     """
 
     def __init__(
@@ -58,10 +59,14 @@ class TextEncoder:
         between: Sequence[int] = (),
         second_type: int = 0,
         filler: int = 1,
+        truncation_side: str = "right",
     ) -> None:
         self._file = tokenizer_file
         self._tokenizer = _open(tokenizer_file)
-        self._tokenizer.enable_truncation(max_length=max_tokens, strategy=strategy, stride=stride)
+        self._tokenizer.enable_truncation(
+            max_length=max_tokens, strategy=strategy, stride=stride, direction=truncation_side
+        )
+        self.truncation_side = truncation_side
         self.max_tokens = max_tokens
         self.buckets = tuple(buckets) or buckets_up_to(max_tokens)
         self._chosen = bool(buckets)
@@ -90,6 +95,7 @@ class TextEncoder:
             between=self.between,
             second_type=self.second_type,
             filler=self.filler,
+            truncation_side=self.truncation_side,
         )
 
     @property
@@ -132,6 +138,8 @@ class TextEncoder:
         Raises RefusedError where that would take too long. A pair of which both are cut (`longest_first`) and too long
         to count gives the odd token of a row to the text with more characters, where otherwise more tokens decide.
         """
+        if self.truncation_side == "left":
+            return self._require_short(texts)
         if len(texts) == 2 and self.strategy == "longest_first":
             return self._enough_of_both(*texts)
         tokens = self.max_tokens + (windows - 1) * (self.max_tokens - self.stride)
@@ -237,6 +245,15 @@ class TextEncoder:
     def _input(self, text: Any) -> Any:
         """As the library wants it: a string, or a pair of strings."""
         return text[0] if isinstance(text, tuple) and len(text) == 1 else text
+
+    def _require_short(self, texts: tuple[str, ...]) -> tuple[str, ...]:
+        """The texts themselves: no beginning says what is at the end. Raises RefusedError for one that is long."""
+        longest, most = max(map(len, texts)), self.longest_read()
+        if longest > most:
+            raise RefusedError(
+                f"a text holds {longest} characters; this model keeps the end of a text, and takes at most {most}"
+            )
+        return texts
 
     def _enough_of_both(self, first: str, second: str) -> tuple[str, str]:
         settled, margin = self.max_tokens + 2 * self.margin, self.margin

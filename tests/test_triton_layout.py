@@ -11,6 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from resources.artifacts.records import ServingSetting, ThreadSetting
 from resources.catalog import ServingSettings
 from resources.errors import ReleaseError
+from resources.pipelines import TOKEN_COUNT
 from resources.triton.config import engine_config, front_config, public_config
 from resources.triton.layout import (
     current_release,
@@ -181,7 +182,7 @@ def test_instances_know_of_each_other():
 
 def test_an_input_that_the_graph_does_not_read_is_not_passed_on(plan):
     short = replace(plan, flavour="native", engine=plan.engine.model_copy(update={"inputs": INPUTS[:1]}))
-    assert [item.name for item in front_config(short, 1).output] == list(INPUTS)
+    assert [item.name for item in front_config(short, 1).output] == [*INPUTS, TOKEN_COUNT]
     assert [item.name for item in engine_config(short, 1).input] == list(INPUTS[:1])
     assert dict(public_config(short, 1).ensemble_scheduling.step[1].input_map) == {INPUTS[0]: INPUTS[0]}
 

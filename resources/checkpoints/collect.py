@@ -143,8 +143,8 @@ def _record_of(
     files = CheckpointFiles(entry.name, folder, found.config, allow_unused=entry.unused_weights == "allow")
     if signature.truncation_side != "right" and pipeline_class(entry.task).structured:
         raise files.refuse(
-            f"tokenizer_config.json says truncation_side: {signature.truncation_side}, and task {entry.task!r} cuts the "
-            "end of a text",
+            f"tokenizer_config.json says truncation_side: {signature.truncation_side}, and task {entry.task!r} cuts "
+            "texts at their end",
             "Set truncation_side to right there",
         )
     labels, settings = task.labels(files), task.settings(files, options, signature.tokens)

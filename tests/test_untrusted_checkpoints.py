@@ -23,6 +23,7 @@ from resources.revisions import look
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
 from tests.sources import write_checkpoint
+from tests.twins import pooled
 
 LIMITS = Limits(timeout_s=120, memory_bytes=4 * 10**9)
 
@@ -307,9 +308,6 @@ def test_fields_that_no_model_has_are_refused(folder, fields):
     assert f"config.json, {name}: " in said or "surrogate pair" in said or "a text may have 1 tokens" in said
 
 
-MODULES = '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]'
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -338,14 +336,14 @@ MODULES = '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.m
 )
 def test_what_nobody_can_take_is_refused(folder, name, text):
     if name == "sentence_bert_config.json":  # which is read beside modules.json alone
-        (folder / "modules.json").write_text(MODULES)
+        pooled(folder, "mean")
     (folder / name).write_text(text, encoding="utf-8")
     assert name.split(".", maxsplit=1)[0] in refusal(folder).replace("a text may have", "config")
 
 
 @pytest.mark.parametrize("name", ["sentence_bert_config.json", "tokenizer_config.json"])
 def test_a_length_that_no_float_holds_is_none(folder, name):
-    (folder / "modules.json").write_text(MODULES)
+    pooled(folder, "mean")
     (folder / name).write_text(f'{{"max_seq_length": 1{"0" * 400}, "model_max_length": 1{"0" * 400}}}')
     assert validate(entry_for(folder), folder).max_tokens == 64
 

@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def _mutated_document(document: Any, chance: random.Random) -> bytes:
             other, place = chance.choice(places)
             holder[key] = _copied(other[place]) if _is_there(other, place) else None
         elif kind == 4 and isinstance(holder[key], int | float):
-            holder[key] = holder[key] * chance.choice((-1, 0, 2, 1000, 10**9, 0.5)) + chance.choice((0, 1, -1))
+            factor, more = chance.choice((-1, 0, 2, 1000, 10**9, 0.5)), chance.choice((0, 1, -1))
+            with suppress(OverflowError):  # of an integer that no float holds
+                holder[key] = holder[key] * factor + more
         else:
             holder[key] = _odd(chance)
     try:

@@ -295,6 +295,7 @@ def test_a_description_whose_model_is_a_file(tmp_path):
         '"architectures": {"0": "BertModel"}',
         '"vocab_size": "12"',
         '"num_hidden_layers": 1000000000',
+        '"num_hidden_layers": 2001',
         '"hidden_size": 1e308',
         '"hidden_size": Infinity',
         '"max_position_embeddings": 1',

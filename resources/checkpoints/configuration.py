@@ -36,7 +36,12 @@ _DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float16|float32|float6
 
 _MOST_LABEL_CHARACTERS = 1000
 #: Far beyond any real model, and little enough for a count of modules or a length. The first that fits a field's name.
-_MOST = ((re.compile("layer|depth|group|block"), 10_000), (re.compile("size|dim|hidden|head|position|length"), 2**24))
+_MOST = (
+    # transformers takes 3 ms to make a layer, even without weights.
+    (re.compile("layers?$"), 512),
+    (re.compile("layer|depth|group|block"), 10_000),
+    (re.compile("size|dim|hidden|head|position|length"), 2**24),
+)
 _MOST_ANYWHERE = 10**15
 
 

@@ -194,7 +194,7 @@ class ModelEntry(_Strict):
     @property
     def trust(self) -> Trust:
         """What loading its checkpoint may do."""
-        return Trust(self.allow_pickle, self.trust_remote_code)
+        return Trust(self.allow_pickle, self.trust_remote_code, self.unused_weights == "allow")
 
     def accuracy_gates(self) -> Gates:
         """The task's gates, with this entry's own values in place of the defaults. Raises ValueError."""

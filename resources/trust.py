@@ -17,6 +17,8 @@ class Trust:
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    #: Not dangerous, but the user's to say as well: weights that nothing reads are no reason to refuse a checkpoint.
+    allow_unused: bool = False
 
     @property
     def load_arguments(self) -> dict[str, Any]:

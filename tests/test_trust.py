@@ -11,7 +11,7 @@ import pytest
 
 from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.gc import DAY_SECONDS, collect
-from resources.artifacts.records import Checkpoint, Engine, OnnxGraph, StoredFile, sha256_file
+from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph, StoredFile, sha256_file
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import ModelEntry
 from resources.checkpoints import collect_checkpoint
@@ -20,6 +20,7 @@ from resources.engines.make import make_engine, sources_of
 from resources.engines.tensorrt_provider import SETTINGS, read_settings
 from resources.errors import ArtifactError, CheckpointError, RefineryError
 from resources.evaluation.evaluation_set import ITEMS_FILE, REFERENCE_NUMBERS, make_evaluation_set, read_evaluation_set
+from resources.evaluation.reference import make_reference
 from resources.export.make import make_graph
 from resources.isolation import run_isolated
 from resources.workspace import Workspace
@@ -67,12 +68,18 @@ def _load(engine: Engine, sources: Sources) -> None:
     load(engine, sources.checkpoint_folder, sources, 1)
 
 
+def compare_with_the_library(workspace, entry, checkpoint):
+    evaluation = EvaluationSet.model_construct(digest="e", files={})
+    make_reference(workspace, entry, checkpoint, evaluation)
+
+
 @pytest.mark.parametrize(
     "step",
     [
         run_baseline,
         pytest.param(make_evaluation_set, marks=pytest.mark.whole),
         pytest.param(make_graph, marks=pytest.mark.whole),
+        pytest.param(compare_with_the_library, marks=pytest.mark.whole),
     ],
 )
 def test_code_that_somebody_put_into_the_store_does_not_run(workspace, forged, step):

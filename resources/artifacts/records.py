@@ -170,8 +170,7 @@ class Checkpoint(Record):
     lengths: LengthProfile | None = Field(default=None, description="Of the user's sample, where there is one.")
     allow_pickle: bool = False
     trust_remote_code: bool = False
-    allow_unused: bool = Field(default=False, description="Weights that nothing reads do not matter.")
-    assumed: tuple[str, ...] = Field(default=(), description="What neither its files nor the models file say.")
+    assumed: tuple[str, ...] = Field(default=(), description="Answers that neither its files nor the models file give.")
 
 
 class EvaluationSet(Record):

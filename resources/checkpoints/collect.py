@@ -37,6 +37,7 @@ from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.sentence_transformers import CONFIG as SENTENCE_TRANSFORMERS
 from resources.tasks.sentence_transformers import read_json
+from resources.trust import Trust
 
 #: What a stored checkpoint depends on, beside its source.
 CODE = ("resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests")
@@ -140,7 +141,7 @@ def _record_of(
     """
     signature, peak = _read_isolated(entry, folder, found.weights, limits, log)
     task, options = TASKS[entry.task], entry.task_options()
-    files = CheckpointFiles(entry.name, folder, found.config, allow_unused=entry.unused_weights == "allow")
+    files = CheckpointFiles(entry.name, folder, found.config, allow_unused=entry.trust.allow_unused)
     if signature.truncation_side != "right" and pipeline_class(entry.task).structured:
         raise files.refuse(
             f"tokenizer_config.json says truncation_side: {signature.truncation_side}, and task {entry.task!r} cuts "
@@ -203,7 +204,6 @@ def _record_of(
         lengths=lengths,
         allow_pickle=entry.allow_pickle,
         trust_remote_code=entry.trust_remote_code,
-        allow_unused=files.allow_unused,
         assumed=task.assumed(files, options),
         peak_memory_bytes=peak,
     )
@@ -261,6 +261,10 @@ def unfetched_fingerprint(entry: ModelEntry, revision: str, known: Checkpoint) -
         "trust_remote_code": entry.trust_remote_code,
     }
     if not parts or any(parts.get(name) != value for name, value in same.items()):
+        return None
+    # Those options are in the weights' digest, which only the files themselves tell.
+    options, before = entry.task_options().model_dump(), parts.get("options", {})
+    if any(options.get(name) != before.get(name) for name in TASKS[entry.task].computing):
         return None
     return _made_of(entry, revision, parts["weights"], parts["files"])
 
@@ -381,10 +385,10 @@ def _weights_digest(entry: ModelEntry, found: Validated, hashes: dict[str, str])
     return digest_of_files(parts)
 
 
-def checkpoint_files(record: Checkpoint, folder: Path) -> CheckpointFiles:
-    """What tasks read of a stored checkpoint. Raises CheckpointError."""
+def checkpoint_files(record: Checkpoint, folder: Path, trust: Trust) -> CheckpointFiles:
+    """Return what tasks read of a stored checkpoint. Raises CheckpointError."""
     files = CheckpointFiles(record.model, folder, {})
     config = read_json(files, CONFIG, dict)
     if not config.get("architectures"):  # told from its weights when it was collected
         config = {**config, "architectures": [record.architecture]}
-    return CheckpointFiles(record.model, folder, config, record.settings, record.allow_unused)
+    return CheckpointFiles(record.model, folder, config, record.settings, trust.allow_unused)

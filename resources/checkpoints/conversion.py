@@ -63,21 +63,38 @@ def _cutter(folder: Path, made: Any) -> Callable[[str], list[str]] | None:
     if (folder / "vocab.txt").is_file() and type(made.backend_tokenizer.model).__name__ == "WordPiece":
         return _word_pieces(folder / "vocab.txt", made)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _byte_pairs(folder, made)
+        state = json.loads(made.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+        # Others merge the letters of words, each by rules of its own (HerBERT, CLIP).
+        return _byte_pairs(folder, made, state) if state.get("type") == "ByteLevel" else None
     return _sentence_pieces(pieces[0], made) if pieces else None
 
 
 def _sentence_pieces(file: Path, made: Any) -> Callable[[str], list[str]]:
     from sentencepiece import SentencePieceProcessor
 
-    processor = SentencePieceProcessor(model_file=str(file))
+    processor, prepared = SentencePieceProcessor(model_file=str(file)), _preparation(made)
 
     def cut(text: str) -> list[str]:
-        ids = processor.encode(text)
+        ids = processor.encode(prepared(text))
         tokens = [made.unk_token if processor.is_unknown(number) else processor.id_to_piece(number) for number in ids]
         return _once(tokens, made.unk_token)
 
     return cut
+
+
+def _preparation(made: Any) -> Callable[[str], str]:
+    """What a tokenizer's class does to a text before SentencePiece's own rules: ALBERT removes accents, say."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(made.backend_tokenizer.to_str())["normalizer"] or {}
+    parts = state.get("normalizers", [state])
+    kinds = [part.get("type") for part in parts]
+    if "Precompiled" not in kinds[1:]:
+        return lambda text: text
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    before = {"type": "Sequence", "normalizers": parts[: kinds.index("Precompiled")]}
+    normalizer = Tokenizer.from_str(json.dumps({"normalizer": before, "model": model})).normalizer
+    return lambda text: str(normalizer.normalize_str(text))
 
 
 def _word_pieces(file: Path, made: Any) -> Callable[[str], list[str]]:
@@ -94,21 +111,21 @@ def _word_pieces(file: Path, made: Any) -> Callable[[str], list[str]]:
     return lambda text: _once(list(tokenizer.tokenize(text)), made.unk_token)
 
 
-def _byte_pairs(folder: Path, made: Any) -> Callable[[str], list[str]]:
+def _byte_pairs(folder: Path, made: Any, pre_tokenizer: dict[str, Any]) -> Callable[[str], list[str]]:
     """Byte-pair encoding of UTF-8's bytes: of all neighbours, those that the file of merges names first are joined.
 
     Method: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.2.
     """
     import regex
 
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     rank = {pair: place for place, pair in enumerate(pairs)}
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     letters = _letters_of_bytes()
     # A vocabulary of all bytes knows everything; what a smaller one does not know is dropped where it names no token.
     unknown = [made.unk_token] if made.backend_tokenizer.model.unk_token else []
-    space = json.loads(made.backend_tokenizer.to_str())["pre_tokenizer"].get("add_prefix_space", False)
+    space = pre_tokenizer.get("add_prefix_space", False)
 
     def cut(text: str) -> list[str]:
         tokens: list[str] = []

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from resources.checkpoints.weights import tensor_names
 from resources.foreign import MOST_CONFIG_BYTES, ForeignError, is_file_below, parse_json, read_below
 
 CONFIG = "config.json"
@@ -31,30 +32,35 @@ _COLBERT = (
     "which is served here, is not what it was trained for"
 )
 _SPLADE = "a sparse embedder (SPLADE): its vectors are as long as the vocabulary, and are not served"
-#: Ends of names of transformers' classes that take or make something else than text in, numbers or words out.
+#: config.json's model_type of transformers' models for something else than text (its mappings for images, video and
+#: audio), by their beginnings.
 _OTHERS = {
     "a model for pictures or video": (
-        "ForImageClassification",
-        "ForObjectDetection",
-        "ForSemanticSegmentation",
-        "ForUniversalSegmentation",
-        "ForDepthEstimation",
-        "ForVideoClassification",
-        "ForImageTextToText",
-        "ForVision2Seq",
-        "VisionModel",
-        "ViTModel",
-        "CLIPModel",
-        "SiglipModel",
+        *("align", "beit", "blip", "chameleon", "clipseg", "conditional_detr", "convnext", "cvt", "data2vec-vision"),
+        *("deformable_detr", "deit", "depth", "detr", "dinat", "dino", "dpt", "edgetam", "efficientformer"),
+        *(
+            "efficientnet",
+            "eomt",
+            "flava",
+            "focalnet",
+            "glpn",
+            "grounding-dino",
+            "groupvit",
+            "hgnet",
+            "hiera",
+            "idefics",
+        ),
+        *("ijepa", "imagegpt", "janus", "kosmos", "levit", "llava", "mask2former", "maskformer", "metaclip", "mgp-str"),
+        *("mlcd", "mobilenet", "mobilevit", "nat", "oneformer", "owlv", "paligemma", "pix2struct"),
+        *("pixtral", "poolformer", "prompt_depth", "pvt", "regnet", "resnet", "rt_detr", "sam", "segformer", "seggpt"),
+        *("siglip", "smolvlm", "superglue", "superpoint", "swiftformer", "swin", "table-transformer", "textnet"),
+        *("timesformer", "timm", "trocr", "tvlt", "tvp", "upernet", "videomae", "vilt", "vipllava", "vision", "vit"),
+        *("vivit", "vjepa", "xclip", "yolos", "zoedepth"),
     ),
     "a model for sound": (
-        "ForCTC",
-        "ForSpeechSeq2Seq",
-        "ForAudioClassification",
-        "ForTextToWaveform",
-        "WhisperModel",
-        "Wav2Vec2Model",
-        "HubertModel",
+        *("audio-spectrogram", "bark", "clap", "clvp", "dac", "data2vec-audio", "encodec", "granite_speech", "hubert"),
+        *("jukebox", "mctct", "mimi", "moonshine", "moshi", "musicgen", "parakeet", "pop2piano", "seamless", "sew"),
+        *("speech", "unispeech", "univnet", "vits", "wav2vec2", "wavlm", "whisper"),
     ),
 }
 _OTHER_REMEDY = "Give a checkpoint for text"
@@ -68,6 +74,8 @@ _HEADS_BY_TENSOR = (
     ("classifier.out_proj.weight", "ForSequenceClassification"),
     ("score.weight", "ForSequenceClassification"),
 )
+#: Beginnings of the names of decoders' classes.
+_DECODERS = ("Llama", "Mistral", "Qwen", "Gemma", "Phi", "GPT", "OPT", "Falcon", "Bloom", "StableLm", "Olmo")
 #: How transformers calls a label that nobody has named.
 _UNNAMED = "LABEL_"
 
@@ -83,11 +91,14 @@ def why_of_no_use(folder: Path, config: dict[str, Any]) -> str:
         kind = kind or _COLBERT
     if any(name.endswith((".SpladePooling", ".SparseAutoEncoder")) for name in modules):
         kind = kind or _SPLADE
+    if architecture.endswith("CLIPModel"):
+        return f"it is a model for pictures and text ({architecture:.60}). {_OTHER_REMEDY}"
     if kind:
         return f"it is {kind}. Give a checkpoint of one of transformers' own classes for a task"
-    for said, ends in _OTHERS.items():
-        if architecture.endswith(ends):
-            return f"it is {said} ({architecture}). {_OTHER_REMEDY}"
+    model_type = str(config.get("model_type", ""))
+    for said, beginnings in _OTHERS.items():
+        if model_type.startswith(beginnings):
+            return f"it is {said} (model_type {model_type:.60}). {_OTHER_REMEDY}"
     return ""
 
 
@@ -95,7 +106,8 @@ def task_of(folder: Path) -> str | None:
     """The task that a checkpoint was trained for; None where its files do not tell."""
     config = _read(folder, CONFIG)
     labels = [str(label).lower() for label in (config.get("id2label") or {}).values()] if _is_table(config) else []
-    architecture = _architecture(config)
+    # Saved by hand, or by an old version of transformers: the weights say which class they belong to.
+    architecture = _architecture(config) or (head_of(names) if config and (names := tensor_names(folder)) else "")
     saved_by = _read(folder, "config_sentence_transformers.json").get("model_type")
     section = config.get("sentence_transformers")
     cross_encoder = saved_by == "CrossEncoder" or isinstance(section, dict) or _has_cross_encoders_field(config)
@@ -103,16 +115,19 @@ def task_of(folder: Path) -> str | None:
         if any(label.startswith("entail") for label in labels):
             return "zero-shot-classification"
         single = len(labels) == 1 or config.get("num_labels") == 1
-        # Rerankers that nobody has named the label of, BAAI's and Alibaba's among them.
-        if single and (cross_encoder or all(label.startswith(_UNNAMED.lower()) for label in labels)):
-            return "reranking"
-        return "classification"
+        # Rerankers that nobody has named the label of, BAAI's and Alibaba's among them. Decoders with one number are
+        # reward models.
+        unnamed = all(label.startswith(_UNNAMED.lower()) for label in labels)
+        scores = config.get("problem_type") != "regression" and not architecture.startswith(_DECODERS)
+        return "reranking" if single and (cross_encoder or (unnamed and scores)) else "classification"
     if any(name.endswith(".Pooling") for name in _module_kinds(folder)):
         return "embedding"
     for end, task in (
         ("ForTokenClassification", "token-classification"),
         ("ForQuestionAnswering", "question-answering"),
         ("ForMaskedLM", "fill-mask"),
+        # ELECTRA's is a discriminator of tokens, and has no head for words.
+        ("ElectraForPreTraining", "embedding"),
         ("ForPreTraining", "fill-mask"),
         ("Model", "embedding"),
     ):
@@ -153,6 +168,11 @@ def _module_kinds(folder: Path) -> list[str]:
     """The classes of the modules that sentence-transformers would run."""
     modules = _document(folder, "modules.json")
     return [str(one.get("type", "")) for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json without judging it; empty where it cannot be read."""
+    return _read(folder, CONFIG)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

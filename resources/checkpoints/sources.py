@@ -177,11 +177,17 @@ def _hub_snapshot(
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
+    from resources.checkpoints.kinds import read_config, why_of_no_use
+
     named = f"{repository}@{revision}" if revision else repository
     wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
     asked: dict[str, Any] = {**_asked(access), "cache_dir": access.hub_cache.expanduser(), "ignore_patterns": UNWANTED}
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, **asked))
+        # The small files say whether the large ones are of any use.
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json"], **asked))
+        if why := why_of_no_use(folder, read_config(folder)):
+            raise CheckpointError(f"source: {named}: {why}.")
+        folder = Path(snapshot_download(repository, revision=folder.name, allow_patterns=wanted, **asked))
         weights = [path for pattern in WANTED_WEIGHTS for path in folder.glob(pattern)]
         if not weights and _has_pickle(repository, folder.name, access):
             if not allow_pickle:

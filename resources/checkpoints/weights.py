@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ENDINGS = {INDEX: ".safetensors", PICKLE_INDEX: ".bin"}
 #: The library's own bound (safetensors 0.8, tensor.rs); a header of a thousand tensors has 150 kB.
 _MOST_HEADER_BYTES = 100_000_000
+_MOST_SHARDS = 1000
 _MOST_HEADER_VALUES = 10**6
 _MOST_AXES = 32
 #: Bits of one number; tensors of other types are taken as long as they say they are.
@@ -117,6 +119,21 @@ def check_whole(entry: ModelEntry, folder: Path, name: str) -> list[str]:
             entry, f"{path} is damaged: {size} bytes where its header says {expected}", "Copy or download it again"
         )
     return [key for key in header if key != "__metadata__"]
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """List the tensors of a folder's safetensors files by their headers; those of files that cannot be read are left
+    out, which whoever needs them says.
+    """
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors"))[:_MOST_SHARDS]:
+        with suppress(OSError, ValueError, ForeignError), open_below(folder, path.name) as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if 0 < length <= _MOST_HEADER_BYTES:
+                header = parse_json(stream.read(length), most_values=_MOST_HEADER_VALUES)
+                names += [key for key in header if key != "__metadata__"] if isinstance(header, dict) else []
+    return names
 
 
 def _bytes_of(header: Any) -> int:

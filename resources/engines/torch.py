@@ -33,6 +33,6 @@ def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> TorchR
     """The module of the checkpoint's task."""
     del folder
     checkpoint = sources.checkpoint
-    files = checkpoint_files(checkpoint, sources.checkpoint_folder)
+    files = checkpoint_files(checkpoint, sources.checkpoint_folder, sources.trust)
     module = TASKS[checkpoint.task].module(files, **sources.trust.load_arguments)
     return TorchRunner(module, threads, device_of(engine.target))

@@ -65,6 +65,7 @@ def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Che
         tokenizer=checkpoint.tokenizer_digest,
         pipeline=checkpoint.pipeline_digest,
         task=checkpoint.task,
+        unused_weights=entry.unused_weights,
         code=code_versions(*CODE),
         libraries=library_versions("torch", "transformers", "tokenizers"),
     )
@@ -163,7 +164,7 @@ def _answer(
     torch.set_num_threads(threads)
     pipeline, task = open_pipeline(str(source)), TASKS[checkpoint.task]
     require_answers(checkpoint.model, "evaluation", pipeline, items)
-    module = task.module(checkpoint_files(checkpoint, source), **trust.load_arguments)
+    module = task.module(checkpoint_files(checkpoint, source, trust), **trust.load_arguments)
 
     def run(batch: dict[str, np.ndarray]) -> np.ndarray:
         with torch.inference_mode():

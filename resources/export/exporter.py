@@ -39,7 +39,7 @@ def export(
 ) -> Exported:
     """Export the checkpoint's task module to `folder/model.onnx` and compare it with PyTorch. Raises ExportError."""
     task = TASKS[checkpoint.task]
-    files = checkpoint_files(checkpoint, source)
+    files = checkpoint_files(checkpoint, source, trust)
     maker = _BatchMaker(TextEncoder.from_folder(str(source)), task, int(files.config.get("type_vocab_size") or 1))
     module = task.module(files, **trust.load_arguments)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())

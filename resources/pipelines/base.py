@@ -75,8 +75,7 @@ class Pipeline:
         refused that the tokenizer would not make of that text: they would be answered as other ids.
         """
         parts = self.encoder.parts(self.encoder.given(ids))
-        if len(parts) != len(self.from_ids):
-            raise RefusedError(f"{TOKEN_IDS} holds {len(parts)} texts; this model takes {len(self.from_ids)}")
+        self.require_texts(parts)
         texts = [self.encoder.decode(part) for part in parts]
         if [encoding.ids for encoding in map(self.encoder.inner, texts)] != parts:
             raise RefusedError(
@@ -84,6 +83,11 @@ class Pipeline:
                 "send the text"
             )
         return dict(zip(self.from_ids, texts, strict=True))
+
+    def require_texts(self, parts: Sequence[list[int]]) -> None:
+        """Raise RefusedError where token ids are not of as many texts as a request has."""
+        if len(parts) != len(self.from_ids):
+            raise RefusedError(f"{TOKEN_IDS} holds {len(parts)} texts; this model takes {len(self.from_ids)}")
 
     def prepare(self, item: Item) -> Any:
         """What `tokenize` takes for the request. Raises RefusedError where the request has no answer."""

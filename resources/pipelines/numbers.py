@@ -14,6 +14,8 @@ from .base import GivenTokens, Item, Pipeline, Row
 class TextPipeline(Pipeline):
     """One text to one row of numbers fp32 `[width]`."""
 
+    #: Whether a row may hold two texts.
+    pairs: ClassVar[bool] = False
     structured: ClassVar[bool] = False
     offsets: ClassVar[bool] = False
 
@@ -24,7 +26,8 @@ class TextPipeline(Pipeline):
         if TOKEN_IDS not in item:
             return super().prepare(item)
         ids = item[TOKEN_IDS]
-        return [Row(GivenTokens(tuple(ids), tuple(self.encoder.types_of(ids))))]
+        types = self.encoder.types_of(ids) if self.pairs else [0] * len(ids)
+        return [Row(GivenTokens(tuple(ids), tuple(types)))]
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> np.ndarray:
         return outputs[0]
@@ -33,6 +36,7 @@ class TextPipeline(Pipeline):
 class ClassifyingPipeline(TextPipeline):
     """One text, or a pair of them, to one row of numbers. The longer of the two is cut first, as transformers does."""
 
+    pairs: ClassVar[bool] = True
     optional: ClassVar[tuple[str, ...]] = ("TEXT_PAIR",)
 
     def segments(self, item: Item) -> list[tuple[str, ...]]:
@@ -43,5 +47,11 @@ class ClassifyingPipeline(TextPipeline):
 class PairPipeline(TextPipeline):
     """A query and a text to one row of numbers. The longer of the two is cut first, as sentence-transformers does."""
 
+    pairs: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ("QUERY", "TEXT")
     from_ids: ClassVar[tuple[str, ...]] = ("QUERY", "TEXT")
+
+    def given(self, ids: Sequence[int]) -> Item:
+        kept = self.encoder.given(ids)
+        self.require_texts(self.encoder.parts(kept))
+        return {TOKEN_IDS: kept}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import dropwhile
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,14 @@ class TextEncoder:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def given(self, ids: Sequence[int]) -> list[int]:
-        """Token ids that a client gives in place of texts, without padding. Raises RefusedError."""
+        """Token ids that a client gives in place of texts, without the padding on either side. Raises RefusedError."""
         kept = list(ids)
-        while kept and kept[-1] == self.pad_id and self.pad_id not in self.after:
+        # Where the token that ends a text pads as well, one of them stays.
+        last = [self.pad_id] * (self.pad_id in self.after[-1:])
+        while kept[-1 - len(last) :] == [self.pad_id, *last]:
             kept.pop()
+        if self.pad_id not in self.before:
+            kept = [*dropwhile(lambda token: token == self.pad_id, kept)]
         if not kept:
             raise RefusedError("the request holds a row without a token")
         if len(kept) > self.max_tokens:

@@ -23,7 +23,7 @@ from resources.tasks.base import (
 from resources.tasks.grading import micro_f1, number, one_of, require, spearman
 from resources.tasks.heads import Activation, classifier
 from resources.tasks.libraries import transformers_name, transformers_pipeline
-from resources.tasks.samples import text_items
+from resources.tasks.samples import paired_items, text_items
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +128,7 @@ class ClassificationTask(Task):
         return ""
 
     def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
-        return text_items(max_tokens)
+        return [*text_items(max_tokens), *paired_items()]
 
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
         (text,) = require(line, "text")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from resources.errors import CatalogError
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
@@ -130,8 +131,14 @@ def _dimensions(files: CheckpointFiles) -> int | None:
 
 
 def _read_modes(files: CheckpointFiles, path: str) -> tuple[str, ...]:
-    # include_prompt changes nothing: a checkpoint that puts a prompt before every text is refused.
     config = read_json(files, path, dict)
+    prompts = optional_json(files, CONFIG).get("prompts")
+    if config.get("include_prompt") is False and isinstance(prompts, dict) and any(prompts.values()):
+        raise files.refuse(
+            f"{path} says include_prompt: false, so the prompts of {CONFIG} are read by the model and left out of the "
+            "pooling, which is not served",
+            f"Remove the prompts from {CONFIG} if no text is to have one",
+        )
     if "pooling_mode" in config:  # sentence-transformers 6 and later
         named = config["pooling_mode"]
         modes = tuple(map(str, named)) if isinstance(named, list) else (str(named),)
@@ -186,11 +193,17 @@ class EmbeddingTask(Task):
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         assert isinstance(options, EmbeddingOptions)
         pooling = read_pooling(files, options)
-        return {**asdict(pooling), "modes": [*pooling.modes]}  # as a record of JSON gives it back
+        # As a record of JSON gives it back.
+        return {**asdict(pooling), "modes": [*pooling.modes], "max_tokens": options.max_tokens}
 
     def max_tokens(self, limit: int, options: Options) -> int:
         assert isinstance(options, EmbeddingOptions)
-        return min(limit, options.max_tokens or limit)
+        if options.max_tokens is not None and options.max_tokens > limit:
+            raise CatalogError(
+                f"options.max_tokens is {options.max_tokens}, and the checkpoint takes {limit} tokens. Give a smaller "
+                "number, or none."
+            )
+        return options.max_tokens or limit
 
     def assumed(self, files: CheckpointFiles, options: Options) -> tuple[str, ...]:
         assert isinstance(options, EmbeddingOptions)
@@ -208,7 +221,13 @@ class EmbeddingTask(Task):
     ) -> Library:
         pooling = pooling_of(settings)
         model = sentence_transformer(
-            files, tokenizer, encoder.max_tokens, pooling=pooling.modes[0], normalize=pooling.normalize, **load
+            files,
+            tokenizer,
+            encoder.max_tokens,
+            chosen_tokens=settings["max_tokens"],
+            pooling=pooling.modes[0],
+            normalize=pooling.normalize,
+            **load,
         )
         return Library(
             sentence_transformers_name("SentenceTransformer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -104,10 +105,9 @@ class FillMaskTask(Task):
     def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
         if len(_by_mask(expected)) != len(_by_mask(found)):
             return f"{len(_by_mask(found))} masks, and not {len(_by_mask(expected))}"
-        for first, second in zip(_by_mask(expected), _by_mask(found), strict=True):
-            for wanted, given in zip(first, second, strict=True):
-                if why := _unlike(wanted, given):
-                    return why
+        for wanted, given in zip(_by_mask(expected), _by_mask(found), strict=True):
+            if why := _unlike(wanted, given):
+                return why
         return ""
 
     def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
@@ -162,16 +162,32 @@ class FillMaskTask(Task):
         }
 
 
-def _unlike(wanted: dict[str, Any], given: dict[str, Any]) -> str:
-    """Why a candidate is not the library's at the same place; empty: it is, or one that is just as likely."""
-    tie = abs(wanted["score"] - given["score"]) <= _TIE * wanted["score"]
-    if not (tie and is_near(wanted["score"], given["score"])):
-        first, second = (f"{one['token_str']!r} with {one['score']:.6g}" for one in (given, wanted))
-        return f"{first}, and not {second}"
-    for name in ("token_str", "sequence") if wanted["token"] == given["token"] else ():
-        if wanted[name] != given[name]:
-            return f"{name} {given[name][:60]!r}, and not {wanted[name][:60]!r}"
+def _unlike(wanted: list[dict[str, Any]], given: list[dict[str, Any]]) -> str:
+    """Say how the candidates for a mask differ from the library's; nothing where they are the same.
+
+    A candidate may be missing only if it is as likely as the last one that is given.
+    """
+    if len(wanted) != len(given):
+        return f"{len(given)} candidates, and not {len(wanted)}"
+    if any(not _is_tie(first, second) and first < second for first, second in pairwise(one["score"] for one in given)):
+        return "candidates that are not in the order of their scores"
+    by_token = {one["token"]: one for one in given}
+    for one in wanted:
+        same = by_token.get(one["token"])
+        if same is None:
+            if not _is_tie(one["score"], given[-1]["score"]):
+                return f"no {one['token_str']!r}, whose score is {one['score']:.6g}"
+        elif not (_is_tie(one["score"], same["score"]) and is_near(one["score"], same["score"])):
+            return f"{one['token_str']!r} with score {same['score']:.6g}, and not {one['score']:.6g}"
+        else:
+            for name in ("token_str", "sequence"):
+                if one[name] != same[name]:
+                    return f"{name} {same[name][:60]!r}, and not {one[name][:60]!r}"
     return ""
+
+
+def _is_tie(first: float, second: float) -> bool:
+    return abs(first - second) <= _TIE * max(first, second)
 
 
 def _by_mask(answer: list[Any]) -> list[list[dict[str, Any]]]:

@@ -42,24 +42,29 @@ def transformers_pipeline(
 
 
 def sentence_transformer(
-    files: CheckpointFiles, tokenizer: Any, most_tokens: int, *, pooling: str, normalize: bool, **load: Any
+    files: CheckpointFiles,
+    tokenizer: Any,
+    most_tokens: int,
+    *,
+    chosen_tokens: int | None,
+    pooling: str,
+    normalize: bool,
+    **load: Any,
 ) -> SentenceTransformer:
-    """sentence-transformers' embedder, in fp32, with the given tokenizer in place of its own. See `_served`.
+    """Load sentence-transformers' embedder in fp32, with the given tokenizer in place of its own. See `_served`.
 
     pooling, normalize: the models file's choice for a checkpoint without modules.json; with it they are not looked at.
     """
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-    given = _given(load, torch.float32)
-    if (files.folder / MODULES).is_file():
-        model = SentenceTransformer(str(files.folder), device="cpu", local_files_only=True, **given)
-    else:
-        first = Transformer(str(files.folder), model_kwargs={**given["model_kwargs"], "local_files_only": True})
-        modules = [first, Pooling(first.get_embedding_dimension(), pooling), *([Normalize()] if normalize else [])]
+    model = SentenceTransformer(str(files.folder), device="cpu", local_files_only=True, **_given(load, torch.float32))
+    if not (files.folder / MODULES).is_file() and (pooling != "mean" or normalize):
+        width = model[0].get_embedding_dimension()
+        modules = [model[0], Pooling(width, pooling), *([Normalize()] if normalize else [])]
         model = SentenceTransformer(modules=modules, device="cpu")
-    return _served(model, tokenizer, most_tokens)
+    return _served(model, tokenizer, most_tokens, chosen_tokens)
 
 
 def cross_encoder(files: CheckpointFiles, tokenizer: Any, most_tokens: int, **load: Any) -> CrossEncoder:
@@ -68,7 +73,7 @@ def cross_encoder(files: CheckpointFiles, tokenizer: Any, most_tokens: int, **lo
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(files.folder), device="cpu", local_files_only=True, **_given(load, torch.float32))
-    return _served(model, tokenizer, most_tokens)
+    return _served(model, tokenizer, most_tokens, None)
 
 
 def _given(load: dict[str, Any], dtype: Any) -> dict[str, Any]:
@@ -77,12 +82,12 @@ def _given(load: dict[str, Any], dtype: Any) -> dict[str, Any]:
     return {"trust_remote_code": load["trust_remote_code"], "model_kwargs": {"dtype": dtype, **inside}}
 
 
-def _served(model: Any, tokenizer: Any, most_tokens: int) -> Any:
-    """The model with the tokenizer that is served, cut where the library itself would cut.
+def _served(model: Any, tokenizer: Any, most_tokens: int, chosen: int | None) -> Any:
+    """Give the model the tokenizer that is served, which truncates where the library itself would.
 
-    most_tokens: beyond it the checkpoint has no positions, or the models file cuts.
+    most_tokens: what the release reads; it counts where the library knows no limit. chosen: the models file's limit.
     """
-    own = model.max_seq_length
-    tokenizer.model_max_length = min(own, most_tokens) if own else most_tokens
+    limits = [limit for limit in (model.max_seq_length, chosen) if limit]
+    tokenizer.model_max_length = min(limits, default=most_tokens)
     model[0].processor = tokenizer
     return model

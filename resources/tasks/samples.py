@@ -24,6 +24,8 @@ _QUESTION = "What is written here?"
 #: Attention takes time by the square of the length: of a text of 8,192 tokens a large model needs minutes. Where texts
 #: may be longer than this, the one that is longer than any is cut, and compared as tokens alone.
 _LONGEST_EVALUATED = 1024
+#: Every so many texts begin a pair.
+_PAIR_EVERY = 20
 #: Sets of labels for texts of any kind.
 _LABEL_SETS = (
     ["urgent", "not urgent"],
@@ -67,6 +69,12 @@ def telling_texts(max_tokens: int) -> tuple[str, ...]:
 def text_items(max_tokens: int) -> list[Item]:
     """One text each."""
     return [{"TEXT": text} for text in (*sample_texts(), *telling_texts(max_tokens))]
+
+
+def paired_items() -> list[Item]:
+    """A text and the one after it, here and there."""
+    texts = sample_texts()
+    return [{"TEXT": texts[place], "TEXT_PAIR": texts[place + 1]} for place in range(0, len(texts) - 1, _PAIR_EVERY)]
 
 
 def question_items(max_tokens: int) -> list[Item]:

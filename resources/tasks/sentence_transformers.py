@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from resources.foreign import (
     MOST_CONFIG_BYTES,
+    MOST_TOKENIZER_BYTES,
+    MOST_TOKENIZER_VALUES,
     ForeignError,
     check_name,
     is_file_below,
@@ -20,6 +22,7 @@ T = TypeVar("T")
 
 
 CONFIG = "config_sentence_transformers.json"
+_TOKENIZER = "tokenizer.json"
 MODULES = "modules.json"
 #: What its first module is configured by: the names that it has given that file, in the order in which it looks.
 TRANSFORMER_CONFIGS = (
@@ -82,7 +85,7 @@ def refuse_changed_texts(files: CheckpointFiles) -> None:
             given = config.get(f"{part}_{kind}")
             passed = given if isinstance(given, dict) else {}
             for key in passed:
-                if passed[key] and key not in (*harmless, *_HARMLESS):
+                if passed[key] is not None and key not in (*harmless, *_HARMLESS):
                     raise files.refuse(
                         f"{name}, {part}_{kind}: {key} changes how the checkpoint is read, which is not served",
                         "Save the checkpoint with that setting in its own files, and remove it there",
@@ -139,9 +142,13 @@ def module_file(files: CheckpointFiles, module: dict[str, Any], name: str) -> st
 
 
 def _lowers(files: CheckpointFiles) -> bool:
-    """Whether the tokenizer turns text into lower case by itself."""
-    name = "tokenizer_config.json"
-    return bool(optional_json(files, name).get("do_lower_case"))
+    """Whether the tokenizer that is served turns text into lower case by itself."""
+    if _has(files, _TOKENIZER):
+        data = read_below(files.folder, _TOKENIZER, MOST_TOKENIZER_BYTES)
+        normalizer = parse_json(data, most_values=MOST_TOKENIZER_VALUES).get("normalizer")
+        found = values_of(normalizer)
+        return any((key, value) in (("type", "Lowercase"), ("lowercase", True)) for key, value in found)
+    return bool(optional_json(files, "tokenizer_config.json").get("do_lower_case"))
 
 
 def _has(files: CheckpointFiles, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -121,13 +122,13 @@ class TokenClassificationTask(Task):
         return Library(transformers_name(self.name), answer)
 
     def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
-        wanted, given = _by_place(expected), _by_place(found)
-        for place in sorted(wanted.keys() ^ given.keys()):
-            return f"{'no ' if place in wanted else ''}{place[2]} at {place[0]} to {place[1]}"
-        for place, score in wanted.items():
-            if not is_near(score, given[place]):
-                return f"{place[2]} at {place[0]} to {place[1]} with score {given[place]:.6g}, and not {score:.6g}"
-        for first, second in zip(expected, found, strict=True):
+        wanted, given = (Counter(map(_place, answer)) for answer in (expected, found))
+        for place in sorted([*(wanted - given), *(given - wanted)]):
+            return f"{given[place]} times {place[2]} at {place[0]} to {place[1]}, and not {wanted[place]} times"
+        for first, second in zip(sorted(expected, key=_place), sorted(found, key=_place), strict=True):
+            start, end, label = _place(first)
+            if not is_near(first["score"], second["score"]):
+                return f"{label} at {start} to {end} with score {second['score']:.6g}, and not {first['score']:.6g}"
             if first["word"] != second["word"]:
                 return f"word {second['word'][:40]!r}, and not {first['word'][:40]!r}"
         return ""
@@ -188,7 +189,11 @@ Place = tuple[int, int, str]
 
 
 def _by_place(entities: Sequence[dict[str, Any]]) -> dict[Place, float]:
-    return {(entity["start"], entity["end"], _kind(entity)): entity["score"] for entity in entities}
+    return {_place(entity): entity["score"] for entity in entities}
+
+
+def _place(entity: dict[str, Any]) -> Place:
+    return entity["start"], entity["end"], _kind(entity)
 
 
 def _kind(entity: dict[str, Any]) -> str:

@@ -125,6 +125,10 @@ class ZeroShotClassificationTask(Task):
         for label, score in wanted.items():
             if not is_near(score, given[label]):
                 return f"{label} {given[label]:.6g}, and not {score:.6g}"
+        # Labels that are as likely may change places.
+        for label, score in zip(found["labels"], expected["scores"], strict=True):
+            if not is_near(score, wanted[label]):
+                return f"labels in the order {', '.join(found['labels'])[:60]}"
         return ""
 
     def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:

@@ -114,13 +114,21 @@ class TextClient:
         as_json: bool = False,
         seconds: float = TIMEOUT_SECONDS,
     ) -> list[Any]:
-        """The answers to one request of several rows: fp32 `[width]` each, or JSON documents.
+        """Return the answers to several rows: fp32 `[width]` each, or JSON documents.
 
-        as_json: send and get plain JSON, as curl would; HTTP alone. seconds: to wait at most;
-        gRPC alone. Raises ServerError with the server's own words.
+        Rows that have the same inputs go in one request. as_json: send and get plain JSON, as curl would; HTTP alone.
+        seconds: to wait at most; gRPC alone. Raises ServerError with the server's own words.
         """
         import numpy as np
 
+        # What may be left out is there in all rows of a request, or in none.
+        if len(inputs := {frozenset(item) for item in items}) > 1:
+            answers: dict[int, Any] = {}
+            for names in inputs:
+                places = [place for place, item in enumerate(items) if item.keys() == names]
+                some = [items[place] for place in places]
+                answers |= zip(places, self.ask(model, contract, some, as_json=as_json, seconds=seconds), strict=True)
+            return [answers[place] for place in range(len(items))]
         binary = {} if self.protocol == "grpc" else {"binary_data": not as_json}
         tensors = text_tensors(self._api, contract, items, **binary)
         wanted = [self._api.InferRequestedOutput(contract.output, **binary)]

@@ -138,7 +138,7 @@ def _mutated_document(document: Any, chance: random.Random) -> bytes:
             holder[key] = _odd(chance)
     try:
         return json.dumps(document).encode()
-    except RecursionError:
+    except (RecursionError, MemoryError):  # nested too deep to be written, or doubled too often
         return b"[" * 10**5
 
 

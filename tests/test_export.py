@@ -70,7 +70,7 @@ def test_reference_is_each_text_alone(made_checkpoint, workspace):
     items, reference = known.items, known.reference
     texts = [item["TEXT"] for item in items]
     folder = workspace.store.folder(checkpoint)
-    module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder), **entry.trust.load_arguments)
+    module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder, entry.trust), **entry.trust.load_arguments)
     encoder = TextEncoder.from_folder(str(folder))
     for index in range(0, len(texts), 40):
         (encoding,) = encoder.tokens([texts[index]])
@@ -98,7 +98,7 @@ def test_parity_finds_a_wrong_weight(made_checkpoint, workspace, tmp_path):
 
     path = broken_graph(workspace.store.folder(graph) / "model.onnx", tmp_path / "model.onnx", change)
     task = TASKS["embedding"]
-    module = task.module(exporter.checkpoint_files(checkpoint, folder))
+    module = task.module(exporter.checkpoint_files(checkpoint, folder, entry.trust))
     maker = exporter._BatchMaker(TextEncoder.from_folder(str(folder)), task, segments=2)
     _, _, misses = exporter._compare(module, path, maker, graph.output)
     assert len(misses) >= 5

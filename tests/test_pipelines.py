@@ -20,6 +20,7 @@ from resources.pipelines.tokenization import TextEncoder
 from resources.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
+from resources.trust import Trust
 from tests.answers import CHECKPOINTS, assert_same, transformers_answers
 
 #: Short, empty, odd, and longer than the small checkpoints take (64 tokens).
@@ -44,7 +45,7 @@ class Asked:
         stored = workspace.store.folder(record)
         self.folder, self.record, self.task = folder, record, TASKS[task]
         self.pipeline = open_pipeline(str(stored))
-        self.module = self.task.module(checkpoint_files(record, stored))
+        self.module = self.task.module(checkpoint_files(record, stored, Trust()))
 
     def answers(self, items, rows=4):
         """In batches of several rows, padded: what a request gets must not depend on its neighbours."""

@@ -40,12 +40,39 @@ def require_right_conversion(folder: Path, made: Any) -> None:
         )
 
 
+def take_normalizer(folder: Path, made: Any) -> bool:
+    """Give a tokenizer that transformers made of a SentencePiece model the rules of that model, if it lacks them.
+
+    transformers 5 gives some classes rules of its own in their place: DeBERTa v2 gets NFC where the model was trained
+    with nmt_nfkc.
+
+    Returns:
+        Whether there are such rules, which the tokenizer now follows.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, normalizers
+
+    pieces = sorted(folder.glob("*.model"))
+    if not pieces or type(made.backend_tokenizer.model).__name__ != "Unigram":
+        return False
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(pieces[0].read_bytes())
+    rules = model.normalizer_spec
+    if not rules.precompiled_charsmap:
+        return False
+    spaces = [normalizers.Replace(Regex(" {2,}"), " ")] if rules.remove_extra_whitespaces else []
+    made.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Strip(), normalizers.Precompiled(rules.precompiled_charsmap), *spaces]
+    )
+    return True
+
+
 def _tokens(made: Any, text: str) -> list[str]:
     encoding = made.backend_tokenizer.encode(text, add_special_tokens=False)
-    unknown = made.unk_token_id
+    unknown = (made.unk_token_id, getattr(made.backend_tokenizer.model, "unk_id", None))
     return _once(
         [
-            made.unk_token if number == unknown else token
+            made.unk_token if number in unknown else token
             for number, token in zip(encoding.ids, encoding.tokens, strict=True)
         ],
         made.unk_token,

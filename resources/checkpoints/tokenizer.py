@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from resources.checkpoints.conversion import require_right_conversion
+from resources.checkpoints.conversion import require_right_conversion, take_normalizer
 from resources.checkpoints.reading import TOKENIZER
 from resources.checkpoints.validation import ONLY_IN_PYTHON_REMEDY, only_in_python, slow_tokenizer
 from resources.errors import CheckpointError, first_line
@@ -135,7 +135,12 @@ def _tokenizer(folder: Path, trust_remote_code: bool, *, convert: bool) -> Any:
         made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         if not isinstance(made, TokenizersBackend):
             raise CheckpointError(f"{only_in_python(type(made).__name__)}. {ONLY_IN_PYTHON_REMEDY}")
-        require_right_conversion(folder, made)
+        try:
+            require_right_conversion(folder, made)
+        except CheckpointError:
+            if not take_normalizer(folder, made):
+                raise
+            require_right_conversion(folder, made)
         made.backend_tokenizer.save(str(folder / TOKENIZER))
     # Releases read that file with tokenizers alone, and transformers takes only parts of it.
     Tokenizer.from_file(str(folder / TOKENIZER)).encode(_TEXT)

@@ -170,17 +170,20 @@ def _require_tokens(who: str, pipeline: Pipeline, tokenizer: Any, items: list[It
         cutting |= {"stride": encoder.stride, "return_overflowing_tokens": True}
     ids: list[list[int]] = []
     expected: list[list[int]] = []
+    texts: list[str] = []
     # Classifiers take texts and pairs of them.
     for _, group in groupby(sorted(segments, key=len), key=len):
         same = [*group]
-        for encoding in encoder.tokens(same):
-            ids += [window.ids for window in (encoding, *(encoding.overflowing if pipeline.windowed else ()))]
+        for segment, encoding in zip(same, encoder.tokens(same), strict=True):
+            windows = (encoding, *(encoding.overflowing if pipeline.windowed else ()))
+            ids += [window.ids for window in windows]
+            texts += [" | ".join(segment)] * len(windows)
         expected += tokenizer(*([*part] for part in zip(*same, strict=True)), **cutting)["input_ids"]
     wrong = [number for number, (first, second) in enumerate(zip(ids, expected, strict=True)) if first != second]
     if wrong:
         raise CheckpointError(
             f"{who}: this release would give the model other tokens than transformers does for {len(wrong)} of "
-            f"{len(ids)} rows, the first being {tokenizer.decode(expected[wrong[0]])[:_MOST_CHARACTERS]!r}. Nothing is "
+            f"{len(ids)} rows, the first being of {texts[wrong[0]][:_MOST_CHARACTERS]!r}. Nothing is "
             "built. Open an issue of transformer-refinery with this message and the tokenizer's files."
         )
     return len(ids)

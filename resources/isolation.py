@@ -92,6 +92,7 @@ class Worker:
         self.peak_memory_bytes = 0
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
+            log.open("ab").close()  # what is wrong with it is an error here, and not in the child
         self._connection, theirs = context.Pipe()
         # Nothing is ever sent through it: the child ends when its other end does. See _end_with.
         their_lifeline, self._lifeline = context.Pipe(duplex=False)
@@ -250,7 +251,13 @@ def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
     _end_with(lifeline)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:  # the disk is full by now: the parent is told in place of an answer
+        with suppress(EOFError, OSError):
+            connection.recv_bytes()
+            connection.send_bytes(ForkingPickler.dumps((False, _portable(error), peak_memory_bytes())))
+        return
     os.dup2(output, 1)
     os.dup2(output, 2)
     held: Any = None

@@ -444,3 +444,12 @@ with Worker(int, 0, limits=limits, what="other") as other:
 def test_a_parent_that_leaves_before_it_asks_harms_no_other_child(tmp_path):
     done = run_script(tmp_path, ABANDONED)
     assert (done.stdout, done.stderr) == ("interrupted\nTrue 6\n", "")
+
+
+def test_a_log_that_cannot_be_written_is_the_error(tmp_path):
+    """The disk is full, say; here a folder is where the file should be."""
+    (tmp_path / "step.log").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"step\.log"):
+        run_isolated(
+            os.getpid, limits=Limits(timeout_s=60, memory_bytes=10**9), what="a step", log=tmp_path / "step.log"
+        )

@@ -30,8 +30,8 @@ def reference(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wor
     record = made.record
     if record.retokenized:
         context.log.warning(
-            f"{entry.name}: transformers itself cuts {len(record.retokenized)} texts of the evaluation set otherwise "
-            f"than the tokenizer.json that the model was trained with, the first being {record.retokenized[0]!r}. The "
+            f"{entry.name}: transformers itself tokenizes {len(record.retokenized)} texts of the evaluation set in "
+            f"another way than the tokenizer.json that the model was trained with, the first being {record.retokenized[0]!r}. The "
             "release serves that file, so for such texts its answers are not those of transformers."
         )
     return materialized(
@@ -42,6 +42,6 @@ def reference(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wor
             "answers_that_are_equal": record.compared,
             "requests_that_the_library_refuses": record.refused,
             "rows_tokenized_as_transformers_does": record.rows,
-            "texts_that_transformers_cuts_otherwise": table({"text": ""}, [[text] for text in record.retokenized]),
+            "texts_that_transformers_tokenizes_otherwise": table({"text": ""}, [[text] for text in record.retokenized]),
         },
     )

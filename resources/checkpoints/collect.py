@@ -366,8 +366,8 @@ def copy_unchanged(model: str, folder: Path, name: str, place: Path, sha256: str
 
 
 def _weights_digest(entry: ModelEntry, found: Validated, hashes: dict[str, str]) -> str:
-    """Of everything that decides what the model computes: weights, configuration, pooling, its own code, and what the
-    models file says of it.
+    """Hash everything that decides what the model computes: weights, configuration, pooling, its own code, and what the
+    models file says about these.
     """
     names, task, options = found.files, TASKS[entry.task], entry.task_options()
     computing = {key: value for key, value in found.config.items() if key not in _NOT_WEIGHTS}

@@ -1,4 +1,4 @@
-"""Whether a tokenizer.json that was made of older files cuts texts as those files say.
+"""Check that a tokenizer.json which was made of older files tokenizes texts as those files say.
 
 Each kind of file is read a second time by other code than transformers': SentencePiece's own library, the WordPiece
 that BERT was released with, and byte-pair encoding as GPT-2's paper describes it. Lives in child processes only.

@@ -81,7 +81,14 @@ _UNNAMED = "LABEL_"
 
 
 def why_of_no_use(folder: Path, config: dict[str, Any]) -> str:
-    """Why no task fits a checkpoint, and what to do; empty: one may. config: empty where there is no config.json."""
+    """Say why no task fits a checkpoint.
+
+    Args:
+        config: what config.json holds; empty where there is none.
+
+    Returns:
+        The reason and the remedy; an empty text where a task may fit.
+    """
     kind = next((said for file, said in _FAMILIES.items() if _has(folder, file)), "")
     architecture = _architecture(config)
     for beginning, file in _CLASSES.items():

@@ -190,7 +190,7 @@ def _require_tokens(who: str, pipeline: Pipeline, tokenizer: Any, items: list[It
 
 
 def _retokenized(own: Any, trained: Any, items: Iterable[Item]) -> Iterator[str]:
-    """Texts that transformers cuts otherwise by itself than with tokenizer.json as it was trained."""
+    """Yield the texts that transformers by itself tokenizes otherwise than with tokenizer.json as it was trained."""
     # A tokenizer that exists only in Python has no backend.
     backend = getattr(own, "backend_tokenizer", None)
     if backend is not None and backend.to_str() == trained.backend_tokenizer.to_str():

@@ -166,7 +166,7 @@ class Task(ABC):
     `per_token`: the engine answers each token, fp32 `[batch, sequence, width]`, and not each row `[batch, width]`.
     `extra_inputs`: inputs of the engine beside the tokenizer's, int64 `[batch, 1]`.
     `fields`: what a line of a user's file may hold.
-    `computing`: the options that decide what the engine computes; the others decide what is made of that.
+    `computing`: the options that decide what the engine computes. The others decide how its numbers become answers.
     """
 
     name: ClassVar[str]
@@ -204,7 +204,7 @@ class Task(ABC):
         return options.model_dump()
 
     def assumed(self, files: CheckpointFiles, options: Options) -> tuple[str, ...]:
-        """What neither the checkpoint nor the models file says: what is assumed, as a models file would say it."""
+        """Name the choices that neither the checkpoint nor the models file makes, as a models file would write them."""
         return ()
 
     def max_tokens(self, limit: int, options: Options) -> int:
@@ -231,7 +231,7 @@ class Task(ABC):
 
     @abstractmethod
     def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
-        """What is wrong with an answer where the library gives the expected one; empty: nothing."""
+        """Say how an answer differs from the library's, `expected`. Returns an empty text where it does not."""
 
     @abstractmethod
     def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:

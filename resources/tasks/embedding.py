@@ -56,7 +56,7 @@ _POOLING_FLAGS: dict[str, PoolingMode] = {
 }
 
 
-#: Of a text's vector with the library's.
+#: The cosine that our vector of a text has to reach with the library's.
 LEAST_COSINE = 0.99999
 _MOST_DIMENSIONS = 2**20
 #: Neighbours of a text that are looked at. What retrieval serves from.

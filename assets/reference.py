@@ -31,8 +31,9 @@ def reference(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Wor
     if record.retokenized:
         context.log.warning(
             f"{entry.name}: transformers itself tokenizes {len(record.retokenized)} texts of the evaluation set in "
-            f"another way than the tokenizer.json that the model was trained with, the first being {record.retokenized[0]!r}. The "
-            "release serves that file, so for such texts its answers are not those of transformers."
+            "another way than the tokenizer.json that the model was trained with, the first being "
+            f"{record.retokenized[0]!r}. The release serves that file, so for such texts its answers are not those of "
+            "transformers."
         )
     return materialized(
         made,

@@ -109,7 +109,7 @@ def assert_says(done, home):
     last = done.err.strip().splitlines()[-1]
     assert last.startswith("refinery: "), done
     assert str(home) in last or "REFINERY_HOME" in last, done
-    assert re.search(r"No space left on device|disk is full|disk I/O error", last), done
+    assert re.search(r"No space left on device|disk is full|disk I/O error|unable to open database file", last), done
     assert re.search(r"[Mm]ake room|has room", last), done
     assert len(re.findall(r"\.(?= [A-Z`]|$)", last)) <= 3, done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 
 #: What Dagster writes before the text of an error of this project.
 _OURS = "resources.errors."
-#: And what it writes of an error of the system: its number, its text and the file.
+#: What SQLite says where its files cannot be written.
+_DATABASE = re.compile(
+    r"sqlite3\.OperationalError\)?:? (disk I/O error|database or disk is full|unable to open database file)"
+)
+#: What Dagster writes of an error of the system: its number, its text and the file.
 _SYSTEM = re.compile(r"^\w*(?:Error|Exception): \[Errno (\d+)\] (.*)", re.MULTILINE)
 
 #: As workspace.yaml names the code location.
@@ -129,6 +134,8 @@ def _of_the_system(texts: list[str]) -> str:
         remedy = disk_remedy(int(found[1])) if found else ""
         if found and remedy:
             return f"{found[2]}. {remedy}"
+        if found := _DATABASE.search(text):
+            return f"A database below REFINERY_HOME: {found[1]}. {disk_remedy(errno.ENOSPC)}"
     return ""
 
 

@@ -111,3 +111,11 @@ def test_what_the_system_says_of_a_disk_becomes_ours_with_file_and_remedy(number
         assert (said in disk_trouble(one)) and ("/place/file" in disk_trouble(one)) == bool(said)
     text = _of_the_system(["ValueError: x\n", f"{type(error).__name__}: {error}\n"])
     assert (said in text) and ("/place/file" in text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    "text", ["sqlite3.OperationalError: disk I/O error", "(sqlite3.OperationalError) disk I/O error"]
+)
+def test_what_sqlite_says_of_a_disk_becomes_ours_with_its_remedy(text):
+    assert _of_the_system(["a library's own", text]).startswith("A database below REFINERY_HOME: disk I/O error. Make")
+    assert _of_the_system([text.replace("disk I/O error", "no such table: runs")]) == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
 from resources.device import why_not_here
 from resources.engines import ENGINES
-from resources.errors import CatalogError, EngineError, TrackingError, disk_remedy
+from resources.errors import CatalogError, EngineError, TrackingError, database_trouble, disk_remedy
 from resources.triton.storage import parse_location
 from resources.workspace import Workspace
 
@@ -135,7 +134,7 @@ def _of_the_system(texts: list[str]) -> str:
         if found and remedy:
             return f"{found[2]}. {remedy}"
         if found := _DATABASE.search(text):
-            return f"A database below REFINERY_HOME: {found[1]}. {disk_remedy(errno.ENOSPC)}"
+            return database_trouble(found[1])
     return ""
 
 

@@ -22,6 +22,11 @@ def disk_remedy(number: int | None) -> str:
     return "Look after that disk, and run again." if number in BROKEN else ""
 
 
+def database_trouble(said: str) -> str:
+    """Say what to do about a database whose files cannot be written, in SQLite's words."""
+    return f"A database below REFINERY_HOME: {said}. {disk_remedy(errno.ENOSPC)}"
+
+
 def disk_trouble(error: BaseException | None) -> str:
     """Say of an error, or of what caused it, which file it concerns and what to do. Empty: no disk is to blame."""
     while error is not None:
@@ -31,7 +36,7 @@ def disk_trouble(error: BaseException | None) -> str:
         if getattr(error, "sqlite_errorname", "").startswith(
             ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")
         ):
-            return f"A database below REFINERY_HOME: {error}. {disk_remedy(errno.ENOSPC)}"
+            return database_trouble(str(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return ""
 

@@ -2,7 +2,8 @@
 
 Releases of every task, with engines that cost nothing, so that all that is measured is the reading of texts; each is
 asked with texts of 1, 10 and 100 MB, by a process of its own. The least that such texts cost in Triton is what they
-cost a model that refuses them for their length. Prints a table, and what misses the goals. Needs a quiet machine:
+cost a model that refuses them for their length, so neighbours may take twice as long as when it is quiet, or as beside
+that model. Prints a table, and what misses the goals. Needs a quiet machine:
 
     python -m tests.performance.hostile [--megabytes 1,10,100] [--tasks embedding,fill-mask]
 

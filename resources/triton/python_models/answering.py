@@ -158,7 +158,7 @@ class AnsweringModel:
 
 
 def _document(answer):
-    """The answer as JSON. A list is written piece by piece: while json.dumps works, no other thread runs."""
+    """Write the answer as JSON. A list is written piece by piece: while json.dumps works, no other thread runs."""
     if isinstance(answer, list):
         return f"[{', '.join([json.dumps(one, ensure_ascii=False) for one in answer])}]"
     return json.dumps(answer, ensure_ascii=False)

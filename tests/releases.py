@@ -188,8 +188,8 @@ def answers_of(plan: ReleasePlan, texts: Sequence[str]) -> np.ndarray:
 def exam_of(plan: ReleasePlan, reference_of: ReleasePlan | None = None, *, count: int = 120) -> Exam:
     """So many sample texts with the plan's own answers, or another's, as what is right."""
     texts = sample_texts()[:count]
-    reference = list(answers_of(reference_of or plan, texts))
-    return make_exam(plan, TASKS[plan.checkpoint.task].gates(), [{"TEXT": text} for text in texts], reference)
+    baseline = list(answers_of(reference_of or plan, texts))
+    return make_exam(plan, TASKS[plan.checkpoint.task].gates(), [{"TEXT": text} for text in texts], baseline)
 
 
 #: Of the plans made here without labels.

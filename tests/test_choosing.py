@@ -253,11 +253,11 @@ def test_the_worse_of_two_ways_counts():
     from resources.tasks import TASKS
 
     random = np.random.default_rng(0)
-    reference = random.normal(size=(40, 8)).astype(np.float32)
-    known = Evaluation([{"TEXT": str(number)} for number in range(40)], list(reference), [None] * 40)
-    wrong = reference.copy()
+    baseline = random.normal(size=(40, 8)).astype(np.float32)
+    known = Evaluation([{"TEXT": str(number)} for number in range(40)], list(baseline), [None] * 40)
+    wrong = baseline.copy()
     wrong[7] *= -2
-    exact, harmed = Answered(list(reference)), Answered(list(wrong))
+    exact, harmed = Answered(list(baseline)), Answered(list(wrong))
     for ways in ((exact, harmed), (harmed, exact)):
         accuracy = measure_accuracy(TASKS["embedding"], {}, known, ways)
         assert accuracy.metrics["cosine_worst"] == pytest.approx(-1.0)

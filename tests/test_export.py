@@ -51,7 +51,7 @@ def test_graph_is_the_model(made_checkpoint, workspace, kind, task, inputs, outp
     # Real text through the graph is what PyTorch alone answers to it.
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
     known = read_evaluation_set(workspace.store.folder(evaluation))
-    items, reference = known.items, known.reference
+    items, reference = known.items, known.baseline
     encoder = TextEncoder.from_folder(str(workspace.store.folder(checkpoint)))
     runner = OnnxRuntimeRunner(workspace.store.folder(graph) / "model.onnx", output, threads=1)
     np.testing.assert_allclose(
@@ -67,7 +67,7 @@ def test_reference_is_each_text_alone(made_checkpoint, workspace):
     entry, checkpoint = collected(workspace, made_checkpoint())
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
     known = read_evaluation_set(workspace.store.folder(evaluation))
-    items, reference = known.items, known.reference
+    items, reference = known.items, known.baseline
     texts = [item["TEXT"] for item in items]
     folder = workspace.store.folder(checkpoint)
     module = TASKS["embedding"].module(checkpoint_files(checkpoint, folder, entry.trust), **entry.trust.load_arguments)

@@ -217,9 +217,9 @@ def test_regression_gives_the_logits_and_is_judged_by_their_spread(made_checkpoi
     found = run(CLASSES.module(files_of(folder)), folder, ["one text", "another"])
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
     assert CLASSES.output(files_of(folder)) == "values"
-    reference = np.array([[100.0], [102.0], [104.0]])
-    assert verdict(CLASSES, reference, reference + 0.05, activation="identity") == []
-    (missed,) = verdict(CLASSES, reference, reference + 0.1, activation="identity")
+    baseline = np.array([[100.0], [102.0], [104.0]])
+    assert verdict(CLASSES, baseline, baseline + 0.05, activation="identity") == []
+    (missed,) = verdict(CLASSES, baseline, baseline + 0.1, activation="identity")
     assert missed.startswith("value_error")
 
 
@@ -292,13 +292,13 @@ def items_of(rows):
     return [{"TEXT": f"text {row}"} for row in range(rows)]
 
 
-def verdict(task, reference, answers, **settings):
+def verdict(task, baseline, answers, **settings):
     """The gates that are missed."""
-    items, reference, answers = items_of(len(reference)), list(reference), list(answers)
-    broken = broken_answers(reference, answers)
+    items, baseline, answers = items_of(len(baseline)), list(baseline), list(answers)
+    broken = broken_answers(baseline, answers)
     if broken:
         return [broken]
-    return task.misses(task.gate_names(settings), task.compare(settings, items, reference, answers), task.gates())
+    return task.misses(task.gate_names(settings), task.compare(settings, items, baseline, answers), task.gates())
 
 
 def unit(rows, seed=0):
@@ -321,16 +321,16 @@ def unit(rows, seed=0):
     ],
 )
 def test_embedding_gates(change, missed):
-    reference = unit(20)
-    found = verdict(EMBEDDING, reference, change(reference).astype(np.float32))
+    baseline = unit(20)
+    found = verdict(EMBEDDING, baseline, change(baseline).astype(np.float32))
     assert len(found) == len(missed)
     assert all(part in sentence for part, sentence in zip(missed, found, strict=True))
 
 
 def test_permuted_rows_are_found_even_among_similar_texts():
-    reference = unit(1).repeat(20, axis=0) + unit(20, 1) * 0.2
-    swapped = reference[[1, 0, *range(2, 20)]]
-    found = verdict(EMBEDDING, reference, swapped)
+    baseline = unit(1).repeat(20, axis=0) + unit(20, 1) * 0.2
+    swapped = baseline[[1, 0, *range(2, 20)]]
+    found = verdict(EMBEDDING, baseline, swapped)
     assert any("cosine_worst" in sentence for sentence in found)
 
 
@@ -403,18 +403,18 @@ def test_gates_can_be_changed():
 def test_nothing_is_accurate_against_a_broken_reference(task):
     answers = unit(3)
     for value in (np.nan, np.inf):
-        reference = np.where(np.arange(3)[:, None] == 1, np.float32(value), answers)
-        assert verdict(task, reference, answers) == ["NaN or infinity in PyTorch's answers to 1 of 3 texts"]
+        baseline = np.where(np.arange(3)[:, None] == 1, np.float32(value), answers)
+        assert verdict(task, baseline, answers) == ["NaN or infinity in PyTorch's answers to 1 of 3 texts"]
     assert verdict(task, answers[:0], answers[:0]) == ["no answers to compare"]
 
 
 def test_worst_cosine_is_of_the_worst_text():
-    reference = unit(4)
-    answers = reference.copy()
-    answers[2] = reference[2] * 0.5 + unit(4, 1)[2] * 0.5
-    scores = EMBEDDING.scores({}, reference, answers)
+    baseline = unit(4)
+    answers = baseline.copy()
+    answers[2] = baseline[2] * 0.5 + unit(4, 1)[2] * 0.5
+    scores = EMBEDDING.scores({}, baseline, answers)
     assert int(scores.argmin()) == 2
-    assert EMBEDDING.compare({}, items_of(4), reference, answers)["cosine_worst"] == pytest.approx(scores[2])
+    assert EMBEDDING.compare({}, items_of(4), baseline, answers)["cosine_worst"] == pytest.approx(scores[2])
 
 
 @pytest.mark.parametrize(
@@ -427,17 +427,17 @@ def test_worst_cosine_is_of_the_worst_text():
     ],
 )
 def test_classification_gates(answers, missed):
-    reference = np.array([[0.9, 0.1], [0.2, 0.8]], dtype=np.float32)
-    found = verdict(CLASSES, reference, np.array(answers, dtype=np.float32), activation="softmax")
+    baseline = np.array([[0.9, 0.1], [0.2, 0.8]], dtype=np.float32)
+    found = verdict(CLASSES, baseline, np.array(answers, dtype=np.float32), activation="softmax")
     assert [sentence.split()[0] for sentence in found] == missed
 
 
 def test_multi_label_agreement_is_by_label():
-    reference = np.array([[0.9, 0.8, 0.1]], dtype=np.float32)
+    baseline = np.array([[0.9, 0.8, 0.1]], dtype=np.float32)
     answers = np.array([[0.9, 0.49, 0.1]], dtype=np.float32)
-    assert CLASSES.compare({"activation": "sigmoid"}, items_of(1), reference, answers)["label_agreement"] == 0.0
+    assert CLASSES.compare({"activation": "sigmoid"}, items_of(1), baseline, answers)["label_agreement"] == 0.0
     # The best label alone is the same.
-    assert CLASSES.compare({"activation": "softmax"}, items_of(1), reference, answers)["label_agreement"] == 1.0
+    assert CLASSES.compare({"activation": "softmax"}, items_of(1), baseline, answers)["label_agreement"] == 1.0
 
 
 def entity(start, end, kind="PER", score=0.9):
@@ -542,9 +542,9 @@ def test_numbers_inside_of_documents_have_to_be_finite(task, number):
 
 def test_each_column_of_a_regression_is_judged_by_its_own_spread():
     rng = np.random.default_rng(0)
-    reference = rng.normal(size=(100, 2)).astype(np.float32) * [200, 1]
-    answers = reference * [1, -1]
-    (missed,) = verdict(CLASSES, reference, answers, activation="identity")
+    baseline = rng.normal(size=(100, 2)).astype(np.float32) * [200, 1]
+    answers = baseline * [1, -1]
+    (missed,) = verdict(CLASSES, baseline, answers, activation="identity")
     assert missed.startswith("value_error")
 
 

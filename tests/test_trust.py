@@ -19,7 +19,7 @@ from resources.engines import BASELINE, Sources, engine_spec, load
 from resources.engines.make import make_engine, sources_of
 from resources.engines.tensorrt_provider import SETTINGS, read_settings
 from resources.errors import ArtifactError, CheckpointError, RefineryError
-from resources.evaluation.evaluation_set import ITEMS_FILE, REFERENCE_NUMBERS, make_evaluation_set, read_evaluation_set
+from resources.evaluation.evaluation_set import BASELINE_NUMBERS, ITEMS_FILE, make_evaluation_set, read_evaluation_set
 from resources.evaluation.reference import make_reference
 from resources.export.make import make_graph
 from resources.isolation import run_isolated
@@ -112,7 +112,7 @@ def test_pickles_in_the_store_are_not_loaded(workspace, made_checkpoint, tmp_pat
     forged = record.model_copy(update={"allow_pickle": True, "files": files})
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         run_baseline(workspace, entry, forged)
-    np.save(tmp_path / REFERENCE_NUMBERS, np.array([Evil()], dtype=object), allow_pickle=True)
+    np.save(tmp_path / BASELINE_NUMBERS, np.array([Evil()], dtype=object), allow_pickle=True)
     (tmp_path / ITEMS_FILE).write_text("{}")
     with pytest.raises(ValueError, match="allow_pickle=False"):
         read_evaluation_set(tmp_path)

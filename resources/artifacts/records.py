@@ -176,7 +176,7 @@ class Checkpoint(Record):
 class EvaluationSet(Record):
     """Real requests and what PyTorch in fp32 answers to each row of them alone, without padding.
 
-    `items.json`: the requests; `reference.npy` or `reference.json`: one answer an item, see
+    `items.json`: the requests; `baseline.npy` or `baseline.json`: one answer an item, see
     resources.evaluation.evaluation_set.
     """
 

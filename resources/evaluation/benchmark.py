@@ -195,16 +195,16 @@ def measure_accuracy(task: Task, settings: dict[str, Any], known: Evaluation, wa
     """
     import numpy as np
 
-    items, reference = known.items, known.reference
+    items, baseline = known.items, known.baseline
     for answered in ways:
-        broken = answered.broken or broken_answers(reference, answered.answers)
+        broken = answered.broken or broken_answers(baseline, answered.answers)
         if broken:
             return Accuracy(metrics={}, broken=broken, texts=len(items))
-    scores = np.minimum.reduce([task.scores(settings, reference, answered.answers) for answered in ways])
+    scores = np.minimum.reduce([task.scores(settings, baseline, answered.answers) for answered in ways])
     worst = np.argsort(scores, kind="stable")[:WORST_SHOWN]
     found = [
         {
-            **task.compare(settings, items, reference, answered.answers),
+            **task.compare(settings, items, baseline, answered.answers),
             **task.grade(settings, items, known.right, answered.answers),
         }
         for answered in ways

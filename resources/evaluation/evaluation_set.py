@@ -37,8 +37,8 @@ CODE = (
     "resources.tasks",
     "resources.pipelines",
 )
-REFERENCE_NUMBERS = "reference.npy"
-REFERENCE_DOCUMENTS = "reference.json"
+BASELINE_NUMBERS = "baseline.npy"
+BASELINE_DOCUMENTS = "baseline.json"
 ITEMS_FILE = "items.json"
 _BATCH = 16
 #: Of every so many requests one is answered in company too.
@@ -46,14 +46,14 @@ _PADDED_EVERY = 8
 
 
 @dataclass(frozen=True)
-class _Reference:
+class _Baseline:
     rows: int
     width: int
     longest_tokens: int
 
 
 def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[EvaluationSet]:
-    """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a reference."""
+    """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a baseline."""
     shapes_of(entry, checkpoint)  # before any work: it refuses what the checkpoint cannot take
     items, right = evaluation_requests(entry, checkpoint.settings, checkpoint.max_tokens)
     made_of = Fingerprint.of(
@@ -125,25 +125,25 @@ def _require_padding(checkpoint: Checkpoint, pipeline: Pipeline, run: Run, items
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation set holds. reference: PyTorch's answer to each item, fp32 `[width]` or a JSON document.
+    """What an evaluation set holds. baseline: PyTorch's answer to each item, fp32 `[width]` or a JSON document.
     right: the right answer where the user gave one, else None.
     """
 
     items: list[Item]
-    reference: list[Any]
+    baseline: list[Any]
     right: list[Any]
 
 
 def read_evaluation_set(folder: Path) -> Evaluation:
     """Read back what `make_evaluation_set` made."""
     data = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
-    if (folder / REFERENCE_NUMBERS).is_file():
+    if (folder / BASELINE_NUMBERS).is_file():
         import numpy as np
 
-        reference = list(np.load(folder / REFERENCE_NUMBERS))
+        baseline = list(np.load(folder / BASELINE_NUMBERS))
     else:
-        reference = json.loads((folder / REFERENCE_DOCUMENTS).read_text(encoding="utf-8"))
-    return Evaluation(data["items"], reference, data["right"])
+        baseline = json.loads((folder / BASELINE_DOCUMENTS).read_text(encoding="utf-8"))
+    return Evaluation(data["items"], baseline, data["right"])
 
 
 def _answer(
@@ -154,7 +154,7 @@ def _answer(
     right: list[Any],
     folder: Path,
     threads: int,
-) -> _Reference:
+) -> _Baseline:
     import numpy as np
     import torch
 
@@ -193,9 +193,9 @@ def _answer(
         )
     if pipeline.structured:
         text = json.dumps(answered.answers, ensure_ascii=False)
-        (folder / REFERENCE_DOCUMENTS).write_text(text, encoding="utf-8")
+        (folder / BASELINE_DOCUMENTS).write_text(text, encoding="utf-8")
     else:
-        np.save(folder / REFERENCE_NUMBERS, np.stack(answered.answers))
+        np.save(folder / BASELINE_NUMBERS, np.stack(answered.answers))
     data = {"items": items, "right": right}
     (folder / ITEMS_FILE).write_text(json.dumps(data, ensure_ascii=False, indent=0), encoding="utf-8")
-    return _Reference(answered.rows, answered.width, answered.longest_tokens)
+    return _Baseline(answered.rows, answered.width, answered.longest_tokens)

@@ -51,7 +51,7 @@ class Examiner:
             missed = missed_gates(self._task, accuracy, self._gates)
             if missed:
                 if self._hardest is None and not accuracy.broken:
-                    scores = self._task.scores(self._settings, self._known.reference, answered.answers)
+                    scores = self._task.scores(self._settings, self._known.baseline, answered.answers)
                     # An item that is as good as can be misses nothing.
                     self._hardest = [index for index in np.argsort(scores, kind="stable").tolist() if scores[index] < 1]
                 return missed

@@ -130,7 +130,7 @@ def _compare(
         )
     wrong = [
         (item, why)
-        for item, expected, answer in zip(known.items, answers, known.reference, strict=True)
+        for item, expected, answer in zip(known.items, answers, known.baseline, strict=True)
         if expected is not None and (why := task.difference(checkpoint.settings, expected, answer))
     ]
     if wrong:

@@ -247,7 +247,7 @@ class Task(ABC):
     ) -> Metrics:
         """The task's usual metrics of answers against the right ones; no metric where none are known."""
 
-    def too_little(self, settings: dict[str, Any], reference: Sequence[Any]) -> str:
+    def too_little(self, settings: dict[str, Any], baseline: Sequence[Any]) -> str:
         """Why PyTorch's answers to the items say too little about an engine; empty: they say enough."""
         return ""
 
@@ -260,12 +260,12 @@ class Task(ABC):
         return []
 
     @abstractmethod
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         """How alike two answers to each item are, fp64 `[items]`; 1 is equal, lower is worse. For finding the worst."""
 
     @abstractmethod
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
         """The task's metrics of `answers` against PyTorch's, one answer an item."""
 
@@ -294,18 +294,18 @@ class Task(ABC):
         return float(np.max(values) if error else np.min(values))
 
 
-def broken_answers(reference: Sequence[Any], answers: Sequence[Any]) -> str:
+def broken_answers(baseline: Sequence[Any], answers: Sequence[Any]) -> str:
     """Why answers, one an item, cannot be compared at all (wrong shape, NaN, infinity); empty where they can."""
     import numpy as np
 
-    if len(answers) != len(reference):
-        return f"{len(answers)} answers where PyTorch gives {len(reference)}"
-    if not len(reference):
+    if len(answers) != len(baseline):
+        return f"{len(answers)} answers where PyTorch gives {len(baseline)}"
+    if not len(baseline):
         return "no answers to compare"
-    for expected, found in zip(reference, answers, strict=True):
+    for expected, found in zip(baseline, answers, strict=True):
         if np.shape(expected) != np.shape(found) and isinstance(expected, np.ndarray):
             return f"an answer of shape {np.shape(found)} where PyTorch gives {np.shape(expected)}"
-    for whose, values in (("the", answers), ("PyTorch's", reference)):
+    for whose, values in (("the", answers), ("PyTorch's", baseline)):
         bad = sum(not all(np.isfinite(number).all() for number in _numbers(value)) for value in values)
         if bad:
             return f"NaN or infinity in {whose} answers to {bad} of {len(values)} texts"

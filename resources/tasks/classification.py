@@ -163,19 +163,19 @@ class ClassificationTask(Task):
     def gate_names(self, settings: dict[str, Any]) -> tuple[str, ...]:
         return ("value_error",) if settings["activation"] == "identity" else ("label_agreement", "probability_error")
 
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
-        scale = _spread(stacked(reference)) if settings["activation"] == "identity" else 1.0
-        result: np.ndarray = 1.0 - (np.abs(stacked(reference) - stacked(answers)) / scale).max(axis=1)
+        scale = _spread(stacked(baseline)) if settings["activation"] == "identity" else 1.0
+        result: np.ndarray = 1.0 - (np.abs(stacked(baseline) - stacked(answers)) / scale).max(axis=1)
         return result
 
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
         import numpy as np
 
-        expected, found = stacked(reference), stacked(answers)
+        expected, found = stacked(baseline), stacked(answers)
         largest = float(np.abs(expected - found).max())
         if settings["activation"] == "identity":
             error = float((np.abs(expected - found) / _spread(expected)).max())

@@ -269,10 +269,10 @@ class EmbeddingTask(Task):
         likeness = self.scores(settings, list(vectors[before]), list(vectors[pairs]))
         return {"spearman": spearman([right[place] for place in pairs], likeness.tolist())}
 
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
-        first, second = stacked(reference), stacked(answers)
+        first, second = stacked(baseline), stacked(answers)
         norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
         cosine = (first * second).sum(axis=1) / np.where(norms > 0, norms, 1.0)
         both_zero = (np.abs(first).max(axis=1) == 0) & (np.abs(second).max(axis=1) == 0)
@@ -280,12 +280,12 @@ class EmbeddingTask(Task):
         return result
 
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
         import numpy as np
 
-        cosine = self.scores(settings, reference, answers)
-        first, second = stacked(reference), stacked(answers)
+        cosine = self.scores(settings, baseline, answers)
+        first, second = stacked(baseline), stacked(answers)
         norms = np.linalg.norm(first, axis=1)
         ratios = np.linalg.norm(second, axis=1) / np.where(norms > 0, norms, 1.0)
         # Each text once: a batch that is filled up with texts again would make them their own neighbours.
@@ -304,15 +304,15 @@ def pooling_of(settings: dict[str, Any]) -> Pooling:
     return Pooling(tuple(settings["modes"]), settings["normalize"], settings["dimensions"])
 
 
-def neighbour_agreement(reference: np.ndarray, answers: np.ndarray, count: int = NEIGHBOURS) -> float:
-    """Share of each vector's nearest others, by cosine, that are among its nearest in the reference too.
+def neighbour_agreement(baseline: np.ndarray, answers: np.ndarray, count: int = NEIGHBOURS) -> float:
+    """Share of each vector's nearest others, by cosine, that are among its nearest in the baseline too.
 
-    Both fp64 `[texts, width]`. Others as near as the last of the reference's nearest, to a millionth, count as nearest:
+    Both fp64 `[texts, width]`. Others as near as the last of the baseline's nearest, to a millionth, count as nearest:
     texts that are equal but for punctuation have no order. 1 for a single text.
     """
     import numpy as np
 
-    count = min(count, len(reference) - 1)
+    count = min(count, len(baseline) - 1)
     if count < 1:
         return 1.0
 
@@ -323,7 +323,7 @@ def neighbour_agreement(reference: np.ndarray, answers: np.ndarray, count: int =
         np.fill_diagonal(found, -np.inf)  # nobody is his own neighbour
         return found
 
-    true, found = similarities(reference), similarities(answers)
+    true, found = similarities(baseline), similarities(answers)
     nearest = np.argpartition(-found, count - 1, axis=1)[:, :count]
     last = np.partition(true, -count, axis=1)[:, -count]
     return float((np.take_along_axis(true, nearest, axis=1) >= last[:, None] - 1e-6).mean())

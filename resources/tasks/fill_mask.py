@@ -142,17 +142,17 @@ class FillMaskTask(Task):
     def refused_items(self, settings: dict[str, Any]) -> list[Item]:
         return [{"TEXT": "no mask"}, {"TEXT": ""}]
 
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
-        return np.array([_likeness(first, second) for first, second in zip(reference, answers, strict=True)])
+        return np.array([_likeness(first, second) for first, second in zip(baseline, answers, strict=True)])
 
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
         masks = [
             pair
-            for first, second in zip(reference, answers, strict=True)
+            for first, second in zip(baseline, answers, strict=True)
             for pair in zip(_by_mask(first), _by_mask(second), strict=True)
         ]
         same = sum(first[0]["token"] == second[0]["token"] for first, second in masks)

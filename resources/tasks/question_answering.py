@@ -137,20 +137,20 @@ class QuestionAnsweringTask(Task):
             "f1": sum(word_f1(texts, answer) for texts, answer in pairs) / len(pairs),
         }
 
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
         return np.array(
             [
                 1.0 - abs(first["score"] - second["score"]) if _span(first) == _span(second) else 0.0
-                for first, second in zip(reference, answers, strict=True)
+                for first, second in zip(baseline, answers, strict=True)
             ]
         )
 
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
-        pairs = list(zip(reference, answers, strict=True))
+        pairs = list(zip(baseline, answers, strict=True))
         same = [(first, second) for first, second in pairs if _span(first) == _span(second)]
         return {
             "span_agreement": len(same) / len(pairs),

@@ -127,19 +127,19 @@ class RerankingTask(Task):
         scores = stacked(answers)[known, 0].tolist()
         return {"ndcg_at_10": ndcg_at_10(queries, [right[place] for place in known], scores)}
 
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
-        expected, found = stacked(reference), stacked(answers)
+        expected, found = stacked(baseline), stacked(answers)
         result: np.ndarray = 1.0 - np.abs(expected - found)[:, 0] / _range(expected)
         return result
 
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
         import numpy as np
 
-        expected, found = stacked(reference)[:, 0], stacked(answers)[:, 0]
+        expected, found = stacked(baseline)[:, 0], stacked(answers)[:, 0]
         error = float(np.abs(expected - found).max())
         return {
             "order_agreement": order_agreement([item["QUERY"] for item in items], expected, found),

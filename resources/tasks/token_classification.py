@@ -151,11 +151,11 @@ class TokenClassificationTask(Task):
             right.append([start, end, one_of(entity["label"], kinds, "label")])
         return [({"TEXT": text}, right)]
 
-    def too_little(self, settings: dict[str, Any], reference: Sequence[Any]) -> str:
-        found = sum(map(len, reference))
+    def too_little(self, settings: dict[str, Any], baseline: Sequence[Any]) -> str:
+        found = sum(map(len, baseline))
         if found >= FEWEST_ENTITIES:
             return ""
-        return f"PyTorch finds {found} entities in all of the {len(reference)} texts, and {FEWEST_ENTITIES} are needed"
+        return f"PyTorch finds {found} entities in all of the {len(baseline)} texts, and {FEWEST_ENTITIES} are needed"
 
     def grade(
         self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
@@ -166,22 +166,22 @@ class TokenClassificationTask(Task):
         expected: list[set[Any]] = [{tuple(entity) for entity in right[place]} for place in known]
         return {"f1": micro_f1(expected, [set(_by_place(answers[place])) for place in known])}
 
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
-        return np.array([_f1(*_counts([first], [second])) for first, second in zip(reference, answers, strict=True)])
+        return np.array([_f1(*_counts([first], [second])) for first, second in zip(baseline, answers, strict=True)])
 
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
         errors = [0.0]
-        for first, second in zip(reference, answers, strict=True):
+        for first, second in zip(baseline, answers, strict=True):
             expected, found = _by_place(first), _by_place(second)
             errors += [abs(expected[place] - found[place]) for place in expected.keys() & found.keys()]
         return {
-            "entity_agreement": _f1(*_counts(reference, answers)),
+            "entity_agreement": _f1(*_counts(baseline, answers)),
             "score_error": max(errors),
-            "entities": float(sum(len(entities) for entities in reference)),
+            "entities": float(sum(len(entities) for entities in baseline)),
         }
 
 
@@ -205,9 +205,9 @@ def _named(label: str, settings: dict[str, Any]) -> str:
     return label if settings["aggregation_strategy"] == "none" else label.split("-", 1)[-1]
 
 
-def _counts(reference: Sequence[Any], answers: Sequence[Any]) -> tuple[int, int, int]:
+def _counts(baseline: Sequence[Any], answers: Sequence[Any]) -> tuple[int, int, int]:
     """Entities expected, found, and both, over all texts."""
-    pairs = [(set(_by_place(first)), set(_by_place(second))) for first, second in zip(reference, answers, strict=True)]
+    pairs = [(set(_by_place(first)), set(_by_place(second))) for first, second in zip(baseline, answers, strict=True)]
     return (
         sum(len(first) for first, _ in pairs),
         sum(len(second) for _, second in pairs),

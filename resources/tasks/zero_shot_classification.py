@@ -157,15 +157,15 @@ class ZeroShotClassificationTask(Task):
     def refused_items(self, settings: dict[str, Any]) -> list[Item]:
         return [{"TEXT": "a text", "LABELS": labels} for labels in _NO_LABELS]
 
-    def scores(self, settings: dict[str, Any], reference: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
+    def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
         import numpy as np
 
-        return np.array([1.0 - _error(first, second) for first, second in zip(reference, answers, strict=True)])
+        return np.array([1.0 - _error(first, second) for first, second in zip(baseline, answers, strict=True)])
 
     def compare(
-        self, settings: dict[str, Any], items: Sequence[Item], reference: Sequence[Any], answers: Sequence[Any]
+        self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
-        pairs = list(zip(reference, answers, strict=True))
+        pairs = list(zip(baseline, answers, strict=True))
         same = sum(first["labels"][0] == second["labels"][0] for first, second in pairs)
         return {
             "label_agreement": same / len(pairs),

@@ -53,7 +53,7 @@ def make_release(
     def exam() -> Exam:
         store.require_whole(evaluation)
         known = read_evaluation_set(store.folder(evaluation))
-        return make_exam(plan, entry.accuracy_gates(), known.items, known.reference)
+        return make_exam(plan, entry.accuracy_gates(), known.items, known.baseline)
 
     def prove_embedded(staged: Path, release: Release) -> Proof:
         log = workspace.log(entry.name, f"triton-{champion.target}")
@@ -105,12 +105,12 @@ def is_provable(settings: TritonSettings) -> bool:
     return bool(settings.driven) or settings.flavour == "python"
 
 
-def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference: Sequence[Any]) -> Exam:
-    """What a server has to answer. reference: PyTorch's answers to the items."""
+def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], baseline: Sequence[Any]) -> Exam:
+    """What a server has to answer. baseline: PyTorch's answers to the items."""
     task, settings = TASKS[plan.checkpoint.task], plan.checkpoint.settings
 
     def verdict(indices: Sequence[int], answers: Sequence[Any]) -> tuple[Metrics, list[str]]:
-        broken = broken_answers([reference[index] for index in indices], answers)
+        broken = broken_answers([baseline[index] for index in indices], answers)
         if broken:
             return {}, [broken]
         # Some are asked several times over: every round has each of its items once.
@@ -123,7 +123,7 @@ def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], reference:
         first: Metrics = {}
         missed: list[str] = []
         for one in rounds:
-            asked, expected = [items[index] for index in one], [reference[index] for index in one]
+            asked, expected = [items[index] for index in one], [baseline[index] for index in one]
             metrics = task.compare(settings, asked, expected, list(one.values()))
             # In other company than when it was measured, an answer at the edge may fall on the other side: one may.
             allowed = gates.for_some(len(one) / len(items), chance=1 / len(items))

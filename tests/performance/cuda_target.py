@@ -106,11 +106,11 @@ def ask(workspace: Workspace, entry: ModelEntry, repository: Path, known: Any) -
     ):
         contract = client.contract(entry.name)
         cosines, times = [], []
-        for item, reference in zip(known.items[:ASKED], known.reference, strict=False):
+        for item, baseline in zip(known.items[:ASKED], known.baseline, strict=False):
             started = time.perf_counter()
             (answer,) = client.ask(entry.name, contract, [item])
             times.append((time.perf_counter() - started) * 1e3)
-            cosines.append(float(np.dot(answer, reference) / (np.linalg.norm(answer) * np.linalg.norm(reference))))
+            cosines.append(float(np.dot(answer, baseline) / (np.linalg.norm(answer) * np.linalg.norm(baseline))))
     say("served", asked=len(cosines), cosine_worst=min(cosines), p50_ms=round(float(np.median(times)), 3))
     return min(cosines)
 

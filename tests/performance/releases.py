@@ -151,7 +151,7 @@ def build(workspace: Workspace, folder: Path, threads: int) -> tuple[list[Releas
             serving=ServingSetting(threads=threads),
         )
         plans.append(plan)
-        exams.append(make_exam(plan, entry.accuracy_gates(), known.items, list(turned(known.reference, kind))))
+        exams.append(make_exam(plan, entry.accuracy_gates(), known.items, list(turned(known.baseline, kind))))
     order = np.random.default_rng(0).permutation(len(known.items))[:TEXTS]
     return plans, exams, [known.items[index]["TEXT"] for index in order]
 

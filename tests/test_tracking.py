@@ -1,6 +1,8 @@
 """MLflow, on a real sqlite store: a parent an optimization, a child a candidate, and nothing for nothing new."""
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -265,6 +267,19 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path):
     tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", ui="", folder=tmp_path / "tracking")
     with pytest.raises(TrackingError, match=r"mlflow\.db cannot be written.*REFINERY_MLFLOW_URI"):
         tracker.prepare()
+
+
+def test_an_error_of_the_database_is_one_line(tracker, tmp_path, capfd):
+    store = tracker._store
+    experiment = store.experiment("m")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("DROP TABLE runs")
+    with (
+        pytest.raises(TrackingError, match=r"mlflow\.db cannot be written: .*no such table: runs"),
+        store.clear_errors(),
+    ):
+        store.client.search_runs([experiment])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_database_whose_driver_is_missing_is_said(tmp_path):

@@ -64,9 +64,10 @@ class TrackingStore:
         if self._client is None:
             import logging
 
-            # Two hundred lines of schema migrations otherwise, on the first use of a store.
-            for name in ("alembic", "mlflow.store.db.utils"):
-                logging.getLogger(name).setLevel(logging.WARNING)
+            # Without these, the first use of a store prints two hundred lines of schema migrations, and every error of
+            # the database is printed with its traceback before it is raised.
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             from mlflow import MlflowClient
 
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.

@@ -32,7 +32,7 @@ def checkpoint(
     log = workspace.log(entry.name, "checkpoint")
     made = collect_checkpoint(entry, workspace.store, workspace.limits, log, settings=workspace.sources)
     name = f"checkpoint/{entry.name}"
-    # Something new will be tracked: a server that is not there is to be said now, and not once engines were built.
+    # A new checkpoint will be tracked. The server is asked now, so that a run fails before it builds engines.
     if workspace.mlflow_uri().is_web and workspace.store.pointed(name) != made.record.digest:
         tracker.prepare()
     folder = remember(workspace.store, name, made)

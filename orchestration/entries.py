@@ -33,7 +33,7 @@ from resources.checkpoints import Access, SourceSettings, locate
 from resources.checkpoints.kinds import task_of, why_of_no_use
 from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.registry import parse_reference
-from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of
+from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of, local_folder
 from resources.checkpoints.validation import validate
 from resources.errors import ArtifactError, CatalogError, CheckpointError, first_line
 from resources.revisions.hub import hub_commit
@@ -124,9 +124,10 @@ def _keep(
             )
         entry = _entry({**earlier.fields(), "source": source}, options, workspace.sources)
     _require_unedited(path, entry, earlier)
-    # Else the sensor and every plan would look at it from now on. Other sources may answer later.
-    if earlier is None and source.startswith("/"):
-        validate(entry, locate(source, allow_pickle=entry.allow_pickle).folder)
+    # An entry that cannot be used would be looked at by the sensor and by every plan. Sources elsewhere are not asked
+    # here, because they may answer later.
+    if kind_of(source) in ("folder", "package"):
+        validate(entry, local_folder(source))
     write_entry(entry, workspace.additions)
     return entry
 

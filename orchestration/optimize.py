@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 _OURS = "resources.errors."
 #: What SQLite says where its files cannot be written.
 _DATABASE = re.compile(
-    r"sqlite3\.OperationalError\)?:? (disk I/O error|database or disk is full|unable to open database file)"
+    r"sqlite3\.OperationalError\)?:? "
+    "(disk I/O error|database or disk is full|unable to open database file|attempt to write a readonly database)"
 )
 #: What Dagster writes of an error of the system: its number, its text and the file.
 _SYSTEM = re.compile(r"^\w*(?:Error|Exception): \[Errno (\d+)\] (.*)", re.MULTILINE)

@@ -12,6 +12,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: What it says where a file may not be written, and where the disk itself is at fault.
 CLOSED, BROKEN = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.EIO, errno.ESTALE)
 
+#: How SQLite's words begin where it may not open or write a file. It says the same where there is no room for another.
+_DATABASE_CLOSED = ("unable to open", "attempt to write")
+
 
 def disk_remedy(number: int | None) -> str:
     """Say what to do about a disk, by the system's number of the error. Empty: no disk is to blame."""
@@ -24,7 +27,10 @@ def disk_remedy(number: int | None) -> str:
 
 def database_trouble(said: str) -> str:
     """Say what to do about a database whose files cannot be written, in SQLite's words."""
-    return f"A database below REFINERY_HOME: {said}. {disk_remedy(errno.ENOSPC)}"
+    remedy = disk_remedy(errno.ENOSPC)
+    if said.startswith(_DATABASE_CLOSED):
+        remedy = remedy.replace("Make room there", "Make room there, or let whoever runs this write there,")
+    return f"A database below REFINERY_HOME: {said}. {remedy}"
 
 
 def disk_trouble(error: BaseException | None) -> str:

@@ -75,7 +75,8 @@ class Worker:
     While no call is under way the child is blocked on a pipe and takes no processor time. Arguments and results are
     pickled, so functions and classes must be importable: nothing defined in the script that was started. What the child
     prints is added to `log`. A context manager: leaving it ends the child.
-    Every error is an IsolationError, or the RefineryError that was raised in the child.
+    Every error is an IsolationError, the RefineryError that was raised in the child, or the OSError of a log that
+    cannot be written.
     """
 
     def __init__(
@@ -92,7 +93,6 @@ class Worker:
         self.peak_memory_bytes = 0
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.open("ab").close()  # what is wrong with it is an error here, and not in the child
         self._connection, theirs = context.Pipe()
         # Nothing is ever sent through it: the child ends when its other end does. See _end_with.
         their_lifeline, self._lifeline = context.Pipe(duplex=False)
@@ -168,7 +168,7 @@ class Worker:
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
         if ok:
             return value
-        if isinstance(value, RefineryError):
+        if isinstance(value, RefineryError | OSError):
             raise value
         raise IsolationError(f"{self._what}: {value}")
 
@@ -253,10 +253,10 @@ def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:  # the disk is full by now: the parent is told in place of an answer
+    except OSError as error:  # a full disk, say, which is the parent's to tell, and no failure of what was asked
         with suppress(EOFError, OSError):
             connection.recv_bytes()
-            connection.send_bytes(ForkingPickler.dumps((False, _portable(error), peak_memory_bytes())))
+            connection.send_bytes(ForkingPickler.dumps((False, error, peak_memory_bytes())))
         return
     os.dup2(output, 1)
     os.dup2(output, 2)

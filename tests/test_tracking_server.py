@@ -65,7 +65,9 @@ def test_an_optimization_is_written_to_a_server_and_found_there(server, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "home", "third"]
 
 
-def test_a_server_that_is_not_there_ends_each_run_at_its_first_step(workspace, made_checkpoint, unused_port):
+def test_a_server_that_is_not_there_ends_each_run_of_a_new_checkpoint_at_its_first_step(
+    workspace, made_checkpoint, unused_port
+):
     """Also where the run before has copied the checkpoint already."""
     away = replace(workspace, tracking_uri=Address(f"http://127.0.0.1:{unused_port}"))
     add_entry(away, entry_for(made_checkpoint()))

@@ -116,7 +116,9 @@ def test_attention_of_transformers_own(folder, value):
 
 
 def test_labels_may_be_called_as_fields_are(folder):
-    edit_json(folder / "config.json", id2label={"0": "backbone", "1": "dtype"}, label2id={"backbone": 3, "dtype": 1})
+    edit_json(
+        folder / "config.json", id2label={"0": "backbone", "1": "layers"}, label2id={"backbone": 3, "layers": 600}
+    )
     validate(entry_for(folder), folder)
 
 
@@ -296,6 +298,7 @@ def test_a_description_whose_model_is_a_file(tmp_path):
         '"vocab_size": "12"',
         '"num_hidden_layers": 1000000000',
         '"num_hidden_layers": 2001',
+        '"num_feedforward_networks": 1000000000',
         '"hidden_size": 1e308',
         '"hidden_size": Infinity',
         '"max_position_embeddings": 1',

@@ -37,8 +37,9 @@ _DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float16|float32|float6
 _MOST_LABEL_CHARACTERS = 1000
 #: Far beyond any real model, and little enough for a count of modules or a length. The first that fits a field's name.
 _MOST = (
-    # transformers takes 3 ms to make a layer, even without weights.
-    (re.compile("layers?$"), 512),
+    # transformers takes 3 ms to make a layer, even without weights. Where several of these are multiplied (ALBERT's
+    # groups and their layers), the limits of the child process are what bounds them.
+    (re.compile("(^|_)(layers?|groups?|group_num|blocks?|networks)$"), 512),
     (re.compile("layer|depth|group|block"), 10_000),
     (re.compile("size|dim|hidden|head|position|length"), 2**24),
 )
@@ -48,17 +49,17 @@ _MOST_ANYWHERE = 10**15
 def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
     """Read config.json. Raises CheckpointError where it asks for what is never done, or says what cannot be."""
     config = read_object(entry, folder, CONFIG)
-    values = [*_values(entry, folder / CONFIG, config)]
+    for _ in _values(entry, folder / CONFIG, config):
+        pass  # raises where it is nested too deeply
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise refuse(entry, f"{folder / CONFIG} has no model_type", "Give the folder that transformers saved, whole")
     architectures = config.get("architectures")
     if architectures is not None and not _is_texts(architectures):
         raise refuse(entry, f"{CONFIG}, architectures: it is no list of names", "Copy the checkpoint again")
-    for key, value in values:
-        _refuse_number(entry, key, value)
     # A label may be called as a field is.
     for key, value in values_of({name: value for name, value in config.items() if name not in _LABEL_TABLES}):
+        _refuse_number(entry, key, value)
         _refuse_code(entry, CONFIG, key, value)
     _check_labels(entry, config)
     vocabulary = config.get("vocab_size")

@@ -49,31 +49,37 @@ class Beginnings:
         """A beginning of the text whose first `tokens` tokens, with their offsets, are those of the whole text; the
         text itself where it is short. Raises RefusedError where no beginning of `most` characters settles them.
         """
-        size, most = self._first_size(text, tokens), self.most(tokens)
+        # A text of fewer characters than tokens are wanted has hardly ever that many: all of it is read.
+        if len(text) <= max(_FIRST_CHARACTERS, tokens):
+            return text
+        most = self.most(tokens)
+        halvings = self._halvings(text, tokens, most)
         before: Any = None
-        while size < len(text):
+        for size in (most >> count for count in range(halvings, -1, -1)):
+            if size >= len(text):
+                return text
             found = encode_alone(self._tokenizer, text[:size])
-            if len(found.ids) >= tokens and (
+            if len(found) >= tokens and (
                 (self._has_edges and self._ends_behind(text, size, found, tokens))
                 or (before is not None and self._agrees(text, size // 2, before, found, tokens))
             ):
                 return text[:size]
-            if size == most:
-                raise RefusedError(
-                    f"the first {most} of a text's {len(text)} characters make fewer than {tokens} tokens, or a word "
-                    "without an end; send a shorter text, or one with usual words"
-                )
-            # Two beginnings are compared only where one is half of the other.
-            before, size = (found if 2 * size <= most else None), min(2 * size, most)
-        return text
+            before = found
+        raise RefusedError(
+            f"the first {most} of a text's {len(text)} characters make fewer than {tokens} tokens, or a word without "
+            "an end; send a shorter text, or one with usual words"
+        )
 
-    def _first_size(self, text: str, tokens: int) -> int:
-        """Choose how many characters to try first. For many tokens the text's own first ones say how many it takes."""
-        usual = _CHARACTERS_PER_TOKEN * tokens
-        if usual > 8 * _FIRST_CHARACTERS:
+    def _halvings(self, text: str, tokens: int, most: int) -> int:
+        """How often the most characters are halved for the first beginning, which is to have a few more tokens than are
+        wanted. At least once, because some texts are settled by comparing two beginnings alone.
+        """
+        enough = _CHARACTERS_PER_TOKEN * tokens
+        if enough > 8 * _FIRST_CHARACTERS:  # worth asking the text's own first characters
             sample = len(encode_alone(self._tokenizer, text[:_FIRST_CHARACTERS]))
-            usual = min(usual, tokens * _FIRST_CHARACTERS // max(1, sample) * 9 // 8)
-        return usual + _FIRST_CHARACTERS
+            enough = min(enough, tokens * _FIRST_CHARACTERS // max(1, sample))
+        enough = max(enough * 9 // 8, _FIRST_CHARACTERS)
+        return max(1, (most // enough).bit_length() - 1)
 
     def _ends_behind(self, text: str, size: int, found: Any, tokens: int) -> bool:
         """Whether a word ends behind the first `tokens` tokens, so far in front of the cut that the same word ends
@@ -96,7 +102,7 @@ class Beginnings:
         For scripts without spaces and for tokenizers without words: byte-pair encodings and unigram models decide
         within a few tokens, but no end of a word proves it.
         """
-        if len(before.ids) < tokens or before.ids[:tokens] != found.ids[:tokens]:
+        if len(before) < tokens or before.ids[:tokens] != found.ids[:tokens]:
             return False
         offsets = found.offsets[:tokens]
         closed = _last_closing(text, half - self.margin, digits=False)

@@ -158,7 +158,7 @@ class TextEncoder:
     def cut(self, text: str, tokens: int) -> str:
         """The beginning of a text, as much of it as so many tokens hold. Raises RefusedError, see `enough`."""
         found = encode_alone(self._endless, self._beginnings.find(text, tokens + 1))
-        if len(found.ids) <= tokens:
+        if len(found) <= tokens:
             return text
         return text[: found.offsets[tokens - 1][1]]
 
@@ -279,7 +279,7 @@ class TextEncoder:
         return short[0], short[1]
 
     def _count(self, text: str) -> int:
-        return len(self.inner(text).ids)
+        return len(self.inner(text))
 
     @cached_property
     def _endless(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,12 +63,11 @@ class TrackingStore:
     @property
     def client(self) -> MlflowClient:
         if self._client is None:
-            import logging
-
-            # Without these, the first use of a store prints two hundred lines of schema migrations, and every error of
-            # the database is printed with its traceback before it is raised.
-            logging.getLogger("alembic").setLevel(logging.WARNING)
-            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+            # Two hundred lines of schema migrations otherwise, on the first use of a store.
+            for name in ("alembic", "mlflow.store.db.utils"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            # Every error of the database is raised too.
+            logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)
             from mlflow import MlflowClient
 
             # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
@@ -222,6 +222,10 @@ class TrackingStore:
                 )
             said = first_line(shown).rstrip(".")
             raise TrackingError(f"MLflow at {self.uri} cannot be written: {said}. {remedy}") from shown
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
 
 
 class _Bounded:

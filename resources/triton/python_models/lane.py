@@ -20,8 +20,8 @@ MOST_WAITING = 64 * 2**20
 _TOKENS = 256
 #: For how long a thread of Python may keep the others from running, of which the default is ten times as much.
 _SWITCH_SECONDS = 0.0005
-#: How long a large request waits for a gap, and never longer than it used the engine before. Without a limit it would
-#: wait for ever on a busy server.
+#: How long a large request waits for a gap. Without a limit it would wait for ever on a busy server. It waits no longer
+#: than it used the engine the last time, so that it gets at least half of it; for its first turn it does not wait.
 _PATIENCE_SECONDS = 0.02
 
 

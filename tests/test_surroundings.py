@@ -19,6 +19,7 @@ from resources.tracking.store import TrackingStore
 from resources.workspace import Workspace
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
+from tests.servers import free_port
 from tests.test_cli import REFINERY, environment, refinery
 
 #: All that a path may hold and an address, a shell or markup would take otherwise, but for `?` and `%`.
@@ -32,7 +33,7 @@ def test_a_folder_that_no_database_address_can_hold_is_refused(empty, tmp_path, 
     monkeypatch.setenv("REFINERY_HOME", str(empty.home))
     monkeypatch.setenv("REFINERY_CATALOG", str(empty.catalog_path))
     monkeypatch.setenv(variable, str(folder))
-    assert main(["ui"]) == 1
+    assert main(["ui", f"--dagster-port={free_port()}", f"--mlflow-port={free_port()}"]) == 1
     said = capsys.readouterr().err
     assert f"{variable}: '{folder}' holds '{name[1]}'" in said
     assert not folder.exists()

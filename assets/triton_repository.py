@@ -7,7 +7,8 @@ import dagster as dg
 from assets.materialization import OWNERS, Cell, closing_tracking, file_table, linked, table
 from assets.partitions import models
 from assets.placement import placement
-from resources.artifacts.records import Champion
+from resources.artifacts.records import Champion, Checkpoint
+from resources.tasks import TASKS
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
 from resources.triton.promote import publish_champion
@@ -110,7 +111,9 @@ def _proof_metadata(proof: Proof | None) -> dict[str, dg.MetadataValue | str | i
 
 def query_command(workspace: Workspace, model: str, target: str) -> str:
     """How to ask a model of that repository."""
-    return f'{_where(workspace)}refinery query {model} "any text"{_target(target)}'
+    checkpoint = workspace.store.current(Checkpoint, f"checkpoint/{model}")
+    example = TASKS[checkpoint.task].example(checkpoint.settings)
+    return f"{_where(workspace)}refinery query {model} {example}{_target(target)}"
 
 
 def serve_command(workspace: Workspace, target: str) -> str:

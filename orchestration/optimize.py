@@ -54,6 +54,7 @@ def optimize(options: Namespace) -> int:
     if all(missing):  # of several targets the others are made elsewhere
         raise EngineError(" ".join(filter(None, missing)))
     entry = find_or_add(workspace, options)
+    print(f"{entry.name}: {entry.task}, {entry.source}")
     prepare_instance(workspace)
     # Those of the environment are there already.
     definitions = defs if workspace == read_workspace(os.environ) else make_definitions(workspace)

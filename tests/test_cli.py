@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cli import main
+from orchestration.cli import _parser, main
 from orchestration.pages import page_addresses
+from orchestration.serving import _items
+from resources.pipelines import pipeline_class
+from resources.tasks import TASKS
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
 
@@ -244,6 +248,14 @@ def test_a_mistyped_hub_id_can_be_put_right(empty):
     assert "defect" not in err
     code, _, err = refinery(empty, "optimize", "right-org/no-model", "--task", "embedding", **offline)
     assert "right-org/no-model is not in the Hub cache" in err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_example_of_a_task_gives_what_its_models_take(task):
+    arguments = shlex.split(f"query m {TASKS[task].example({'mask_token': '[MASK]'})}")
+    (item,) = _items(_parser().parse_args(arguments), pipeline_class(task).inputs)
+    assert set(item) == set(pipeline_class(task).inputs)
+    assert (task == "fill-mask") == ("[MASK]" in item.get("TEXT", ""))
 
 
 def test_another_repository_is_asked_as_it_is_said(empty, made_checkpoint, triton_settings, tmp_path):

@@ -1,17 +1,20 @@
 """The tasks' arithmetic is that of the libraries people trained with, and their gates can be missed."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from resources.errors import CheckpointError
-from resources.tasks import TASKS, CheckpointFiles
+from resources.checkpoints.validation import validate
+from resources.errors import CatalogError, CheckpointError
+from resources.tasks import TASKS, CheckpointFiles, SpecialTokens
 from resources.tasks.base import broken_answers
 from resources.tasks.embedding import Pooling, read_pooling
 from resources.tasks.samples import sample_texts
 from tests.checkpoints import edit_json
+from tests.conftest import entry_for
 
 EMBEDDING = TASKS["embedding"]
 CLASSES = TASKS["classification"]
@@ -116,6 +119,39 @@ def test_other_pooling_is_refused(own_checkpoint, pooling):
 
 
 MEAN = {"pooling_mode_mean_tokens": True}
+
+
+def test_a_pooling_field_that_sentence_transformers_does_not_have_is_refused(own_checkpoint):
+    folder = with_pooling(own_checkpoint(), {"pooling_mode_mean_tokens": True, "weights": [1, 2]})
+    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json: .* no field weights"):
+        read_pooling(files_of(folder))
+
+
+def test_weights_of_a_module_are_refused_unless_they_are_allowed(own_checkpoint):
+    folder = with_pooling(own_checkpoint(), {})
+    (folder / "1_Pooling" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"1_Pooling/model\.safetensors.*unused_weights: allow"):
+        validate(entry_for(folder), folder)
+    validate(entry_for(folder, unused_weights="allow"), folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [(["PER"], False), (["B-PER", "O"], False), ([], False), (["PEOPLE"], True), (["O", "per"], True)],
+)
+def test_labels_to_ignore_are_labels_of_the_model(made_checkpoint, given, refused):
+    folder = made_checkpoint(head="tokens", labels=("O", "B-PER", "I-PER"))
+    task = TASKS["token-classification"]
+    options, tokens = task.options.model_validate({"ignore_labels": given}), SpecialTokens(pad_id=0)
+    expectation = pytest.raises(CatalogError, match=r"options\.ignore_labels: '(PEOPLE|per)' is none of")
+    with expectation if refused else nullcontext():
+        assert task.settings(files_of(folder), options, tokens)["ignore_labels"] == given
+
+
+def test_the_usual_label_to_ignore_need_not_be_there(made_checkpoint):
+    folder = made_checkpoint(head="tokens", labels=("NN", "VB"))
+    task = TASKS["token-classification"]
+    assert task.settings(files_of(folder), task.options(), SpecialTokens(pad_id=0))["ignore_labels"] == ["O"]
 
 
 @pytest.mark.parametrize("kind", ["sentence_transformers.models.Dense", "custom_st.Transformer", "Transformer", None])

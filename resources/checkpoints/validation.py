@@ -30,6 +30,7 @@ from resources.checkpoints.weights import INDEX, PICKLE_INDEX, check_whole, find
 from resources.errors import CheckpointError
 from resources.foreign import ForeignError, check_name
 from resources.tasks import TASKS, CheckpointFiles
+from resources.tasks.base import UNUSED_REMEDY
 from resources.tasks.sentence_transformers import length_limits, transformer_config
 
 #: Sets of files that transformers can make a fast tokenizer from, as patterns.
@@ -109,6 +110,7 @@ def validate(entry: ModelEntry, folder: Path) -> Validated:
     files = {*stored, *_files(entry, folder)}
     _check_tokenizer(entry, folder, config, tokenizer_config)
     TASKS[entry.task].check(CheckpointFiles(entry.name, folder, config))
+    _refuse_weights_of_modules(entry, folder)
     return Validated(
         files=tuple(sorted(files)),
         weights=weights,
@@ -204,6 +206,18 @@ def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:
                 "Give a checkpoint that is whole in its own folder",
             ) from None
     return sorted(place for place in places if (folder / place).is_dir())
+
+
+def _refuse_weights_of_modules(entry: ModelEntry, folder: Path) -> None:
+    """Raise CheckpointError where a module of sentence-transformers has weights: those that are served have none."""
+    if entry.unused_weights == "allow":
+        return
+    for place in _module_folders(entry, folder):
+        for one in sorted(path.name for path in (folder / place).iterdir()):
+            if one.endswith((".safetensors", ".bin")):
+                raise refuse(
+                    entry, f"nothing reads the weights in {folder / place / one}", f"Remove that file. {UNUSED_REMEDY}"
+                )
 
 
 def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> None:

@@ -150,6 +150,12 @@ class Library:
     answer: Callable[[Item], Any]
 
 
+#: For weights that nothing reads.
+UNUSED_REMEDY = (
+    "If they do not matter, write unused_weights: allow into its entry of the models file, or of the file below "
+    "REFINERY_HOME/models.d that is called as the model"
+)
+
 #: How far a number may lie from the library's: both compute in fp32, in another order. Numbers beyond 1 are compared
 #: relative to their size.
 TOLERANCE = 1e-4
@@ -180,6 +186,10 @@ class Task(ABC):
     @abstractmethod
     def check(self, files: CheckpointFiles) -> None:
         """Raise CheckpointError where the checkpoint cannot do this task. Reads no weights."""
+
+    def example(self, settings: dict[str, Any]) -> str:
+        """What `refinery query` is given for a model of this task, as it is typed into a shell."""
+        return '"any text"'
 
     @abstractmethod
     def output(self, files: CheckpointFiles) -> str:
@@ -357,10 +367,9 @@ def load_pretrained(
     if unused := _unused(files, model, info["unexpected_keys"]):
         named = ", ".join([*unused[:3], "..."] if len(unused) > 3 else unused)
         raise files.refuse(
-            f"{len(unused)} of its weights are read by nothing ({named}): {type(model).__name__} has no place for "
-            "them, so answers would not be this checkpoint's",
-            "Give the task that it was trained for, or write unused_weights: allow into its catalog entry if they do "
-            "not matter",
+            f"{type(model).__name__} has no place for {len(unused)} of its weights ({named}), so answers would not be "
+            "this checkpoint's",
+            f"Give the task that it was trained for. {UNUSED_REMEDY}",
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unread))
     if missing:

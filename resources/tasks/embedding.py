@@ -56,6 +56,9 @@ _POOLING_FLAGS: dict[str, PoolingMode] = {
 }
 
 
+#: The other fields of that file, in any version.
+_POOLING_FIELDS = ("embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt")
+
 #: The cosine that our vector of a text has to reach with the library's.
 LEAST_COSINE = 0.99999
 _MOST_DIMENSIONS = 2**20
@@ -138,6 +141,12 @@ def _read_modes(files: CheckpointFiles, path: str) -> tuple[str, ...]:
             f"{path} says include_prompt: false, so the prompts of {CONFIG} are read by the model and left out of the "
             "pooling, which is not served",
             f"Remove the prompts from {CONFIG} if no text is to have one",
+        )
+    unknown = [name for name, value in config.items() if value and name not in _POOLING_FIELDS]
+    if unknown := [name for name in unknown if not name.startswith("pooling_mode_")]:
+        raise files.refuse(
+            f"{path}: sentence-transformers' Pooling has no field {', '.join(unknown)[:100]}",
+            "Remove it, or give the checkpoint as its author saved it",
         )
     if "pooling_mode" in config:  # sentence-transformers 6 and later
         named = config["pooling_mode"]

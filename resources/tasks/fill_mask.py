@@ -63,6 +63,9 @@ class FillMaskTask(Task):
     extra_inputs: ClassVar[tuple[str, ...]] = ("mask_position",)
     fields: ClassVar[tuple[str, ...]] = ("text", "answer")
 
+    def example(self, settings: dict[str, Any]) -> str:
+        return f'"any text with a {settings["mask_token"]}"'
+
     def check(self, files: CheckpointFiles) -> None:
         if not files.architecture.endswith("ForPreTraining"):  # BERT's holds the same head and one more
             files.require_head(self.name, "ForMaskedLM", "a masked language model's head")

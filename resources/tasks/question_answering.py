@@ -62,6 +62,9 @@ class QuestionAnsweringTask(Task):
     options: ClassVar[type[Options]] = QuestionAnsweringOptions
     per_token: ClassVar[bool] = True
 
+    def example(self, settings: dict[str, Any]) -> str:
+        return '--question "a question" "any text that may answer it"'
+
     def check(self, files: CheckpointFiles) -> None:
         files.require_head(self.name, "ForQuestionAnswering", "a question answering head")
 

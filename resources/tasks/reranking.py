@@ -73,6 +73,9 @@ class RerankingTask(Task):
     gates: ClassVar[type[Gates]] = RerankingGates
     fields: ClassVar[tuple[str, ...]] = ("query", "text", "relevance")
 
+    def example(self, settings: dict[str, Any]) -> str:
+        return '--query "a query" "any text"'
+
     def check(self, files: CheckpointFiles) -> None:
         files.require_head(self.name, HEAD, "a cross-encoder's head")
         labels = len(read_labels(files))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from resources.errors import CatalogError
 from resources.tasks.base import (
     CheckpointFiles,
     Gates,
@@ -85,10 +86,19 @@ class TokenClassificationTask(Task):
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         assert isinstance(options, TokenClassificationOptions)
+        labels = read_labels(files)
+        # As the pipeline compares them: whole, and once words are put together without what says where one begins.
+        known = {*labels, *(label[2:] for label in labels if label.startswith(("B-", "I-")))}
+        unknown = [label for label in options.ignore_labels if label not in known]
+        if unknown and "ignore_labels" in options.model_fields_set:
+            raise CatalogError(
+                f"options.ignore_labels: {unknown[0]!r:.60} is none of the model's labels: {', '.join(labels[:20])}"
+                f"{', ...' if len(labels) > 20 else ''}. Write one of these."
+            )
         return {
             **super().settings(files, options, tokens),
             "ignore_labels": list(options.ignore_labels),
-            "labels": list(read_labels(files)),
+            "labels": list(labels),
             "unknown_id": tokens.unknown_id,
             # Without aggregation an entity is a token, and tokens of windows that overlap cannot be told apart.
             "windows": 1 if options.aggregation_strategy == "none" else options.windows,

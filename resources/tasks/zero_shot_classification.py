@@ -77,6 +77,9 @@ class ZeroShotClassificationTask(Task):
     fields: ClassVar[tuple[str, ...]] = ("text", "labels", "label")
     options: ClassVar[type[Options]] = ZeroShotOptions
 
+    def example(self, settings: dict[str, Any]) -> str:
+        return '--labels "one,another" "any text"'
+
     def check(self, files: CheckpointFiles) -> None:
         files.require_head(self.name, HEAD, "the head of a model of natural language inference")
         _entailment(files)

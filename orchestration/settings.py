@@ -1,4 +1,4 @@
-"""The environment variables, read into a Workspace. README.md, "Settings", lists them for users."""
+"""The environment variables, read into a Workspace. docs/settings.md lists them for users."""
 
 from __future__ import annotations
 

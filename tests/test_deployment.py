@@ -52,7 +52,7 @@ def settings_named(text):
 
 @pytest.mark.parametrize("name", ["compose.yaml", "values.yaml", "Dockerfile", "README.md"])
 def test_only_settings_that_exist_are_named(name):
-    documented = settings_named((ROOT / "README.md").read_text())
+    documented = settings_named((ROOT / "docs" / "settings.md").read_text())
     named = settings_named((FOLDER / name).read_text())
     assert named
     assert named <= documented, named - documented

@@ -1,7 +1,7 @@
 """Releases on Triton's own backends: proven, verified, searched and measured on the configured server, and only there.
 
 The server is an embedded Triton with a stand-in for its ONNX Runtime backend (tests/native.py). The real backend was
-tried by hand: README, "What was not verified".
+tried by hand: docs/measurements.md, "What was not verified".
 """
 
 import json

@@ -356,7 +356,7 @@ def test_on_an_instance_on_disk(workspace, tmp_path):
 
 
 def test_a_large_catalog_takes_one_short_tick(tmp_path):
-    """tests/performance/ticks.py, smaller: its figures are in README."""
+    """tests/performance/ticks.py, smaller: its figures are in docs/measurements.md."""
     first, second = run_ticks(tmp_path, models=40, new=5, few=1)
     assert (first.runs, second.runs) == (5, 0)
     assert first.seconds < 10

@@ -1,6 +1,6 @@
 """It runs by itself: the whole story as its users have it, with nothing of it played.
 
-`refinery ui` and `refinery serve` are the processes that README tells people to start; then somebody puts checkpoints
+`refinery ui` and `refinery serve` are the processes that the docs tell people to start; then somebody puts checkpoints
 into a folder, and nobody does anything more. From the first release on clients ask all the time, until somebody rolls
 back. Every checkpoint has weights and a vocabulary of its own, so parts of two releases together answer as neither.
 """

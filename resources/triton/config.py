@@ -24,7 +24,7 @@ _CPU_LENGTH_STEP = 8
 #: While Triton heeds rate limiters, an instance with priority n gets one turn where the one with priority 1 gets n, of
 #: those that are free. So the first instance has nearly every request that is alone, and the others help while it is
 #: busy. In turns, as Triton gives them by itself, each process would find the other's data in the caches, and on a GPU
-#: the other's context (README, "Served under load").
+#: the other's context (docs/measurements.md, "Serving on a GPU").
 _HELPER_PRIORITY = 10_000
 #: Of an engine's parameters, what its `model.py` has to know: where a plan runs, and what computes.
 _BUILT = ("flavour", "tensorrt", "compute_capability", "provider")

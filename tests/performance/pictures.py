@@ -1,4 +1,4 @@
-"""The pictures of README, from the real pages of Dagster: python -m tests.performance.pictures MODEL
+"""The pictures of docs, from the real pages of Dagster: python -m tests.performance.pictures MODEL
 
 While `refinery ui` runs on a home in which the model was optimized, in a headless Chromium: the model's longest run,
 the benchmark of its champion, and the champion's plot. The lineage was cropped by hand from `/asset-groups`, its groups
@@ -23,10 +23,10 @@ from typing import Any
 import websockets
 from PIL import Image
 
-FOLDER = Path(__file__).resolve().parents[2] / "orchestration"
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "images"
 #: Pages ask for their parts one after the other; nothing says when they are done.
 LOAD_SECONDS, CLICK_SECONDS = 12.0, 3.0
-#: README is read on slow lines too. Pages have few colours.
+#: They are looked at over slow lines too. Pages have few colours.
 COLOURS = 128
 QUERY = """{runsOrError(filter: {pipelineName: "optimize", statuses: [SUCCESS], tags: [{key: "dagster/partition",
 value: "MODEL"}]}) {... on Runs {results {runId startTime endTime}}}

@@ -158,6 +158,18 @@ def test_a_mistake_of_ours_stops_the_run_and_names_texts(compared, tmp_path, mon
     assert any(text[:8] in said for text in asked), "no text is named"
 
 
+def test_a_request_on_which_the_library_panics_has_no_answer(made_checkpoint):
+    """A question that leaves the context less room than its windows share; transformers' pipeline fails on it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made_checkpoint(head="question"))
+    cutting = {"truncation": "only_second", "max_length": 64, "stride": 32, "return_overflowing_tokens": True}
+    items = [{"QUESTION": "a " * 40, "CONTEXT": "b " * 100}, {"QUESTION": "a", "CONTEXT": "b"}]
+    answers, failures = reference._answers(lambda item: len(tokenizer(*item.values(), **cutting)["input_ids"]), items)
+    assert answers == [None, 1]
+    assert [item for item, said in failures if "stride" in said] == items[:1]
+
+
 def test_weights_that_nothing_reads_are_refused(compared, tmp_path):
     """ColBERT's projection, say, or a head where an embedding is asked for."""
     import torch

@@ -86,7 +86,7 @@ def test_settings_are_documented_and_exist():
     known = settings()
     assert len(known) > 25
     assert known <= set(re.findall(r"`(REFINERY_[A-Z_]+)`", text(ROOT / "docs" / "settings.md")))
-    named = {name for name in re.findall(r"\bREFINERY_[A-Z_]+[A-Z]\b", every_page())}
+    named = set(re.findall(r"\bREFINERY_[A-Z_]+[A-Z]\b", every_page()))
     assert named <= known, named - known
 
 

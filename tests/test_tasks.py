@@ -12,6 +12,7 @@ from resources.errors import CatalogError, CheckpointError
 from resources.tasks import TASKS, CheckpointFiles, SpecialTokens
 from resources.tasks.base import broken_answers
 from resources.tasks.embedding import Pooling, read_pooling
+from resources.tasks.heads import classifier
 from resources.tasks.samples import sample_texts
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
@@ -257,6 +258,25 @@ def test_regression_gives_the_logits_and_is_judged_by_their_spread(made_checkpoi
     assert verdict(CLASSES, baseline, baseline + 0.05, activation="identity") == []
     (missed,) = verdict(CLASSES, baseline, baseline + 0.1, activation="identity")
     assert missed.startswith("value_error")
+
+
+def test_texts_and_pairs_are_classified_together_by_a_model_that_reads_the_end_token(made_checkpoint):
+    """transformers refuses a batch whose rows have unequally many end tokens; alone it classifies each."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = made_checkpoint(architecture="bart", head="sequence", labels=("no", "yes"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    rows = [tokenizer("a text"), tokenizer("another, longer text"), tokenizer("a text", "and its pair")]
+    batch = tokenizer.pad(
+        {name: [row[name] for row in rows] for name in ("input_ids", "attention_mask")}, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        expected = [model(**{name: torch.tensor([value]) for name, value in row.items()}).logits[0] for row in rows]
+        with pytest.raises(ValueError, match="same number of <eos> tokens"):
+            model(**batch)
+        found = classifier(model, "identity")(**batch)
+    np.testing.assert_allclose(found, torch.stack(expected), atol=1e-4)
 
 
 def test_a_checkpoint_without_a_head_does_not_classify(own_checkpoint):

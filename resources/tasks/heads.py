@@ -27,7 +27,7 @@ def classifier(model: torch.nn.Module, activation: Activation) -> torch.nn.Modul
             attention_mask: torch.Tensor,
             token_type_ids: torch.Tensor | None = None,
         ) -> torch.Tensor:
-            logits = self.model(**_given(input_ids, attention_mask, token_type_ids)).logits.float()
+            logits = _logits(self.model, _given(input_ids, attention_mask, token_type_ids)).float()
             if activation == "sigmoid":
                 return torch.sigmoid(logits)
             return torch.softmax(logits, dim=-1) if activation == "softmax" else logits
@@ -96,6 +96,24 @@ def mask_filler(model: torch.nn.Module) -> torch.nn.Module:
             return torch.softmax(logits[:, 0].float(), dim=-1)
 
     return MaskFiller().eval()
+
+
+def _logits(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the classifier's logits.
+
+    BART and its relatives classify by the last end token of a row. transformers takes only batches whose rows have
+    equally many of them, and a pair has more than a text. So the last one is looked up here, row by row.
+    """
+    import torch
+
+    if not (model.config.is_encoder_decoder and hasattr(model, "classification_head")):
+        logits: torch.Tensor = model(**given).logits
+        return logits
+    hidden = model.model(**given).last_hidden_state
+    ends = given["input_ids"] == model.config.eos_token_id
+    last = (ends * torch.arange(ends.shape[1], device=ends.device)).amax(dim=1)
+    index = last[:, None, None].expand(-1, 1, hidden.shape[-1])
+    return model.classification_head(torch.gather(hidden, 1, index)[:, 0])
 
 
 def _given(

@@ -73,7 +73,7 @@ PROVENANCE = {
     "triton_repository": Provenance(
         "the champion's engine, the tokenizer and labels of `checkpoint`, and `serving_configuration`.",
         "one of these is another: then it is the next release, and none that is there is changed.",
-        (*release.CODE, *release.session_modules()),
+        (*release.CODE, *release.COPIED, *release.session_modules()),
     ),
     "serving_benchmark": Provenance(
         "the release that serves, in the mix of lengths of the catalog's `sample`, or of `evaluation_set`.",

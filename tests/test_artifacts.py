@@ -1,10 +1,14 @@
 """The store: work is done once, half-done work is never seen, damage is noticed."""
 
+import ast
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import tokenize
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from resources.artifacts.fingerprint import (
     Fingerprint,
     code_version,
     digest_of_files,
+    file_versions,
     fingerprint,
     library_versions,
     pending,
@@ -415,16 +420,93 @@ def test_library_versions_name_what_is_not_there():
     assert library_versions("pytest", "no-such-package") == {"pytest": pytest.__version__, "no-such-package": "absent"}
 
 
-@pytest.mark.parametrize("changed", ["room/one.py", "room/inner/two.py"])
-def test_code_versions_change_with_any_file_of_a_package(tmp_path, monkeypatch, changed):
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """Return a function that writes a file of a package and gives the package's versions, by code and by bytes."""
     monkeypatch.setattr(fingerprints, "_PACKAGE_ROOT", tmp_path)
     (tmp_path / "room" / "inner").mkdir(parents=True)
     for name in ("room/one.py", "room/inner/two.py"):
         (tmp_path / name).write_text("x = 1")
-    before = code_version.__wrapped__("room")
-    assert code_version.__wrapped__("room") == before
-    (tmp_path / changed).write_text("x = 2")
-    assert code_version.__wrapped__("room") != before
+
+    def versions(name="room/one.py", text="x = 1"):
+        (tmp_path / name).write_text(text)
+        fingerprints._code_digest.cache_clear()
+        return code_version.__wrapped__("room"), file_versions.__wrapped__("room")["room"]
+
+    return versions
+
+
+@pytest.mark.parametrize("changed", ["room/one.py", "room/inner/two.py"])
+def test_code_versions_change_with_any_file_of_a_package(room, changed):
+    before = room()
+    assert room() == before
+    assert room(changed, "x = 2")[0] != before[0]
+
+
+#: With a string alone in its line behind a colon, a comment's sign in a string, and an empty line in another.
+FUNCTION = '''def double(x):
+    return {"a":
+        "b # c"
+        .strip(): x, "text": """one
+
+two"""}
+'''
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'"""What it is for."""\n\n{FUNCTION}',
+        FUNCTION.replace("    return", '    """Double.\n\n    Or not: "who" knows.\n    """\n    return'),
+        FUNCTION.replace("    return", "    # as it is\n\n    return"),
+        FUNCTION.replace('"a":', '"a":  # a table'),
+        f"#!/bin/python\n\n\n{FUNCTION}\n\n",
+    ],
+)
+def test_comments_docstrings_and_blank_lines_are_not_part_of_the_code(room, text):
+    before, after = room(text=FUNCTION), room(text=text)
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("x,", "y,"), ("# c", "# d"), ("one\n\n", "one\n"), ("    return", "        return"), (".strip", "")],
+)
+def test_everything_else_is_part_of_the_code(room, old, new):
+    assert old in FUNCTION
+    assert room(text=FUNCTION)[0] != room(text=FUNCTION.replace(old, new))[0]
+
+
+def test_what_is_left_out_is_what_python_calls_comments_and_docstrings():
+    """In every file of the project, compared with Python's own tokenizer and parser."""
+    root = Path(fingerprints.__file__).resolve().parents[2]
+    files = [file for name in ("assets", "orchestration", "resources", "tests") for file in (root / name).rglob("*.py")]
+    assert len(files) > 300
+    for file in files:
+        source = file.read_text(encoding="utf-8")
+        found = {(begin, end) for begin, end, is_prose in fingerprints._strings_and_comments(source) if is_prose}
+        assert found == comments_and_docstrings(source), file
+
+
+def comments_and_docstrings(source):
+    lines = source.splitlines(keepends=True)
+    starts = [0, *accumulate(map(len, lines))]
+    found = {
+        (starts[token.start[0] - 1] + token.start[1], starts[token.end[0] - 1] + token.end[1])
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            said = node.body[0].value
+            # The parser counts bytes.
+            begin = len(lines[said.lineno - 1].encode()[: said.col_offset].decode())
+            end = len(lines[said.end_lineno - 1].encode()[: said.end_col_offset].decode())
+            found.add((starts[said.lineno - 1] + begin, starts[said.end_lineno - 1] + end))
+    return found
 
 
 def test_every_kind_of_record_has_a_name_of_its_own():

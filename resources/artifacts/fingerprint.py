@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from importlib import metadata
@@ -16,6 +16,11 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 #: Longer parts are kept by their digest: a record is there to be read.
 _LONGEST_PART = 200
 _PENDING = "pending:"
+#: A string, or a comment, of Python's source. In a raw string too, a quote behind a backslash does not end it.
+_STRING_OR_COMMENT = re.compile(
+    r"""(?P<string>(?P<quotes>"{3}|'{3})(?:\\.|.)*?(?P=quotes)|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*""",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -100,24 +105,89 @@ def _fields(value: Any) -> dict[str, Any]:
 
 @cache
 def code_version(*modules: str) -> str:
-    """Digest of the source of the named modules or packages, found without importing them.
+    """Return the digest of the code of the named modules or packages, found without importing them.
 
-    What produces an artifact is part of what it was made from: a corrected exporter must export again.
+    The code that produces an artifact is part of its inputs: a corrected exporter must export again. Comments,
+    docstrings and blank lines are not part of the code.
     """
-    files = []
+    return digest_of_files((_name_of(file), _code_digest(file)) for file in _files_of(modules))[:16]
+
+
+def _files_of(modules: Iterable[str]) -> Iterator[Path]:
     for module in modules:
         path = _PACKAGE_ROOT.joinpath(*module.split("."))
-        sources = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-        for source in sources:
-            name = source.relative_to(_PACKAGE_ROOT).as_posix()
-            files.append((name, hashlib.sha256(source.read_bytes()).hexdigest()))
-    return digest_of_files(files)[:16]
+        yield from path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+
+
+def _name_of(file: Path) -> str:
+    return file.relative_to(_PACKAGE_ROOT).as_posix()
+
+
+@cache
+def _code_digest(file: Path) -> str:
+    return hashlib.sha256(code_of(file.read_text(encoding="utf-8")).encode()).hexdigest()
+
+
+def code_of(source: str) -> str:
+    """Return Python's source without its comments, docstrings and blank lines.
+
+    By the text alone, because `ast.dump` and `tokenize` give other results in other versions of Python.
+    """
+    strings: list[str] = []
+    parts: list[str] = []
+    end = 0
+    for begin, stop, is_prose in _strings_and_comments(source):
+        parts.append(source[end:begin])
+        if not is_prose:
+            parts.append(f"\0{len(strings)}\0")  # lines inside of it are not to be looked at
+            strings.append(source[begin:stop])
+        end = stop
+    lines = ("".join([*parts, source[end:]])).splitlines()
+    code = "\n".join(line.rstrip() for line in lines if line.strip())
+    return re.sub("\0(\\d+)\0", lambda found: strings[int(found[1])], code)
+
+
+def _strings_and_comments(source: str) -> Iterator[tuple[int, int, bool]]:
+    """Yield where each string and comment begins and ends, and whether it is prose: a comment, or a docstring.
+
+    A docstring is a string outside of brackets that has its lines for itself, behind a colon or at the top.
+    """
+    end, last, depth = 0, ":", 0
+    for found in _STRING_OR_COMMENT.finditer(source):
+        begin = found.start()
+        code = source[end:begin]
+        last = code.rstrip()[-1:] or last
+        depth += sum(map(code.count, "([{")) - sum(map(code.count, ")]}"))
+        end = found.end()
+        is_prose = found["string"] is None
+        if not is_prose:
+            is_prose = last == ":" and not depth and _has_its_lines_alone(source, begin, end)
+            last = last if is_prose else "'"
+        yield begin, end, is_prose
+
+
+def _has_its_lines_alone(source: str, begin: int, end: int) -> bool:
+    before = source[source.rfind("\n", 0, begin) + 1 : begin]
+    stop = source.find("\n", end)
+    after = source[end : stop if stop >= 0 else len(source)]
+    return not before.strip() and not after.partition("#")[0].strip()
 
 
 @cache
 def code_versions(*modules: str) -> dict[str, str]:
     """The same of each of the modules alone, by name: a part of a fingerprint that can say which of them changed."""
     return {module: code_version(module) for module in modules}
+
+
+@cache
+def file_versions(*modules: str) -> dict[str, str]:
+    """Return the digest of each module's files byte for byte, for those that are copied into what is made."""
+    return {
+        module: digest_of_files(
+            (_name_of(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in _files_of([module])
+        )[:16]
+        for module in modules
+    }
 
 
 @cache

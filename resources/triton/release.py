@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
+from resources.artifacts.fingerprint import Fingerprint, code_versions, file_versions, library_versions
 from resources.artifacts.records import Checkpoint, Engine, FileName, ServingSetting, StoredFile, sha256_file
 from resources.catalog import LimitSettings, RateLimiter
 from resources.errors import ReleaseError
@@ -41,14 +41,9 @@ _SESSIONS = {
     "tensorrt": ("tensorrt_session.py",),
 }
 #: What a release depends on, beside what it holds and `session_modules`.
-CODE = (
-    "resources.triton.python_models",
-    "resources.triton.config",
-    "resources.triton.release",
-    "resources.triton.stage",
-    "resources.triton.layout",
-    "resources.pipelines",
-)
+CODE = ("resources.triton.config", "resources.triton.release", "resources.triton.stage", "resources.triton.layout")
+#: Packages whose files are in every release.
+COPIED = ("resources.triton.python_models", "resources.pipelines")
 #: What Triton's own backends open.
 _NATIVE_ENTRIES = {"onnxruntime": "model.onnx", "openvino": "model.xml", "tensorrt": "model.plan"}
 
@@ -193,7 +188,7 @@ def content_of(plan: ReleasePlan) -> Fingerprint:
         response_cache=plan.response_cache,
         rate_limiter=plan.rate_limiter.model_dump() if plan.rate_limiter is not None else None,
         limits=plan.limits.model_dump(),
-        code=code_versions(*CODE, *session_modules(plan.engine.runtime)),
+        code={**code_versions(*CODE), **file_versions(*COPIED, *session_modules(plan.engine.runtime))},
         tokenizers=library_versions("tokenizers"),
     )
 

@@ -290,7 +290,9 @@ def test_a_failed_run_ends_in_one_message(empty, tmp_path):
     empty.catalog_path.write_text(json.dumps({"models": [entry]}))
     code, out, err = refinery(empty, "optimize", "hollow")
     assert code == 1
-    assert len(out.splitlines()) == 1
+    first, step = out.splitlines()
+    assert first == f"hollow: embedding, {tmp_path / 'hollow'}"
+    assert "checkpoint" in step
     assert err.startswith("refinery: hollow: there are no weights")
     assert len(err.splitlines()) == 1
 

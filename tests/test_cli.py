@@ -258,6 +258,14 @@ def test_the_example_of_a_task_gives_what_its_models_take(task):
     assert (task == "fill-mask") == ("[MASK]" in item.get("TEXT", ""))
 
 
+def test_the_mask_of_a_checkpoint_is_no_command_in_the_example():
+    text = TASKS["fill-mask"].example({"mask_token": '"; touch $(pwd)/x; "'})
+    assert shlex.split(text) == ['any text with a "; touch $(pwd)/x; "']
+    assert subprocess.run(["/bin/sh", "-c", f"echo {text}"], capture_output=True, text=True, check=True).stdout == (
+        'any text with a "; touch $(pwd)/x; "\n'
+    )
+
+
 def test_another_repository_is_asked_as_it_is_said(empty, made_checkpoint, triton_settings, tmp_path):
     add_entry(empty, entry_for(made_checkpoint(), shapes=["1x16"], engines=["onnxruntime_fp32"]))
     code, out, err = refinery(empty, "optimize", "tiny", "--output", str(tmp_path / "o"))
@@ -290,7 +298,9 @@ def test_a_failed_run_ends_in_one_message(empty, tmp_path):
     empty.catalog_path.write_text(json.dumps({"models": [entry]}))
     code, out, err = refinery(empty, "optimize", "hollow")
     assert code == 1
-    assert len(out.splitlines()) == 1
+    first, step = out.splitlines()
+    assert first == f"hollow: embedding, {tmp_path / 'hollow'}"
+    assert "checkpoint" in step
     assert err.startswith("refinery: hollow: there are no weights")
     assert len(err.splitlines()) == 1
 

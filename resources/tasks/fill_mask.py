@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -64,7 +65,8 @@ class FillMaskTask(Task):
     fields: ClassVar[tuple[str, ...]] = ("text", "answer")
 
     def example(self, settings: dict[str, Any]) -> str:
-        return f'"any text with a {settings["mask_token"]}"'
+        # The token is the checkpoint's, and people paste the line into a shell.
+        return shlex.quote(f"any text with a {settings['mask_token']}")
 
     def check(self, files: CheckpointFiles) -> None:
         if not files.architecture.endswith("ForPreTraining"):  # BERT's holds the same head and one more

@@ -48,7 +48,7 @@ def judge(
     instance: dg.DagsterInstance, workspace: Workspace, model: str, target: str, limit_days: float
 ) -> dg.AssetCheckResult:
     """The verdict on a model's release, by records alone. Raises ReleaseError where the repository cannot be read,
-    ArtifactError where a store that is elsewhere does not answer.
+    StorageError where a store that is elsewhere does not answer.
     """
     release = current_release(workspace.repository(target), model)
     collected = workspace.store.known(Checkpoint, f"checkpoint/{model}")

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-from resources.files import write_whole
+from resources.storage.atomic import write_whole
 
 
 def share_certificates(environment: MutableMapping[str, str]) -> None:

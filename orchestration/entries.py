@@ -35,7 +35,7 @@ from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
 from resources.checkpoints.registry import parse_reference
 from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of, local_folder
 from resources.checkpoints.validation import validate
-from resources.errors import ArtifactError, CatalogError, CheckpointError, first_line
+from resources.errors import ArtifactError, CatalogError, CheckpointError, StorageError, first_line
 from resources.revisions.hub import hub_commit
 from resources.workspace import Workspace
 
@@ -181,7 +181,7 @@ def _was_collected(workspace: Workspace, name: str) -> bool:
     """Whether a checkpoint was ever collected under the name. Until then a mistyped source may be corrected."""
     try:
         workspace.store.current(Checkpoint, f"checkpoint/{name}")
-    except ArtifactError:
+    except (ArtifactError, StorageError):
         return False
     return True
 

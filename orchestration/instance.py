@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestration.settings import require_plain
 from resources.errors import CatalogError
-from resources.files import write_whole
+from resources.storage.atomic import write_whole
 from resources.workspace import Workspace
 
 #: Where Dagster keeps runs and events in place of files: `postgresql+psycopg2://user:password@host:5432/database`.

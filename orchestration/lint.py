@@ -14,10 +14,11 @@ from urllib.parse import quote
 
 from orchestration.terminal import printable
 from resources.errors import ReleaseError
+from resources.storage.locations import parse_location
+from resources.storage.objects import RemotePath
 from resources.triton.files import copy_tree
 from resources.triton.lint import RULES, Finding
 from resources.triton.lint import lint as find
-from resources.triton.storage import RemotePath, parse_location
 
 
 def lint(options: Namespace) -> int:

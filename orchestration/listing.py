@@ -14,6 +14,7 @@ from orchestration.terminal import print_refused, table_console
 from resources.catalog import ModelEntry
 from resources.errors import ReleaseError, TrackingError
 from resources.reporting import size_text
+from resources.storage.locations import Location
 from resources.triton.layout import (
     current_number,
     current_release,
@@ -24,7 +25,6 @@ from resources.triton.layout import (
 from resources.triton.pointer import current_problem
 from resources.triton.publish import unverified_root
 from resources.triton.release import Release
-from resources.triton.storage import Location
 from resources.workspace import Workspace
 
 

@@ -14,7 +14,7 @@ from orchestration.terminal import print_table, table_console
 from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.errors import ReleaseError, ServerError
 from resources.evaluation.evaluation_set import read_evaluation_set
-from resources.locks import benchmarking
+from resources.machine.lock import benchmarking
 from resources.pipelines import open_pipeline
 from resources.reporting import load_table
 from resources.triton.client import TextClient

@@ -24,7 +24,7 @@ from resources.artifacts.records import Champion
 from resources.device import why_not_here
 from resources.engines import ENGINES
 from resources.errors import CatalogError, EngineError, TrackingError, database_trouble, disk_remedy
-from resources.triton.storage import parse_location
+from resources.storage.locations import parse_location
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from orchestration.watch import RETRY_SECONDS, Cursor, Ended, Memory, Newest, de
 from resources.artifacts.records import Checkpoint
 from resources.catalog import Catalog, ModelEntry
 from resources.checkpoints.sources import kind_of
-from resources.errors import ArtifactError, CheckpointError
+from resources.errors import CheckpointError, StorageError
 from resources.revisions import Looks, Seen, look
 from resources.revisions.hub import is_pinned
 from resources.revisions.source import REMOTE
@@ -140,7 +140,7 @@ class _Tick:
     def _decided(self, entry: ModelEntry, memory: Memory) -> Memory:
         try:
             collected = self._collected(entry)
-        except ArtifactError as error:  # the store is elsewhere and away, for the others too: no run could use it
+        except StorageError as error:  # the store is elsewhere and away, for the others too: no run could use it
             self.lines.append(str(error))
             self._deadline = self._began
             return memory

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.settings import read_workspace
-from resources.errors import ReleaseError, ServerError
+from resources.errors import ReleaseError, ServerError, StorageError
+from resources.storage.locations import Location
+from resources.storage.objects import RemotePath
 from resources.triton.client import Contract, TextClient, serves
 from resources.triton.foreground import serve_foreground
 from resources.triton.launch import caching, limited
@@ -25,7 +27,6 @@ from resources.triton.pointer import current_problem, require_current
 from resources.triton.release import require_embeddable
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
-from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
 
 _SHOWN = 8
@@ -206,7 +207,7 @@ def _follow(workspace: Workspace, repository: Location, say: Callable[[str], Non
         try:
             mirror.refresh()
             said = ""
-        except (ReleaseError, OSError) as error:
+        except (ReleaseError, StorageError, OSError) as error:
             if str(error) != said:
                 said = str(error)
                 say(f"{error} Until then, what is here is served.")

@@ -22,11 +22,11 @@ from resources.checkpoints.settings import HUB, Access
 from resources.errors import CatalogError
 from resources.http import Tls
 from resources.isolation import Limits
+from resources.storage.locations import Location, parse_location
 from resources.targets import check_target
 from resources.tracking import Tracker
 from resources.triton.connection import Connection
 from resources.triton.settings import Control, Flavour, TritonSettings
-from resources.triton.storage import Location, parse_location
 from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, WATCH_SECONDS, Workspace
 
 DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")

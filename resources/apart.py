@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from resources.deadlines import Pace
 from resources.errors import RefineryError, first_line
+from resources.storage.atomic import write_whole
 
 T = TypeVar("T")
 
@@ -111,9 +112,7 @@ def main() -> None:
         answer = (False, error)
     except Exception as error:
         answer = (False, first_line(error, 1000))
-    draft = Path(f"{sys.argv[1]}.tmp")
-    draft.write_bytes(pickle.dumps(answer))
-    draft.rename(sys.argv[1])
+    write_whole(Path(sys.argv[1]), pickle.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from resources.addresses import holds_login
 from resources.artifacts.hashes import signature
 from resources.errors import CatalogError
-from resources.files import write_whole
 from resources.foreign import ForeignError, open_regular, read_whole
+from resources.storage.atomic import write_whole
 from resources.tasks import TASKS, Gates, Options
 from resources.trust import Trust
 

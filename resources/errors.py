@@ -97,6 +97,10 @@ class ServerError(RefineryError):
     """A Triton server could not be started or did not answer as it should."""
 
 
+class StorageError(RefineryError):
+    """Object storage does not answer or refuses, or another process holds what was to be changed there."""
+
+
 class ArtifactError(RefineryError):
     """The artifact store lacks what a step needs."""
 

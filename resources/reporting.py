@@ -20,7 +20,7 @@ from resources.artifacts.records import (
     ServingReport,
 )
 from resources.engines import BASELINE
-from resources.files import write_whole
+from resources.storage.atomic import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,9 @@ from resources.checkpoints.settings import Access, SourceSettings
 from resources.device import physical_cores
 from resources.errors import CatalogError
 from resources.isolation import Limits
+from resources.storage.locations import Location
+from resources.storage.objects import RemotePath
 from resources.triton.settings import TritonSettings
-from resources.triton.storage import Location, RemotePath
 
 #: Protobuf cannot serialize a message of 2 GiB or more, so larger graphs keep their weights in a file beside them.
 #: A little below, because the graph itself takes room too.

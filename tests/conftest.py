@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from resources import locks
 from resources.catalog import ModelEntry
 from resources.isolation import Limits
+from resources.machine import lock
 from resources.triton import fleet, make, retain
 from resources.triton.environment import is_installed
 from resources.triton.settings import TritonSettings
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_machine_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test asks how fast anything is, so those in other processes need not wait for this one's benchmarks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locks, "MACHINE_LOCK", tmp_path_factory.mktemp("machine") / "machine.lock")
+        patch.setattr(lock, "MACHINE_LOCK", tmp_path_factory.mktemp("machine") / "machine.lock")
         yield
 
 

@@ -100,14 +100,14 @@ def commands(folder: Path) -> Iterator[Commands]:
 def _host() -> None:
     """Run each command that is asked for in a child of its own."""
     from orchestration import cli
-    from resources import locks
+    from resources.machine import lock
     from resources.triton import fleet, make, rollback
     from resources.triton import retain as retaining
 
     for module in _PRELOADED:
         import_module(module)
     gc.freeze()  # or each child's first collection copies all of it
-    locks.MACHINE_LOCK = Path(sys.argv[1])
+    lock.MACHINE_LOCK = Path(sys.argv[1])
     retaining.FOLLOW_SECONDS = make.REST_SECONDS = 0.0
     fleet.GRACE_SECONDS = 0.5
     # A server that answers costs seconds: it is asked by `optimize`, whose proof is the same.

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from resources.triton.storage import Location, RemotePath, parse_location
+from resources.storage.locations import Location, parse_location
+from resources.storage.objects import RemotePath
 
 BUCKET = "releases"
 _DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"

@@ -14,7 +14,7 @@ from resources import deadlines, http
 from resources.addresses import Address
 from resources.checkpoints.settings import Access, SourceSettings
 from resources.deadlines import Pace, within
-from resources.errors import CheckpointError, NotificationError, ReleaseError, ServerError, TrackingError
+from resources.errors import CheckpointError, NotificationError, ServerError, StorageError, TrackingError
 from resources.http import get_json
 from resources.revisions.hub import hub_commit
 from resources.revisions.registry import ask_version
@@ -153,7 +153,7 @@ def test_a_download_from_object_storage_that_drips_is_given_up(s3, tmp_path, mon
     assert (tmp_path / "fast").stat().st_size == 100_000
     monkeypatch.setattr(s3, "drips", lambda key: key.endswith("model.safetensors"))
     began = time.monotonic()
-    with pytest.raises(ReleaseError, match=r"could not be asked to read it: it brought \d+ bytes in \d s, less than"):
+    with pytest.raises(StorageError, match=r"could not be asked to read it: it brought \d+ bytes in \d s, less than"):
         place.download(tmp_path / "slow", 100_000)
     assert time.monotonic() - began < 10 * LIMIT_SECONDS
 

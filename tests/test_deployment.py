@@ -34,7 +34,7 @@ FOLDER = ROOT / "orchestration" / "deployment"
 #: Services whose image is this project's.
 OURS = ("mlflow", "code", "webserver", "daemon", "worker-cpu", "worker-cuda-sm90")
 START_SECONDS, RUN_SECONDS = 90, 600
-#: Where resources.locks.MACHINE_LOCK lies outside of tests, and what else is written for a while.
+#: Where resources.machine.lock.MACHINE_LOCK lies outside of tests, and what else is written for a while.
 MACHINE_LOCK_FOLDER = "/tmp"  # noqa: S108
 
 

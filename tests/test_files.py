@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from resources import files
 from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.records import Engine
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import ModelEntry, write_entry
 from resources.checkpoints.staging import kept_copy
-from resources.files import write_whole
+from resources.storage import atomic as files
+from resources.storage.atomic import write_whole
 from resources.triton.files import remember_number
 from tests.test_artifacts import engine
 

@@ -21,10 +21,10 @@ from resources.foreign import (
     read_below,
     values_of,
 )
+from resources.storage.locations import parse_location
 from resources.triton.layout import list_releases, parse_internal, pinned_number
 from resources.triton.mirror import Mirror
 from resources.triton.release import Release
-from resources.triton.storage import parse_location
 
 
 @pytest.mark.parametrize(

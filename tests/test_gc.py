@@ -15,9 +15,9 @@ from orchestration.definitions import make_definitions
 from resources.artifacts import gc
 from resources.artifacts.gc import CACHE_SECONDS, DAY_SECONDS, collect
 from resources.artifacts.records import Champion, Engine
-from resources.artifacts.staging import WITHOUT_LOCK_SECONDS
 from resources.artifacts.store import ArtifactStore
 from resources.errors import ArtifactError
+from resources.storage.staging import WITHOUT_LOCK_SECONDS
 from resources.triton.publish import Steps, publish
 from resources.workspace import Workspace
 from tests.releases import make_plan, unasked

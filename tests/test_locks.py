@@ -12,14 +12,16 @@ from threading import Event, Thread
 
 import pytest
 
-from resources import locks
 from resources.errors import LockError
-from resources.locks import benchmarking, building, file_lock, holders
+from resources.machine import lock
+from resources.machine.lock import benchmarking, building
+from resources.storage import locks
+from resources.storage.locks import file_lock, holders
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from resources.locks import file_lock
+from resources.storage.locks import file_lock
 with file_lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared"):
     print("held", flush=True)
     time.sleep(60)
@@ -157,7 +159,7 @@ def test_a_link_in_its_place_is_not_followed(path, tmp_path):
 
 
 def test_builds_run_together_and_benchmarks_alone(path, monkeypatch):
-    monkeypatch.setattr(locks, "MACHINE_LOCK", path)
+    monkeypatch.setattr(lock, "MACHINE_LOCK", path)
     with building():
         assert is_free(path, "shared")
         assert not is_free(path, "alone")
@@ -166,7 +168,7 @@ def test_builds_run_together_and_benchmarks_alone(path, monkeypatch):
 
 
 def test_a_benchmark_that_waits_lets_no_further_build_begin(path, monkeypatch):
-    monkeypatch.setattr(locks, "MACHINE_LOCK", path)
+    monkeypatch.setattr(lock, "MACHINE_LOCK", path)
     order = []
 
     def take(how, name):
@@ -217,9 +219,9 @@ def machine(monkeypatch):
         for part in ("tmp", "home"):
             (folder / part).mkdir()
             (folder / part).chmod(0o777)
-        monkeypatch.setattr(locks, "MACHINE_LOCK", folder / "tmp" / "machine.lock")
-        monkeypatch.setattr(locks, "_own_lock", lambda: folder / "home" / "own" / "machine.lock")
-        monkeypatch.setattr(locks, "_TOLD", set())
+        monkeypatch.setattr(lock, "MACHINE_LOCK", folder / "tmp" / "machine.lock")
+        monkeypatch.setattr(lock, "_own_lock", lambda: folder / "home" / "own" / "machine.lock")
+        monkeypatch.setattr(lock, "_TOLD", set())
         yield folder / "tmp" / "machine.lock"
 
 
@@ -231,10 +233,10 @@ def test_what_another_user_puts_into_the_place_of_the_machines_lock_stops_nobody
         os.seteuid(65534)
     try:
         with building():
-            assert is_free(locks._own_lock(), "shared")
-            assert not is_free(locks._own_lock(), "alone")
+            assert is_free(lock._own_lock(), "shared")
+            assert not is_free(lock._own_lock(), "alone")
         with benchmarking():
-            assert not is_free(locks._own_lock(), "shared")
+            assert not is_free(lock._own_lock(), "shared")
     finally:
         os.seteuid(os.getuid())
     (said,) = caplog.messages  # once
@@ -258,6 +260,6 @@ def test_a_lock_of_another_user_that_may_only_be_read_is_as_good(machine):
 def test_where_there_can_be_no_lock_at_all_the_error_is_ours(machine, monkeypatch):
     machine.mkdir()
     (machine.parents[1] / "file").touch()
-    monkeypatch.setattr(locks, "_own_lock", lambda: machine.parents[1] / "file" / "machine.lock")
+    monkeypatch.setattr(lock, "_own_lock", lambda: machine.parents[1] / "file" / "machine.lock")
     with pytest.raises(LockError, match="cannot be held: .*See that its folder can be written"), building():
         pass

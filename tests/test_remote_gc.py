@@ -12,8 +12,8 @@ from resources.artifacts.records import Engine
 from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.remote_gc import collect_remote
 from resources.artifacts.store import ArtifactStore
-from resources.errors import ArtifactError
-from resources.triton import storage
+from resources.errors import StorageError
+from resources.storage import objects as storage
 from resources.triton.layout import artifacts_of_releases
 from resources.workspace import Workspace
 from tests.test_gc import digest, engine, make
@@ -127,7 +127,7 @@ def test_a_store_that_refuses_is_named_and_nothing_is_lost(store, remote, s3):
     make(store, "a")
     s3.age(remote.root, 30)
     s3.refuses = lambda method, key: method == "DELETE"
-    with pytest.raises(ArtifactError, match="refuses to remove"):
+    with pytest.raises(StorageError, match="refuses to remove"):
         week(remote)
     assert there(remote) == {"a"}
 

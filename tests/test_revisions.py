@@ -21,9 +21,9 @@ from resources.addresses import Address
 from resources.checkpoints import Access, SourceSettings, locate, registry
 from resources.checkpoints.registry import parse_reference
 from resources.errors import CheckpointError
-from resources.locks import file_lock
 from resources.revisions import Looks, Seen, aside, look
 from resources.revisions import source as looking
+from resources.storage.locks import file_lock
 from tests.conftest import entry_for
 from tests.sources import COMMIT, OLDER, serving, write_checkpoint, write_weights
 
@@ -590,7 +590,7 @@ def test_object_storage_that_holds_nothing_or_is_away(s3, settings, unused_port,
 
 
 def test_what_changes_while_it_is_downloaded_is_not_kept(s3, folder, settings, tmp_path, monkeypatch):
-    from resources.triton.storage import RemotePath
+    from resources.storage.objects import RemotePath
 
     place = s3.place("moving/bert", tmp_path)
     put(place, folder)

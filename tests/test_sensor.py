@@ -20,7 +20,7 @@ from resources.artifacts.records import Checkpoint, StoredFile
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import ModelEntry, write_entry
 from resources.checkpoints import Access
-from resources.errors import ArtifactError, CatalogError, CheckpointError
+from resources.errors import CatalogError, CheckpointError, StorageError
 from resources.revisions import Seen
 from tests.performance.ticks import run_ticks
 from tests.pipeline import instance as real_instance
@@ -292,7 +292,7 @@ def test_an_artifact_store_that_is_away_is_waited_for(daemon, tmp_path, monkeypa
 
     def away(*arguments):
         asked.append(arguments)
-        raise ArtifactError("the store could not be asked")
+        raise StorageError("the store could not be asked")
 
     write_catalog(daemon.workspace, {name: write_checkpoint(tmp_path / name) for name in ("a", "b")})
     with monkeypatch.context() as patch:

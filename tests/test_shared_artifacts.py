@@ -12,7 +12,7 @@ from resources.artifacts.records import Checkpoint, Engine
 from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.store import ArtifactStore
 from resources.catalog import write_entry
-from resources.errors import ArtifactError, CatalogError
+from resources.errors import ArtifactError, CatalogError, StorageError
 from resources.plan import plan_model
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_assets
@@ -89,7 +89,7 @@ def test_a_machine_asks_once_for_what_it_has(machine, s3):
 def test_an_upload_that_ends_early_is_nothing_and_is_made_up_for(machine, s3):
     first, second = machine("one"), machine("two")
     refuse_record(s3)
-    with pytest.raises(ArtifactError, match="refuses to write"):
+    with pytest.raises(StorageError, match="refuses to write"):
         make(first, Maker())
     assert any(key.endswith("model.onnx") for key in s3.changed())
     s3.refuses = lambda method, key: False
@@ -108,7 +108,7 @@ def test_two_that_made_the_same_are_not_mixed(machine, s3, place, tmp_path):
     make(machine("one"), Maker())
     refuse_record(s3)
     other = Maker(model__onnx=b"other graph")
-    with pytest.raises(ArtifactError):
+    with pytest.raises(StorageError):
         place = machine("two")
         place.remote.push(
             ArtifactStore(tmp_path / "alone").get_or_make(Engine, "d" * 64, other).record,
@@ -220,7 +220,7 @@ def test_what_cannot_be_reached_is_named(tmp_path, s3):
     variables = {"REFINERY_HOME": str(tmp_path / "home")}
     gone = {**variables, "REFINERY_ARTIFACTS": f"s3://http://{s3.address}/no-such-bucket/artifacts"}
     with pytest.raises(
-        ArtifactError, match="no-such-bucket is not there. Make the bucket, or correct REFINERY_ARTIFACTS"
+        StorageError, match="no-such-bucket is not there. Make the bucket, or correct REFINERY_ARTIFACTS"
     ):
         read_workspace(gone).store.current(Checkpoint, "checkpoint/m")
     with pytest.raises(CatalogError, match="REFINERY_ARTIFACTS: 'ftp://host/x' is neither a folder nor a path"):

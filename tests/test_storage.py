@@ -26,9 +26,12 @@ from orchestration import releases, serving
 from orchestration.cli import main
 from orchestration.settings import read_workspace
 from resources.artifacts.records import ServingSetting
-from resources.errors import CatalogError, ReleaseError, ServerError
-from resources.triton import files, storage
-from resources.triton import lease as leases
+from resources.errors import CatalogError, ReleaseError, ServerError, StorageError
+from resources.storage import lease as leases
+from resources.storage import objects as storage
+from resources.storage.locations import parse_location
+from resources.storage.objects import LeaseTimes, RemotePath, Store
+from resources.triton import files
 from resources.triton import release as writing
 from resources.triton import retain as retaining
 from resources.triton import rollback as rolling_back
@@ -43,7 +46,6 @@ from resources.triton.publish import Steps, publish, unverified_root
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.settings import TritonSettings
-from resources.triton.storage import RemotePath, Store, parse_location
 from resources.triton.verify import verify_release
 from tests.objects import BUCKET, CHANGES, files_of, s3_credentials, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked
@@ -226,7 +228,8 @@ def test_what_nobody_can_prove_waits_beside(repository, plans, small):
 
 
 def test_publishers_at_once_make_one_release_each(repository, plans, small, monkeypatch):
-    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.05)
+    if isinstance(repository, RemotePath):
+        repository.store.lease_times = LeaseTimes(look=0.05)
     threads = [threading.Thread(target=publish, args=(plan, repository, UNASKED)) for plan in plans[:3]]
     for thread in threads:
         thread.start()
@@ -263,7 +266,7 @@ def test_documents_beyond_their_bound_are_not_read(bucket, monkeypatch):
         place.write_bytes(bytes(size))
         assert len(place.read_bytes()) == size
     place.write_bytes(bytes(2**20 + 1))
-    with pytest.raises(ReleaseError, match=r"record\.json is larger than 1 MB"):
+    with pytest.raises(StorageError, match=r"record\.json is larger than 1 MB"):
         place.read_bytes()
 
 
@@ -313,7 +316,7 @@ def test_a_removal_that_the_store_refuses_is_seen_and_nothing_more_is_removed(s3
         publish(plan, bucket, UNASKED)
     before = files_of(bucket)
     s3.refuses = lambda method, key: method == "DELETE" and key.endswith(f"tiny__r1__pipeline/{CONFIG}")
-    with pytest.raises(ReleaseError, match=f"tiny__r1__pipeline/{CONFIG}: the store refuses to remove it"):
+    with pytest.raises(StorageError, match=f"tiny__r1__pipeline/{CONFIG}: the store refuses to remove it"):
         retain(bucket, "tiny", keep=1)
     gone = {name.split("/")[0] for name in before.keys() - files_of(bucket).keys()}
     assert gone == {"tiny"}
@@ -359,7 +362,7 @@ def interrupted(store, step, action, how="killed"):
         with changing(self, *arguments) as asked:
             yield asked
         if lost:
-            raise ReleaseError("no answer in time")
+            raise StorageError("no answer in time")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RemotePath, "_changing", counted)
@@ -368,7 +371,7 @@ def interrupted(store, step, action, how="killed"):
             action()
         except Killed:
             return "interrupted"
-        except ReleaseError as error:
+        except (ReleaseError, StorageError) as error:
             assert "no answer in time" in str(error)
             return "interrupted"
         finally:
@@ -500,7 +503,7 @@ def test_the_note_of_a_killed_publisher_moves_no_pointer_that_somebody_else_move
         return dead.is_set()
 
     s3.refuses = refuse
-    with pytest.raises(ReleaseError, match="refuses"):
+    with pytest.raises(StorageError, match="refuses"):
         publish(plans[1], bucket, UNASKED)
     s3.refuses = lambda method, key: False
     assert current_number(bucket, "tiny") == 1
@@ -527,7 +530,7 @@ def test_a_pointer_that_moves_without_an_answer_names_a_release_that_is_there(me
         if when == "at once":
             write(path, data)
         late.append(data)
-        raise ReleaseError(f"{path}: no answer.")
+        raise StorageError(f"{path}: no answer.")
 
     write = RemotePath.write_bytes
     for number, plan in enumerate(plans[:2], 1):
@@ -551,7 +554,7 @@ def test_what_cannot_be_taken_back_is_said_beside_why_it_was(memory, plans, smal
     told = []
 
     def refuse(release):
-        patch.setattr(RemotePath, "write_bytes", lambda path, data: (_ for _ in ()).throw(ReleaseError("Away.")))
+        patch.setattr(RemotePath, "write_bytes", lambda path, data: (_ for _ in ()).throw(StorageError("Away.")))
         raise ServerError("out of memory.")
 
     steps = Steps(prove=unasked, announce=refuse, go_back=lambda model: told.append(model) or [])
@@ -580,7 +583,7 @@ def test_a_store_that_refuses_a_put_changes_nothing(s3, bucket, plans, small, re
         return counts and (key == wanted[refused] if refused < 0 else count == refused)
 
     s3.refuses = refuse
-    with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID"):
         publish(plans[1], bucket, UNASKED)
     assert files_of(bucket) == before
     assert_nothing_beside(bucket)
@@ -593,9 +596,9 @@ def test_a_store_that_cannot_be_read_is_not_taken_for_an_empty_one(s3, bucket, p
     before = files_of(bucket)
     for name in (MANIFEST, CONFIG):
         s3.refuses = lambda method, key, name=name: method in ("GET", "HEAD") and key.endswith(f"/{name}")
-        with pytest.raises(ReleaseError, match="refuses to read it"):
+        with pytest.raises(StorageError, match="refuses to read it"):
             publish(plans[2], bucket, UNASKED)
-        with pytest.raises(ReleaseError, match="refuses to read it"):
+        with pytest.raises(StorageError, match="refuses to read it"):
             retain(bucket, "tiny", keep=1)
     s3.refuses = lambda method, key: False
     assert files_of(bucket) == before
@@ -623,10 +626,7 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     assert (bucket / "tiny__r2__pipeline" / CONFIG).is_file()
     assert len((bucket.parent / ".cpu.lock").sizes()) == 1
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.5)
-    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.3)
-    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.1)
+    bucket.store.lease_times = LeaseTimes(life=1.5, margin=0.3, renewal=0.3, look=0.1)
     begun = time.monotonic()
     assert publish(plans[1], bucket, UNASKED).release.number == 3
     assert time.monotonic() - begun > 1.5
@@ -639,15 +639,11 @@ def test_a_killed_process_leaves_a_lease_that_is_taken_over(bucket, plans, small
 
 
 def test_a_lease_is_kept_while_its_holder_lives(memory, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
-    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.1)
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.1)
-    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(leases, "PATIENCE_SECONDS", 1.5)
+    memory.store.lease_times = LeaseTimes(life=0.6, margin=0.1, renewal=0.1, look=0.02, patience=1.5)
     other = RemotePath(replace(memory.store, leases={}), memory.key)
     with repository_lock(memory):
         message = rf"is being changed by .*, process {os.getpid()}, since 20"
-        with pytest.raises(ReleaseError, match=message), repository_lock(other):
+        with pytest.raises(StorageError, match=message), repository_lock(other):
             raise AssertionError("two hold it")
         (memory / "tiny" / CONFIG).write_bytes(b"")  # it is still ours
     with repository_lock(memory):
@@ -655,17 +651,14 @@ def test_a_lease_is_kept_while_its_holder_lives(memory, monkeypatch):
 
 
 def test_who_cannot_renew_the_lease_changes_nothing_more(memory, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
-    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 60.0)
-    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
+    memory.store.lease_times = LeaseTimes(life=0.6, margin=0.3, renewal=60.0, look=0.02)
     with repository_lock(memory):
         (memory / "tiny" / "one").write_bytes(b"")
         time.sleep(0.4)
         # Nobody else has it yet, and what is begun now could arrive when somebody has.
         assert leases.Lease(memory.parent / ".cpu.lock")._living() is not None
         for change in (lambda: (memory / "tiny" / CONFIG).write_bytes(b""), lambda: memory.remove(["tiny/one"])):
-            with pytest.raises(ReleaseError, match="could not renew its lease for 0.3 s"):
+            with pytest.raises(StorageError, match="could not renew its lease for 0.3 s"):
                 change()
         other = RemotePath(replace(memory.store, leases={}), memory.key)
         with repository_lock(other):
@@ -675,21 +668,16 @@ def test_who_cannot_renew_the_lease_changes_nothing_more(memory, monkeypatch):
 def test_an_upload_that_outlasts_the_lease_is_the_last(memory, tmp_path, monkeypatch):
     from fsspec.implementations.memory import MemoryFileSystem
 
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
-    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.3)
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 60.0)
+    memory.store.lease_times = LeaseTimes(life=0.6, margin=0.3, renewal=60.0)
     monkeypatch.setattr(MemoryFileSystem, "put_file", lambda *arguments, **options: time.sleep(0.5))
     (tmp_path / "one").write_bytes(b"")
-    with repository_lock(memory), pytest.raises(ReleaseError, match="could not renew its lease"):
+    with repository_lock(memory), pytest.raises(StorageError, match="could not renew its lease"):
         (memory / "tiny" / "one").upload(tmp_path / "one")
 
 
 def test_who_lost_a_tie_waits_and_has_it_then(memory, monkeypatch):
     """For longer than a claim lives: its own that it took back is not one that it could not renew."""
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.4)
-    monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.1)
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
+    memory.store.lease_times = LeaseTimes(life=0.4, margin=0.1, renewal=0.05, look=0.02)
     loser = leases.Lease(memory.parent / ".cpu.lock")
     blind, look = [None], loser._living
     monkeypatch.setattr(loser, "_living", lambda: blind.pop() if blind else look())
@@ -706,7 +694,7 @@ def test_who_lost_a_tie_waits_and_has_it_then(memory, monkeypatch):
 
 
 def test_a_claim_that_is_being_written_does_not_come_back(memory, monkeypatch):
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    memory.store.lease_times = LeaseTimes(renewal=0.05)
     begun, write = threading.Event(), RemotePath.write_bytes
 
     def slowly(path, data):
@@ -723,23 +711,24 @@ def test_a_claim_that_is_being_written_does_not_come_back(memory, monkeypatch):
 
 
 def test_repositories_of_one_store_are_held_each_by_its_own(memory, monkeypatch):
-    monkeypatch.setattr(leases, "MARGIN_SECONDS", leases.LEASE_SECONDS)
+    memory.store.lease_times = LeaseTimes(margin=LeaseTimes().life)
     other = memory.parent / "cuda"
     with repository_lock(memory):
-        monkeypatch.setattr(leases, "MARGIN_SECONDS", 0.0)
+        memory.store.lease_times = LeaseTimes(margin=0.0)
         with repository_lock(other):
-            monkeypatch.setattr(leases, "MARGIN_SECONDS", 2 * leases.LEASE_SECONDS)
+            for lease in memory.store.leases.values():
+                lease.times = LeaseTimes(margin=2 * LeaseTimes().life)
             for place in (memory, other, staging_root(memory), unverified_root(memory, "tiny")):
-                with pytest.raises(ReleaseError, match=str(place.parent if place == other else memory.parent)):
+                with pytest.raises(StorageError, match=str(place.parent if place == other else memory.parent)):
                     (place / "one").write_bytes(b"")
             (memory.parent / "cpu2" / "one").write_bytes(b"")
-        with pytest.raises(ReleaseError, match="could not renew"):
+        with pytest.raises(StorageError, match="could not renew"):
             (memory / "one").write_bytes(b"")
         (other / "one").write_bytes(b"")
 
 
 def test_only_one_of_many_holds_the_lease(memory, monkeypatch):
-    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.01)
+    memory.store.lease_times = LeaseTimes(look=0.01)
     inside, most, done = 0, 0, 0
 
     def take():
@@ -766,14 +755,14 @@ def test_only_one_of_many_holds_the_lease(memory, monkeypatch):
 def test_what_is_wrong_with_a_store_is_said(s3, bucket, plans, small, tmp_path):
     absent = s3.place("models/cpu", tmp_path, bucket="absent")
     for ask in (lambda: publish(plans[0], absent, UNASKED), lambda: list_releases(absent, "tiny")):
-        with pytest.raises(ReleaseError, match=r"/absent is not there\. Make the bucket"):
+        with pytest.raises(StorageError, match=r"/absent is not there\. Make the bucket"):
             ask()
     s3.refuses = lambda method, key: method in CHANGES
     for act in (lambda: publish(plans[0], bucket, UNASKED), lambda: require_writable(bucket, "tiny")):
-        with pytest.raises(ReleaseError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID.* write"):
+        with pytest.raises(StorageError, match=r"refuses to write it: Access Denied\. Set AWS_ACCESS_KEY_ID.* write"):
             act()
     s3.refuses = lambda method, key: True
-    with pytest.raises(ReleaseError, match="refuses to list it"):
+    with pytest.raises(StorageError, match="refuses to list it"):
         publish(plans[0], bucket, UNASKED)
     s3.refuses = lambda method, key: False
     require_writable(bucket, "tiny")
@@ -820,7 +809,7 @@ def test_a_dead_endpoint_is_said_soon(plans, small, tmp_path, monkeypatch, liste
             held.listen()
         place = parse_location(f"s3://127.0.0.1:{held.getsockname()[1]}/bucket/models", tmp_path, {})
         begun = time.monotonic()
-        with pytest.raises(ReleaseError, match="could not be asked to list it.*What served before goes on serving"):
+        with pytest.raises(StorageError, match="could not be asked to list it.*What served before goes on serving"):
             publish(plans[0], place / "cpu", UNASKED)
         assert time.monotonic() - begun < 10
 
@@ -833,7 +822,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, scheme
         raise ImportError(f"Install a package to access {protocol}")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(ReleaseError, match=rf"pip install 'transformer-refinery\[{extra}\]'"):
+    with pytest.raises(StorageError, match=rf"pip install 'transformer-refinery\[{extra}\]'"):
         parse_location(f"{scheme}://one/two/three", tmp_path, {}).exists()
 
 
@@ -921,13 +910,13 @@ def test_one_bad_model_or_a_store_that_is_away_costs_no_other(memory, plans, sma
     assert not list(staging_root(folder).glob("*"))
 
     def away(self):
-        raise ReleaseError("The store is away.")
+        raise StorageError("The store is away.")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "filesystem", away)
         assert served_folder(memory, tmp_path / "copies", say=said.append, prune=True) == folder
         assert said == ["The store is away. Until then, what is here is served."]
-        with pytest.raises(ReleaseError, match="away"):
+        with pytest.raises(StorageError, match="away"):
             served_folder(memory, tmp_path / "nothing here", say=said.append)
     # The same number and sizes, of a repository that was made anew.
     MemoryFileSystem.store.clear()
@@ -947,7 +936,7 @@ def test_what_is_wrong_on_this_machine_is_not_blamed_on_the_store(s3, bucket, tm
     ):
         with pytest.raises(OSError, match="absent|too long") as caught:
             act()
-        assert not isinstance(caught.value, ReleaseError)
+        assert not isinstance(caught.value, StorageError)
 
 
 @pytest.mark.parametrize("way", ["upload", "download"])
@@ -960,7 +949,7 @@ def test_a_store_that_stops_in_the_middle_of_a_file_is_given_up(s3, bucket, tmp_
     s3.refuses = lambda method, key: stopped.wait(20)
     begun = time.monotonic()
     try:
-        with pytest.raises(ReleaseError, match="no answer in time|not whole within 1 s"):
+        with pytest.raises(StorageError, match="no answer in time|not whole within 1 s"):
             place.upload(tmp_path / "one") if way == "upload" else place.download(tmp_path / "two", 4)
         assert time.monotonic() - begun < 10
     finally:

@@ -239,11 +239,11 @@ def test_two_publishers_at_once_make_two_releases(repository, plans):
     assert_clean(repository)
 
 
-def test_who_waits_is_told_and_not_for_ever(repository, plans, monkeypatch, caplog):
-    monkeypatch.setattr(files, "PATIENCE_SECONDS", 0.2)
+def test_who_waits_is_told_and_not_for_ever(repository, caplog):
     message = rf"has been changed by another process for .*\.cpu\.lock is held by process {os.getpid()} "
-    with files.repository_lock(repository), pytest.raises(ReleaseError, match=message):
-        publish(plans[0], repository, UNASKED)
+    held, waiting = files.repository_lock(repository), files.repository_lock(repository, patience_s=0.2)
+    with held, pytest.raises(ReleaseError, match=message), waiting:
+        raise AssertionError("two hold it")
     (said,) = caplog.messages
     assert said.startswith(f"{repository} is being changed by process {os.getpid()} (")
 

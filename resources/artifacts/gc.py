@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Protocol
 
 from resources.artifacts.records import Record
-from resources.artifacts.staging import claimed, discard, leftovers
 from resources.artifacts.store import RECORD_FILE, ArtifactStore
 from resources.errors import FULL, ArtifactError, disk_remedy
 from resources.foreign import MOST_DOCUMENT_BYTES, ForeignError, read_below
-from resources.locks import file_lock
+from resources.storage.locks import file_lock
+from resources.storage.staging import claimed, discard, leftovers
 
 DAY_SECONDS = 24 * 3600.0
 #: What saves work may be read long after it was written; file systems note reading once a day, or not at all.

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from resources.files import write_whole
 from resources.foreign import open_below
+from resources.storage.atomic import write_whole
 
 #: A file that changed so recently may change again without another time of change: file systems' clocks are coarse.
 _SETTLED_SECONDS = 2.0

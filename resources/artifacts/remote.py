@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,9 +22,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resources.artifacts.records import Record, StoredFile, sha256_file
-from resources.errors import ArtifactError, ReleaseError
 from resources.foreign import ForeignError, local_path
-from resources.triton.storage import RemotePath
+from resources.storage.objects import RemotePath
 
 R = TypeVar("R", bound=Record)
 _RECORD = "record.json"
@@ -43,18 +41,17 @@ class _Entry(BaseModel):
 
 @dataclass(frozen=True)
 class RemoteArtifacts:
-    """See the module's text. Every method raises ArtifactError where the store does not answer or refuses."""
+    """See the module's text. Every method raises StorageError where the store does not answer or refuses."""
 
     root: RemotePath
 
     def push(self, record: Record, folder: Path) -> None:
         """Bring the artifact there, in place of what was under its digest."""
         place, upload = self._place(record.kind, record.digest), uuid.uuid4().hex
-        with clear_errors():
-            for name in record.files:
-                (place / upload / name).upload(folder / name)
-            entry = _Entry(upload=upload, record=record.model_dump_json())
-            (place / _RECORD).write_bytes(entry.model_dump_json().encode())
+        for name in record.files:
+            (place / upload / name).upload(folder / name)
+        entry = _Entry(upload=upload, record=record.model_dump_json())
+        (place / _RECORD).write_bytes(entry.model_dump_json().encode())
 
     def pull(self, kind: type[R], digest: str, folder: Path) -> tuple[R | None, tuple[str, ...]]:
         """The record of that digest, its files brought into the empty folder; None where there is none, or none that
@@ -62,44 +59,41 @@ class RemoteArtifacts:
         who has a copy brings it there again, and who has none makes it.
         """
         place = self._place(kind.kind, digest)
-        with clear_errors():
-            try:
-                entry = _Entry.model_validate_json((place / _RECORD).read_bytes())
-                record = kind.model_validate_json(entry.record)
-            except (FileNotFoundError, ValidationError):
-                return None, ()
-            if record.digest != digest:  # folders are named by half of the digest
-                return None, ()
-            if not record.fits_its_digest:
+        try:
+            entry = _Entry.model_validate_json((place / _RECORD).read_bytes())
+            record = kind.model_validate_json(entry.record)
+        except (FileNotFoundError, ValidationError):
+            return None, ()
+        if record.digest != digest:  # folders are named by half of the digest
+            return None, ()
+        if not record.fits_its_digest:
+            place.remove([_RECORD])
+            return None, (_RECORD,)
+        for name, file in record.files.items():
+            if not _fetched(place / entry.upload / name, folder, name, file):
+                if upload_of(place) != entry.upload:  # another machine has just brought it again, or removed it
+                    return None, ()
                 place.remove([_RECORD])
-                return None, (_RECORD,)
-            for name, file in record.files.items():
-                if not _fetched(place / entry.upload / name, folder, name, file):
-                    if upload_of(place) != entry.upload:  # another machine has just brought it again, or removed it
-                        return None, ()
-                    place.remove([_RECORD])
-                    return None, (name,)
+                return None, (name,)
         return record, ()
 
     def withdraw(self, record: Record) -> None:
         """Have nobody find the artifact there any more. `refinery gc` removes its files later."""
-        with clear_errors():
-            self._place(record.kind, record.digest).remove([_RECORD])
+        self._place(record.kind, record.digest).remove([_RECORD])
 
     def record(self, kind: type[R], digest: str) -> R | None:
         """The record of that digest without its files; None where there is none, or none that this version reads."""
-        with clear_errors():
-            try:
-                entry = _Entry.model_validate_json((self._place(kind.kind, digest) / _RECORD).read_bytes())
-                record = kind.model_validate_json(entry.record)
-            except (FileNotFoundError, ValidationError):
-                return None
+        try:
+            entry = _Entry.model_validate_json((self._place(kind.kind, digest) / _RECORD).read_bytes())
+            record = kind.model_validate_json(entry.record)
+        except (FileNotFoundError, ValidationError):
+            return None
         return record if record.digest == digest and record.fits_its_digest else None
 
     def has(self, record: Record) -> bool:
         """Whether an artifact of that digest is there; it was used then, and is not removed for a while."""
         place = self._place(record.kind, record.digest)
-        with clear_errors(), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             listed = place.listing().get(_RECORD)
             if listed is not None and time.time() - listed.modified > _USED_AGAIN_SECONDS:
                 (place / _RECORD).write_bytes((place / _RECORD).read_bytes())
@@ -108,18 +102,15 @@ class RemoteArtifacts:
 
     def point(self, name: str, pointer: str) -> None:
         """Remember what the named step made last."""
-        with clear_errors():
-            self._pointer(name).write_bytes(pointer.encode())
+        self._pointer(name).write_bytes(pointer.encode())
 
     def pointer(self, name: str) -> str:
         """What `point` was given last. Raises FileNotFoundError where it never was."""
-        with clear_errors():
-            return self._pointer(name).read_text()
+        return self._pointer(name).read_text()
 
     def forget(self, name: str) -> None:
         """The named step made nothing this time."""
-        with clear_errors():
-            self._pointer(name).parent.remove([self._pointer(name).name])
+        self._pointer(name).parent.remove([self._pointer(name).name])
 
     def _place(self, kind: str, digest: str) -> RemotePath:
         return self.root / kind / digest[:32]
@@ -143,12 +134,3 @@ def _fetched(source: RemotePath, folder: Path, name: str, file: StoredFile) -> b
     except (FileNotFoundError, ForeignError):
         return False
     return sha256_file(folder / name) == file.sha256
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """A store's errors as ArtifactError."""
-    try:
-        yield
-    except ReleaseError as error:
-        raise ArtifactError(str(error)) from error

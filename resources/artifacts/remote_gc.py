@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from resources.artifacts.gc import Amount, Collected, assert_old_enough, digests_in, kinds, reachable
-from resources.artifacts.remote import RemoteArtifacts, clear_errors, upload_of
+from resources.artifacts.remote import RemoteArtifacts, upload_of
 from resources.artifacts.store import RECORD_FILE
-from resources.triton.storage import LISTING_SECONDS, Listed, RemotePath
+from resources.storage.objects import LISTING_SECONDS, Listed, RemotePath
 
 
 @dataclass
@@ -48,30 +48,29 @@ class _Entry:
 def collect_remote(
     remote: RemoteArtifacts, wanted: Collection[str], *, used_since: float, dry_run: bool = False
 ) -> Collected:
-    """Remove what is not needed; arguments as of `resources.artifacts.gc.collect`. Raises ArtifactError where the store
+    """Remove what is not needed; arguments as of `resources.artifacts.gc.collect`. Raises StorageError where the store
     does not answer or refuses.
     """
     assert_old_enough(used_since)
     done = Collected()
-    with clear_errors():
-        objects = remote.root.listing(timeout_s=LISTING_SECONDS)
-        entries = _entries(remote.root, objects)
-        whole = {name: entry for name, entry in entries.items() if entry.whole}
-        kept = reachable(whole, {*_current(remote.root, objects), *wanted}, used_since)
-        for name, entry in entries.items():
-            if entry.whole and name not in kept:
-                gone = dry_run or _remove(entry, used_since)
-                size = sum(one.size_bytes for one in entry.objects.values())
-                (done.removed if gone else done.kept).setdefault(entry.kind, Amount()).add(size)
-                continue
-            left = _leftovers(entry, used_since)
-            if left and not dry_run:
-                entry.place.remove(left)
-            for leftover in left:
-                done.removed.setdefault("unfinished work", Amount()).add(entry.objects[leftover].size_bytes)
-            if entry.whole:
-                size = sum(one.size_bytes for file, one in entry.objects.items() if file not in left)
-                done.kept.setdefault(entry.kind, Amount()).add(size)
+    objects = remote.root.listing(timeout_s=LISTING_SECONDS)
+    entries = _entries(remote.root, objects)
+    whole = {name: entry for name, entry in entries.items() if entry.whole}
+    kept = reachable(whole, {*_current(remote.root, objects), *wanted}, used_since)
+    for name, entry in entries.items():
+        if entry.whole and name not in kept:
+            gone = dry_run or _remove(entry, used_since)
+            size = sum(one.size_bytes for one in entry.objects.values())
+            (done.removed if gone else done.kept).setdefault(entry.kind, Amount()).add(size)
+            continue
+        left = _leftovers(entry, used_since)
+        if left and not dry_run:
+            entry.place.remove(left)
+        for leftover in left:
+            done.removed.setdefault("unfinished work", Amount()).add(entry.objects[leftover].size_bytes)
+        if entry.whole:
+            size = sum(one.size_bytes for file, one in entry.objects.items() if file not in left)
+            done.kept.setdefault(entry.kind, Amount()).add(size)
     return done
 
 

@@ -32,7 +32,7 @@ from resources.errors import ArtifactError, CatalogError, CheckpointError, Isola
 from resources.evaluation.requests import require_answers, sampled_requests
 from resources.foreign import ForeignError, open_below
 from resources.isolation import Limits, run_isolated
-from resources.locks import building
+from resources.machine.lock import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
 from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.sentence_transformers import CONFIG as SENTENCE_TRANSFORMERS

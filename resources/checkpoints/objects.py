@@ -14,9 +14,10 @@ from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import UNWANTED, WANTED, WANTED_CODE, WANTED_PICKLE, WANTED_WEIGHTS
 from resources.checkpoints.staging import kept, kept_copy
 from resources.checkpoints.weights import INDEX, PICKLE_INDEX, shard_names
-from resources.errors import CheckpointError, ReleaseError, UnfetchedError, first_line
+from resources.errors import CheckpointError, StorageError, UnfetchedError, first_line
 from resources.foreign import MOST_CONFIG_BYTES, ForeignError, check_name, local_path, parse_json
-from resources.triton.storage import Listed, RemotePath, parse_location
+from resources.storage.locations import parse_location
+from resources.storage.objects import Listed, RemotePath
 
 _INDICES = (INDEX, PICKLE_INDEX)
 
@@ -125,7 +126,7 @@ def _place(source: str, settings: SourceSettings) -> RemotePath:
 def _as_checkpoint_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (ReleaseError, ForeignError) as error:
+    except (StorageError, ForeignError) as error:
         raise CheckpointError(f"source: {error}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from resources.artifacts.fingerprint import fingerprint
-from resources.files import move_whole
-from resources.locks import file_lock
+from resources.storage.atomic import move_whole
+from resources.storage.locks import file_lock
 
 #: An older revision's copy is removed once nobody has asked for it so long: whoever reads it has long copied it.
 KEPT_SECONDS = 24 * 3600.0

@@ -20,7 +20,7 @@ from resources.errors import EngineError, ExportError
 from resources.evaluation.goal import Goal
 from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
-from resources.locks import building
+from resources.machine.lock import building
 from resources.targets import Device, device_of
 from resources.usage import Watch
 from resources.workspace import Workspace

@@ -26,7 +26,7 @@ from resources.engines.tuning import Tuning
 from resources.errors import ArtifactError, EngineError, RefineryError
 from resources.evaluation.goal import Goal
 from resources.isolation import Limits, run_isolated
-from resources.locks import building
+from resources.machine.lock import building
 from resources.targets import device_of
 from resources.tasks import TASKS
 

@@ -25,8 +25,8 @@ from resources.engines.tensorrt_session import TensorRtSession, fresh_log, insta
 from resources.engines.tuning import Profile, Tuning, check_profiles
 from resources.engines.typed import typed_graph
 from resources.errors import EngineError, first_line
-from resources.files import write_whole
-from resources.locks import file_lock
+from resources.storage.atomic import write_whole
+from resources.storage.locks import file_lock
 from resources.targets import Device
 from resources.tasks import TASKS
 

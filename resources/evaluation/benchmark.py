@@ -30,7 +30,7 @@ from resources.evaluation.texts import texts_of
 from resources.evaluation.threads import SHARE, Contest, sweep, thread_counts
 from resources.evaluation.timing import time_shapes
 from resources.isolation import Worker
-from resources.locks import benchmarking
+from resources.machine.lock import benchmarking
 from resources.targets import device_of
 from resources.tasks import TASKS, Gates, Task
 from resources.tasks.base import broken_answers

@@ -34,9 +34,9 @@ from resources.evaluation.rivals import Progress, Rivals
 from resources.evaluation.shapes import shapes_of
 from resources.evaluation.statistics import geometric_mean
 from resources.export.make import make_graph
-from resources.files import write_whole
-from resources.locks import benchmarking
+from resources.machine.lock import benchmarking
 from resources.reporting import candidate_table, latency_plot, markdown
+from resources.storage.atomic import write_whole
 from resources.workspace import Workspace
 
 R = TypeVar("R", bound=Record)

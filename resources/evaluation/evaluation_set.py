@@ -18,7 +18,7 @@ from resources.evaluation.batches import equal_length_batches, plan_batches
 from resources.evaluation.requests import evaluation_requests, require_answers
 from resources.evaluation.shapes import shapes_of
 from resources.isolation import run_isolated
-from resources.locks import building
+from resources.machine.lock import building
 from resources.tasks import TASKS
 from resources.trust import Trust
 from resources.usage import Watch

@@ -22,7 +22,7 @@ from resources.checkpoints import checkpoint_files
 from resources.errors import CheckpointError, first_line
 from resources.evaluation.evaluation_set import read_evaluation_set
 from resources.isolation import run_isolated
-from resources.locks import building
+from resources.machine.lock import building
 from resources.tasks import TASKS
 from resources.tasks.samples import long_text
 from resources.trust import Trust

@@ -12,7 +12,7 @@ from resources.catalog import ModelEntry
 from resources.errors import ExportError, RefineryError
 from resources.export import Exported
 from resources.isolation import run_isolated
-from resources.locks import building
+from resources.machine.lock import building
 from resources.trust import Trust
 from resources.usage import Watch
 from resources.workspace import Workspace

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from resources import locks
 from resources.addresses import Address
 from resources.catalog import ModelEntry
 from resources.checkpoints.collect import content_hashes, content_revision
@@ -29,9 +28,11 @@ from resources.checkpoints.settings import SourceSettings
 from resources.checkpoints.sources import kind_of, local_folder
 from resources.checkpoints.validation import validate
 from resources.errors import CheckpointError, RefineryError, first_line
-from resources.files import write_whole
-from resources.locks import building, file_lock
+from resources.machine import lock
+from resources.machine.lock import building
 from resources.revisions.folder import stat_folder
+from resources.storage.atomic import write_whole
+from resources.storage.locks import file_lock
 from resources.variables import COMPUTE, DATABASE, HUGGING_FACE, MLFLOW, PROGRAM, PYTHON, inherited
 
 #: At once, of this process: more would only wait for the same disk.
@@ -117,7 +118,7 @@ def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
         folder=settings.folder.resolve(),
         tracking_uri=settings.tracking_uri.reveal() if asks_mlflow else "",
         key=key,
-        machine_lock=locks.MACHINE_LOCK,
+        machine_lock=lock.MACHINE_LOCK,
     )
     with path.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
@@ -158,7 +159,7 @@ def _is_held(lock: Path) -> bool:
 def main() -> None:
     """The process: one job, one answer."""
     job = _Job.model_validate(json.load(sys.stdin))
-    locks.MACHINE_LOCK = job.machine_lock
+    lock.MACHINE_LOCK = job.machine_lock
     entry = ModelEntry.model_validate(job.entry)
     settings = SourceSettings(job.folder, Address(job.tracking_uri))
     path = _answer_file(settings, entry)

@@ -17,7 +17,7 @@ from resources.addresses import Address
 from resources.artifacts.hashes import write_json
 from resources.deadlines import within
 from resources.errors import TrackingError, disk_remedy, disk_trouble, first_line
-from resources.locks import file_lock
+from resources.storage.locks import file_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

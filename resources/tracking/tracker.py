@@ -15,7 +15,7 @@ from resources.artifacts.records import (
     ServingReport,
     Usage,
 )
-from resources.locks import file_lock
+from resources.storage.locks import file_lock
 from resources.tracking import optimizations
 from resources.tracking.candidates import (
     candidate_metrics,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from resources.errors import ServerError
 from resources.pipelines import PIPELINE_FILE
+from resources.storage.locations import Location
 from resources.tasks import TASKS
 from resources.tasks.base import broken_answers
 from resources.triton.client import TextClient
 from resources.triton.config import write_config
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.release import Release
-from resources.triton.storage import Location
 
 _TEXT = "Is this release what was published?"
 

@@ -11,19 +11,22 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from resources import files
-from resources.errors import FULL, ReleaseError
+from resources.errors import FULL, ReleaseError, StorageError
 from resources.foreign import ForeignError, local_path
-from resources.locks import file_lock
+from resources.storage import atomic as files
+from resources.storage.lease import leased
+from resources.storage.locations import Location, contents
+from resources.storage.locks import file_lock
+from resources.storage.objects import RefusedError, RemotePath
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
-from resources.triton.lease import PATIENCE_SECONDS, leased
 from resources.triton.release import Release
-from resources.triton.storage import Location, RefusedError, RemotePath, contents
 
 #: Beside the engine: the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
 #: In a staging folder on this machine: it left a note in the store.
 _NOTED = ".noted"
+#: How long a process waits for the lock of a repository: several releases are published in that time.
+PATIENCE_SECONDS = 1800.0
 #: Of a place where this user may not write.
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOG = logging.getLogger(__name__)
@@ -131,26 +134,34 @@ def on_this_machine(repository: Location, release: Release, *, alone: bool = Tru
         shutil.rmtree(root, ignore_errors=True)
 
 
-def repository_lock(repository: Location) -> AbstractContextManager[None]:
-    """Held by whoever changes the repository. Who waits is told so; raises ReleaseError after PATIENCE_SECONDS."""
+def repository_lock(repository: Location, patience_s: float = PATIENCE_SECONDS) -> AbstractContextManager[None]:
+    """Hold the repository's lock, as every process does that changes it. A process that waits says for whom.
+
+    Args:
+        patience_s: How long to wait for the lock of a folder. A lease in object storage has its own `LeaseTimes`.
+
+    Raises:
+        ReleaseError: Another process held the lock of the folder for all that time.
+        StorageError: Another process held the lease, or the store does not answer.
+    """
     place, root = repository.parent / f".{repository.name}.lock", staging_root(repository)
     if isinstance(place, RemotePath):
         changed = (repository, root, repository.parent / "unverified" / repository.name)
         return leased(place, [path for path in changed if isinstance(path, RemotePath)])
-    return _locked(place, repository)
+    return _locked(place, repository, patience_s)
 
 
 @contextmanager
-def _locked(place: Path, repository: Location) -> Iterator[None]:
+def _locked(place: Path, repository: Location, patience_s: float) -> Iterator[None]:
     def say(who: str) -> None:
         _LOG.warning("%s is being changed by %s; waiting", repository, who)
 
     with ExitStack() as held:
         try:
-            held.enter_context(file_lock(place, timeout_s=PATIENCE_SECONDS, waiting=say))
+            held.enter_context(file_lock(place, timeout_s=patience_s, waiting=say))
         except TimeoutError as error:
             raise ReleaseError(
-                f"{repository} has been changed by another process for {PATIENCE_SECONDS / 60:.0f} minutes: {error}. "
+                f"{repository} has been changed by another process for {patience_s / 60:.0f} minutes: {error}. "
                 "Wait for that to end, or stop it."
             ) from error
         yield
@@ -223,7 +234,7 @@ def take_note_back(staged: Path, repository: Location) -> None:
     """Once the pointer is moved, or will not be. It stays where the store does not answer, until the next publisher."""
     root = staging_root(repository)
     if isinstance(root, RemotePath) and (staged / _NOTED).exists():
-        with suppress(ReleaseError):
+        with suppress(StorageError):
             discard(root / staged.name, root)
             (staged / _NOTED).unlink()
 

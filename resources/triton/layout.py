@@ -25,8 +25,9 @@ from pydantic import ValidationError
 
 from resources.artifacts.gc import digests_in
 from resources.errors import ReleaseError
+from resources.storage.locations import Location
+from resources.storage.objects import LISTING_SECONDS, RemotePath
 from resources.triton.release import Release
-from resources.triton.storage import LISTING_SECONDS, Location, RemotePath
 
 CONFIG = "config.pbtxt"
 MANIFEST = "release.json"

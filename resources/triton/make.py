@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
 from resources.catalog import ModelEntry
 from resources.evaluation.evaluation_set import read_evaluation_set
+from resources.storage.locations import Location
 from resources.tasks import TASKS, Gates, Metrics
 from resources.tasks.base import broken_answers
 from resources.triton.asking import ask
@@ -24,7 +25,6 @@ from resources.triton.release import RESULT, Release, ReleasePlan
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.triton.stage import stage_alias
-from resources.triton.storage import Location
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from resources.errors import ReleaseError
-from resources.files import sync_tree
+from resources.errors import ReleaseError, StorageError
 from resources.foreign import ForeignError, local_path
-from resources.locks import file_lock
+from resources.storage.atomic import sync_tree
+from resources.storage.locations import Location
+from resources.storage.locks import file_lock
+from resources.storage.objects import RemotePath
 from resources.triton.files import clear_staging, copy_tree, replace_file, staging_folder
 from resources.triton.layout import (
     CONFIG,
@@ -25,16 +27,20 @@ from resources.triton.layout import (
     public_models,
     read_release,
 )
-from resources.triton.storage import Location, RemotePath
 
 
 def served_folder(
     repository: Location, root: Path, *, prune: bool = False, say: Callable[[str], None] | None = None
 ) -> Path:
-    """A folder that the embedded server can read: the repository's own, or the copy below `root`, brought up to date.
+    """Return a folder that the embedded server can read: the repository's own, or an up-to-date copy below `root`.
 
-    Raises ReleaseError where that fails. say: where there is a copy, it is told why in place of that, and the copy is
-    as it was, or as far as it came.
+    Args:
+        prune: Whether releases are removed from the copy that nothing points to.
+        say: Called with the reason where the copy cannot be brought up to date. The copy is used as it is then.
+
+    Raises:
+        ReleaseError: A release could not be copied, and there is no `say`, or nothing was copied before.
+        StorageError: The store could not be asked, and there is no `say`, or nothing was copied before.
     """
     if not isinstance(repository, RemotePath):
         return repository
@@ -43,10 +49,10 @@ def served_folder(
         mirror.refresh()
         if prune:
             mirror.prune()
-    except (OSError, ReleaseError) as error:
+    except (OSError, ReleaseError, StorageError) as error:
         if say is not None and public_models(mirror.folder):
             say(f"{error} Until then, what is here is served.")
-        elif isinstance(error, ReleaseError):
+        elif isinstance(error, ReleaseError | StorageError):
             raise
         else:
             raise ReleaseError(_uncopied(repository, mirror.folder, error)) from error
@@ -67,10 +73,14 @@ class Mirror:
         self._repository, self.folder = repository, root / digest / repository.name
 
     def refresh(self) -> None:
-        """Download the releases that are pointed to and not here yet. Raises ReleaseError, OSError; but what is wrong
-        with one model costs no other.
+        """Download the releases that are pointed to and not here yet. What is wrong with one model costs no other.
 
         Models that somebody else put into the repository are not copied.
+
+        Raises:
+            ReleaseError: Not every release could be copied.
+            StorageError: The store could not be asked which models there are.
+            OSError: The copy could not be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         failed = []
@@ -80,7 +90,7 @@ class Mirror:
             for model in models:
                 try:
                     self._copy(model)
-                except ReleaseError as error:
+                except (ReleaseError, StorageError) as error:
                     failed.append(str(error))
                 except OSError as error:
                     failed.append(_uncopied(self._repository / model, self.folder, error))

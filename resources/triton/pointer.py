@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from resources.errors import ReleaseError
+from resources.storage.locations import Location
 from resources.triton.layout import (
     CONFIG,
     current_number,
@@ -14,7 +15,6 @@ from resources.triton.layout import (
     read_release,
 )
 from resources.triton.release import Release
-from resources.triton.storage import Location
 
 
 def require_current(repository: Location, model: str) -> Release:

@@ -6,12 +6,13 @@ import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from resources.storage.locations import Location
+from resources.storage.objects import RemotePath
 from resources.triton.environment import require_installed
 from resources.triton.files import clear_disk_errors
 from resources.triton.fleet import Fleet
 from resources.triton.layout import is_published_here
 from resources.triton.make import is_provable
-from resources.triton.storage import Location, RemotePath
 from resources.workspace import Workspace
 
 

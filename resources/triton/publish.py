@@ -15,8 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from resources.artifacts.records import sha256_file
-from resources.errors import ReleaseError, ServerError
-from resources.files import sync_tree, write_whole
+from resources.errors import ReleaseError, ServerError, StorageError
+from resources.storage.atomic import sync_tree, write_whole
+from resources.storage.locations import Location, contents
+from resources.storage.objects import RemotePath
 from resources.triton.files import (
     bring_in,
     clear_disk_errors,
@@ -52,7 +54,6 @@ from resources.triton.layout import (
 from resources.triton.proof import Proof
 from resources.triton.release import Release, ReleasePlan, check_plan, content_digest
 from resources.triton.stage import stage
-from resources.triton.storage import Location, RemotePath, contents
 
 #: In a staging folder whose release is being brought in: the pointer that it is about to replace.
 _REPLACES = "replaces.pbtxt"
@@ -206,7 +207,7 @@ def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number:
             _set_aside(release, staged, unverified_root(repository, plan.model))
             return Published(release, changed=True, advice=_advice(repository, plan.model))
         release = _bring_in(plan, release, staged, repository, steps)
-        with suppress(OSError, ReleaseError):  # it is published; what waited before is only in the way
+        with suppress(OSError, ReleaseError, StorageError):  # it is published; what waited before is only in the way
             discard(unverified_root(repository, plan.model), staged.parent)
     return Published(release, changed=True)
 
@@ -248,13 +249,13 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
         if told:
             # Without its answer nobody knows: it may even do so later, and must not point to what is gone then.
             keep_note(staged)
-            if isinstance(error, ReleaseError):
+            if isinstance(error, ReleaseError | StorageError):
                 raise ReleaseError(
                     f"{error} The store was told to point to release {number} and may do so yet, so it stays. The "
                     f"next publish points to it if the store did not: refinery optimize {plan.model}."
                 ) from error
         elif not _may_be_pointed_to(repository, release):
-            with suppress(OSError, ReleaseError):  # the next one sweeps it up, and what was first is said
+            with suppress(OSError, ReleaseError, StorageError):  # the next one sweeps it up, and what was first is said
                 for folder in (public / number, *(repository / name for name in internals)):
                     discard(folder, staging_root(repository))
             if steps.retire is not None:
@@ -267,7 +268,7 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
             steps.announce(release)
         except BaseException as error:
             failed = _take_back(release, staged, repository, steps)
-            if isinstance(error, ServerError | ReleaseError):
+            if isinstance(error, ServerError | ReleaseError | StorageError):
                 raise type(error)(
                     f"{release.model}: release {release.number} was taken back: {error} "
                     f"{' '.join(failed) or 'What served before serves again.'}"
@@ -281,7 +282,7 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
 def _may_be_pointed_to(repository: Location, release: Release) -> bool:
     try:
         return current_number(repository, release.model) == release.number
-    except ReleaseError:  # nobody can tell
+    except (ReleaseError, StorageError):  # nobody can tell
         return True
 
 
@@ -296,7 +297,7 @@ def _take_back(release: Release, staged: Path, repository: Location, steps: Step
         else:
             replace_file(staged / _REPLACES, public / CONFIG)
             sync(public)
-    except (OSError, ReleaseError) as error:
+    except (OSError, ReleaseError, StorageError) as error:
         failed.append(f"The release may still be pointed to, so it stays: {error}")
     pointed = bool(failed)
     try:
@@ -307,7 +308,7 @@ def _take_back(release: Release, staged: Path, repository: Location, steps: Step
             return failed
         for name in internals:
             discard(repository / name, staging_root(repository))
-    except (OSError, ReleaseError) as error:
+    except (OSError, ReleaseError, StorageError) as error:
         return [*failed, f"Not all of it could be undone: {error}"]
     if steps.retire is not None:
         steps.retire(internals)

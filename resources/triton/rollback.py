@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from resources.errors import ReleaseError, ServerError
+from resources.errors import ReleaseError, ServerError, StorageError
+from resources.storage.locations import Location
+from resources.storage.objects import RemotePath
 from resources.triton.files import (
     clear_disk_errors,
     on_this_machine,
@@ -28,7 +30,6 @@ from resources.triton.pointer import current_problem, points_as_published
 from resources.triton.publish import sweep
 from resources.triton.release import Release
 from resources.triton.settings import TritonSettings
-from resources.triton.storage import Location, RemotePath
 from resources.triton.verify import ask_embedded, find_release, require_unchanged
 
 
@@ -105,7 +106,7 @@ def _prepared(repository: Location, config: bytes) -> Iterator[Path]:
 def _replace(repository: Location, model: str, new: Path) -> None:
     try:
         replace_file(new, repository / model / CONFIG)
-    except ReleaseError as error:  # a store need not have answered to have done so
+    except StorageError as error:  # a store need not have answered to have done so
         raise ReleaseError(
             f"{error} The pointer may have moved all the same, or do so yet: refinery releases {model} shows it."
         ) from error
@@ -122,11 +123,11 @@ def _put_back(repository: Location, model: str, back: Path | None, fleet: Fleet)
             pointer.parent.remove([pointer.name])
         else:
             pointer.unlink()
-    except (OSError, ReleaseError) as error:
+    except (OSError, ReleaseError, StorageError) as error:
         failed.append(f"The pointer was not put back: {error}")
     try:
         return failed + fleet.go_back(repository, model)
-    except (OSError, ReleaseError) as error:
+    except (OSError, ReleaseError, StorageError) as error:
         return [*failed, f"The servers were not told to go back: {error}"]
 
 
@@ -148,7 +149,7 @@ def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
                 fleet.take_up(repository, release)
             except BaseException as error:
                 failed = _put_back(repository, model, back if old is not None else None, fleet)
-                if isinstance(error, ServerError | ReleaseError):
+                if isinstance(error, ServerError | ReleaseError | StorageError):
                     raise type(error)(
                         f"{model}: release {release.number} was not taken up: {error} "
                         f"{' '.join(failed) or 'What served before serves again.'}"

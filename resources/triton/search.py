@@ -27,7 +27,7 @@ from resources.catalog import ModelEntry, ServingSettings
 from resources.device import describe_device
 from resources.errors import ReleaseError
 from resources.evaluation.evaluation_set import read_evaluation_set
-from resources.locks import benchmarking
+from resources.machine.lock import benchmarking
 from resources.targets import device_of
 from resources.triton.environment import is_installed, requirements
 from resources.triton.mix import load_of, request_mix

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from resources.artifacts.records import Checkpoint, Engine
 from resources.artifacts.store import ArtifactStore
 from resources.engines import SERVED, EngineSpec
-from resources.errors import ArtifactError, ReleaseError
+from resources.errors import ArtifactError, ReleaseError, StorageError
 from resources.evaluation.champion import Served
 from resources.triton.layout import current_release
 from resources.workspace import Workspace
@@ -34,7 +34,7 @@ def find_incumbent(
     """What the target's repository points to. What serves another checkpoint is no rival: it answers otherwise."""
     try:
         release = current_release(workspace.repository(target), model)
-    except ReleaseError as error:
+    except (ReleaseError, StorageError) as error:
         return Incumbent(None, None, f"what serves cannot be read: {error}")
     if release is None:
         return Incumbent(None, None, "no release serves yet")

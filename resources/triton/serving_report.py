@@ -14,7 +14,7 @@ from resources.catalog import ModelEntry
 from resources.device import describe_device
 from resources.errors import ReleaseError, ServerError
 from resources.evaluation.evaluation_set import read_evaluation_set
-from resources.locks import benchmarking
+from resources.machine.lock import benchmarking
 from resources.triton.client import TextClient
 from resources.triton.connection import PLAIN, Connection
 from resources.triton.environment import is_installed, requirements

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from resources.triton.connection import PLAIN, Connection, held_key
 
 if TYPE_CHECKING:
-    from resources.triton.storage import Location
+    from resources.storage.locations import Location
 
 #: `python`: the engine runs inside a `model.py`, what the embedded server can load. `native`: Triton's own backend.
 Flavour = Literal["python", "native"]

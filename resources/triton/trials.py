@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from resources.artifacts.records import ServingSetting, ServingTrial
 from resources.errors import ServerError
+from resources.storage.locations import Location
 from resources.triton.client import TextClient
 from resources.triton.config import engine_config, front_config, write_config
 from resources.triton.files import (
@@ -35,7 +36,6 @@ from resources.triton.release import ReleasePlan, check_plan
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
 from resources.triton.stage import stage, stage_alias
-from resources.triton.storage import Location
 
 if TYPE_CHECKING:
     from resources.pipelines.base import Item

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from resources.artifacts.records import sha256_file
 from resources.errors import ReleaseError
+from resources.storage.locations import Location
 from resources.triton.asking import ask, write_alias
 from resources.triton.client import TextClient
 from resources.triton.files import READ_ONLY, clear_disk_errors, lock_to_read, on_this_machine, staging_folder
@@ -28,7 +29,6 @@ from resources.triton.pointer import command, current_problem, require_own_point
 from resources.triton.release import Release, require_embeddable, stored
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import TritonSettings
-from resources.triton.storage import Location
 
 
 def find_release(repository: Location, model: str, number: int) -> Release:

@@ -27,6 +27,7 @@ from resources.engines import engine_spec
 from resources.engines.make import make_engine, sources_of
 from resources.evaluation.evaluation_set import make_evaluation_set, read_evaluation_set
 from resources.export.make import make_graph
+from resources.storage.locations import Location
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG
 from resources.triton.load import closed_loop
@@ -38,7 +39,6 @@ from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from resources.triton.settings import Control, TritonSettings
-from resources.triton.storage import Location
 from resources.workspace import Workspace
 from tests.clients import FAILED, NOBODY, Load, Requests, Switch, moved
 from tests.performance.cpu import make_entry

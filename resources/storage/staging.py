@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from resources.locks import file_lock
+from resources.storage.locks import file_lock
 
 #: Folders without a lock are an earlier version's, whose steps may take a day.
 WITHOUT_LOCK_SECONDS = 24 * 3600

@@ -1,8 +1,8 @@
-"""Where a repository lies: in a folder, or in object storage that Triton reads itself (`s3://`, `gs://`, `as://`).
+"""Read and change object storage (`s3://`, `gs://`, `as://`) by paths that behave as `pathlib.Path` does.
 
-`RemotePath` has what the readers of a repository use of a `Path`, over fsspec. It is not universal_pathlib's UPath,
-because fsspec's `isfile` and `exists` answer False where the store could not be asked, and here folders are removed on
-the strength of that answer. Nothing is remembered between two questions: what others changed is seen.
+`RemotePath` has the part of `Path` that this project uses, over fsspec. universal_pathlib's UPath would not do:
+fsspec's `isfile` and `exists` answer False when the store cannot be asked, and folders are removed here on the strength
+of that answer. Nothing is cached between two requests, so changes of other processes are seen.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from resources.addresses import holds_login
 from resources.deadlines import Pace
-from resources.errors import ReleaseError, first_line
+from resources.errors import StorageError, first_line
 from resources.foreign import MOST_DOCUMENT_BYTES
 
 if TYPE_CHECKING:
@@ -31,18 +30,12 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 15.0
 #: For the names of all that lies below a place, however much: a thousand come at a time, some ten times a second.
 LISTING_SECONDS = 3600.0
-_CONNECT_SECONDS = 3.0
-#: Of whole uploads of gigabytes, how long one part may be waited for.
-_READ_SECONDS = 60.0
-_TRIES = 2
+TRIES = 2
 #: For a whole file of any size, from any store: it must not take for ever, and a slow line is none of a dead store.
 _POLL_SECONDS = 0.2
 _FILE_SECONDS = 60.0
 _FILE_BYTES_PER_SECOND = 1e6
 
-#: `s3://http://host:port/bucket/prefix` and `s3://host:port/bucket/prefix`, as Triton reads them (docs/user_guide/
-#: model_repository.md of triton-inference-server): without a protocol it speaks HTTP.
-_S3_SERVER = re.compile(r"(https?://)?([0-9A-Za-z.-]+:[0-9]+)/(.+)")
 #: By fsspec's protocol: the extra of this project that brings it, and the variables that Triton reads too.
 _EXTRAS = {
     "s3": ("s3", "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION"),
@@ -72,15 +65,36 @@ class Listed:
     modified: float
 
 
-class RefusedError(ReleaseError):
+class RefusedError(StorageError):
     """The store answers, and that this user may not."""
+
+
+@dataclass(frozen=True)
+class LeaseTimes:
+    """The times of a lease, all in seconds; see resources.storage.lease.
+
+    Args:
+        life: How long a claim may stay unchanged and still counts as alive.
+        margin: How much sooner its holder stops: for the answer to the change that it has just begun, and as long again
+            for a store that carries out a change after nobody waits for the answer any more.
+        renewal: How often the holder writes its claim anew: several times in what is left of its life, or one lost
+            write would end it.
+        look: How often a waiting process looks, on average.
+        patience: How long a process waits. Several releases are published in that time.
+    """
+
+    life: float = 60.0
+    margin: float = 2 * ANSWER_SECONDS
+    renewal: float = 5.0
+    look: float = 1.0
+    patience: float = 1800.0
 
 
 class Held(Protocol):
     """What a lease does for who changes the repository under it."""
 
     def require(self) -> None:
-        """Raise ReleaseError where it may be another's by now."""
+        """Raise StorageError where it may be another's by now."""
 
 
 @dataclass(eq=False)
@@ -98,9 +112,10 @@ class Store:
     leases: dict[str, Held] = field(default_factory=dict)
     setting: str = "REFINERY_TRITON_REPOSITORIES"
     rights: str = "list, read, write and delete"
+    lease_times: LeaseTimes = LeaseTimes()
 
     def filesystem(self) -> AbstractFileSystem:
-        """fsspec's, which it keeps by process and thread. Raises ReleaseError where its package is missing."""
+        """fsspec's, which it keeps by process and thread. Raises StorageError where its package is missing."""
         extra, _ = _EXTRAS.get(self.protocol, (self.protocol, ""))
         try:
             import fsspec
@@ -108,9 +123,9 @@ class Store:
             files = fsspec.filesystem(self.protocol, **self.options)
         except ImportError as error:
             remedy = f"Run: pip install 'transformer-refinery[{extra}]'."
-            raise ReleaseError(f"{self.shown}... cannot be used: {first_line(error)}. {remedy}") from error
+            raise StorageError(f"{self.shown}... cannot be used: {first_line(error)}. {remedy}") from error
         if self.protocol == "s3":
-            files.retries = _TRIES  # its own, around botocore's
+            files.retries = TRIES  # its own, around botocore's
         files.invalidate_cache()  # adlfs keeps listings whatever it is told
         return files
 
@@ -122,7 +137,7 @@ class Store:
 
 class RemotePath:
     """A place in a bucket, whether or not anything is there. `key`: from the bucket's name on, without a slash at its
-    ends. Everything that asks the store raises ReleaseError where it does not answer or refuses.
+    ends. Everything that asks the store raises StorageError where it does not answer or refuses.
     """
 
     def __init__(self, store: Store, key: str) -> None:
@@ -216,7 +231,7 @@ class RemotePath:
                     raise
                 data = b""  # an empty object has no range
         if len(data) > MOST_DOCUMENT_BYTES:
-            raise ReleaseError(
+            raise StorageError(
                 f"{self} is larger than {MOST_DOCUMENT_BYTES // 2**20} MB, as no record, manifest or configuration is. "
                 "See who can write there, and remove it."
             )
@@ -300,7 +315,7 @@ class RemotePath:
         try:
             files = self.store.filesystem()
             yield files, {"timeout": ANSWER_SECONDS} if files.async_impl else {}
-        except ReleaseError:
+        except StorageError:
             raise
         except Exception as error:
             if isinstance(error, OSError) and local is not None and error.filename in (local, str(local)):
@@ -312,7 +327,7 @@ class RemotePath:
         said = " ".join(_chain(error))
         gone = isinstance(error, FileNotFoundError)
         if _NO_BUCKET.search(said) or (gone and what == "write"):
-            raise ReleaseError(
+            raise StorageError(
                 f"{self.store.shown}{self.key.split('/')[0]} is not there. Make the bucket, or correct "
                 f"{self.store.setting}."
             ) from error
@@ -324,13 +339,10 @@ class RemotePath:
                 f"Triton, to credentials that may {self.store.rights} there."
             ) from error
         reason = first_line(error) if str(error) else "no answer in time"
-        raise ReleaseError(
+        raise StorageError(
             f"{self}: the store could not be asked to {what} it: {reason}. See that its address is right and that it "
             "can be reached, and run again. What served before goes on serving."
         ) from error
-
-
-Location = Path | RemotePath
 
 
 def _whole(files: AbstractFileSystem, size_bytes: int) -> dict[str, float]:
@@ -350,69 +362,7 @@ def _modified(one: Mapping[str, Any]) -> float:
     return said.timestamp() if isinstance(said, datetime) else 0.0
 
 
-def contents(folder: Location) -> list[Location]:
-    """What lies right below, by name."""
-    found: list[Location] = [*folder.iterdir()]
-    return sorted(found, key=lambda path: path.name)
-
-
 def _chain(error: BaseException | None) -> Iterator[str]:
     while error is not None:
         yield str(error)
         error = error.__cause__ or error.__context__
-
-
-def parse_location(
-    text: str, scratch: Path, environment: Mapping[str, str], variable: str = "REFINERY_TRITON_REPOSITORIES"
-) -> Location:
-    """The folder or the place in object storage that the text names. scratch: see Store. Raises ValueError.
-
-    environment: for the credentials that the store's package does not look for where Triton does. variable: which
-    says so, named where it is wrong.
-    """
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return Path(text).expanduser().resolve()
-    if holds_login(text):
-        raise ValueError(
-            f"its {scheme}:// address holds a name or password, and addresses are printed. Give it without, and the "
-            "credentials by the variables of that store"
-        )
-    parts = rest.strip("/")
-    shown = f"{scheme}://"
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme == "s3":
-        match = _S3_SERVER.fullmatch(parts)
-        server = f"{match[1] or 'http://'}{match[2]}" if match else None
-        if match:
-            shown, parts = f"s3://{match[1] or ''}{match[2]}/", match[3]
-        elif ":" in parts:
-            raise ValueError(f"{text!r} is neither s3://bucket/prefix nor s3://http://host:port/bucket/prefix")
-        store = Store("s3", shown, scratch, {**options, **_s3_options(server)}, setting=variable)
-        return RemotePath(store, _key(text, parts))
-    if scheme == "gs":
-        return RemotePath(Store("gs", shown, scratch, options, setting=variable), _key(text, parts))
-    if scheme == "as":
-        account, _, parts = parts.partition("/")
-        options |= {"account_name": account, "account_key": environment.get("AZURE_STORAGE_KEY")}
-        store = Store("abfs", f"as://{account}/", scratch, options, setting=variable)
-        return RemotePath(store, _key(text, parts))
-    raise ValueError(f"{text!r} is neither a folder nor a path that Triton reads (s3://, gs://, as://)")
-
-
-def _key(text: str, parts: str) -> str:
-    key = re.sub("/+", "/", parts.strip("/"))
-    if not key:
-        raise ValueError(f"{text!r} names no bucket")
-    if re.search(r"[*?\[]", key):
-        raise ValueError(f"{text!r} holds *, ? or [, which would stand for other places too")
-    return key
-
-
-def _s3_options(server: str | None) -> dict[str, Any]:
-    config = {
-        "connect_timeout": _CONNECT_SECONDS,
-        "read_timeout": _READ_SECONDS,
-        "retries": {"mode": "standard", "total_max_attempts": _TRIES},
-    }
-    return {"config_kwargs": config, **({"endpoint_url": server} if server else {})}

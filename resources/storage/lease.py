@@ -1,14 +1,14 @@
-"""Who may change a repository in object storage, where no kernel keeps locks.
+"""Hold a lease on what lies in object storage, where no kernel keeps locks.
 
-Everyone who wants it writes a claim of their own beside the repository and looks again: who then sees no other claim
-that lives has it, and everyone else takes theirs back and waits. Two cannot both see none, since stores list what was
-written before (S3, Google's and Azure's all promise that). No conditional writes are needed, which fsspec offers for
-some stores only, and which taking over from a dead holder would need too.
+Each process that wants the lease writes a claim of its own beside the repository and looks again. If it sees no other
+living claim, it has the lease. Otherwise it takes its claim back and waits. Two processes cannot both see no other
+claim, because stores list what was written before (S3, Google and Azure promise that). Conditional writes are not
+needed: fsspec offers them for some stores only, and taking over from a dead holder would need a claim all the same.
 
-A claim lives while its text changes: its holder writes it anew all the time. Whoever sees it unchanged for
-LEASE_SECONDS, by a clock of their own, takes it for dead; a holder who could not write for that less MARGIN_SECONDS by
-theirs stops. What no claim can help against: a holder that is stopped for so long, with its machine say, between its
-last look at the clock and what it then sends.
+A claim lives while its text changes, so its holder rewrites it all the time. A process that sees a claim unchanged for
+`LeaseTimes.life`, by its own clock, takes the holder for dead. A holder that could not rewrite its claim for that time
+less `LeaseTimes.margin`, by its own clock, stops changing anything. One case stays open: a holder that is suspended for
+that long, with its machine for instance, between its last look at the clock and the request that it then sends.
 """
 
 from __future__ import annotations
@@ -27,21 +27,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from resources.errors import ReleaseError
-from resources.triton.storage import ANSWER_SECONDS, RemotePath
-
-#: How long a claim may stay as it is and still live.
-LEASE_SECONDS = 60.0
-#: So much sooner its holder stops: for the answer to what it has just begun to change, and as long again for a store
-#: that does it after nobody waits for that any more.
-MARGIN_SECONDS = 2 * ANSWER_SECONDS
-#: How often its holder writes it; several times in what is left, or one lost write would end it.
-RENEW_SECONDS = 5.0
-#: How often one who waits looks, on average.
-LOOK_SECONDS = 1.0
-#: How long one waits: several publishes.
-PATIENCE_SECONDS = 1800.0
-
+from resources.errors import StorageError
+from resources.storage.objects import ANSWER_SECONDS, RemotePath
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,6 +42,7 @@ class Lease:
     """One claim. `require` costs no request."""
 
     def __init__(self, folder: RemotePath) -> None:
+        self.times = folder.store.lease_times
         # A store of its own: claims are written without asking whoever holds the other's lease.
         self._folder = RemotePath(replace(folder.store, leases={}), folder.key)
         self._own = self._folder / uuid.uuid4().hex
@@ -66,7 +54,7 @@ class Lease:
         self._keeper = threading.Thread(target=self._keep, daemon=True, name=f"lease of {folder}")
 
     def acquire(self) -> None:
-        """Wait until nobody else has it. Raises ReleaseError after PATIENCE_SECONDS, naming the holder."""
+        """Wait until nobody else has it. Raises StorageError after `LeaseTimes.patience`, naming the holder."""
         begun, said = _now(), False
         while True:
             holder = self._living()
@@ -80,16 +68,17 @@ class Lease:
             if not said:
                 _LOG.warning("%s is being changed by %s; waiting", self._folder.parent, holder)
                 said = True
-            if _now() - begun > PATIENCE_SECONDS:
-                raise ReleaseError(
-                    f"{self._folder.parent}: it is being changed by {holder}, for {PATIENCE_SECONDS / 60:.0f} minutes "
-                    f"now. Wait for that to end, or stop it; {LEASE_SECONDS:g} s later the next may begin."
+            if _now() - begun > self.times.patience:
+                raise StorageError(
+                    f"{self._folder.parent} is being changed by {holder}, and this process has waited for "
+                    f"{self.times.patience / 60:.0f} minutes. Wait for that to end, or stop it; "
+                    f"{self.times.life:g} s later the next may begin."
                 )
-            time.sleep(LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - so that two do not meet again
+            time.sleep(self.times.look * random.uniform(0.5, 1.5))  # noqa: S311 - so that two do not meet again
         self._folder.remove([name for name in self._seen if name != self._own.name])
 
     def write(self) -> None:
-        """Say that the holder lives. Raises ReleaseError, also where that came too late."""
+        """Say that the holder lives. Raises StorageError, also where that came too late."""
         self.require()
         begun = _now()
         who = f"{_user()}@{socket.gethostname()}, process {os.getpid()}, since {self._since}"
@@ -103,15 +92,15 @@ class Lease:
         self._keeper.start()
 
     def _keep(self) -> None:
-        while not self._ended.wait(RENEW_SECONDS):
-            with suppress(ReleaseError):
+        while not self._ended.wait(self.times.renewal):
+            with suppress(StorageError):
                 self.write()
 
     def require(self) -> None:
-        """Raise ReleaseError where another may have it by now."""
-        limit = LEASE_SECONDS - MARGIN_SECONDS
+        """Raise StorageError where another may have it by now."""
+        limit = self.times.life - self.times.margin
         if self._written is not None and _now() - self._written > limit:
-            raise ReleaseError(
+            raise StorageError(
                 f"{self._folder.parent}: nothing more is changed, because this process could not renew its lease for "
                 f"{limit:g} s and another may be at it soon. Run again: what is half done is made good."
             )
@@ -121,7 +110,7 @@ class Lease:
         self._ended.set()
         if self._keeper.is_alive():
             self._keeper.join(ANSWER_SECONDS)  # what it is just writing would be there again
-        with suppress(ReleaseError):  # then it dies by itself
+        with suppress(StorageError):  # then it dies by itself
             self._folder.remove([self._own.name])
 
     def _living(self) -> str | None:
@@ -138,7 +127,7 @@ class Lease:
             if text != before:
                 since = _now()
                 self._seen[name] = (text, since)
-            if _now() - since <= LEASE_SECONDS:
+            if _now() - since <= self.times.life:
                 living = living or _holder(text)
         return living
 

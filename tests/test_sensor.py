@@ -259,7 +259,7 @@ def test_the_hub_is_asked_of_so_many_models_at_once_and_of_the_others_next(daemo
         daemon.workspace = replace(daemon.workspace, access=Access(hub_endpoint=Address(address)), watch_seconds=30)
         assert len(daemon.run_keys()) == 2
         assert len(asked) == 3
-        assert [key.split(":")[0] for key in daemon.run_keys()] == ["m3", "m4"]
+        assert sorted(key.split(":")[0] for key in daemon.run_keys()) == ["m3", "m4"]  # the clock decides who is first
         assert len({path for path, _ in asked}) == 5
     assert "503" in daemon.observed("m0")[0]
 

@@ -503,7 +503,7 @@ def test_the_note_of_a_killed_publisher_moves_no_pointer_that_somebody_else_move
         return dead.is_set()
 
     s3.refuses = refuse
-    with pytest.raises(StorageError, match="refuses"):
+    with pytest.raises(ReleaseError, match="refuses"):
         publish(plans[1], bucket, UNASKED)
     s3.refuses = lambda method, key: False
     assert current_number(bucket, "tiny") == 1

@@ -7,14 +7,14 @@ from assets.materialization import OWNERS, Cell, closing_tracking, linked, mater
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
-from resources.engines import BASELINE, EngineSpec
+from resources.benchmark.champion import gates_missed
+from resources.benchmark.measuring import make_benchmark
 from resources.engines.make import sources_of
-from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.champion import gates_missed
-from resources.reporting import tail
-from resources.targets import device_of
+from resources.engines.specs import BASELINE, EngineSpec
+from resources.machine.targets import device_of
+from resources.report.tables import tail
+from resources.settings.workspace import Workspace
 from resources.tracking import Tracker
-from resources.workspace import Workspace
 
 
 def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:

@@ -9,17 +9,18 @@ from assets.materialization import OWNERS, began_s, closing_tracking, linked, ma
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, EvaluationSet, OnnxGraph
-from resources.catalog import ModelEntry
-from resources.device import describe_device
-from resources.engines import BASELINE, SERVED, EngineSpec
+from resources.benchmark.champion import make_champion
+from resources.benchmark.ranking import tell
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.shapes import shapes_of
+from resources.engines.specs import BASELINE, SERVED, EngineSpec
 from resources.errors import ArtifactError
-from resources.evaluation.champion import make_champion
-from resources.evaluation.choosing import tell
-from resources.evaluation.shapes import shapes_of
-from resources.reporting import candidate_table, latency_plot, markdown, markdown_image, remembered
+from resources.machine.device import describe_device
+from resources.report.plots import latency_plot, remembered
+from resources.report.tables import candidate_table, markdown, markdown_image
+from resources.settings.workspace import Workspace
 from resources.tracking import Tracker
 from resources.triton.served import current_engines, find_incumbent
-from resources.workspace import Workspace
 
 
 def champion_assets(specs: Sequence[EngineSpec], target: str) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:

@@ -7,12 +7,13 @@ from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
-from resources.checkpoints import collect_checkpoint
-from resources.device import why_not_here
-from resources.reporting import length_plot, markdown_image, padding_table, remembered
+from resources.checkpoints.collect import collect_checkpoint
+from resources.machine.device import why_not_here
+from resources.report.plots import length_plot, remembered
+from resources.report.tables import markdown_image, padding_table
+from resources.settings.workspace import Workspace
 from resources.tracking import Tracker
 from resources.triton.preflight import require_publishable
-from resources.workspace import Workspace
 
 
 @dg.asset(

@@ -8,10 +8,10 @@ from assets.onnx_graph import onnx_graph
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
-from resources.engines import EngineSpec
 from resources.engines.make import make_engine, sources_of
-from resources.targets import device_of
-from resources.workspace import Workspace
+from resources.engines.specs import EngineSpec
+from resources.machine.targets import device_of
+from resources.settings.workspace import Workspace
 
 #: Dagster has no icons of ONNX Runtime, OpenVINO and TensorRT; the tags `runtime` and `precision` name them.
 KINDS = {"torch": "pytorch", "onnxruntime": "microsoft"}

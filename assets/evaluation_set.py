@@ -6,9 +6,9 @@ from assets.checkpoint import checkpoint
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
 from assets.placement import placement
+from resources.accuracy.evaluation_set import make_evaluation_set
 from resources.artifacts.records import Checkpoint
-from resources.evaluation.evaluation_set import make_evaluation_set
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 
 
 @dg.asset(

@@ -15,9 +15,9 @@ from assets.partitions import PARTITION_TAG, models
 from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
+from resources.settings.workspace import Workspace
 from resources.triton.layout import current_release
 from resources.triton.release import Release
-from resources.workspace import Workspace
 
 CHECK = "up_to_date"
 #: Of a run that was asked for because a source holds that revision.

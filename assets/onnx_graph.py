@@ -9,7 +9,7 @@ from assets.placement import placement
 from assets.reference import reference
 from resources.artifacts.records import Checkpoint, OnnxGraph
 from resources.export.make import make_graph
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 
 _REMEDY = (
     "No engine is built from such a graph. Optimize again; if it stays, this architecture is not exported rightly by "

@@ -1,6 +1,6 @@
 """Where a step runs, told to the executors that have a choice. In one process or on one machine nobody reads it."""
 
-from resources.targets import capability_of, device_of
+from resources.machine.targets import capability_of, device_of
 
 
 def placement(target: str = "cpu") -> dict[str, object]:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import dagster as dg
 
+from resources.accuracy import evaluation_set, reference
 from resources.artifacts.fingerprint import code_version
+from resources.benchmark import champion
+from resources.benchmark import measuring as benchmark
 from resources.checkpoints import collect
-from resources.engines import BASELINE, engine_spec, rebuild
-from resources.evaluation import benchmark, champion, evaluation_set, reference
+from resources.engines import rebuild
+from resources.engines.specs import BASELINE, engine_spec
 from resources.export import make as export
 from resources.triton import release, search, serving_report
 

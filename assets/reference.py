@@ -7,9 +7,9 @@ from assets.evaluation_set import evaluation_set
 from assets.materialization import OWNERS, materialized, remember, table
 from assets.partitions import models
 from assets.placement import placement
+from resources.accuracy.reference import make_reference
 from resources.artifacts.records import Checkpoint, EvaluationSet
-from resources.evaluation.reference import make_reference
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 
 
 @dg.asset(

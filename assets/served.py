@@ -10,14 +10,14 @@ from assets.materialization import OWNERS, closing_tracking, linked, materialize
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, EvaluationSet, OnnxGraph
-from resources.engines import BASELINE, SERVED, EngineSpec
+from resources.benchmark.champion import gates_missed
+from resources.benchmark.measuring import make_benchmark
 from resources.engines.make import sources_of
-from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.champion import gates_missed
-from resources.targets import device_of
+from resources.engines.specs import BASELINE, SERVED, EngineSpec
+from resources.machine.targets import device_of
+from resources.settings.workspace import Workspace
 from resources.tracking import Tracker
 from resources.triton.served import current_engines, find_incumbent
-from resources.workspace import Workspace
 
 
 def served_benchmark_asset(specs: Sequence[EngineSpec], target: str) -> dg.AssetsDefinition:

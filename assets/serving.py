@@ -13,11 +13,12 @@ from resources.artifacts.records import (
     ServingConfiguration,
     ServingReport,
 )
-from resources.reporting import load_plot, markdown_image, remembered, trial_table
+from resources.report.plots import load_plot, remembered
+from resources.report.tables import markdown_image, trial_table
+from resources.settings.workspace import Workspace
 from resources.tracking import Tracker
 from resources.triton.search import make_serving_configuration
 from resources.triton.serving_report import make_serving_report
-from resources.workspace import Workspace
 
 
 def serving_configuration_asset(target: str) -> dg.AssetsDefinition:

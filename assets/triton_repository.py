@@ -8,13 +8,13 @@ from assets.materialization import OWNERS, Cell, closing_tracking, file_table, l
 from assets.partitions import models
 from assets.placement import placement
 from resources.artifacts.records import Champion, Checkpoint
+from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
 from resources.triton.promote import publish_champion
 from resources.triton.proof import Proof
 from resources.triton.publish import unverified_root
-from resources.workspace import Workspace
 
 
 def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:

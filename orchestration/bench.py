@@ -10,11 +10,13 @@ from pathlib import Path
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_workspace
 from orchestration.terminal import print_candidates, print_step, print_table, step_console, table_console
-from resources.catalog import ModelEntry, Shape
-from resources.engines import BASELINE, ENGINES, EngineSpec, engine_spec, unsupported_reason
+from resources.benchmark.side_by_side import Comparison, compare
+from resources.catalog.entries import ModelEntry, Shape
+from resources.engines.availability import unsupported_reason
+from resources.engines.specs import BASELINE, ENGINES, EngineSpec, engine_spec
 from resources.errors import CatalogError, EngineError
-from resources.evaluation.comparison import Comparison, compare, ratio_table, save_comparison, title_of
-from resources.workspace import Workspace
+from resources.report.side_by_side import ratio_table, save_comparison, title_of
+from resources.settings.workspace import Workspace
 
 
 def bench(options: Namespace) -> int:

@@ -1,6 +1,6 @@
 """The certificates of a private authority, for every part that talks to servers over TLS.
 
-requests, and with it MLflow, reads REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. Our own client (resources/http.py),
+requests, and with it MLflow, reads REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. Our own client (resources/boundary/http.py),
 huggingface_hub and its Xet client read only SSL_CERT_FILE.
 """
 

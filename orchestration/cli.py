@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from orchestration.terminal import printable_output
 from resources.errors import RefineryError, disk_trouble
-from resources.targets import check_target
+from resources.machine.targets import check_target
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 

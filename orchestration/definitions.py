@@ -34,9 +34,9 @@ from orchestration.settings import (
     tracker_of,
     webhook_of,
 )
-from resources.addresses import Address
-from resources.engines import ENGINES
-from resources.workspace import Workspace
+from resources.boundary.addresses import Address
+from resources.engines.specs import ENGINES
+from resources.settings.workspace import Workspace
 
 
 def make_definitions(

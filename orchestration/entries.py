@@ -16,28 +16,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from resources.addresses import holds_login
 from resources.artifacts.records import Checkpoint
-from resources.catalog import (
-    DEFAULT_SHAPES,
-    Catalog,
-    ModelEntry,
-    Shape,
-    check_name,
-    entry_text,
-    explain,
-    load_catalog,
-    write_entry,
-)
-from resources.checkpoints import Access, SourceSettings, locate
+from resources.boundary.addresses import holds_login
+from resources.catalog.entries import DEFAULT_SHAPES, ModelEntry, Shape, check_name, explain
+from resources.catalog.loading import Catalog, entry_text, load_catalog, write_entry
 from resources.checkpoints.kinds import task_of, why_of_no_use
 from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
-from resources.checkpoints.registry import parse_reference
-from resources.checkpoints.sources import HUB_PREFIX, hub_reference, is_hub_id, kind_of, local_folder
+from resources.checkpoints.sources.local import local_folder
+from resources.checkpoints.sources.locating import locate
+from resources.checkpoints.sources.reference import HUB_PREFIX, hub_reference, is_hub_id, kind_of
+from resources.checkpoints.sources.registry import parse_reference
 from resources.checkpoints.validation import validate
+from resources.checkpoints.watch.hub import hub_commit
 from resources.errors import ArtifactError, CatalogError, CheckpointError, StorageError, first_line
-from resources.revisions.hub import hub_commit
-from resources.workspace import Workspace
+from resources.settings.sources import Access, SourceSettings
+from resources.settings.workspace import Workspace
 
 #: What the command line may say about a new entry; None: nothing.
 ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds", "allow_pickle")

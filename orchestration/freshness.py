@@ -18,7 +18,7 @@ from assets.partitions import PARTITION_TAG, models
 from orchestration.runs import models_under_way
 from orchestration.sensors import MOST_RUNS, TICK_SECONDS
 from resources.errors import RefineryError, first_line
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 
 SENSOR = "release_freshness"
 JOB = "check_releases"

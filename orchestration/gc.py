@@ -17,9 +17,9 @@ from orchestration.terminal import print_table, table_console
 from resources.artifacts.gc import DAY_SECONDS, Collected, collect
 from resources.artifacts.remote_gc import collect_remote
 from resources.errors import RefineryError, disk_trouble, first_line
-from resources.reporting import size_text
+from resources.report.tables import size_text
+from resources.settings.workspace import Workspace
 from resources.triton.layout import artifacts_of_releases
-from resources.workspace import Workspace
 
 
 def collect_garbage(options: Namespace) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from orchestration.settings import require_plain
 from resources.errors import CatalogError
+from resources.settings.workspace import Workspace
 from resources.storage.atomic import write_whole
-from resources.workspace import Workspace
 
 #: Where Dagster keeps runs and events in place of files: `postgresql+psycopg2://user:password@host:5432/database`.
 POSTGRES_VARIABLE = "REFINERY_DAGSTER_POSTGRES_URL"

@@ -11,9 +11,10 @@ from rich.table import Table
 
 from orchestration.settings import read_workspace, tracker_of
 from orchestration.terminal import print_refused, table_console
-from resources.catalog import ModelEntry
+from resources.catalog.entries import ModelEntry
 from resources.errors import ReleaseError, TrackingError
-from resources.reporting import size_text
+from resources.report.tables import size_text
+from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
 from resources.triton.layout import (
     current_number,
@@ -25,7 +26,6 @@ from resources.triton.layout import (
 from resources.triton.pointer import current_problem
 from resources.triton.publish import unverified_root
 from resources.triton.release import Release
-from resources.workspace import Workspace
 
 
 def _shapes(entry: ModelEntry) -> str:

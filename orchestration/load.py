@@ -11,12 +11,12 @@ from pathlib import Path
 
 from orchestration.settings import read_workspace
 from orchestration.terminal import print_table, table_console
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.errors import ReleaseError, ServerError
-from resources.evaluation.evaluation_set import read_evaluation_set
 from resources.machine.lock import benchmarking
 from resources.pipelines import open_pipeline
-from resources.reporting import load_table
+from resources.report.tables import load_table
 from resources.triton.client import TextClient
 from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix

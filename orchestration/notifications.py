@@ -5,9 +5,9 @@ from typing import Any
 import dagster as dg
 
 from assets.partitions import PARTITION_TAG
-from resources.addresses import Address
+from resources.boundary.addresses import Address
+from resources.boundary.http import post_json
 from resources.errors import NotificationError, first_line
-from resources.http import post_json
 
 #: Chats cut long messages, or refuse them.
 _LONGEST = 3000

@@ -21,17 +21,17 @@ from orchestration.launcher import HOST_TAG
 from orchestration.settings import read_workspace, tracker_of
 from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
-from resources.device import why_not_here
-from resources.engines import ENGINES
+from resources.engines.specs import ENGINES
 from resources.errors import CatalogError, EngineError, TrackingError, database_trouble, disk_remedy
+from resources.machine.device import why_not_here
+from resources.settings.workspace import Workspace
 from resources.storage.locations import parse_location
-from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from dagster import ExecuteInProcessResult
     from dagster_shared.error import SerializableErrorInfo
 
-    from resources.catalog import ModelEntry
+    from resources.catalog.entries import ModelEntry
 
 #: What Dagster writes before the text of an error of this project.
 _OURS = "resources.errors."

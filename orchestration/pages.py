@@ -19,9 +19,9 @@ from orchestration.instance import WORKSPACE, prepare_instance
 from orchestration.sensors import SENSOR
 from orchestration.settings import read_execution, read_policies, read_workspace, tracker_of, webhook_of
 from resources.errors import ServerError
+from resources.processes.variables import DATABASE, MLFLOW, PROGRAM, PYTHON, inherited
+from resources.settings.workspace import Workspace
 from resources.triton.launch import supervised
-from resources.variables import DATABASE, MLFLOW, PROGRAM, PYTHON, inherited
-from resources.workspace import Workspace
 
 _LOOPBACK = "127.0.0.1"
 _MLFLOW_UI = "REFINERY_MLFLOW_UI"

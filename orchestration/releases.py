@@ -11,12 +11,12 @@ from contextlib import suppress
 from orchestration.serving import DEFAULT_ADDRESS
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
+from resources.settings.triton import TritonSettings
 from resources.triton import promote as promoting
 from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
 from resources.triton.layout import current_number
 from resources.triton.rollback import roll_back
-from resources.triton.settings import TritonSettings
 from resources.triton.verify import verify_release
 
 #: `refinery serve` looks every second, and loads in less than this.

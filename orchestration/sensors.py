@@ -13,13 +13,14 @@ from orchestration.jobs import optimize
 from orchestration.runs import models_under_way
 from orchestration.watch import RETRY_SECONDS, Cursor, Ended, Memory, Newest, decide, is_due, saw
 from resources.artifacts.records import Checkpoint
-from resources.catalog import Catalog, ModelEntry
-from resources.checkpoints.sources import kind_of
+from resources.catalog.entries import ModelEntry
+from resources.catalog.loading import Catalog
+from resources.checkpoints.sources.reference import kind_of
+from resources.checkpoints.watch.hub import is_pinned
+from resources.checkpoints.watch.pool import Looks
+from resources.checkpoints.watch.probe import REMOTE, Seen, look
 from resources.errors import CheckpointError, StorageError
-from resources.revisions import Looks, Seen, look
-from resources.revisions.hub import is_pinned
-from resources.revisions.source import REMOTE
-from resources.workspace import WATCH_SECONDS, Workspace
+from resources.settings.workspace import WATCH_SECONDS, Workspace
 
 #: A tick's, of which Dagster ends one after 60.
 TICK_SECONDS = 8.0

@@ -15,6 +15,8 @@ from typing import Any
 
 from orchestration.settings import read_workspace
 from resources.errors import ReleaseError, ServerError, StorageError
+from resources.settings.triton import TritonSettings
+from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
 from resources.storage.objects import RemotePath
 from resources.triton.client import Contract, TextClient, serves
@@ -26,8 +28,6 @@ from resources.triton.mirror import Mirror, served_folder
 from resources.triton.pointer import current_problem, require_current
 from resources.triton.release import require_embeddable
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
-from resources.workspace import Workspace
 
 _SHOWN = 8
 DEFAULT_ADDRESS = "127.0.0.1:8001"

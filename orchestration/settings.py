@@ -16,18 +16,18 @@ import orchestration
 from orchestration.certificates import share_certificates
 from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from orchestration.policies import FRESH_DAYS, Policies, check_owners
-from resources.addresses import WEB, Address, web_address
-from resources.checkpoints.registry import source_names
-from resources.checkpoints.settings import HUB, Access
+from resources.boundary.addresses import WEB, Address, web_address
+from resources.boundary.http import Tls
+from resources.checkpoints.sources.registry import source_names
 from resources.errors import CatalogError
-from resources.http import Tls
-from resources.isolation import Limits
+from resources.machine.targets import check_target
+from resources.processes.isolation import Limits
+from resources.settings.connection import Connection
+from resources.settings.sources import HUB, Access
+from resources.settings.triton import Control, Flavour, TritonSettings
+from resources.settings.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, WATCH_SECONDS, Workspace
 from resources.storage.locations import Location, parse_location
-from resources.targets import check_target
 from resources.tracking import Tracker
-from resources.triton.connection import Connection
-from resources.triton.settings import Control, Flavour, TritonSettings
-from resources.workspace import EXTERNAL_DATA_THRESHOLD_BYTES, WATCH_SECONDS, Workspace
 
 DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")
 #: RFC 9110, section 5: tokens as names, and values without control characters.

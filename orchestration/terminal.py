@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from resources.artifacts.records import BenchmarkReport, CandidateVerdict
-    from resources.catalog import Catalog
+    from resources.catalog.loading import Catalog
 
 #: A log has no width of its own.
 WIDTH_OF_LOGS = 180
@@ -143,7 +143,7 @@ def print_candidates(
     best: str | None,
 ) -> None:
     """What was measured as a table, and below it a line for each that was not."""
-    from resources.reporting import candidate_table
+    from resources.report.tables import candidate_table
 
     header, rows = candidate_table(reports, verdicts)
     measured = {report.engine for report in reports if report.status == "measured"}

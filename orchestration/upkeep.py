@@ -9,13 +9,13 @@ from typing import Any
 import dagster as dg
 
 from orchestration.gc import clean_stores, oldest_run_under_way, summary
-from resources.reporting import size_text
+from resources.report.tables import size_text
+from resources.settings.workspace import Workspace
 from resources.tracking import Tracker
 from resources.triton import promote as promoting
 from resources.triton import retain as cleaning
 from resources.triton.rollback import roll_back
 from resources.triton.verify import verify_release
-from resources.workspace import Workspace
 
 
 class Which(dg.Config):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from resources.revisions import Seen
+from resources.checkpoints.watch.probe import Seen
 
 #: What is waited after the first failure of a revision, and after the second; a third is the last.
 RETRY_SECONDS = (300.0, 1800.0)

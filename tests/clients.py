@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from resources.pipelines import TOKEN_COUNT
+from resources.pipelines.names import TOKEN_COUNT
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = 8

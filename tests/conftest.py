@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from resources.catalog import ModelEntry
-from resources.isolation import Limits
+from resources.catalog.entries import ModelEntry
 from resources.machine import lock
+from resources.processes.isolation import Limits
+from resources.settings.triton import TritonSettings
+from resources.settings.workspace import Workspace
 from resources.triton import fleet, make, retain
 from resources.triton.environment import is_installed
-from resources.triton.settings import TritonSettings
-from resources.workspace import Workspace
 from tests import servers
 from tests.checkpoints import make_checkpoint
 from tests.objects import S3Server, s3_server

@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 
-from resources.triton.connection import Connection, new_key
+from resources.settings.connection import Connection, new_key
+from resources.settings.triton import TritonSettings
 from resources.triton.foreground import serve_foreground
 from resources.triton.launch import Ports
-from resources.triton.settings import TritonSettings
 from tests.servers import free_port
 
 

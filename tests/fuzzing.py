@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from resources.catalog import ModelEntry
+from resources.catalog.entries import ModelEntry
 from resources.checkpoints.validation import validate
 from resources.errors import CheckpointError
 from resources.tasks import TASKS, CheckpointFiles

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from resources.errors import ServerError
+from resources.settings.triton import TritonSettings
 from resources.triton.client import TextClient
-from resources.triton.settings import TritonSettings
 from tests.foreground import serving, wait_until
 from tests.releases import CONTRACT
 

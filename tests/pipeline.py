@@ -17,9 +17,10 @@ import dagster as dg
 
 from orchestration.definitions import make_definitions
 from orchestration.optimize import failures
-from resources.catalog import ModelEntry, write_entry
-from resources.engines import BASELINE, SERVED
-from resources.workspace import Workspace
+from resources.catalog.entries import ModelEntry
+from resources.catalog.loading import write_entry
+from resources.engines.specs import BASELINE, SERVED
+from resources.settings.workspace import Workspace
 
 
 @dataclass(frozen=True)

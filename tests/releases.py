@@ -18,15 +18,15 @@ from resources.artifacts.records import Checkpoint, Engine, ServingSetting
 from resources.checkpoints.tokenizer import frame_of
 from resources.pipelines import pipeline_class
 from resources.pipelines.tokenization import TextEncoder
+from resources.settings.connection import Protocol
+from resources.settings.triton import Flavour
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
 from resources.triton.client import Contract, TextClient
-from resources.triton.connection import Protocol
 from resources.triton.load import ModelStatistics, server_statistics, statistics_since
 from resources.triton.make import make_exam
 from resources.triton.proof import Exam, Proof
 from resources.triton.release import Release, ReleasePlan
-from resources.triton.settings import Flavour
 from tests.checkpoints import permute_vocabulary
 
 WIDTH = 24

@@ -13,7 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from resources.artifacts.records import Checkpoint
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "fedcba9876543210fedcba9876543210fedcba98"

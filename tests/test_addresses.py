@@ -13,13 +13,13 @@ import pytest
 from pydantic import BaseModel
 
 from orchestration.settings import read_access, read_workspace, tracker_of, webhook_of
-from resources.addresses import Address, LibraryError, web_address
-from resources.catalog import load_catalog
-from resources.checkpoints.settings import Access, SourceSettings
+from resources.boundary.addresses import Address, LibraryError, web_address
+from resources.boundary.http import get_json, post_json
+from resources.catalog.loading import load_catalog
+from resources.checkpoints.watch.hub import hub_commit
+from resources.checkpoints.watch.registry import ask_version
 from resources.errors import CatalogError, CheckpointError, TrackingError
-from resources.http import get_json, post_json
-from resources.revisions.hub import hub_commit
-from resources.revisions.registry import ask_version
+from resources.settings.sources import Access, SourceSettings
 from tests.conftest import entry_for
 from tests.sources import COMMIT, serving
 

@@ -28,8 +28,8 @@ from resources.artifacts.fingerprint import (
 from resources.artifacts.gc import DAY_SECONDS, collect
 from resources.artifacts.records import Accuracy, BenchmarkReport, Engine, Record
 from resources.artifacts.store import VERIFY_AGAIN_SECONDS, ArtifactStore
-from resources.catalog import Shape
-from resources.engines import ENGINES
+from resources.catalog.entries import Shape
+from resources.engines.specs import ENGINES
 from resources.errors import ArtifactError
 from resources.storage.staging import WITHOUT_LOCK_SECONDS, leftovers
 

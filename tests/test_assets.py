@@ -13,7 +13,7 @@ from orchestration.definitions import make_definitions
 from orchestration.policies import FRESH_DAYS, GRACE_DAYS, Policies
 from orchestration.settings import read_policies
 from resources.errors import CatalogError
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 
 #: Names of icons as the page's own code has them: a kind of another name is shown without one.
 ICON = re.compile(r"[{,]([a-z0-9]+):\{icon:")
@@ -61,8 +61,8 @@ def test_every_asset_says_what_it_is_and_whose(known_kinds):
 
 def test_code_versions_are_those_of_what_the_store_compares():
     from resources.artifacts.fingerprint import code_version
+    from resources.benchmark import champion
     from resources.engines import rebuild
-    from resources.evaluation import champion
 
     found = specs()
     assert found["champion/cpu"].code_version == code_version(*champion.CODE)

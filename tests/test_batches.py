@@ -2,7 +2,7 @@
 
 import pytest
 
-from resources.evaluation.batches import equal_length_batches, plan_alone, plan_batches
+from resources.accuracy.batches import equal_length_batches, plan_alone, plan_batches
 from resources.pipelines.tokenization import buckets_up_to
 
 BUCKETS = buckets_up_to(256)

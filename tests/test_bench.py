@@ -15,10 +15,11 @@ import pytest
 from orchestration.cli import main
 from resources.artifacts.records import Engine, StoredFile, sha256_file
 from resources.artifacts.store import ArtifactStore
-from resources.catalog import write_entry
-from resources.engines import engine_spec
-from resources.evaluation.comparison import Comparison, compare, ratio_table
-from resources.workspace import Workspace
+from resources.benchmark.side_by_side import Comparison, compare
+from resources.catalog.loading import write_entry
+from resources.engines.specs import engine_spec
+from resources.report.side_by_side import ratio_table
+from resources.settings.workspace import Workspace
 from tests.conftest import entry_for
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,9 +6,10 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from resources.catalog import BenchmarkSettings, ModelEntry, check_name, load_catalog, write_entry
+from resources.catalog.entries import BenchmarkSettings, ModelEntry, check_name
+from resources.catalog.loading import load_catalog, write_entry
 from resources.errors import CatalogError
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 
 MODEL = "  - name: m\n    source: org/model\n    task: embedding\n"
 

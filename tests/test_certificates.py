@@ -9,9 +9,9 @@ import pytest
 
 from orchestration.certificates import share_certificates
 from orchestration.settings import read_workspace
+from resources.checkpoints.watch.hub import hub_commit
+from resources.checkpoints.watch.registry import ask_version
 from resources.errors import CheckpointError
-from resources.revisions.hub import hub_commit
-from resources.revisions.registry import ask_version
 from tests.sources import COMMIT, serving
 
 VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "MLFLOW_TRACKING_INSECURE_TLS")

@@ -10,13 +10,13 @@ import pytest
 
 from resources.artifacts import hashes
 from resources.artifacts.store import ArtifactStore
-from resources.checkpoints import SourceSettings, collect_checkpoint
-from resources.checkpoints.collect import copy_unchanged
+from resources.checkpoints.collect import collect_checkpoint, copy_unchanged
 from resources.checkpoints.validation import largest_token_id, validate
+from resources.checkpoints.watch.probe import look
 from resources.errors import CheckpointError
-from resources.isolation import Limits
 from resources.pipelines.tokenization import TextEncoder
-from resources.revisions import look
+from resources.processes.isolation import Limits
+from resources.settings.sources import SourceSettings
 from tests.checkpoints import MINILM_PACKAGE, edit_json
 from tests.conftest import entry_for
 
@@ -27,9 +27,9 @@ from pathlib import Path
 import psutil
 from resources.artifacts import hashes
 from resources.artifacts.store import ArtifactStore
-from resources.catalog import ModelEntry
+from resources.catalog.entries import ModelEntry
 from resources.checkpoints import collect_checkpoint
-from resources.isolation import Limits
+from resources.processes.isolation import Limits
 entry = ModelEntry(name="minilm", source=sys.argv[1], task="embedding")
 made = collect_checkpoint(entry, ArtifactStore(Path(sys.argv[2])), Limits())
 print(made.reused, len(psutil.Process().children()), sorted({"torch", "transformers", "numpy"} & set(sys.modules)))

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from resources.artifacts.records import Accuracy, BenchmarkReport, EvaluationSet, ShapeTiming
-from resources.engines import SERVED
+from resources.benchmark.champion import Served, make_champion
+from resources.benchmark.ranking import EQUAL, contest, judge, margin, require_champion, score, tell
+from resources.benchmark.statistics import summarize
+from resources.engines.specs import SERVED
 from resources.errors import NoChampionError
-from resources.evaluation.champion import Served, make_champion
-from resources.evaluation.choosing import EQUAL, contest, judge, margin, require_champion, score, tell
-from resources.evaluation.statistics import summarize
 from resources.triton import served
 from tests.conftest import entry_for
 
@@ -247,9 +247,9 @@ def test_a_machine_on_which_pytorch_differs_from_itself_is_said_to_be_too_busy(w
 def test_the_worse_of_two_ways_counts():
     import numpy as np
 
-    from resources.evaluation.answering import Answered
-    from resources.evaluation.benchmark import measure_accuracy
-    from resources.evaluation.evaluation_set import Evaluation
+    from resources.accuracy.evaluation_set import Evaluation
+    from resources.accuracy.inference import Answered
+    from resources.accuracy.measuring import measure_accuracy
     from resources.tasks import TASKS
 
     random = np.random.default_rng(0)

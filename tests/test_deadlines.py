@@ -10,14 +10,14 @@ from contextlib import contextmanager
 import pytest
 
 from orchestration.notifications import _post
-from resources import deadlines, http
-from resources.addresses import Address
-from resources.checkpoints.settings import Access, SourceSettings
-from resources.deadlines import Pace, within
+from resources.boundary import deadlines, http
+from resources.boundary.addresses import Address
+from resources.boundary.deadlines import Pace, within
+from resources.boundary.http import get_json
+from resources.checkpoints.watch.hub import hub_commit
+from resources.checkpoints.watch.registry import ask_version
 from resources.errors import CheckpointError, NotificationError, ServerError, StorageError, TrackingError
-from resources.http import get_json
-from resources.revisions.hub import hub_commit
-from resources.revisions.registry import ask_version
+from resources.settings.sources import Access, SourceSettings
 from resources.tracking import store
 from resources.tracking.store import TrackingStore
 from resources.triton import client

@@ -23,8 +23,8 @@ from orchestration.executors import make_executor
 from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
 from orchestration.sensors import SENSOR
 from orchestration.settings import read_execution
+from resources.settings.workspace import Workspace
 from resources.triton.layout import current_release
-from resources.workspace import Workspace
 from tests import servers
 from tests.conftest import entry_for
 from tests.pipeline import add_entry

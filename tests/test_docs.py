@@ -9,8 +9,9 @@ import yaml
 
 from orchestration.cli import _parser
 from orchestration.definitions import defs
-from resources.catalog import _PARTS, ModelEntry, load_catalog
-from resources.engines import ENGINES
+from resources.catalog.entries import _PARTS, ModelEntry
+from resources.catalog.loading import load_catalog
+from resources.engines.specs import ENGINES
 from resources.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
-from resources.addresses import Address
-from resources.catalog import ModelEntry
-from resources.checkpoints import Access
-from resources.checkpoints.sources import hub_reference, kind_of
+from resources.boundary.addresses import Address
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.sources.reference import hub_reference, kind_of
+from resources.checkpoints.watch.probe import look
 from resources.errors import CatalogError, CheckpointError
-from resources.revisions.source import look
+from resources.settings.sources import Access
 from tests.conftest import entry_for
 from tests.sources import COMMIT, collect, serving, write_checkpoint
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from resources.catalog import load_catalog
+from resources.catalog.loading import load_catalog
+from resources.checkpoints.requests import evaluation_requests, require_answers, sampled_requests
 from resources.errors import CatalogError
-from resources.evaluation.requests import evaluation_requests, require_answers, sampled_requests
 from resources.pipelines.numbers import TextPipeline
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS

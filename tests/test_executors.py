@@ -20,8 +20,8 @@ from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
 from orchestration.settings import read_execution
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.errors import CatalogError, IsolationError
-from resources.isolation import Limits, run_isolated
-from resources.workspace import Workspace
+from resources.processes.isolation import Limits, run_isolated
+from resources.settings.workspace import Workspace
 from tests.conftest import entry_for
 from tests.kubernetes import cluster
 from tests.pipeline import add_entry, materialize, settings_of

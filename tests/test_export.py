@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
-from resources.checkpoints import collect_checkpoint
-from resources.engines.onnxruntime import OnnxRuntimeRunner
+from resources.accuracy.evaluation_set import make_evaluation_set, read_evaluation_set
+from resources.checkpoints.collect import collect_checkpoint
+from resources.engines.onnxruntime.runner import OnnxRuntimeRunner
 from resources.errors import EngineError, ExportError
-from resources.evaluation.evaluation_set import make_evaluation_set, read_evaluation_set
 from resources.export import exporter
 from resources.export.make import make_graph
 from resources.pipelines import open_pipeline
@@ -62,7 +62,7 @@ def test_graph_is_the_model(made_checkpoint, workspace, kind, task, inputs, outp
 def test_reference_is_each_text_alone(made_checkpoint, workspace):
     import torch
 
-    from resources.checkpoints import checkpoint_files
+    from resources.checkpoints.collect import checkpoint_files
 
     entry, checkpoint = collected(workspace, made_checkpoint())
     evaluation = make_evaluation_set(workspace, entry, checkpoint).record
@@ -143,8 +143,9 @@ def test_every_engine_of_the_target_is_built(made_checkpoint, sharing, architect
 
     Heads too: their weights are neither square nor stored as those of layers are.
     """
-    from resources.engines import ENGINES, load
+    from resources.engines.interface import load
     from resources.engines.make import make_engine, sources_of
+    from resources.engines.specs import ENGINES
 
     folder = made_checkpoint(architecture=architecture, **{**CHECKPOINTS[task], **more})
     # Without the ladder, which would leave in fp32 whatever misses a gate: here every matrix is to be in int8.
@@ -181,8 +182,8 @@ def test_every_engine_of_the_target_is_built(made_checkpoint, sharing, architect
 
 
 def test_no_engine_is_built_from_a_wrong_graph(made_checkpoint, workspace):
-    from resources.engines import engine_spec
     from resources.engines.make import make_engine, sources_of
+    from resources.engines.specs import engine_spec
 
     entry, checkpoint = collected(workspace, made_checkpoint())
     graph = make_graph(workspace, entry, checkpoint).record

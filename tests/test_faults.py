@@ -15,10 +15,10 @@ import pytest
 from orchestration.instance import prepare_instance
 from resources.artifacts.records import Engine
 from resources.artifacts.store import ArtifactStore
+from resources.settings.workspace import Workspace
 from resources.triton.layout import current_number, list_releases, parse_internal, release_numbers
 from resources.triton.publish import Steps, publish
 from resources.triton.verify import differences, find_release
-from resources.workspace import Workspace
 from tests.faults import commands
 from tests.releases import make_plan, unasked
 from tests.test_artifacts import engine

@@ -9,8 +9,9 @@ import pytest
 from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.records import Engine
 from resources.artifacts.store import ArtifactStore
-from resources.catalog import ModelEntry, write_entry
-from resources.checkpoints.staging import kept_copy
+from resources.catalog.entries import ModelEntry
+from resources.catalog.loading import write_entry
+from resources.checkpoints.sources.copies import kept_copy
 from resources.storage import atomic as files
 from resources.storage.atomic import write_whole
 from resources.triton.files import remember_number

@@ -10,8 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from resources.artifacts.records import Record
-from resources.errors import ReleaseError
-from resources.foreign import (
+from resources.boundary.foreign import (
     ForeignError,
     check_name,
     is_file_below,
@@ -21,6 +20,7 @@ from resources.foreign import (
     read_below,
     values_of,
 )
+from resources.errors import ReleaseError
 from resources.storage.locations import parse_location
 from resources.triton.layout import list_releases, parse_internal, pinned_number
 from resources.triton.mirror import Mirror
@@ -210,11 +210,11 @@ def test_graphs_whose_weights_are_elsewhere(tmp_path, runtime):
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(Exception, match=r"escapes model directory|outside the base directory"):
         if runtime == "onnxruntime":
-            from resources.engines.sessions import open_session
+            from resources.engines.onnxruntime.sessions import open_session
 
             open_session(str(path), 1)
         elif runtime == "onnx_ir":
-            from resources.engines.typed import plain_graph
+            from resources.engines.precision.tensorrt_precision import plain_graph
 
             plain_graph(path)
         else:

@@ -8,7 +8,7 @@ import pytest
 from tritonclient import grpc as api
 from tritonclient.utils import InferenceServerException
 
-from resources.pipelines import TOKEN_COUNT, TOKEN_IDS
+from resources.pipelines.names import TOKEN_COUNT, TOKEN_IDS
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
 from resources.triton.publish import Steps, publish

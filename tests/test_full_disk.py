@@ -16,7 +16,7 @@ from orchestration.optimize import _of_the_system
 from resources.artifacts.records import Engine
 from resources.artifacts.store import ArtifactStore
 from resources.errors import disk_trouble
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 from tests.test_artifacts import engine
 
 REFINERY = str(Path(sys.executable).with_name("refinery"))

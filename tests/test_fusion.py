@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from resources.checkpoints import collect_checkpoint
+from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.fusion import fuse
 from resources.engines.fusion.activations import fuse_fast_gelu
 from resources.engines.fusion.eager import fuse_eager_attention
@@ -15,8 +15,8 @@ from resources.engines.fusion.masks import masks_padding, masks_to_lengths
 from resources.engines.fusion.pooling import fuse_mean_pooling, fuse_normalization
 from resources.engines.fusion.rotary import fuse_rotary_attention, fuse_skip_normalization
 from resources.engines.graphs import drop_unused, name_nodes
-from resources.engines.onnxruntime import OnnxRuntimeRunner
-from resources.engines.sessions import session_of_bytes
+from resources.engines.onnxruntime.runner import OnnxRuntimeRunner
+from resources.engines.onnxruntime.sessions import session_of_bytes
 from resources.export.make import make_graph
 from tests.checkpoints import ENCODERS
 from tests.conftest import entry_for

@@ -11,7 +11,7 @@ import pytest
 
 from resources.checkpoints.validation import validate
 from resources.errors import IsolationError
-from resources.isolation import Limits, Worker
+from resources.processes.isolation import Limits, Worker
 from tests.checkpoints import make_checkpoint
 from tests.fuzzing import INDEX, MOST_BYTES, MOST_SECONDS, SHARD, Reader, entry
 

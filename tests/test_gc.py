@@ -17,9 +17,9 @@ from resources.artifacts.gc import CACHE_SECONDS, DAY_SECONDS, collect
 from resources.artifacts.records import Champion, Engine
 from resources.artifacts.store import ArtifactStore
 from resources.errors import ArtifactError
+from resources.settings.workspace import Workspace
 from resources.storage.staging import WITHOUT_LOCK_SECONDS
 from resources.triton.publish import Steps, publish
-from resources.workspace import Workspace
 from tests.releases import make_plan, unasked
 
 

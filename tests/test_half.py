@@ -11,17 +11,19 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from resources.checkpoints import collect_checkpoint
-from resources.device import parse_gpu, why_not_here
-from resources.engines import build, engine_spec, unsupported_reason
-from resources.engines.half import NEAR, halvable, near_overflow, to_half, watched_values
+from resources.accuracy.evaluation_set import make_evaluation_set
+from resources.checkpoints.collect import collect_checkpoint
+from resources.engines.availability import unsupported_reason
+from resources.engines.interface import build
 from resources.engines.make import goal_of, sources_of
-from resources.engines.onnxruntime import OnnxRuntimeRunner
-from resources.engines.sessions import session_of_bytes
-from resources.evaluation.evaluation_set import make_evaluation_set
-from resources.evaluation.examiner import Examiner
+from resources.engines.onnxruntime.runner import OnnxRuntimeRunner
+from resources.engines.onnxruntime.sessions import session_of_bytes
+from resources.engines.precision.half_precision import NEAR, halvable, near_overflow, to_half, watched_values
+from resources.engines.precision.precision_search import open_gate_check
+from resources.engines.specs import engine_spec
 from resources.export.make import make_graph
-from resources.targets import capability_of, check_target, device_of
+from resources.machine.device import parse_gpu, why_not_here
+from resources.machine.targets import capability_of, check_target, device_of
 from tests.checkpoints import add_overflow
 from tests.conftest import entry_for
 from tests.test_fusion import pooling_model, read, small_batch
@@ -39,9 +41,9 @@ def prepared(workspace, folder, **fields):
 
 def misses(sources, goal, folder):
     """The gates that the engine in the folder misses, without any reserve."""
-    examiner = Examiner(goal, sources.checkpoint, sources.checkpoint_folder, sources.graph.width)
+    gate_check = open_gate_check(goal, sources)
     runner = OnnxRuntimeRunner(folder / "model.onnx", sources.graph.output, threads=2)
-    return examiner.misses(runner.run)
+    return gate_check.misses(runner.run)
 
 
 @pytest.fixture
@@ -185,14 +187,14 @@ def test_what_nvidia_smi_says():
 
 
 def test_a_target_without_its_gpu_is_unsupported(monkeypatch):
-    import resources.device
+    import resources.machine.device
 
     assert unsupported_reason(FP16, "cpu") == "onnxruntime_fp16 needs an NVIDIA GPU; the target 'cpu' has none."
     int8 = engine_spec("onnxruntime_int8")
     assert "needs a CPU" in str(unsupported_reason(int8, "cuda_sm90"))
-    monkeypatch.setattr(resources.device, "first_gpu", lambda: None)
+    monkeypatch.setattr(resources.machine.device, "first_gpu", lambda: None)
     assert "nvidia-smi shows none" in str(why_not_here("cuda_sm90"))
     assert why_not_here("cpu") is None
-    monkeypatch.setattr(resources.device, "first_gpu", lambda: parse_gpu("NVIDIA L4, 8.9, 580"))
+    monkeypatch.setattr(resources.machine.device, "first_gpu", lambda: parse_gpu("NVIDIA L4, 8.9, 580"))
     assert "Name the target cuda_sm89" in str(unsupported_reason(FP16, "cuda_sm90"))
     assert unsupported_reason(FP16, "cuda_sm89") is None

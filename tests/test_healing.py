@@ -373,7 +373,7 @@ import sys, time
 from pathlib import Path
 from resources.triton.server import EmbeddedServer
 from resources.triton.stubs import Stubs, signal_text
-from resources.triton.settings import TritonSettings
+from resources.settings.triton import TritonSettings
 settings = TritonSettings(environment=Path({str(triton_settings.environment)!r}))
 with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Path({str(tmp_path / "log")!r})) as s:
     print(s.pid, flush=True)

@@ -15,9 +15,9 @@ from types import ModuleType
 import psutil
 import pytest
 
-from resources import memory
 from resources.errors import EngineError, IsolationError
-from resources.isolation import Limits, Worker, run_isolated
+from resources.processes import memory
+from resources.processes.isolation import Limits, Worker, run_isolated
 
 LIMITS = Limits(timeout_s=60, memory_bytes=4 * 10**9)
 
@@ -274,7 +274,7 @@ def test_the_default_limit_is_that_of_the_cgroup_that_we_run_in():
         file.write_text(str(GB))
     except OSError:
         pytest.skip("making a cgroup needs root and version 1 of them, mounted to be written")
-    code = "import os; from pathlib import Path; from resources.isolation import Limits\n"
+    code = "import os; from pathlib import Path; from resources.processes.isolation import Limits\n"
     code += f"Path({str(file.parent)!r}, 'cgroup.procs').write_text(str(os.getpid())); print(Limits().memory_bytes)"
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -330,7 +330,7 @@ from pathlib import Path
 import psutil
 from resources import isolation
 from resources.errors import IsolationError
-from resources.isolation import Limits, Worker, run_isolated
+from resources.processes.isolation import Limits, Worker, run_isolated
 from tests.test_isolation import Held, hold
 isolation.PRELOAD = ()
 worker = Worker(Held, limits=Limits(timeout_s=60), what="idle")
@@ -387,7 +387,7 @@ def test_children_end_with_their_server_and_the_next_gets_a_new_one(tmp_path):
 INTERRUPTED = """
 import os, signal, threading
 from multiprocessing import forkserver
-from resources.isolation import Limits, run_isolated
+from resources.processes.isolation import Limits, run_isolated
 connect = forkserver.connect_to_new_process
 def interrupted(fds):
     connect(fds)
@@ -425,7 +425,7 @@ def test_an_interrupted_start_prints_nothing(tmp_path, when):
 
 ABANDONED = """
 import multiprocessing.forkserver, multiprocessing.reduction, os
-from resources.isolation import Limits, Worker, run_isolated
+from resources.processes.isolation import Limits, Worker, run_isolated
 send, limits = multiprocessing.reduction.sendfds, Limits(timeout_s=60)
 def interrupted(client, fds):
     multiprocessing.reduction.sendfds = send

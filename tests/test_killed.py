@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from resources.errors import ReleaseError
+from resources.settings.triton import TritonSettings
 from resources.triton import retain as retaining
 from resources.triton import rollback as rolling_back
 from resources.triton.files import staging_root
@@ -30,7 +31,6 @@ from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 from resources.triton.verify import differences, find_release, verify_release
 from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
 
@@ -393,7 +393,7 @@ def test_publishers_at_once(tmp_path):
 
 def act_as_nobody(folder: str) -> None:
     """Publish, roll back and clean up without the right to write; prints what was said."""
-    from resources.triton.settings import TritonSettings
+    from resources.settings.triton import TritonSettings
 
     home, plan = Path(folder), make_plan(Path(folder) / "plans", seed=1000, permuted=True)
     publish(plan, home / "practice" / "cpu", UNASKED)  # what is imported late, is now

@@ -2,7 +2,7 @@
 
 import pytest
 
-from resources.engines.ladder import Operator, search
+from resources.engines.precision.ladder import Operator, search
 
 #: Six layers of four parts, as in BERT.
 PARTS = {"self": (32, 96), "output": (32, 32), "up": (32, 64), "down": (64, 32)}

@@ -70,8 +70,8 @@ def test_artifacts_and_their_store_know_no_dagster():
 def test_only_orchestration_reads_the_environment():
     """`os.environ` and `os.getenv` are settings in disguise anywhere else."""
     allowed = {
-        "resources/preload.py",  # sets variables of libraries, before they are imported
-        "resources/variables.py",  # what processes that we start inherit
+        "resources/processes/preload.py",  # sets variables of libraries, before they are imported
+        "resources/processes/variables.py",  # what processes that we start inherit
     }
     for room in ("resources", "assets"):
         for file in (ROOT / room).rglob("*.py"):

@@ -16,7 +16,7 @@ from orchestration.lint import as_sarif, as_text
 from resources.errors import ReleaseError, ServerError
 from resources.triton.layout import CONFIG
 from resources.triton.lint import RULES, Finding, lint
-from resources.triton.lint.repository import Model
+from resources.triton.lint.model import Model
 from resources.triton.lint.sources import source_findings
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer

@@ -12,8 +12,9 @@ import pytest
 
 from orchestration import cli
 from resources.artifacts.records import ServingSetting, ThreadSetting
-from resources.catalog import ServingSettings
+from resources.catalog.entries import ServingSettings
 from resources.errors import ReleaseError, ServerError
+from resources.settings.triton import TritonSettings
 from resources.triton.config import engine_config
 from resources.triton.fleet import Fleet
 from resources.triton.layout import current_number
@@ -22,7 +23,6 @@ from resources.triton.publish import Steps, publish
 from resources.triton.rollback import roll_back
 from resources.triton.search import settings_to_try
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 from resources.triton.trials import configured_trials
 from resources.triton.verify import verify_release
 from tests.native import play_native_backend

@@ -10,7 +10,7 @@ import pytest
 from orchestration.definitions import make_definitions
 from orchestration.notifications import failure_sensor
 from orchestration.settings import webhook_of
-from resources.addresses import Address
+from resources.boundary.addresses import Address
 from resources.errors import CatalogError, NotificationError, ReleaseError
 
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from resources import engines
-from resources.catalog import Shape
-from resources.checkpoints import collect_checkpoint
-from resources.engines import Sources, build, engine_spec, load, unsupported_reason
+from resources.accuracy.evaluation_set import make_evaluation_set
+from resources.benchmark.measuring import make_benchmark
+from resources.benchmark.texts import batch_of_shape
+from resources.catalog.entries import Shape
+from resources.checkpoints.collect import collect_checkpoint
+from resources.engines.availability import unsupported_reason
+from resources.engines.interface import Sources, build, load
 from resources.engines.make import make_engine, sources_of
+from resources.engines.specs import engine_spec
 from resources.errors import EngineError
-from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.evaluation_set import make_evaluation_set
-from resources.evaluation.texts import batch_of_shape
 from resources.export.make import make_graph
 from resources.pipelines import open_pipeline
 from resources.tasks import TASKS

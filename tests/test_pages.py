@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 from orchestration.guard import origin_of
 from orchestration.pages import mlflow_variables
 from orchestration.sensors import SENSOR
-from resources.workspace import Workspace
+from resources.settings.workspace import Workspace
 from tests.test_cli import REFINERY, environment, free
 
 #: Where a proxy of the user's stands.

@@ -15,10 +15,11 @@ import pytest
 from orchestration.settings import tracker_of
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, OnnxGraph, ServingConfiguration
 from resources.artifacts.store import Made
-from resources.engines import SERVED
+from resources.benchmark import ranking as choosing
+from resources.engines.specs import SERVED
 from resources.errors import ReleaseError, ServerError
-from resources.evaluation import choosing
-from resources.isolation import Limits
+from resources.processes.isolation import Limits
+from resources.settings.workspace import Workspace
 from resources.triton import make
 from resources.triton.layout import current_number, current_release, list_releases
 from resources.triton.preflight import require_publishable
@@ -26,7 +27,6 @@ from resources.triton.promote import promote
 from resources.triton.publish import Steps, unverified_root
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.workspace import Workspace
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
 from tests.native import play_native_backend

@@ -9,18 +9,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from resources.catalog import ModelEntry
-from resources.checkpoints import checkpoint_files, collect_checkpoint
-from resources.evaluation.answering import answer_items
-from resources.evaluation.batches import PlannedBatch
-from resources.isolation import Limits
+from resources.accuracy.batches import PlannedBatch
+from resources.accuracy.inference import answer_items
+from resources.boundary.trust import Trust
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.collect import checkpoint_files, collect_checkpoint
 from resources.pipelines import beginnings, open_pipeline
 from resources.pipelines.limits import RefusedError
 from resources.pipelines.tokenization import TextEncoder
 from resources.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
+from resources.processes.isolation import Limits
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
-from resources.trust import Trust
 from tests.answers import CHECKPOINTS, assert_same, transformers_answers
 
 #: Short, empty, odd, and longer than the small checkpoints take (64 tokens).

@@ -19,13 +19,14 @@ from orchestration.schedules import MOST_ATTEMPTS, PLAN_TAG, WHY_TAG, reoptimiza
 from resources.artifacts import fingerprint as fingerprints
 from resources.artifacts import hashes
 from resources.artifacts.records import Engine
-from resources.checkpoints import Located, collect
-from resources.engines import ENGINES
+from resources.checkpoints import collect
+from resources.checkpoints.sources.reference import Located
 from resources.engines import make as engine_making
+from resources.engines.specs import ENGINES
 from resources.errors import CatalogError, EngineError, UnfetchedError
-from resources.isolation import Limits
 from resources.plan import differences, plan_model
-from resources.workspace import Workspace
+from resources.processes.isolation import Limits
+from resources.settings.workspace import Workspace
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, instance, run_assets, run_job
 from tests.sources import COMMIT, OLDER, write_checkpoint

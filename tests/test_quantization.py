@@ -7,8 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from resources.engines.onnxruntime import OnnxRuntimeRunner
-from resources.engines.quantization import (
+from resources.engines.onnxruntime.runner import OnnxRuntimeRunner
+from resources.engines.precision.quantization import (
     SWITCHES,
     Activations,
     find_operators,
@@ -245,12 +245,12 @@ def outliers(own_checkpoint: Callable[..., Path]) -> Path:
 
 def judged(workspace, folder, engine, **fields):
     """The engine built for the checkpoint, and the gates that its benchmark finds missed."""
-    from resources.checkpoints import collect_checkpoint
-    from resources.engines import engine_spec
+    from resources.accuracy.evaluation_set import make_evaluation_set
+    from resources.benchmark.champion import gates_missed
+    from resources.benchmark.measuring import make_benchmark
+    from resources.checkpoints.collect import collect_checkpoint
     from resources.engines.make import make_engine, sources_of
-    from resources.evaluation.benchmark import make_benchmark
-    from resources.evaluation.champion import gates_missed
-    from resources.evaluation.evaluation_set import make_evaluation_set
+    from resources.engines.specs import engine_spec
     from resources.export.make import make_graph
     from tests.conftest import entry_for
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
+from resources.accuracy.evaluation_set import make_evaluation_set
 from resources.artifacts.records import Engine, EvaluationSet, sha256_file
-from resources.catalog import ModelEntry
-from resources.checkpoints import collect_checkpoint
-from resources.engines import Built, Sources, build, engine_spec
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.collect import collect_checkpoint
+from resources.engines.interface import Built, Goal, Sources, build
 from resources.engines.make import goal_of, make_engine, sources_of
 from resources.engines.rebuild import SCRIPT, Recipe, differences, main, recipe_of, write_script
+from resources.engines.specs import engine_spec
 from resources.errors import EngineError
-from resources.evaluation.evaluation_set import make_evaluation_set
-from resources.evaluation.goal import Goal
 from resources.export.make import make_graph
-from resources.isolation import Limits
+from resources.processes.isolation import Limits
+from resources.settings.workspace import Workspace
 from resources.triton.release import check_copies, content_digest, list_files, write_engine
-from resources.workspace import Workspace
 from tests.conftest import entry_for
 from tests.releases import make_plan
 from tests.test_half import overflowing

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from resources.checkpoints import collect_checkpoint
+from resources.accuracy import evaluation_set, reference
+from resources.checkpoints.collect import collect_checkpoint
+from resources.checkpoints.requests import evaluation_requests
 from resources.errors import CheckpointError
-from resources.evaluation import evaluation_set, reference
-from resources.evaluation.requests import evaluation_requests
-from resources.isolation import Limits
 from resources.pipelines import tokenization
 from resources.pipelines.tokenization import TextEncoder
+from resources.processes.isolation import Limits
 from resources.tasks import classification, embedding
 from resources.tasks.embedding import Pooling
 from resources.tasks.samples import rare_texts, sample_texts

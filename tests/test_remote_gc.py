@@ -13,9 +13,9 @@ from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.remote_gc import collect_remote
 from resources.artifacts.store import ArtifactStore
 from resources.errors import StorageError
+from resources.settings.workspace import Workspace
 from resources.storage import objects as storage
 from resources.triton.layout import artifacts_of_releases
-from resources.workspace import Workspace
 from tests.test_gc import digest, engine, make
 
 

@@ -5,12 +5,12 @@ import re
 import pytest
 
 from resources.artifacts.records import Accuracy
-from resources.evaluation.choosing import judge
+from resources.benchmark.ranking import judge
 from resources.report.changes import changes
 from resources.report.optimization import Before, Changes, Gate
 from resources.report.page import page, render
 from resources.report.pareto import Point, front, pareto_figure
-from resources.reporting import latency_plot
+from resources.report.plots import latency_plot
 from tests.test_choosing import report, timing, unsteady
 from tests.test_tracking import champion_of, optimization
 

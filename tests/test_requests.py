@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from resources.catalog import LimitSettings
+from resources.catalog.entries import LimitSettings
 from resources.errors import ServerError
 from resources.pipelines.limits import RequestLimits
 from resources.tasks import TASKS

@@ -21,8 +21,8 @@ import pytest
 
 from orchestration.settings import read_workspace
 from resources.errors import CatalogError, ServerError
+from resources.settings.connection import KEY_HEADER, Connection, held_key, kept_key
 from resources.triton.client import TextClient
-from resources.triton.connection import KEY_HEADER, Connection, held_key, kept_key
 from resources.triton.fleet import Fleet
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer
@@ -158,7 +158,7 @@ def test_the_key_lies_in_a_file_of_its_user_while_the_server_runs(tmp_path, trit
     code = f"""
 import sys, time
 from pathlib import Path
-from resources.triton.connection import kept_key
+from resources.settings.connection import kept_key
 with kept_key(Path({str(folder)!r}), 8001, "left over"):
     print("kept", flush=True)
     time.sleep(60)

@@ -11,6 +11,7 @@ import pytest
 from orchestration import releases
 from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
+from resources.settings.triton import TritonSettings
 from resources.storage.objects import RemotePath, Store
 from resources.triton import publish as publishing
 from resources.triton import retain as module
@@ -19,7 +20,6 @@ from resources.triton.layout import CONFIG, current_number, current_release, is_
 from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 from tests.releases import answers_of, ask_together, make_plan, release_digest, unasked
 
 UNASKED = Steps(prove=unasked)

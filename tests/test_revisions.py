@@ -16,13 +16,17 @@ import pytest
 
 from orchestration.entries import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_access
-from resources import http as asking
-from resources.addresses import Address
-from resources.checkpoints import Access, SourceSettings, locate, registry
-from resources.checkpoints.registry import parse_reference
+from resources.boundary import http as asking
+from resources.boundary.addresses import Address
+from resources.checkpoints.sources import registry
+from resources.checkpoints.sources.locating import locate
+from resources.checkpoints.sources.registry import parse_reference
+from resources.checkpoints.watch import background as aside
+from resources.checkpoints.watch import probe as looking
+from resources.checkpoints.watch.pool import Looks
+from resources.checkpoints.watch.probe import Seen, look
 from resources.errors import CheckpointError
-from resources.revisions import Looks, Seen, aside, look
-from resources.revisions import source as looking
+from resources.settings.sources import Access, SourceSettings
 from resources.storage.locks import file_lock
 from tests.conftest import entry_for
 from tests.sources import COMMIT, OLDER, serving, write_checkpoint, write_weights
@@ -641,7 +645,7 @@ def test_a_look_that_hangs_holds_up_no_other_and_is_not_begun_twice():
 
 
 def test_a_look_that_hangs_for_long_is_said(monkeypatch):
-    from resources.revisions import looks as module
+    from resources.checkpoints.watch import pool as module
 
     monkeypatch.setattr(module, "LATE_SECONDS", 0.1)
     looks, let_go = Looks(), threading.Event()

@@ -13,6 +13,7 @@ import pytest
 from orchestration import listing, releases, serving
 from orchestration.cli import main
 from resources.errors import ReleaseError, ServerError
+from resources.settings.triton import TritonSettings
 from resources.triton import fleet, verify
 from resources.triton import rollback as module
 from resources.triton.asking import ask
@@ -22,7 +23,6 @@ from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 from resources.triton.verify import differences, find_release
 from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
 

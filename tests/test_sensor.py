@@ -15,13 +15,14 @@ from orchestration import sensors
 from orchestration.definitions import make_definitions
 from orchestration.settings import read_workspace
 from orchestration.watch import LAUNCH_SECONDS, RETRY_SECONDS, Cursor, Memory, Newest, decide, is_due, saw
-from resources.addresses import Address
 from resources.artifacts.records import Checkpoint, StoredFile
 from resources.artifacts.store import ArtifactStore
-from resources.catalog import ModelEntry, write_entry
-from resources.checkpoints import Access
+from resources.boundary.addresses import Address
+from resources.catalog.entries import ModelEntry
+from resources.catalog.loading import write_entry
+from resources.checkpoints.watch.probe import Seen
 from resources.errors import CatalogError, CheckpointError, StorageError
-from resources.revisions import Seen
+from resources.settings.sources import Access
 from tests.performance.ticks import run_ticks
 from tests.pipeline import instance as real_instance
 from tests.sources import COMMIT, collect, serving, write_checkpoint, write_weights

@@ -39,8 +39,8 @@ ODD = ["", " ", "🙂🙃", "مرحبا بالعالم, שלום", "nul \x00 ins
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, made_checkpoint, triton_settings):
     """One server of all tasks, each published by its own run of the job."""
-    from resources.isolation import Limits
-    from resources.workspace import Workspace
+    from resources.processes.isolation import Limits
+    from resources.settings.workspace import Workspace
 
     home = tmp_path_factory.mktemp("served")
     workspace = Workspace(

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from resources.artifacts.records import ServingReport, ServingSetting, ServingTrial, ThreadSetting
-from resources.catalog import RateLimiter, ServingSettings
-from resources.engines.cuda import fill, rows_of_a_graph
+from resources.catalog.entries import RateLimiter, ServingSettings
+from resources.engines.onnxruntime.cuda import fill, rows_of_a_graph
 from resources.errors import ReleaseError, ServerError
-from resources.reporting import load_plot, load_table
+from resources.report.plots import load_plot
+from resources.report.tables import load_table
 from resources.tasks.samples import sample_texts
 from resources.tracking.serving import last_of_each
 from resources.triton.config import engine_config, front_config

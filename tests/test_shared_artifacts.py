@@ -11,7 +11,7 @@ from orchestration.settings import read_workspace
 from resources.artifacts.records import Checkpoint, Engine
 from resources.artifacts.remote import RemoteArtifacts
 from resources.artifacts.store import ArtifactStore
-from resources.catalog import write_entry
+from resources.catalog.loading import write_entry
 from resources.errors import ArtifactError, CatalogError, StorageError
 from resources.plan import plan_model
 from tests.conftest import entry_for

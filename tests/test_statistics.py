@@ -5,13 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
-from resources.evaluation.statistics import (
-    geometric_mean,
-    median_ratio,
-    percentile,
-    summarize,
-    windows_agree,
-)
+from resources.benchmark.statistics import geometric_mean, median_ratio, percentile, summarize, windows_agree
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])

@@ -27,6 +27,7 @@ from orchestration.cli import main
 from orchestration.settings import read_workspace
 from resources.artifacts.records import ServingSetting
 from resources.errors import CatalogError, ReleaseError, ServerError, StorageError
+from resources.settings.triton import TritonSettings
 from resources.storage import lease as leases
 from resources.storage import objects as storage
 from resources.storage.locations import parse_location
@@ -45,7 +46,6 @@ from resources.triton.preflight import require_writable
 from resources.triton.publish import Steps, publish, unverified_root
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
-from resources.triton.settings import TritonSettings
 from resources.triton.verify import verify_release
 from tests.objects import BUCKET, CHANGES, files_of, s3_credentials, write_file
 from tests.releases import answers_of, make_plan, query_texts, unasked

@@ -15,8 +15,8 @@ from orchestration.cli import main
 from orchestration.instance import prepare_instance
 from orchestration.settings import complete_environment, read_workspace
 from resources.errors import CatalogError
+from resources.settings.workspace import Workspace
 from resources.tracking.store import TrackingStore
-from resources.workspace import Workspace
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, run_job
 from tests.servers import free_port

@@ -16,29 +16,32 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
-import resources.device
+import resources.machine.device
+from resources.accuracy.evaluation_set import make_evaluation_set
+from resources.accuracy.measuring import missed_gates
 from resources.artifacts.records import Engine
 from resources.artifacts.store import RECORD_FILE
-from resources.catalog import Shape, TensorRtSettings
-from resources.checkpoints import collect_checkpoint
-from resources.device import first_gpu, parse_gpu
-from resources.engines import BASELINE, ENGINES, build, engine_spec, load, unsupported_reason
+from resources.benchmark.measuring import make_benchmark
+from resources.catalog.entries import Shape, TensorRtSettings
+from resources.checkpoints.collect import collect_checkpoint
+from resources.engines.availability import unsupported_reason
+from resources.engines.interface import build, load
 from resources.engines.make import goal_of, make_engine, sources_of, tuning_of
-from resources.engines.onnxruntime_tensorrt import provider_settings
-from resources.engines.tensorrt import TimingCache, make_monitor, make_plan
-from resources.engines.tensorrt_session import installed_flavour, mismatch, pick_profile
+from resources.engines.onnxruntime.tensorrt_builder import provider_settings
+from resources.engines.specs import BASELINE, ENGINES, engine_spec
+from resources.engines.tensorrt.builder import TimingCache, make_monitor, make_plan
+from resources.engines.tensorrt.tensorrt_session import installed_flavour, mismatch, pick_profile
 from resources.engines.tuning import Profile, Tuning, check_profiles, profiles_of
 from resources.errors import EngineError, ReleaseError, ServerError
-from resources.evaluation.benchmark import make_benchmark, missed_gates
-from resources.evaluation.evaluation_set import make_evaluation_set
 from resources.export.make import make_graph
-from resources.isolation import Limits
+from resources.machine.device import first_gpu, parse_gpu
+from resources.processes.isolation import Limits
+from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 from resources.triton.config import engine_config, front_config
 from resources.triton.release import check_plan
 from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage
-from resources.workspace import Workspace
 from tests.conftest import entry_for
 from tests.releases import INPUTS
 from tests.releases import make_plan as make_release_plan
@@ -269,7 +272,7 @@ def test_without_a_driver_the_reason_is_said(ready, tmp_path):
 
 
 def on(monkeypatch, gpu):
-    monkeypatch.setattr(resources.device, "first_gpu", lambda: parse_gpu(gpu))
+    monkeypatch.setattr(resources.machine.device, "first_gpu", lambda: parse_gpu(gpu))
 
 
 @pytest.mark.skipif(installed_flavour() == "tensorrt", reason="TensorRT itself is installed here")
@@ -285,7 +288,7 @@ def test_what_a_gpu_cannot_is_unsupported_with_the_reason(monkeypatch):
     assert "cannot compute in fp8" in unsupported_reason(engine_spec("tensorrt_fp8"), "cuda_sm86")
     on(monkeypatch, "Tesla T4, 7.5, 580")
     assert "compute capability 8.0 or more" in unsupported_reason(engine_spec("tensorrt_bf16"), "cuda_sm75")
-    monkeypatch.setattr("resources.engines.presence.find_spec", lambda name: None)
+    monkeypatch.setattr("resources.engines.tensorrt_availability.find_spec", lambda name: None)
     assert "not installed. Install it: pip install 'transformer-refinery[tensorrt]'" in unsupported_reason(
         FP16, "cuda_sm75"
     )

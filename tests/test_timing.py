@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from resources.catalog import Shape
-from resources.evaluation.timing import FEWEST_PAIRS, in_order, take_turns, time_shape, time_shapes
-from resources.isolation import Limits, Worker
+from resources.benchmark.timing import FEWEST_PAIRS, in_order, take_turns, time_shape, time_shapes
+from resources.catalog.entries import Shape
+from resources.processes.isolation import Limits, Worker
 
 
 class FakeProbe:
-    """Stands in for resources.evaluation.probe.Probe: sleeps for a set time instead of running an engine."""
+    """Stands in for resources.benchmark.worker.Probe: sleeps for a set time instead of running an engine."""
 
     def __init__(self, name, milliseconds, log):
         self._name, self._seconds, self._log, self._count = name, milliseconds / 1000, log, 0

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from resources.benchmark.texts import batch_of_shape
 from resources.errors import EngineError
-from resources.evaluation.texts import batch_of_shape
 from resources.pipelines.tokenization import LENGTH_BUCKETS, TextEncoder, buckets_up_to
 from resources.tasks.samples import sample_texts
 

@@ -11,24 +11,16 @@ import pytest
 
 from assets.materialization import closing_tracking
 from orchestration.settings import tracker_of
-from resources.artifacts.records import (
-    Champion,
-    Checkpoint,
-    Engine,
-    LengthProfile,
-    LoadLevel,
-    ServingReport,
-    Usage,
-    UsageSample,
-)
-from resources.checkpoints.registry import find_version
+from resources.artifacts.records import Champion, Checkpoint, Engine, LengthProfile, LoadLevel, ServingReport
+from resources.benchmark.ranking import judge
+from resources.checkpoints.sources.registry import find_version
 from resources.errors import CheckpointError, NoChampionError, TrackingError
-from resources.evaluation.choosing import judge
+from resources.machine.usage import Usage, UsageSample
 from resources.report.optimization import Gate, OptimizationReport
+from resources.settings.workspace import Workspace
 from resources.tracking import RunLink, Tracker
 from resources.tracking.store import TrackingStore
 from resources.tracking.system_metrics import system_metrics
-from resources.workspace import Workspace
 from tests.pipeline import empty_tracking_store
 from tests.test_choosing import no_gates, report
 

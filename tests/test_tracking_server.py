@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from orchestration.settings import read_workspace, tracker_of
-from resources.addresses import Address
+from resources.boundary.addresses import Address
 from resources.tracking import Tracker
 from tests import servers
 from tests.conftest import entry_for

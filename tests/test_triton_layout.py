@@ -9,9 +9,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from resources.artifacts.records import ServingSetting, ThreadSetting
-from resources.catalog import ServingSettings
+from resources.catalog.entries import ServingSettings
 from resources.errors import ReleaseError
-from resources.pipelines import TOKEN_COUNT
+from resources.pipelines.names import TOKEN_COUNT
 from resources.triton.config import engine_config, front_config, public_config
 from resources.triton.layout import (
     current_release,

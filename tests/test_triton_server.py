@@ -415,7 +415,7 @@ import sys, time
 from pathlib import Path
 from resources.triton import launch
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
+from resources.settings.triton import TritonSettings
 launch.EXIT_SECONDS = 1
 settings = TritonSettings(environment=Path({str(triton_settings.environment)!r}))
 with EmbeddedServer(Path({str(repository)!r}), settings, models=["tiny"], log=Path({str(tmp_path / "log")!r})) as s:
@@ -533,7 +533,7 @@ def test_serving_ends_at_ctrl_c_and_kill(published, triton_settings, tmp_path, n
 from pathlib import Path
 from resources.triton.launch import Ports
 from resources.triton.foreground import serve_foreground
-from resources.triton.settings import TritonSettings
+from resources.settings.triton import TritonSettings
 ports = Ports.choose(None, None, None)
 serve_foreground(
     Path({str(published[0])!r}),

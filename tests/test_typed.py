@@ -11,20 +11,19 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
-from resources.engines import EngineSpec, engine_spec
 from resources.engines.fusion import fuse
-from resources.engines.half import WITHOUT_BF16, to_half
-from resources.engines.onnxruntime import OnnxRuntimeRunner, cpu_runner
-from resources.engines.qdq import eight_bit_weights, qdq_form
-from resources.engines.quantization import find_operators, quantize, weights_of
-from resources.engines.reduced import halve
-from resources.engines.sessions import session_of_bytes
-from resources.engines.typed import drop_nan_guards, plain_graph, typed_graph
+from resources.engines.onnxruntime.runner import OnnxRuntimeRunner, cpu_runner
+from resources.engines.onnxruntime.sessions import session_of_bytes
+from resources.engines.precision.half_precision import WITHOUT_BF16, to_half
+from resources.engines.precision.precision_search import halve, open_gate_check
+from resources.engines.precision.qdq import eight_bit_weights, qdq_form
+from resources.engines.precision.quantization import find_operators, quantize, weights_of
+from resources.engines.precision.tensorrt_precision import drop_nan_guards, plain_graph, typed_graph
+from resources.engines.specs import EngineSpec, engine_spec
 from resources.errors import EngineError
-from resources.evaluation.examiner import Examiner
-from resources.isolation import Limits
+from resources.processes.isolation import Limits
+from resources.settings.workspace import Workspace
 from resources.tasks.samples import sample_texts
-from resources.workspace import Workspace
 from tests.checkpoints import add_outliers, add_overflow, make_checkpoint
 from tests.test_fusion import small_batch
 from tests.test_half import answers, prepared, product_model
@@ -171,10 +170,10 @@ def test_answers_are_pytorch_s_within_the_precision(bert, tmp_path, precision):
     goal = within(goal, precision)
     target = tmp_path / "model.onnx"
     reduced = typed_graph(sources, spec_of(precision), goal, target)
-    examiner = Examiner(goal, sources.checkpoint, sources.checkpoint_folder, sources.graph.width)
+    gate_check = open_gate_check(goal, sources)
     if precision == "bf16":
         assert "rounded to bf16" in reduced.parameters["judged"]
-        found = reference_answers(target, examiner)
+        found = reference_answers(target, gate_check)
         exact = OnnxRuntimeRunner(sources.graph_folder / "model.onnx", sources.graph.output, 2)
         for batch, answer in found:
             wanted = exact.run(batch)
@@ -182,15 +181,15 @@ def test_answers_are_pytorch_s_within_the_precision(bert, tmp_path, precision):
             assert BOUNDS["bf16"]["cosine_worst"] < cosines.min() < 0.99999
         return
     runner = OnnxRuntimeRunner(target, sources.graph.output, 2, as_written=True)
-    assert examiner.misses(runner.run) == []
+    assert gate_check.misses(runner.run) == []
 
 
-def reference_answers(path, examiner):
+def reference_answers(path, gate_check):
     """What ONNX's own reference answers, which has bf16 and is no faster than it must be."""
     from onnx.reference import ReferenceEvaluator
 
     evaluator = ReferenceEvaluator(onnx.load(path))
-    for batch, _ in examiner.screening_batches()[:1]:
+    for batch, _ in gate_check.screening_batches()[:1]:
         given = {name: array[:3] for name, array in batch.items() if name in evaluator.input_names}
         yield given, evaluator.run(None, given)[0]
 
@@ -210,8 +209,8 @@ def test_what_overflows_stays_single_in_every_graph(exported, tmp_path):
         assert built_by_tensorrt(target) > 0
     naive = to_half(plain_graph(sources.graph_folder / "model.onnx"), emulated=True)
     run = cpu_runner(naive, tmp_path / "naive.onnx", sources).run
-    examiner = Examiner(goal, sources.checkpoint, sources.checkpoint_folder, sources.graph.width)
-    assert "finite" in examiner.misses(run)[0] or "NaN" in examiner.misses(run)[0]
+    gate_check = open_gate_check(goal, sources)
+    assert "finite" in gate_check.misses(run)[0] or "NaN" in gate_check.misses(run)[0]
 
 
 def test_the_ladder_keeps_what_eight_bits_harm(exported, tmp_path):
@@ -226,13 +225,13 @@ def test_the_ladder_keeps_what_eight_bits_harm(exported, tmp_path):
     reduced = typed_graph(sources, spec_of("int8"), goal, target)
     assert reduced.parameters["ladder"] == "gates kept"
     assert reduced.kept == ("encoder.encoder.layer.0.output.dense",)
-    examiner = Examiner(goal, sources.checkpoint, sources.checkpoint_folder, sources.graph.width)
-    assert examiner.misses(OnnxRuntimeRunner(target, sources.graph.output, 2, as_written=True).run) == []
+    gate_check = open_gate_check(goal, sources)
+    assert gate_check.misses(OnnxRuntimeRunner(target, sources.graph.output, 2, as_written=True).run) == []
     assert built_by_tensorrt(target) > 0
 
 
 def test_a_graph_without_products_is_refused(bert, tmp_path, monkeypatch):
-    monkeypatch.setattr("resources.engines.quantization.NARROWEST", 10**6)
+    monkeypatch.setattr("resources.engines.precision.quantization.NARROWEST", 10**6)
     with pytest.raises(EngineError, match="no matrix product"):
         typed_graph(bert[0], spec_of("int8"), bert[1], tmp_path / "model.onnx")
 

@@ -11,15 +11,17 @@ import socket
 import pytest
 
 from orchestration.entries import _guess_task
-from resources.addresses import Address
 from resources.artifacts.store import ArtifactStore
-from resources.checkpoints import SourceSettings, collect_checkpoint, locate, registry
-from resources.checkpoints.collect import copy_unchanged
+from resources.boundary.addresses import Address
+from resources.checkpoints.collect import collect_checkpoint, copy_unchanged
+from resources.checkpoints.sources import registry
+from resources.checkpoints.sources.locating import locate
 from resources.checkpoints.tokenizer import prepare_tokenizer
 from resources.checkpoints.validation import validate
+from resources.checkpoints.watch.probe import look
 from resources.errors import CheckpointError
-from resources.isolation import Limits, run_isolated
-from resources.revisions import look
+from resources.processes.isolation import Limits, run_isolated
+from resources.settings.sources import SourceSettings
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
 from tests.sources import write_checkpoint

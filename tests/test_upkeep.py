@@ -4,9 +4,9 @@ import dagster as dg
 import pytest
 
 from orchestration.definitions import make_definitions
+from resources.settings.workspace import Workspace
 from resources.triton.layout import CONFIG, current_number, list_releases
 from resources.triton.publish import Steps, publish
-from resources.workspace import Workspace
 from tests.releases import make_plan, unasked
 
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from resources import device, usage
-from resources.usage import Watch, gpu_usage, parse_gpus
+from resources.machine import device, usage
+from resources.machine.usage import Watch, gpu_usage, parse_gpus
 
 
 def test_samples_are_taken_while_work_goes_on_and_end_with_it(monkeypatch):

@@ -9,9 +9,8 @@ import psutil
 import pytest
 
 from orchestration.pages import mlflow_variables
-from resources.addresses import Address
-from resources.triton.server import EmbeddedServer
-from resources.variables import (
+from resources.boundary.addresses import Address
+from resources.processes.variables import (
     COMPUTE,
     DATABASE,
     HUGGING_FACE,
@@ -22,6 +21,7 @@ from resources.variables import (
     PYTHON,
     inherited,
 )
+from resources.triton.server import EmbeddedServer
 
 #: Variables that hold secrets, by what sets them.
 SECRETS = {
@@ -86,7 +86,7 @@ PARENT = """
 import os
 from child import seen
 from resources import isolation
-from resources.isolation import Limits, run_isolated
+from resources.processes.isolation import Limits, run_isolated
 isolation.PRELOAD = ()
 if __name__ == "__main__":
     print(run_isolated(seen, limits=Limits(60, 10**10), what="a child")[0])

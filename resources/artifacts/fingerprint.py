@@ -109,14 +109,20 @@ def code_version(*modules: str) -> str:
 
     The code that produces an artifact is part of its inputs: a corrected exporter must export again. Comments,
     docstrings and blank lines are not part of the code.
+
+    Args:
+        modules: Names of modules and packages. `-NAME` leaves out a part of a package that is named before it.
     """
     return digest_of_files((_name_of(file), _code_digest(file)) for file in _files_of(modules))[:16]
 
 
-def _files_of(modules: Iterable[str]) -> Iterator[Path]:
+def _files_of(modules: Iterable[str]) -> set[Path]:
+    found: set[Path] = set()
     for module in modules:
-        path = _PACKAGE_ROOT.joinpath(*module.split("."))
-        yield from path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+        path = _PACKAGE_ROOT.joinpath(*module.removeprefix("-").split("."))
+        files = {*path.rglob("*.py")} if path.is_dir() else {path.with_suffix(".py")}
+        found = found - files if module.startswith("-") else found | files
+    return found
 
 
 def _name_of(file: Path) -> str:
@@ -175,8 +181,9 @@ def _has_its_lines_alone(source: str, begin: int, end: int) -> bool:
 
 @cache
 def code_versions(*modules: str) -> dict[str, str]:
-    """The same of each of the modules alone, by name: a part of a fingerprint that can say which of them changed."""
-    return {module: code_version(module) for module in modules}
+    """Return the code version of each of the modules alone, by name, so that a plan can say which of them changed."""
+    left_out = [module for module in modules if module.startswith("-")]
+    return {module: code_version(module, *left_out) for module in modules if module not in left_out}
 
 
 @cache

@@ -22,8 +22,8 @@ from typing import Protocol
 
 from resources.artifacts.records import Record
 from resources.artifacts.store import RECORD_FILE, ArtifactStore
+from resources.boundary.foreign import MOST_DOCUMENT_BYTES, ForeignError, read_below
 from resources.errors import FULL, ArtifactError, disk_remedy
-from resources.foreign import MOST_DOCUMENT_BYTES, ForeignError, read_below
 from resources.storage.locks import file_lock
 from resources.storage.staging import claimed, discard, leftovers
 

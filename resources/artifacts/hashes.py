@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from resources.foreign import open_below
+from resources.boundary.foreign import open_below
 from resources.storage.atomic import write_whole
 
 #: A file that changed so recently may change again without another time of change: file systems' clocks are coarse.

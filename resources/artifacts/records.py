@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from resources.artifacts.fingerprint import is_made_of, is_of_earlier_version
-from resources.foreign import ForeignError, check_name
+from resources.boundary.foreign import ForeignError, check_name
+from resources.machine.usage import Usage
 
 #: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -33,22 +34,6 @@ class StoredFile(BaseModel):
     model_config = _CONFIG
     sha256: str
     size_bytes: int
-
-
-class UsageSample(BaseModel):
-    """How busy the machine was; see resources.usage. values: MLflow's names of system metrics, without `system/`."""
-
-    model_config = _CONFIG
-    time_s: float = Field(description="Since the epoch.")
-    values: dict[str, float]
-
-
-class Usage(BaseModel):
-    """How busy the machine was while an artifact was made there. node: its host name."""
-
-    model_config = _CONFIG
-    node: str
-    samples: tuple[UsageSample, ...]
 
 
 class Record(BaseModel):
@@ -177,7 +162,7 @@ class EvaluationSet(Record):
     """Real requests and what PyTorch in fp32 answers to each row of them alone, without padding.
 
     `items.json`: the requests; `baseline.npy` or `baseline.json`: one answer an item, see
-    resources.evaluation.evaluation_set.
+    resources.accuracy.evaluation_set.
     """
 
     kind: ClassVar[str] = "evaluation_set"

@@ -22,7 +22,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resources.artifacts.records import Record, StoredFile, sha256_file
-from resources.foreign import ForeignError, local_path
+from resources.boundary.foreign import ForeignError, local_path
 from resources.storage.objects import RemotePath
 
 R = TypeVar("R", bound=Record)

@@ -35,8 +35,8 @@ from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.hashes import signature, write_json
 from resources.artifacts.records import Record, sha256_file
 from resources.artifacts.remote import RemoteArtifacts
+from resources.boundary.foreign import MOST_DOCUMENT_BYTES, ForeignError, parse_json, read_below
 from resources.errors import ArtifactError
-from resources.foreign import MOST_DOCUMENT_BYTES, ForeignError, parse_json, read_below
 from resources.storage.atomic import move_whole
 from resources.storage.locks import file_lock
 from resources.storage.staging import claimed, staging_folder

@@ -21,26 +21,26 @@ from resources.artifacts.fingerprint import (
 from resources.artifacts.hashes import hash_below, hash_files
 from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
 from resources.artifacts.store import ArtifactStore, Made
-from resources.catalog import ModelEntry
+from resources.boundary.foreign import ForeignError, open_below
+from resources.boundary.trust import Trust
+from resources.catalog.entries import ModelEntry
 from resources.checkpoints.configuration import CONFIG
 from resources.checkpoints.reading import TOKENIZER
-from resources.checkpoints.settings import SourceSettings
-from resources.checkpoints.sources import locate
+from resources.checkpoints.requests import require_answers, sampled_requests
+from resources.checkpoints.sources.locating import locate
 from resources.checkpoints.tokenizer import Signature, prepare_tokenizer
 from resources.checkpoints.validation import Validated, validate
 from resources.errors import ArtifactError, CatalogError, CheckpointError, IsolationError, UnfetchedError
-from resources.evaluation.requests import require_answers, sampled_requests
-from resources.foreign import ForeignError, open_below
-from resources.isolation import Limits, run_isolated
 from resources.machine.lock import building
 from resources.pipelines import PIPELINE_FILE, pipeline_class
+from resources.processes.isolation import Limits, run_isolated
+from resources.settings.sources import SourceSettings
 from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.sentence_transformers import CONFIG as SENTENCE_TRANSFORMERS
 from resources.tasks.sentence_transformers import read_json
-from resources.trust import Trust
 
 #: What a stored checkpoint depends on, beside its source.
-CODE = ("resources.checkpoints", "resources.tasks", "resources.pipelines", "resources.evaluation.requests")
+CODE = ("resources.checkpoints", "-resources.checkpoints.watch", "resources.tasks", "resources.pipelines")
 ENCODER_FILE = "encoder.json"
 #: A larger sample says nothing more about lengths.
 _MOST_SAMPLED = 20_000

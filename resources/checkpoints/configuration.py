@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resources.catalog import ModelEntry
+from resources.boundary.foreign import values_of
+from resources.catalog.entries import ModelEntry
 from resources.checkpoints.reading import TOKENIZER, has_file, read_object, refuse
-from resources.foreign import values_of
 from resources.tasks.base import MOST_LABELS
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"

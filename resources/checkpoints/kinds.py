@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from resources.boundary.foreign import MOST_CONFIG_BYTES, ForeignError, is_file_below, parse_json, read_below
 from resources.checkpoints.weights import tensor_names
-from resources.foreign import MOST_CONFIG_BYTES, ForeignError, is_file_below, parse_json, read_below
 
 CONFIG = "config.json"
 _SETFIT = "a SetFit model: its head is a pickle of scikit-learn's, and only its embedder is a transformer"

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from resources.catalog import ModelEntry
-from resources.checkpoints.sources import is_hub_id
-from resources.errors import CheckpointError
-from resources.foreign import (
+from resources.boundary.foreign import (
     MOST_CONFIG_BYTES,
     MOST_CONFIG_VALUES,
     MOST_TOKENIZER_BYTES,
@@ -18,6 +15,9 @@ from resources.foreign import (
     parse_json,
     read_below,
 )
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.sources.reference import is_hub_id
+from resources.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
 #: What peft writes beside an adapter's weights.

@@ -12,7 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from resources.catalog import ModelEntry
+from resources.boundary.foreign import ForeignError, check_name
+from resources.catalog.entries import ModelEntry
 from resources.checkpoints.configuration import CONFIG, check_config, check_tokenizer_config, length_of
 from resources.checkpoints.kinds import head_of, why_of_no_use
 from resources.checkpoints.reading import (
@@ -25,10 +26,9 @@ from resources.checkpoints.reading import (
     read_object,
     refuse,
 )
-from resources.checkpoints.sources import WANTED, WANTED_CODE, WANTED_PICKLE, WANTED_WEIGHTS
+from resources.checkpoints.sources.wanted import WANTED, WANTED_CODE, WANTED_PICKLE, WANTED_WEIGHTS
 from resources.checkpoints.weights import INDEX, PICKLE_INDEX, check_whole, find_weights
 from resources.errors import CheckpointError
-from resources.foreign import ForeignError, check_name
 from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.base import UNUSED_REMEDY
 from resources.tasks.sentence_transformers import length_limits, transformer_config

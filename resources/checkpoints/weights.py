@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from resources.catalog import ModelEntry
+from resources.boundary.foreign import ForeignError, check_name, open_below, parse_json
+from resources.catalog.entries import ModelEntry
 from resources.checkpoints.reading import has_file, read_object, refuse, refuse_file, whole_remedy
-from resources.checkpoints.sources import PICKLE_REMEDY
-from resources.foreign import ForeignError, check_name, open_below, parse_json
+from resources.checkpoints.sources.wanted import PICKLE_REMEDY
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

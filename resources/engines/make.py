@@ -10,20 +10,21 @@ from pathlib import Path
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.artifacts.store import Made
-from resources.catalog import ModelEntry
-from resources.device import describe_device
-from resources.engines import EngineSpec, Sources, build, unsupported_reason
-from resources.engines.presence import cuda_packages, tensorrt_packages
-from resources.engines.rebuild import CODE, SCRIPT, recipe_of, write_script
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.shapes import shapes_of
+from resources.engines.availability import unsupported_reason
+from resources.engines.interface import Goal, Sources, build
+from resources.engines.rebuild import CODE, JUDGING, SCRIPT, recipe_of, write_script
+from resources.engines.specs import EngineSpec
+from resources.engines.tensorrt_availability import cuda_packages, tensorrt_packages
 from resources.engines.tuning import Tuning, profiles_of
 from resources.errors import EngineError, ExportError
-from resources.evaluation.goal import Goal
-from resources.evaluation.shapes import shapes_of
-from resources.isolation import run_isolated
+from resources.machine.device import describe_device
 from resources.machine.lock import building
-from resources.targets import Device, device_of
-from resources.usage import Watch
-from resources.workspace import Workspace
+from resources.machine.targets import Device, device_of
+from resources.machine.usage import Watch
+from resources.processes.isolation import run_isolated
+from resources.settings.workspace import Workspace
 
 #: What engines of a runtime are built and run with.
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -121,7 +122,7 @@ def make_engine(
             "gates": entry.accuracy_gates().model_dump(),
             "batch": entry.max_batch_size,
             "ladder": entry.ladder.model_dump(),
-            "examiner": code_versions("resources.evaluation", "resources.pipelines"),
+            "examiner": code_versions(*JUDGING),
         }
         if spec.tuned:
             tuning = tuning_of(workspace, entry, sources)

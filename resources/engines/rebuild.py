@@ -20,14 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from resources.artifacts.fingerprint import code_version, library_versions
 from resources.artifacts.records import Checkpoint, EvaluationSet, OnnxGraph, Record, sha256_file
 from resources.artifacts.store import RECORD_FILE, ArtifactStore
-from resources.device import describe_device
-from resources.engines import Built, EngineSpec, Sources, build, unsupported_reason
+from resources.engines.availability import unsupported_reason
+from resources.engines.interface import Built, Goal, Sources, build
+from resources.engines.specs import EngineSpec
 from resources.engines.tuning import Tuning
 from resources.errors import ArtifactError, EngineError, RefineryError
-from resources.evaluation.goal import Goal
-from resources.isolation import Limits, run_isolated
+from resources.machine.device import describe_device
 from resources.machine.lock import building
-from resources.targets import device_of
+from resources.machine.targets import device_of
+from resources.processes.isolation import Limits, run_isolated
 from resources.tasks import TASKS
 
 R = TypeVar("R", bound=Record)
@@ -37,7 +38,7 @@ EQUAL, DIFFERENT, IMPOSSIBLE = 0, 1, 2
 #: What an engine's bytes depend on, beside what it was made from.
 CODE = ("resources.engines", "resources.tasks")
 #: And what those of reduced precision are judged and calibrated by.
-JUDGING = ("resources.evaluation", "resources.pipelines")
+JUDGING = ("resources.accuracy", "-resources.accuracy.reference", "resources.pipelines")
 _TEMPLATE = '''"""Builds {name} for {target} again: python rebuild.py --artifacts DIR --output DIR
 
 With transformer-refinery installed; DIR is the artifact store that holds what the engine was made from. Ends with 0

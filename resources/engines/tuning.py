@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from resources.catalog import Shape, TensorRtSettings
+from resources.catalog.entries import Shape, TensorRtSettings
 from resources.errors import EngineError
 
 

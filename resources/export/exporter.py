@@ -16,13 +16,13 @@ import onnx
 import torch
 
 from resources.artifacts.records import Checkpoint, ParityCase
-from resources.checkpoints import checkpoint_files
-from resources.engines.onnxruntime import MODEL_FILE, OnnxRuntimeRunner
+from resources.boundary.trust import Trust
+from resources.checkpoints.collect import checkpoint_files
+from resources.engines.onnxruntime.runner import MODEL_FILE, OnnxRuntimeRunner
 from resources.errors import ExportError, first_line
 from resources.export import Exported
 from resources.pipelines.tokenization import TextEncoder, framed
 from resources.tasks import TASKS, Task
-from resources.trust import Trust
 
 #: 20 is the newest opset whose operators the fusion rules know all of; 23 has an Attention of its own that they do not.
 OPSET = 20

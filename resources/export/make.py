@@ -8,14 +8,14 @@ from pathlib import Path
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import Checkpoint, OnnxGraph
 from resources.artifacts.store import Made
-from resources.catalog import ModelEntry
+from resources.boundary.trust import Trust
+from resources.catalog.entries import ModelEntry
 from resources.errors import ExportError, RefineryError
 from resources.export import Exported
-from resources.isolation import run_isolated
 from resources.machine.lock import building
-from resources.trust import Trust
-from resources.usage import Watch
-from resources.workspace import Workspace
+from resources.machine.usage import Watch
+from resources.processes.isolation import run_isolated
+from resources.settings.workspace import Workspace
 
 #: What a graph depends on, beside what it was made from.
 CODE = ("resources.export", "resources.tasks", "resources.pipelines.tokenization")

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from .base import Pipeline
 
 PIPELINE_FILE = "pipeline.json"
-#: What every public model takes in place of texts, and its output that says how many tokens it read.
-TOKEN_IDS, TOKEN_COUNT = "INPUT_IDS", "TOKENS"
 #: By task: module and class.
 _PIPELINES = {
     "embedding": ("numbers", "TextPipeline"),

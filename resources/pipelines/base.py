@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import TOKEN_IDS
 from .limits import RefusedError, RequestLimits
+from .names import TOKEN_IDS
 from .tokenization import TextEncoder
 
 #: One request, by the name of its input: {"QUESTION": ..., "CONTEXT": ...}; token ids in place of texts are a list.

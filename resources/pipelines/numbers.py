@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import TOKEN_IDS
 from .base import GivenTokens, Item, Pipeline, Row
+from .names import TOKEN_IDS
 
 
 class TextPipeline(Pipeline):

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from resources.accuracy.evaluation_set import make_evaluation_set
+from resources.accuracy.reference import make_reference
 from resources.artifacts.fingerprint import Fingerprint, is_pending, pending
 from resources.artifacts.records import (
     BenchmarkReport,
@@ -27,21 +29,20 @@ from resources.artifacts.records import (
     ServingReport,
 )
 from resources.artifacts.store import Made
-from resources.catalog import ModelEntry
-from resources.checkpoints import collect_checkpoint
-from resources.checkpoints.collect import expected_checkpoint, unfetched_fingerprint
-from resources.device import why_not_here
-from resources.engines import BASELINE, ENGINES, SERVED, Sources
+from resources.benchmark.champion import Served, make_champion
+from resources.benchmark.measuring import make_benchmark
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.collect import collect_checkpoint, expected_checkpoint, unfetched_fingerprint
+from resources.engines.interface import Sources
 from resources.engines.make import make_engine
+from resources.engines.specs import BASELINE, ENGINES, SERVED
 from resources.errors import RefineryError, UnfetchedError
-from resources.evaluation.benchmark import make_benchmark
-from resources.evaluation.champion import Served, make_champion
-from resources.evaluation.evaluation_set import make_evaluation_set
-from resources.evaluation.reference import make_reference
 from resources.export.make import make_graph
+from resources.machine.device import why_not_here
 from resources.plan.reasons import NEVER, after, differences, failure_of, reasons_of
 from resources.plan.steps import ModelPlan, PlannedStep, State
 from resources.plan.store import PlanningStore, WouldMakeError
+from resources.settings.workspace import Workspace
 from resources.triton.environment import is_installed
 from resources.triton.layout import current_release
 from resources.triton.make import is_provable, plan_release
@@ -50,7 +51,6 @@ from resources.triton.release import ReleasePlan, content_of
 from resources.triton.search import make_serving_configuration
 from resources.triton.served import find_incumbent
 from resources.triton.serving_report import make_serving_report
-from resources.workspace import Workspace
 
 R = TypeVar("R", bound=Record)
 

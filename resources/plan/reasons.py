@@ -7,7 +7,7 @@ from typing import Any
 
 from resources.artifacts.fingerprint import Fingerprint, is_pending
 from resources.artifacts.records import Record
-from resources.engines import BASELINE
+from resources.engines.specs import BASELINE
 
 NEVER = "it was never made"
 #: How parts of fingerprints are called, where their names do not say it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from resources.artifacts.records import BenchmarkReport
-from resources.evaluation.choosing import margin
+from resources.benchmark.ranking import margin
 from resources.report.optimization import Changes, OptimizationReport
 
 _NONE = "–"

@@ -20,12 +20,12 @@ from resources.artifacts.records import (
     ServingConfiguration,
     ServingReport,
 )
-from resources.catalog import ModelEntry, Objective
-from resources.engines import BASELINE
+from resources.catalog.entries import ModelEntry, Objective
 from resources.engines.make import LIBRARIES
+from resources.engines.specs import BASELINE
+from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 from resources.tasks.base import bound_of
-from resources.workspace import Workspace
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 

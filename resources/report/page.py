@@ -7,20 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
 from resources.artifacts.records import BenchmarkReport
-from resources.evaluation.choosing import OBJECTIVES
+from resources.benchmark.ranking import OBJECTIVES
 from resources.report.optimization import OptimizationReport
 from resources.report.pareto import pareto_plot
-from resources.reporting import (
-    candidate_table,
-    latency_plot,
-    length_plot,
-    load_plot,
-    load_table,
-    markdown,
-    milliseconds,
-    tail,
-    trial_table,
-)
+from resources.report.plots import latency_plot, length_plot, load_plot
+from resources.report.tables import candidate_table, load_table, markdown, milliseconds, tail, trial_table
 
 PAGE = "report.html"
 #: What the page is made from; see resources.report.optimization.

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from resources.engines import BASELINE
-from resources.evaluation.choosing import OBJECTIVES
+from resources.benchmark.ranking import OBJECTIVES
+from resources.engines.specs import BASELINE
 from resources.report.optimization import Gate, OptimizationReport
-from resources.reporting import colour_of, wrapped
+from resources.report.plots import colour_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

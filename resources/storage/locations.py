@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resources.addresses import holds_login
+from resources.boundary.addresses import holds_login
 from resources.storage.objects import TRIES, RemotePath, Store
 
 _CONNECT_SECONDS = 3.0

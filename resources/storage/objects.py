@@ -19,9 +19,9 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from resources.deadlines import Pace
+from resources.boundary.deadlines import Pace
+from resources.boundary.foreign import MOST_DOCUMENT_BYTES
 from resources.errors import StorageError, first_line
-from resources.foreign import MOST_DOCUMENT_BYTES
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
-_FOLDER = Path(__file__).resolve().parents[1] / "evaluation"
+_FOLDER = Path(__file__).resolve().parent
 #: Questions, notes, reports, chat, in a dozen languages; one object with a `text` a line.
 SAMPLE_TEXTS = _FOLDER / "sample_texts.jsonl"
 #: What tokenizers, normalizers and truncation tell apart: ligatures, wide letters, invisible and combining characters,

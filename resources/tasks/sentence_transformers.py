@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from resources.foreign import (
+from resources.boundary.foreign import (
     MOST_CONFIG_BYTES,
     MOST_TOKENIZER_BYTES,
     MOST_TOKENIZER_VALUES,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from resources.artifacts.records import BenchmarkReport, Checkpoint
-from resources.reporting import length_plot
+from resources.report.plots import length_plot
 from resources.tracking.candidates import remembered_as, speedups
 from resources.tracking.names import NOTE, PARENT, TAG, checkpoint_tags, run_name
 from resources.tracking.store import RunLink, TrackingStore

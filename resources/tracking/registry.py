@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from resources.artifacts.records import Champion, Checkpoint
-from resources.checkpoints.registry import is_own
+from resources.checkpoints.sources.registry import is_own
 from resources.errors import TrackingError
 from resources.tracking.names import ALIAS, RELEASES, TAG
 from resources.tracking.store import RunLink, TrackingStore, already_there, exceptions

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from resources.addresses import Address
 from resources.artifacts.hashes import write_json
-from resources.deadlines import within
+from resources.boundary.addresses import Address
+from resources.boundary.deadlines import within
 from resources.errors import TrackingError, disk_remedy, disk_trouble, first_line
 from resources.storage.locks import file_lock
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from resources.artifacts.records import Usage
+from resources.machine.usage import Usage
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

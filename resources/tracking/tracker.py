@@ -13,8 +13,8 @@ from resources.artifacts.records import (
     Engine,
     ServingConfiguration,
     ServingReport,
-    Usage,
 )
+from resources.machine.usage import Usage
 from resources.storage.locks import file_lock
 from resources.tracking import optimizations
 from resources.tracking.candidates import (

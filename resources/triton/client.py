@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resources.errors import ServerError
-from resources.triton.connection import PLAIN, Connection, Protocol
+from resources.settings.connection import PLAIN, Connection, Protocol
 
 _NAMES: dict[Protocol, str] = {"grpc": "gRPC", "http": "HTTP"}
 #: For questions. Loading a model has a limit of its own.

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.errors import ReleaseError
-from resources.pipelines import TOKEN_COUNT, TOKEN_IDS, pipeline_class
-from resources.targets import device_of
+from resources.machine.targets import device_of
+from resources.pipelines import pipeline_class
+from resources.pipelines.names import TOKEN_COUNT, TOKEN_IDS
 from resources.tasks import TASKS, Task
 from resources.triton.layout import CONFIG, internal_name
 from resources.triton.release import LABELS_FILE, RESULT, ReleasePlan
@@ -204,7 +205,7 @@ def _accelerator(config: ModelConfig, plan: ReleasePlan) -> None:
     it binds other memory at every run, and names no graph. TensorRT's cache is left out too: its path would be one of
     the server's machine, so the provider builds its engines when the model is loaded.
     """
-    from resources.engines.cuda import SETTINGS
+    from resources.engines.onnxruntime.cuda import SETTINGS
 
     found = config.optimization.execution_accelerators.gpu_execution_accelerator
     if plan.engine.parameters.get("provider") == "tensorrt":

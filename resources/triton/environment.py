@@ -11,12 +11,12 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from resources.device import first_gpu
-from resources.engines.presence import tensorrt_packages
+from resources.engines.tensorrt_availability import tensorrt_packages
 from resources.errors import ServerError
+from resources.machine.device import first_gpu
+from resources.processes.variables import NETWORK, PIP, PROGRAM, inherited
 from resources.storage.atomic import write_whole
 from resources.storage.locks import file_lock
-from resources.variables import NETWORK, PIP, PROGRAM, inherited
 
 #: 0.7.0 ships Triton 2.51.0 (24.10). Without its dependencies: those are of its Python API, which is not used.
 _TRITON = "nvidia-pytriton==0.7.0"

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from resources.boundary.foreign import ForeignError, local_path
 from resources.errors import FULL, ReleaseError, StorageError
-from resources.foreign import ForeignError, local_path
 from resources.storage import atomic as files
 from resources.storage.lease import leased
 from resources.storage.locations import Location, contents

@@ -13,13 +13,13 @@ from contextlib import ExitStack, suppress
 from typing import Self
 
 from resources.errors import ServerError
+from resources.settings.triton import TritonSettings
 from resources.storage.locations import Location
 from resources.triton.asking import ask, write_alias
 from resources.triton.client import LOAD_TIMEOUT_SECONDS, TextClient, with_remedy
 from resources.triton.files import bring_in, discard, staging_folder, staging_root
 from resources.triton.layout import CONFIG, named_internals, parse_internal, pinned_number, read_release
 from resources.triton.release import Release
-from resources.triton.settings import TritonSettings
 
 _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import FrameType
 
 from resources.errors import RefineryError, ServerError, first_line
+from resources.settings.connection import kept_key, new_key
+from resources.settings.triton import Control, TritonSettings
 from resources.triton.client import TextClient
-from resources.triton.connection import kept_key, new_key
 from resources.triton.guard import BeyondRepairError, Guard
 from resources.triton.health import Health
 from resources.triton.layout import public_models, public_pointers
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import Control, TritonSettings
 from resources.triton.watch import Watcher
 
 #: How often a serving process looks for a new release, and for models that broke.

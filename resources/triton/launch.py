@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 
 from resources.errors import ServerError
-from resources.triton.settings import Control
+from resources.settings.triton import Control
 
 LOOPBACK = "127.0.0.1"
 #: Triton itself gives up waiting for requests under way after this long.

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from resources.errors import ServerError
+from resources.settings.triton import Control
 from resources.triton.layout import CONFIG, named_internals, public_models
-from resources.triton.settings import Control
 
 
 def require_resources(repository: Path, given: Mapping[str, int], control: Control) -> list[str]:

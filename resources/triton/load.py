@@ -13,10 +13,10 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from resources.benchmark.statistics import percentile
 from resources.errors import ServerError, first_line
-from resources.evaluation.statistics import percentile
+from resources.settings.connection import PLAIN, Connection
 from resources.triton.client import TIMEOUT_SECONDS, Contract, text_tensors
-from resources.triton.connection import PLAIN, Connection
 
 #: The first requests meet caches that are empty and threads that have not begun.
 WARM_UP_SECONDS = 1.0

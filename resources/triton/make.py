@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
-from resources.catalog import ModelEntry
-from resources.evaluation.evaluation_set import read_evaluation_set
+from resources.catalog.entries import ModelEntry
+from resources.settings.triton import TritonSettings
+from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
 from resources.tasks import TASKS, Gates, Metrics
 from resources.tasks.base import broken_answers
@@ -23,9 +25,7 @@ from resources.triton.proof import ODD_TEXTS, Exam, Proof, prove
 from resources.triton.publish import Published, Steps, publish
 from resources.triton.release import RESULT, Release, ReleasePlan
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 from resources.triton.stage import stage_alias
-from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from resources.pipelines.base import Item

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from resources.boundary.foreign import ForeignError, local_path
 from resources.errors import ReleaseError, StorageError
-from resources.foreign import ForeignError, local_path
 from resources.storage.atomic import sync_tree
 from resources.storage.locations import Location
 from resources.storage.locks import file_lock

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from resources.artifacts.records import LoadLevel
 from resources.errors import ServerError
-from resources.triton.connection import PLAIN, Connection
-from resources.variables import PROGRAM, inherited
+from resources.processes.variables import PROGRAM, inherited
+from resources.settings.connection import PLAIN, Connection
 
 #: A level's figures are those of so many windows, of at most so many.
 _WINDOWS, _MOST_WINDOWS = 3, 5

@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
 from resources.storage.objects import RemotePath
 from resources.triton.environment import require_installed
@@ -13,7 +14,6 @@ from resources.triton.files import clear_disk_errors
 from resources.triton.fleet import Fleet
 from resources.triton.layout import is_published_here
 from resources.triton.make import is_provable
-from resources.workspace import Workspace
 
 
 def require_publishable(workspace: Workspace, model: str, target: str) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
-from resources.catalog import ModelEntry
+from resources.catalog.entries import ModelEntry
 from resources.errors import ReleaseError
+from resources.settings.workspace import Workspace
 from resources.tracking import Tracker
 from resources.triton.layout import current_number, list_releases
 from resources.triton.make import make_release
 from resources.triton.pointer import current_problem, points_as_published
 from resources.triton.publish import Published, unverified_root
 from resources.triton.rollback import Moved, roll_back
-from resources.workspace import Workspace
 
 
 def publish_champion(

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.errors import ServerError
+from resources.settings.connection import PLAIN, Connection, Protocol
 from resources.tasks.base import broken_answers
 from resources.triton.client import Contract, TextClient
-from resources.triton.connection import PLAIN, Connection, Protocol
 
 if TYPE_CHECKING:
     from resources.pipelines.base import Item

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, file_versions, library_versions
 from resources.artifacts.records import Checkpoint, Engine, FileName, ServingSetting, StoredFile, sha256_file
-from resources.catalog import LimitSettings, RateLimiter
+from resources.catalog.entries import LimitSettings, RateLimiter
 from resources.errors import ReleaseError
 from resources.pipelines import PIPELINE_FILE, pipeline_class
+from resources.settings.triton import Flavour
 from resources.triton.proof import Proof
-from resources.triton.settings import Flavour
 
 _PYTHON_MODELS = Path(__file__).with_name("python_models")
 _RESOURCES = Path(__file__).resolve().parents[1]
@@ -36,9 +36,9 @@ _ANSWERING = (_PYTHON_MODELS / "answering.py", _PYTHON_MODELS / "lane.py")
 _COMMON = (_PYTHON_MODELS / "neighbours.py",)
 #: What opens an engine, copied beside the `engine.py` that does, by the runtimes that can be released.
 _SESSIONS = {
-    "onnxruntime": ("sessions.py", "cuda.py", "tensorrt_provider.py"),
-    "openvino": ("openvino_session.py",),
-    "tensorrt": ("tensorrt_session.py",),
+    "onnxruntime": ("sessions", "cuda", "tensorrt_provider"),
+    "openvino": ("openvino_session",),
+    "tensorrt": ("tensorrt_session",),
 }
 #: What a release depends on, beside what it holds and `session_modules`.
 CODE = ("resources.triton.config", "resources.triton.release", "resources.triton.stage", "resources.triton.layout")
@@ -195,8 +195,11 @@ def content_of(plan: ReleasePlan) -> Fingerprint:
 
 def session_modules(*runtimes: str) -> tuple[str, ...]:
     """The modules that open engines of those runtimes inside Triton; none named: of every runtime."""
-    files = (file for runtime in runtimes or _SESSIONS for file in _SESSIONS.get(runtime, ()))
-    return tuple(f"resources.engines.{Path(file).stem}" for file in files)
+    return tuple(
+        f"resources.engines.{runtime}.{module}"
+        for runtime in runtimes or _SESSIONS
+        for module in _SESSIONS.get(runtime, ())
+    )
 
 
 def content_digest(plan: ReleasePlan) -> str:
@@ -261,7 +264,8 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
     """The engine's files, and, beside the `model.py` of the python flavour, what opens them."""
     if plan.whole:
         shutil.copyfile(_PYTHON_MODELS / f"{plan.engine.runtime}_engine.py", folder / "engine.py")
-        modules = [_RESOURCES / "engines" / module for module in _SESSIONS[plan.engine.runtime]]
+        runtime = plan.engine.runtime
+        modules = [_RESOURCES / "engines" / runtime / f"{module}.py" for module in _SESSIONS[runtime]]
         for module in (*_COMMON, *modules):
             shutil.copyfile(module, folder / module.name)
         target = folder

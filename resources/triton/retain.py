@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from resources.errors import FULL, ReleaseError, ServerError
+from resources.settings.triton import TritonSettings
 from resources.storage.locations import Location, contents
 from resources.triton.client import TextClient
 from resources.triton.files import clear_disk_errors, discard, repository_lock, staging_root, sync
@@ -23,7 +24,6 @@ from resources.triton.layout import (
 )
 from resources.triton.pointer import current_problem, require_current, require_own_pointer
 from resources.triton.publish import sweep
-from resources.triton.settings import TritonSettings
 
 #: After the pointer was moved, a server that polls and that nobody named may answer with the release before it for so
 #: long: Triton looks every 15 seconds, unless told otherwise, and has to load.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources.errors import ReleaseError, ServerError, StorageError
+from resources.settings.triton import TritonSettings
 from resources.storage.locations import Location
 from resources.storage.objects import RemotePath
 from resources.triton.files import (
@@ -29,7 +30,6 @@ from resources.triton.layout import (
 from resources.triton.pointer import current_problem, points_as_published
 from resources.triton.publish import sweep
 from resources.triton.release import Release
-from resources.triton.settings import TritonSettings
 from resources.triton.verify import ask_embedded, find_release, require_unchanged
 
 

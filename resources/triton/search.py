@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import (
     Champion,
@@ -23,18 +24,17 @@ from resources.artifacts.records import (
     ThreadSetting,
 )
 from resources.artifacts.store import Made
-from resources.catalog import ModelEntry, ServingSettings
-from resources.device import describe_device
+from resources.catalog.entries import ModelEntry, ServingSettings
 from resources.errors import ReleaseError
-from resources.evaluation.evaluation_set import read_evaluation_set
+from resources.machine.device import describe_device
 from resources.machine.lock import benchmarking
-from resources.targets import device_of
+from resources.machine.targets import device_of
+from resources.settings.triton import Flavour, TritonSettings
+from resources.settings.workspace import Workspace
 from resources.triton.environment import is_installed, requirements
 from resources.triton.mix import load_of, request_mix
 from resources.triton.release import ReleasePlan
-from resources.triton.settings import Flavour, TritonSettings
 from resources.triton.trials import SHORTEST_SECONDS, Measure, configured_trials, embedded_trials
-from resources.workspace import Workspace
 
 #: What a configuration depends on, beside what is served.
 CODE = (
@@ -46,8 +46,8 @@ CODE = (
     "resources.triton.launch",
     "resources.triton.python_models",
     "resources.pipelines",
-    "resources.engines.sessions",
-    "resources.engines.cuda",
+    "resources.engines.onnxruntime.sessions",
+    "resources.engines.onnxruntime.cuda",
 )
 #: Waiting longer than this for company costs more than any batch wins back at the speeds that engines have here.
 QUEUE_DELAYS_US = (0, 500, 2000)

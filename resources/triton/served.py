@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from resources.artifacts.records import Checkpoint, Engine
 from resources.artifacts.store import ArtifactStore
-from resources.engines import SERVED, EngineSpec
+from resources.benchmark.champion import Served
+from resources.engines.specs import SERVED, EngineSpec
 from resources.errors import ArtifactError, ReleaseError, StorageError
-from resources.evaluation.champion import Served
+from resources.settings.workspace import Workspace
 from resources.triton.layout import current_release
-from resources.workspace import Workspace
 
 
 @dataclass(frozen=True)

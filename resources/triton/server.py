@@ -17,14 +17,14 @@ from pathlib import Path
 import psutil
 
 from resources.errors import ServerError
+from resources.processes.variables import COMPUTE, PROGRAM, inherited
+from resources.settings.connection import Connection, Protocol, new_key, restrictions
+from resources.settings.triton import Control, TritonSettings
 from resources.triton.client import TextClient
-from resources.triton.connection import Connection, Protocol, new_key, restrictions
 from resources.triton.environment import require_installed
 from resources.triton.launch import LOOPBACK, Ports, assemble_backends, command, new_prefix, supervised, variables
 from resources.triton.layout import CONFIG, called_internals
-from resources.triton.settings import Control, TritonSettings
 from resources.triton.stubs import signal_text
-from resources.variables import COMPUTE, PROGRAM, inherited
 
 READY_SECONDS = 120.0
 #: For requests under way, of a server that ends because it is broken.

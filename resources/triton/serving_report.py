@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import Checkpoint, EvaluationSet, LoadLevel, ServingReport
 from resources.artifacts.store import Made
-from resources.catalog import ModelEntry
-from resources.device import describe_device
+from resources.catalog.entries import ModelEntry
 from resources.errors import ReleaseError, ServerError
-from resources.evaluation.evaluation_set import read_evaluation_set
+from resources.machine.device import describe_device
 from resources.machine.lock import benchmarking
+from resources.settings.connection import PLAIN, Connection
+from resources.settings.workspace import Workspace
 from resources.triton.client import TextClient
-from resources.triton.connection import PLAIN, Connection
 from resources.triton.environment import is_installed, requirements
 from resources.triton.layout import current_release
 from resources.triton.load import closed_loop, server_statistics, statistics_since
@@ -25,7 +26,6 @@ from resources.triton.mix import load_of, request_mix
 from resources.triton.perf_analyzer import find_perf_analyzer, run_perf_analyzer
 from resources.triton.release import Release
 from resources.triton.server import EmbeddedServer
-from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from resources.pipelines.base import Item

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from resources.artifacts.records import ServingSetting, ServingTrial
 from resources.errors import ServerError
+from resources.settings.triton import TritonSettings
 from resources.storage.locations import Location
 from resources.triton.client import TextClient
 from resources.triton.config import engine_config, front_config, write_config
@@ -34,7 +35,6 @@ from resources.triton.load import WARM_UP_SECONDS, closed_loop, server_statistic
 from resources.triton.publish import sweep
 from resources.triton.release import ReleasePlan, check_plan
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 from resources.triton.stage import stage, stage_alias
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from resources.artifacts.records import sha256_file
 from resources.errors import ReleaseError
+from resources.settings.triton import TritonSettings
 from resources.storage.locations import Location
 from resources.triton.asking import ask, write_alias
 from resources.triton.client import TextClient
@@ -28,7 +29,6 @@ from resources.triton.layout import (
 from resources.triton.pointer import command, current_problem, require_own_pointer
 from resources.triton.release import Release, require_embeddable, stored
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 
 
 def find_release(repository: Location, model: str, number: int) -> Release:

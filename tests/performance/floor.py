@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from resources.catalog import Shape
-from resources.checkpoints import collect_checkpoint
-from resources.engines import engine_spec
+from resources.catalog.entries import Shape
+from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.make import make_engine, sources_of
+from resources.engines.specs import engine_spec
 from resources.export.make import make_graph
-from resources.isolation import run_isolated
-from resources.workspace import Workspace
+from resources.processes.isolation import run_isolated
+from resources.settings.workspace import Workspace
 from tests.performance.cpu import SHAPES, make_entry
 
 #: Far more than the last level of any cache of a server's share.
@@ -62,7 +62,7 @@ def rates(threads: int) -> tuple[float, float]:
 def encoder_parameters(model: Path) -> int:
     """Elements of the matrices that every token is multiplied with. In a child: onnx_ir is imported there."""
     from resources.engines.fusion import fuse
-    from resources.engines.quantization import find_operators
+    from resources.engines.precision.quantization import find_operators
 
     fused, _ = fuse(model)
     return sum(operator.rows * operator.columns * len(operator.nodes) for operator in find_operators(fused))

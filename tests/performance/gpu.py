@@ -91,7 +91,7 @@ def build(module: Any, folder: Path) -> dict[str, Path]:
     import torch
 
     from resources.engines.fusion import fuse
-    from resources.engines.half import WITHOUT_BF16, to_half
+    from resources.engines.precision.half_precision import WITHOUT_BF16, to_half
 
     rows, tokens = (torch.export.Dim(name, min=1, max=512) for name in ("batch", "sequence"))
     example = {name: torch.from_numpy(array) for name, array in make_batch(2, 12).items()}
@@ -257,7 +257,7 @@ def run(
     """All shapes of one model. options: of the CUDA provider, by the name of a variant."""
     import torch
 
-    from resources.engines.cuda import CudaSession
+    from resources.engines.onnxruntime.cuda import CudaSession
 
     module = make_module(size)
     results = []

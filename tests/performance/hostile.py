@@ -30,11 +30,11 @@ import numpy as np
 import psutil
 
 from resources.errors import ServerError
+from resources.settings.triton import TritonSettings
 from resources.tasks import TASKS
 from resources.triton.client import Contract, TextClient
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
 from tests.releases import make_task_plan, unasked
 
 KINDS = {

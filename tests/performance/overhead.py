@@ -18,8 +18,8 @@ from typing import Any
 
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.artifacts.store import ArtifactStore
-from resources.catalog import ModelEntry
-from resources.engines import ENGINES
+from resources.catalog.entries import ModelEntry
+from resources.engines.specs import ENGINES
 
 RATIO_LIMIT = 1.35
 SECOND_RUN_LIMIT = 1 / 5
@@ -60,17 +60,18 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from resources import preload
-    from resources.engines import Sources, engine_spec
-    from resources.engines import build as build_engine
-    from resources.engines import load as load_engine
+    from resources.accuracy.batches import equal_length_batches, plan_alone, plan_batches
+    from resources.accuracy.evaluation_set import read_evaluation_set
+    from resources.benchmark.texts import batch_of_shape, texts_of
+    from resources.engines.interface import Sources
+    from resources.engines.interface import build as build_engine
+    from resources.engines.interface import load as load_engine
     from resources.engines.make import goal_of
-    from resources.evaluation.batches import equal_length_batches, plan_alone, plan_batches
-    from resources.evaluation.evaluation_set import read_evaluation_set
-    from resources.evaluation.texts import batch_of_shape, texts_of
+    from resources.engines.specs import engine_spec
     from resources.export.exporter import export
     from resources.pipelines.tokenization import TextEncoder
-    from resources.workspace import Workspace
+    from resources.processes import preload
+    from resources.settings.workspace import Workspace
 
     assert preload.torch is torch
     lap("imports")

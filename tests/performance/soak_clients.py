@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from resources.evaluation.statistics import percentile
+from resources.benchmark.statistics import percentile
 from resources.tasks.samples import sample_texts
 from resources.triton.load import shuffled_rounds
 

@@ -101,7 +101,7 @@ def _optimize_all_but(new: int) -> None:
     import dagster as dg
 
     from orchestration.settings import read_workspace
-    from resources.revisions import look
+    from resources.checkpoints.watch.probe import look
     from tests.sources import collect
 
     workspace = read_workspace(os.environ)
@@ -124,7 +124,7 @@ def tick() -> None:
     from orchestration.definitions import defs
     from orchestration.sensors import SENSOR
     from orchestration.settings import read_workspace
-    from resources.isolation import peak_memory_bytes
+    from resources.processes.isolation import peak_memory_bytes
 
     repository = defs.get_repository_def()
     saved = Path(os.environ["DAGSTER_HOME"]) / "cursor"

@@ -18,7 +18,7 @@ from resources.engines.graphs import (
     replace_value,
     subgraph_inputs,
 )
-from resources.engines.sessions import session_of_bytes
+from resources.engines.onnxruntime.sessions import session_of_bytes
 
 _TRIED = ((1, 1), (2, 5), (3, 12))
 

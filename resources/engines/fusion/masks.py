@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from resources.engines.graphs import CONTRIB, add_initializer, cut, is_op, subgraph_inputs
-from resources.engines.sessions import session_of_bytes
+from resources.engines.onnxruntime.sessions import session_of_bytes
 
 MASK = "attention_mask"
 #: Rows, tokens and the lengths of the rows that a mask is tried at: one row, no padding, one token, all of one length.

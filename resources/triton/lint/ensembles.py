@@ -12,7 +12,7 @@ from resources.triton.lint.graphs import type_name
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelEnsembling
 
-    from resources.triton.lint.repository import Model
+    from resources.triton.lint.model import Model
 
 
 def ensemble_findings(model: Model, models: Mapping[str, Model]) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from resources.triton.lint.reading import (
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
-    from resources.triton.lint.repository import Model
+    from resources.triton.lint.model import Model
 
 #: ONNX's name of a type by Triton's.
 _TYPES = {

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from resources.foreign import ForeignError, local_path, open_regular, read_whole
+from resources.boundary.foreign import ForeignError, local_path, open_regular, read_whole
 
 #: Triton's documentation knows no limit. A configuration of a thousand steps has a quarter of this.
 LARGEST_CONFIG_BYTES = 2**20

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resources.foreign import ForeignError
+from resources.boundary.foreign import ForeignError
 from resources.triton.lint.findings import Finding
 from resources.triton.lint.reading import LARGEST_SOURCE_BYTES, TooLargeError, read_file
 
 if TYPE_CHECKING:
-    from resources.triton.lint.repository import Model
+    from resources.triton.lint.model import Model
 
 #: What the backend puts on the path of every model.
 _GIVEN = {"triton_python_backend_utils", "c_python_backend_utils"}

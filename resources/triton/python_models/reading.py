@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from pipelines import TOKEN_COUNT, TOKEN_IDS, open_pipeline
+from pipelines import open_pipeline
 from pipelines.limits import RefusedError, RequestLimits
+from pipelines.names import TOKEN_COUNT, TOKEN_IDS
 
 
 class BusyError(RuntimeError):

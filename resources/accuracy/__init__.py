@@ -1,0 +1,1 @@
+"""Whether an engine answers as PyTorch does: evaluation sets, answers, and the gates."""

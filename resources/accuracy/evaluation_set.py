@@ -1,0 +1,202 @@
+"""The evaluation set: real requests, and what PyTorch in fp32 answers to each of their rows without padding."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resources.accuracy.batches import equal_length_batches, plan_batches
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
+from resources.artifacts.records import Checkpoint, EvaluationSet
+from resources.artifacts.store import Made
+from resources.boundary.trust import Trust
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.collect import checkpoint_files
+from resources.checkpoints.requests import evaluation_requests, require_answers
+from resources.checkpoints.shapes import shapes_of
+from resources.errors import CheckpointError
+from resources.machine.lock import building
+from resources.machine.usage import Watch
+from resources.processes.isolation import run_isolated
+from resources.settings.workspace import Workspace
+from resources.tasks import TASKS
+
+if TYPE_CHECKING:
+    from resources.accuracy.inference import Run
+    from resources.pipelines.base import Item, Pipeline
+
+#: What an evaluation set depends on, beside what it was made from.
+CODE = (
+    "resources.accuracy.evaluation_set",
+    "resources.accuracy.inference",
+    "resources.accuracy.batches",
+    "resources.checkpoints",
+    "-resources.checkpoints.watch",
+    "resources.tasks",
+    "resources.pipelines",
+)
+BASELINE_NUMBERS = "baseline.npy"
+BASELINE_DOCUMENTS = "baseline.json"
+ITEMS_FILE = "items.json"
+_BATCH = 16
+#: Of every so many requests one is answered in company too.
+_PADDED_EVERY = 8
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    rows: int
+    width: int
+    longest_tokens: int
+
+
+def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[EvaluationSet]:
+    """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a baseline."""
+    shapes_of(entry, checkpoint)  # before any work: it refuses what the checkpoint cannot take
+    items, right = evaluation_requests(entry, checkpoint.settings, checkpoint.max_tokens)
+    made_of = Fingerprint.of(
+        "evaluation_set",
+        model=entry.name,
+        items=items,
+        right=right,
+        weights=checkpoint.weights_digest,
+        tokenizer=checkpoint.tokenizer_digest,
+        pipeline=checkpoint.pipeline_digest,
+        task=checkpoint.task,
+        unused_weights=entry.unused_weights,
+        code=code_versions(*CODE),
+        libraries=library_versions("torch", "transformers", "tokenizers"),
+    )
+
+    def make(folder: Path) -> EvaluationSet:
+        workspace.store.require_whole(checkpoint)
+        with building(), Watch() as watch:
+            found, peak = run_isolated(
+                _answer,
+                checkpoint,
+                workspace.store.folder(checkpoint),
+                entry.trust,
+                items,
+                right,
+                folder,
+                workspace.threads(entry),
+                limits=workspace.limits,
+                what=f"{entry.name}, revision {checkpoint.revision}: PyTorch's answers to the evaluation set",
+                log=workspace.log(entry.name, "evaluation_set"),
+            )
+        return EvaluationSet(
+            digest=made_of.digest,
+            model=entry.name,
+            items=len(items),
+            rows=found.rows,
+            width=found.width,
+            longest_tokens=found.longest_tokens,
+            peak_memory_bytes=peak,
+            usage=watch.usage,
+        )
+
+    return workspace.store.get_or_make(EvaluationSet, made_of, make)
+
+
+def _require_padding(checkpoint: Checkpoint, pipeline: Pipeline, run: Run, items: list[Item], alone: list[Any]) -> None:
+    """Raise CheckpointError where the model answers otherwise in company: servers pad what they answer together."""
+    from resources.accuracy.inference import answer_items
+
+    task, some = TASKS[checkpoint.task], items[::_PADDED_EVERY]
+    bucket = pipeline.encoder.bucket
+    padded = answer_items(
+        pipeline,
+        run,
+        some,
+        lambda lengths: plan_batches([*chain.from_iterable(lengths)], bucket, _BATCH),
+        per_token=task.per_token,
+    )
+    for item, expected, found in zip(some, alone[::_PADDED_EVERY], padded.answers or [None] * len(some), strict=True):
+        why = task.difference(checkpoint.settings, expected, found) if found is not None else padded.broken
+        if why:
+            raise CheckpointError(
+                f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself answers otherwise where a text is "
+                f"padded, which every server has to do: {', '.join(repr(text[:60]) for text in item.values())}: {why}. "
+                "Such a model cannot be served in batches; give another checkpoint."
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation set holds. baseline: PyTorch's answer to each item, fp32 `[width]` or a JSON document.
+    right: the right answer where the user gave one, else None.
+    """
+
+    items: list[Item]
+    baseline: list[Any]
+    right: list[Any]
+
+
+def read_evaluation_set(folder: Path) -> Evaluation:
+    """Read back what `make_evaluation_set` made."""
+    data = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
+    if (folder / BASELINE_NUMBERS).is_file():
+        import numpy as np
+
+        baseline = list(np.load(folder / BASELINE_NUMBERS))
+    else:
+        baseline = json.loads((folder / BASELINE_DOCUMENTS).read_text(encoding="utf-8"))
+    return Evaluation(data["items"], baseline, data["right"])
+
+
+def _answer(
+    checkpoint: Checkpoint,
+    source: Path,
+    trust: Trust,
+    items: list[Item],
+    right: list[Any],
+    folder: Path,
+    threads: int,
+) -> _Baseline:
+    import numpy as np
+    import torch
+
+    from resources.accuracy.inference import answer_items
+    from resources.pipelines import open_pipeline
+
+    torch.set_num_threads(threads)
+    pipeline, task = open_pipeline(str(source)), TASKS[checkpoint.task]
+    require_answers(checkpoint.model, "evaluation", pipeline, items)
+    module = task.module(checkpoint_files(checkpoint, source, trust), **trust.load_arguments)
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            answer: np.ndarray = module(**{name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
+        return answer.astype(np.float32)
+
+    answered = answer_items(
+        pipeline,
+        run,
+        items,
+        lambda lengths: equal_length_batches(list(chain.from_iterable(lengths)), _BATCH),
+        per_token=task.per_token,
+    )
+    if answered.broken:
+        raise CheckpointError(
+            f"{checkpoint.model}, revision {checkpoint.revision}: PyTorch itself gives {answered.broken} of the "
+            "evaluation set in fp32, so there is nothing to serve. The weights are damaged or the training diverged: "
+            "give another checkpoint."
+        )
+    _require_padding(checkpoint, pipeline, run, items, answered.answers)
+    lacking = task.too_little(checkpoint.settings, answered.answers)
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint.model}, revision {checkpoint.revision}: {lacking} to judge an engine by. Give requests of "
+            "your own, such as this model is for: evaluation, in the models file."
+        )
+    if pipeline.structured:
+        text = json.dumps(answered.answers, ensure_ascii=False)
+        (folder / BASELINE_DOCUMENTS).write_text(text, encoding="utf-8")
+    else:
+        np.save(folder / BASELINE_NUMBERS, np.stack(answered.answers))
+    data = {"items": items, "right": right}
+    (folder / ITEMS_FILE).write_text(json.dumps(data, ensure_ascii=False, indent=0), encoding="utf-8")
+    return _Baseline(answered.rows, answered.width, answered.longest_tokens)

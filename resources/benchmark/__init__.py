@@ -1,0 +1,1 @@
+"""How fast engines are, which of them is best, and why."""

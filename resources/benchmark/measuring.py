@@ -1,0 +1,196 @@
+"""Measuring one engine: its accuracy on the evaluation set and its speed against PyTorch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resources.accuracy.evaluation_set import read_evaluation_set
+from resources.accuracy.measuring import measure_accuracy
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
+from resources.artifacts.records import (
+    BenchmarkReport,
+    Engine,
+    EvaluationSet,
+    ThreadSetting,
+    ThreadTrial,
+)
+from resources.artifacts.store import Made
+from resources.benchmark.texts import texts_of
+from resources.benchmark.threads import SHARE, Contest, sweep, thread_counts
+from resources.benchmark.timing import time_shapes
+from resources.catalog.entries import ModelEntry, Shape
+from resources.checkpoints.shapes import shapes_of
+from resources.engines.interface import Sources
+from resources.engines.specs import BASELINE, SPINNING
+from resources.errors import EngineError
+from resources.machine.device import describe_device, physical_cores
+from resources.machine.lock import benchmarking
+from resources.machine.targets import device_of
+from resources.processes.isolation import Worker
+from resources.settings.workspace import Workspace
+from resources.tasks import TASKS
+
+if TYPE_CHECKING:
+    from resources.benchmark.worker import Probe
+
+#: What a report depends on, beside what was measured.
+CODE = (
+    "resources.accuracy",
+    "-resources.accuracy.reference",
+    "resources.benchmark",
+    "-resources.benchmark.champion",
+    "-resources.benchmark.ranking",
+    "-resources.benchmark.side_by_side",
+    "resources.processes.isolation",
+    "resources.tasks",
+    "resources.pipelines",
+)
+SAMPLES_FILE = "samples.json"
+
+
+def make_benchmark(
+    workspace: Workspace,
+    entry: ModelEntry,
+    engine: Engine,
+    baseline: Engine,
+    evaluation: EvaluationSet,
+    sources: Sources,
+    beside: Sequence[str] = (),
+) -> Made[BenchmarkReport]:
+    """The report on one engine. An engine that was not built is skipped; one that breaks is recorded as failed.
+
+    beside: digests of the engines that it is to be compared with; it is measured again when they are others.
+    """
+    threads, device = workspace.threads(entry), describe_device(engine.target)
+    shapes = shapes_of(entry, sources.checkpoint)
+    made_of = Fingerprint.of(
+        "benchmark",
+        model=entry.name,
+        # Built again of the same, an engine may be another: the ladder has a limit of time.
+        engine=[engine.digest, engine.content_digest],
+        baseline=baseline.digest,
+        evaluation=evaluation.digest,
+        shapes=[str(shape) for shape in shapes],
+        batch=entry.max_batch_size,
+        seconds=entry.benchmark.seconds,
+        threads=[threads, workspace.baseline_threads(entry), physical_cores()],
+        device=device,
+        **({"beside": sorted(beside)} if beside else {}),
+        code=code_versions(*CODE),
+        libraries=library_versions("numpy", "tokenizers"),
+    )
+    record = BenchmarkReport(
+        digest=made_of.digest,
+        model=entry.name,
+        engine=engine.name,
+        engine_digest=engine.digest,
+        baseline_digest=baseline.digest,
+        evaluation_digest=evaluation.digest,
+        target=engine.target,
+        status="skipped",
+        threads=threads,
+        device=device,
+        engine_size_bytes=engine.size_bytes or sources.checkpoint.weights_bytes,
+    )
+
+    def make(folder: Path) -> BenchmarkReport:
+        if engine.status != "built":
+            # Not `skipped` for a failed build: that is tried again, and then this must be measured again too.
+            status = "failed" if engine.status == "failed" else "skipped"
+            return record.model_copy(update={"status": status, "reason": f"{engine.status}: {engine.reason}"})
+        workspace.store.require_whole(engine, evaluation, sources.checkpoint)
+        try:
+            return _measure(workspace, entry, engine, baseline, evaluation, sources, shapes, record, folder)
+        except EngineError as error:
+            return record.model_copy(update={"status": "failed", "reason": str(error)})
+
+    return workspace.store.get_or_make(BenchmarkReport, made_of, make, light=engine.status != "built")
+
+
+def _measure(
+    workspace: Workspace,
+    entry: ModelEntry,
+    engine: Engine,
+    baseline: Engine,
+    evaluation: EvaluationSet,
+    sources: Sources,
+    shapes: Sequence[Shape],
+    record: BenchmarkReport,
+    folder: Path,
+) -> BenchmarkReport:
+    store = workspace.store
+    known = read_evaluation_set(store.folder(evaluation))
+    what = f"{entry.name}: benchmarking {engine.name} on {engine.target}"
+    log = workspace.log(entry.name, f"benchmark-{engine.target}-{engine.name}")
+    texts = texts_of(known.items)
+
+    def start(which: Engine, setting: ThreadSetting) -> Worker:
+        arguments = (which, store.folder(which), sources, setting.threads, setting.spinning)
+        whose = what if which is engine else f"{what}: running {which.name} beside it"
+        return Worker(open_probe, *arguments, limits=workspace.limits, what=whose, log=log)
+
+    # The lock comes first: loading an engine is work too, and would disturb another's benchmark.
+    with benchmarking():
+        usual = ThreadSetting(threads=workspace.baseline_threads(entry))
+        setting, trials = (
+            (usual, ())
+            if engine.name == BASELINE
+            else _choose_threads(
+                engine, lambda one: start(engine, one), record.threads, texts, shapes, SHARE * entry.benchmark.seconds
+            )
+        )
+        # Loading an engine once for each setting is not paid for by what is measured with the one that won.
+        started, bound = time.monotonic(), entry.benchmark.seconds * (1 - SHARE if trials else 1)
+        # In a process of its own: allocators keep what the largest batch took, and memory is reported by shape.
+        with start(engine, setting) as worker:
+            answered = worker.call("answers", known.items, entry.max_batch_size)
+            peak = worker.peak_memory_bytes
+        with start(engine, setting) as candidate, start(baseline, usual) as rival:
+            # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
+            seconds = max(bound - (time.monotonic() - started), entry.benchmark.seconds / 4)
+            timings, samples = time_shapes(rival, candidate, texts, shapes, seconds)
+        peak = max(peak, candidate.peak_memory_bytes, rival.peak_memory_bytes)
+    raw = {shape: asdict(pairs) for shape, pairs in samples.items()}
+    (folder / SAMPLES_FILE).write_text(json.dumps(raw))
+    return record.model_copy(
+        update={
+            "status": "measured",
+            "accuracy": measure_accuracy(TASKS[entry.task], sources.checkpoint.settings, known, answered),
+            "timings": tuple(timings),
+            "setting": setting,
+            "baseline_threads": usual.threads,
+            "thread_trials": trials,
+            "peak_memory_bytes": peak,
+        }
+    )
+
+
+def _choose_threads(
+    engine: Engine,
+    start: Callable[[ThreadSetting], Worker],
+    budget: int,
+    texts: Sequence[str],
+    shapes: Sequence[Shape],
+    seconds: float,
+) -> tuple[ThreadSetting, tuple[ThreadTrial, ...]]:
+    """What the engine is to run with, and how that was found: all threads where there is nothing to choose.
+
+    PyTorch has no choice: see Workspace.baseline_threads.
+    """
+    if device_of(engine.target) != "cpu" or budget == 1:
+        return ThreadSetting(threads=budget), ()
+    counts, can_sleep = thread_counts(budget, physical_cores()), engine.runtime in SPINNING
+    with Contest(start, texts, shapes, seconds, comparisons=len(counts) - 1 + can_sleep) as contest:
+        return sweep(counts, contest, can_sleep=can_sleep)
+
+
+def open_probe(engine: Engine, folder: Path, sources: Sources, threads: int, spinning: bool = True) -> Probe:
+    """In the child: numpy and the runtimes are imported there, never here."""
+    from resources.benchmark.worker import Probe
+
+    return Probe(engine, folder, sources, threads, spinning)

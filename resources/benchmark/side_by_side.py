@@ -1,0 +1,359 @@
+"""Comparing engines with each other in one measuring, outside the pipeline: `refinery bench`.
+
+The pipeline measures each candidate beside PyTorch alone, so two candidates' figures come from different minutes. Here
+all of them are loaded at once and take turns, and any two are compared round by round. Engines are those of the
+pipeline, from the same artifact store: what is there is used, what is missing is built. The reports are not kept there:
+nothing of the pipeline rests on them. Every engine has all threads here; the pipeline measures how many each needs.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from itertools import chain
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from resources.accuracy.evaluation_set import make_evaluation_set, read_evaluation_set
+from resources.accuracy.measuring import measure_accuracy
+from resources.accuracy.reference import make_reference
+from resources.artifacts.fingerprint import fingerprint, library_versions
+from resources.artifacts.records import (
+    Accuracy,
+    BenchmarkReport,
+    CandidateVerdict,
+    Checkpoint,
+    Engine,
+    EvaluationSet,
+    Record,
+)
+from resources.artifacts.store import Made
+from resources.benchmark.champion import gates_missed
+from resources.benchmark.measuring import open_probe
+from resources.benchmark.ranking import judge
+from resources.benchmark.statistics import geometric_mean
+from resources.benchmark.texts import texts_of
+from resources.benchmark.timing import Turns, shares, take_turns
+from resources.catalog.entries import ModelEntry, Shape
+from resources.checkpoints.collect import collect_checkpoint
+from resources.checkpoints.shapes import shapes_of
+from resources.engines.interface import Sources
+from resources.engines.make import LIBRARIES, make_engine, sources_of
+from resources.engines.specs import BASELINE, EngineSpec, engine_spec
+from resources.errors import CatalogError, EngineError
+from resources.export.make import make_graph
+from resources.machine.device import describe_device
+from resources.machine.lock import benchmarking
+from resources.processes.isolation import Worker
+from resources.settings.workspace import Workspace
+from resources.tasks import TASKS
+
+R = TypeVar("R", bound=Record)
+#: Called with what a step is called and what came of it.
+Progress = Callable[[str, str], None]
+
+
+class Comparison(BaseModel):
+    """What several engines of one model came to. All times are milliseconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model: str
+    revision: str
+    task: str
+    target: str
+    device: str
+    threads: int
+    created: str = Field(description="UTC, ISO 8601.")
+    seconds: float = Field(description="The bound that the measuring was given.")
+    versions: dict[str, str]
+    reports: tuple[BenchmarkReport, ...] = Field(description="The baseline first; what was not measured has a reason.")
+    verdicts: tuple[CandidateVerdict, ...]
+    ratios: dict[str, dict[str, dict[str, float]]] = Field(
+        description="By shape and two engines: how many times faster the first is, as the median over the rounds."
+    )
+    samples: dict[str, dict[str, list[float]]] = Field(
+        description="By shape and engine; the same index is one round, measured within one turn of each other."
+    )
+
+    @property
+    def measured(self) -> list[str]:
+        """The engines that were measured, the baseline first."""
+        return [report.engine for report in self.reports if report.status == "measured"]
+
+    def overall(self, engine: str, other: str) -> float:
+        """How many times faster than another an engine is: the geometric mean over the shapes."""
+        return geometric_mean([ratios[engine][other] for ratios in self.ratios.values()])
+
+
+def compare(
+    workspace: Workspace,
+    entry: ModelEntry,
+    target: str,
+    specs: Sequence[EngineSpec],
+    say: Progress,
+    *,
+    shapes: Sequence[Shape] | None = None,
+    seconds: float | None = None,
+    accuracy: bool = True,
+) -> Comparison:
+    """Measure those engines of a model and PyTorch in turns.
+
+    shapes: default: those that the pipeline measures at. seconds: bound for all measuring; default: the catalog's for
+    one candidate, for each of them. accuracy: whether their answers are compared with PyTorch's too.
+
+    Unsupported and failed engines are part of the result, with their reason. Raises CatalogError, CheckpointError and
+    ExportError before anything is built, and EngineError where PyTorch cannot run or nothing is left beside it.
+    """
+    checkpoint = _said(
+        say, "checkpoint", collect_checkpoint(entry, workspace.store, workspace.limits, settings=workspace.sources)
+    )
+    measured_at = _checked(entry, checkpoint, shapes) if shapes else shapes_of(entry, checkpoint)
+    evaluation = _said(say, "evaluation_set", make_evaluation_set(workspace, entry, checkpoint))
+    _said(say, "reference", make_reference(workspace, entry, checkpoint, evaluation))
+    graph = _said(say, "onnx_graph", make_graph(workspace, entry, checkpoint))
+    sources = sources_of(workspace, entry, checkpoint, graph)
+    engines = []
+    for spec in [engine_spec(BASELINE), *(spec for spec in specs if spec.name != BASELINE)]:
+        made = make_engine(workspace, entry, spec, target, sources, evaluation)
+        engines.append(_said(say, f"engines/{target}/{spec.name}", made))
+    candidates = sum(engine.status == "built" for engine in engines[1:])
+    bound = entry.benchmark.seconds * max(1, candidates) if seconds is None else seconds
+    rivals = Rivals(workspace, entry, sources, evaluation, engines, measured_at, bound, say)
+    with benchmarking(lambda who: say("waiting", f"other work is under way on this machine: {who}")):
+        rivals.run(accuracy)
+    return Comparison(
+        model=entry.name,
+        revision=checkpoint.revision,
+        task=checkpoint.task,
+        target=target,
+        device=describe_device(target),
+        threads=workspace.threads(entry),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=bound,
+        versions={
+            "python": platform.python_version(),
+            **library_versions(*sorted({"numpy", "tokenizers", *chain.from_iterable(LIBRARIES.values())})),
+        },
+        reports=tuple(rivals.reports()),
+        verdicts=_verdicts(entry, rivals.reports(), accuracy),
+        ratios=rivals.ratios(),
+        samples=rivals.samples(),
+    )
+
+
+def _said(say: Progress, name: str, made: Made[R]) -> R:
+    record = made.record
+    status = getattr(record, "status", "built")
+    if status != "built":
+        say(name, f"{status}: {getattr(record, 'reason', '')}")
+    else:
+        say(name, "there already" if made.reused else f"made in {record.build_seconds:.1f} s")
+    return record
+
+
+def _checked(entry: ModelEntry, checkpoint: Checkpoint, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """The shapes, none twice. Raises CatalogError where the model does not take or serve one."""
+    for shape in shapes:
+        if shape.sequence > checkpoint.max_tokens:
+            raise CatalogError(
+                f"{entry.name}: the shape {shape} is longer than this checkpoint takes ({checkpoint.max_tokens} "
+                "tokens); give a shorter one."
+            )
+        if shape.batch > entry.max_batch_size:
+            raise CatalogError(
+                f"{entry.name}: the shape {shape} is a larger batch than is served (max_batch_size "
+                f"{entry.max_batch_size}); engines are built for no more."
+            )
+    return tuple(dict.fromkeys(shapes))
+
+
+def _verdicts(entry: ModelEntry, reports: Sequence[BenchmarkReport], accuracy: bool) -> tuple[CandidateVerdict, ...]:
+    """What the pipeline would say of these figures; without accuracy it would say nothing."""
+    if accuracy:
+        return judge(reports, lambda report: gates_missed(entry, report), entry.objective, reports[0].engine_size_bytes)
+    return tuple(
+        CandidateVerdict(engine=report.engine, score=None, eligible=False, verdict="accuracy was not measured")
+        for report in reports
+        if report.status == "measured"
+    )
+
+
+class _FellError(Exception):
+    """An engine broke while others were measured with it."""
+
+    def __init__(self, contestant: _Contestant, error: EngineError) -> None:
+        super().__init__(str(error))
+        self.contestant = contestant
+
+
+class _Contestant:
+    """A loaded engine that says who it was when it breaks."""
+
+    def __init__(self, engine: str, worker: Worker) -> None:
+        self.engine, self._worker = engine, worker
+
+    def call(self, method: str, *args: Any) -> Any:
+        try:
+            return self._worker.call(method, *args)
+        except EngineError as error:
+            raise _FellError(self, error) from error
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class Rivals:
+    """The engines of one comparison: those still in it, and why the others are not."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        entry: ModelEntry,
+        sources: Sources,
+        evaluation: EvaluationSet,
+        engines: Sequence[Engine],
+        shapes: Sequence[Shape],
+        seconds: float,
+        say: Progress,
+    ) -> None:
+        self._workspace, self._entry, self._sources, self._evaluation = workspace, entry, sources, evaluation
+        self._engines, self._shapes, self._seconds, self._say = engines, shapes, seconds, say
+        self._reasons = {
+            engine.name: f"{engine.status}: {engine.reason}" for engine in engines if engine.status != "built"
+        }
+        self._skipped = {engine.name for engine in engines if engine.status == "unsupported"}
+        self._accuracy: dict[str, Accuracy] = {}
+        self._turns: list[tuple[list[str], Turns]] = []
+
+    def run(self, accuracy: bool) -> None:
+        """Measure accuracy engine by engine, then speed with all of them loaded."""
+        self._require_rivals()
+        known = read_evaluation_set(self._workspace.store.folder(self._evaluation))
+        started = time.monotonic()
+        task, settings = TASKS[self._entry.task], self._sources.checkpoint.settings
+        for engine in self._left() if accuracy else []:
+            try:
+                # In a process of its own: allocators keep what the largest batch took, and memory is reported by shape.
+                with self._start(engine) as worker:
+                    answered = worker.call("answers", known.items, self._entry.max_batch_size)
+            except EngineError as error:
+                self._drop(engine.name, str(error))
+                continue
+            self._accuracy[engine.name] = measure_accuracy(task, settings, known, answered)
+            self._say(f"accuracy/{engine.name}", f"measured after {time.monotonic() - started:.1f} s")
+        with ExitStack() as stack:
+            contestants = []
+            for engine in self._left():
+                try:
+                    contestants.append(_Contestant(engine.name, stack.enter_context(self._start(engine))))
+                except EngineError as error:
+                    self._drop(engine.name, str(error))
+            # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
+            seconds = max(self._seconds - (time.monotonic() - started), self._seconds / 4)
+            for shape, share in shares(self._shapes, seconds):
+                turns = self._at(shape, contestants, texts_of(known.items), share)
+                rounds = f"{turns.rounds} rounds of {len(contestants)} engines"
+                self._say(str(shape), rounds + ("" if turns.agreed else ", until the time was over"))
+
+    def _at(self, shape: Shape, contestants: list[_Contestant], texts: Sequence[str], seconds: float) -> Turns:
+        """All in turns at one shape; one that breaks is out, and the others begin again in what is left of the time."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._require_rivals()
+            try:
+                turns = take_turns(contestants, texts, shape, max(0.0, deadline - time.monotonic()))
+            except _FellError as fell:
+                contestants.remove(fell.contestant)
+                fell.contestant.close()
+                self._drop(fell.contestant.engine, f"at {shape}: {fell}")
+                continue
+            self._turns.append(([contestant.engine for contestant in contestants], turns))
+            return turns
+
+    def _start(self, engine: Engine) -> Worker:
+        model, target, workspace = self._entry.name, engine.target, self._workspace
+        threads = workspace.baseline_threads if engine.name == BASELINE else workspace.threads
+        return Worker(
+            open_probe,
+            engine,
+            self._workspace.store.folder(engine),
+            self._sources,
+            threads(self._entry),
+            limits=self._workspace.limits,
+            what=f"{model}: comparing {engine.name} on {target}",
+            log=self._workspace.log(model, f"bench-{target}-{engine.name}"),
+        )
+
+    def _left(self) -> list[Engine]:
+        return [engine for engine in self._engines if engine.name not in self._reasons]
+
+    def _drop(self, engine: str, reason: str) -> None:
+        if engine == BASELINE:  # texts that do not fit a shape, for one; and then there is nothing to compare with
+            raise EngineError(f"{self._entry.name}: PyTorch, which all are compared with, cannot be measured: {reason}")
+        self._reasons[engine] = f"failed: {reason}"
+        self._say(f"engines/{engine}", self._reasons[engine])
+
+    def _require_rivals(self) -> None:
+        """Raise EngineError where PyTorch is alone or not there itself."""
+        left = [engine.name for engine in self._left()]
+        if BASELINE not in left or len(left) < 2:
+            reasons = "".join(f"\n  {engine}: {reason}" for engine, reason in self._reasons.items())
+            raise EngineError(
+                f"{self._entry.name}: there is nothing to compare on {self._engines[0].target}: {BASELINE} and at "
+                f"least one engine beside it are needed, and there is {' and '.join(left) or 'neither'}.{reasons}"
+            )
+
+    def reports(self) -> list[BenchmarkReport]:
+        """One of each engine, in their order."""
+        threads = self._workspace.threads(self._entry)
+        baseline = self._engines[0]
+        digest = fingerprint(
+            "comparison",
+            engines=[[engine.digest, engine.content_digest] for engine in self._engines],
+            evaluation=self._evaluation.digest,
+            shapes=[str(shape) for shape in self._shapes],
+            threads=threads,
+        )
+        reports = []
+        for engine in self._engines:
+            report = BenchmarkReport(
+                digest=digest,
+                model=self._entry.name,
+                engine=engine.name,
+                engine_digest=engine.digest,
+                baseline_digest=baseline.digest,
+                evaluation_digest=self._evaluation.digest,
+                target=engine.target,
+                status="skipped" if engine.name in self._skipped else "failed",
+                reason=self._reasons.get(engine.name, ""),
+                threads=threads,
+                baseline_threads=self._workspace.baseline_threads(self._entry),
+                device=describe_device(engine.target),
+                engine_size_bytes=engine.size_bytes or self._sources.checkpoint.weights_bytes,
+            )
+            if not report.reason:
+                timings = tuple(turns.timing(names.index(engine.name)) for names, turns in self._turns)
+                accuracy = self._accuracy.get(engine.name)
+                update = {"status": "measured", "accuracy": accuracy, "timings": timings}
+                report = report.model_copy(update=update)
+            reports.append(report)
+        return reports
+
+    def ratios(self) -> dict[str, dict[str, dict[str, float]]]:
+        """See Comparison; of those that were measured to the end."""
+        left = [engine.name for engine in self._left()]
+        return {
+            str(turns.shape): {
+                one: {other: turns.speedup(names.index(one), names.index(other)) for other in left if other != one}
+                for one in left
+            }
+            for names, turns in self._turns
+        }
+
+    def samples(self) -> dict[str, dict[str, list[float]]]:
+        """See Comparison; of all that took part, to the end or not."""
+        return {str(turns.shape): dict(zip(names, turns.times_ms, strict=True)) for names, turns in self._turns}

@@ -1,0 +1,320 @@
+"""Checkpoints in an MLflow model registry: `models:/name@alias`, `models:/name/latest`, `models:/name/3`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from resources.artifacts.fingerprint import fingerprint
+from resources.boundary.addresses import Address
+from resources.boundary.deadlines import within
+from resources.boundary.foreign import (
+    MOST_TOKENIZER_BYTES,
+    ForeignError,
+    check_name,
+    is_file_below,
+    local_path,
+    read_below,
+)
+from resources.checkpoints.reading import ADAPTER, IS_ADAPTER, MERGE_REMEDY
+from resources.checkpoints.sources.copies import kept, kept_copy
+from resources.errors import CheckpointError, UnfetchedError, first_line
+from resources.processes.downloads import download_apart
+from resources.processes.variables import CLOUD, DATABASE, MLFLOW, NETWORK, PROGRAM, PYTHON, inherited
+from resources.settings.sources import SourceSettings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+_FORM = re.compile(r"models:/(?P<name>[^/:@'\"]+)(@(?P<alias>[^/:@]+)|/(?P<version>[1-9]\d*|latest))")
+#: What resources.tracking writes: the address and the tags of engines that this project registered itself.
+_OWN_ADDRESS, _OWN_TAG = "refinery:", "refinery."
+#: Of a version's status; the others are still being registered, or could not be.
+_READY = "READY"
+#: For one question to MLflow, importing it included. Its own limits begin anew with each byte of an answer.
+_ASK_SECONDS = 60.0
+#: A logged model has some ten files. What MLflow says of it has some kilobytes, its signature included.
+_MOST_FILES = 10_000
+_MOST_DESCRIPTION_BYTES = 2**18
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a source names: one version, or the one that an alias points to, or (neither) the latest."""
+
+    source: str
+    name: str
+    version: str | None = None
+    alias: str | None = None
+
+    @property
+    def pinned(self) -> bool:
+        return self.version is not None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model. made: when, in milliseconds, as MLflow says it."""
+
+    name: str
+    number: str
+    address: str
+    status: str
+    made: int
+    tags: Mapping[str, str]
+
+    @property
+    def revision(self) -> str:
+        """`v3-` and a digest: a model that was deleted and registered anew begins at 1 again, and is another."""
+        return f"v{self.number}-{fingerprint('version', address=self.address, made=self.made)[:8]}"
+
+
+def parse_reference(source: str) -> Reference:
+    """Raises CheckpointError where it is of another form."""
+    match = _FORM.fullmatch(source)
+    if match is None:
+        raise CheckpointError(
+            f"source: {source!r} names no version of a registered model. Write models:/name@alias, models:/name/latest "
+            "or models:/name/3."
+        )
+    version = match["version"]
+    return Reference(source, match["name"], None if version == "latest" else version, match["alias"])
+
+
+def is_own(address: str, tags: Iterable[str]) -> bool:
+    """Tell whether a version is an engine that this project registered itself."""
+    return address.startswith(_OWN_ADDRESS) or any(tag.startswith(_OWN_TAG) for tag in tags)
+
+
+def source_names(sources: Iterable[str]) -> frozenset[str]:
+    """Name the registered models that the sources of a catalog's entries take checkpoints from."""
+    found = set()
+    for source in sources:
+        if source.startswith("models:"):
+            with suppress(CheckpointError):  # a source of another form is refused where it is looked at
+                found.add(parse_reference(source).name)
+    return frozenset(found)
+
+
+def checked(reference: Reference, version: Version) -> Version:
+    """The version, if it can be a checkpoint. Raises CheckpointError where this project made it, or it is not ready."""
+    if is_own(version.address, version.tags):
+        raise CheckpointError(
+            f"source: {reference.source}: version {version.number} of {version.name!r} is an engine that this project "
+            "registered itself, not a checkpoint. Write the number or an alias of the checkpoint's version, or "
+            "register the checkpoint once more, so that it is the latest."
+        )
+    if version.status != _READY:
+        raise CheckpointError(
+            f"source: {reference.source}: version {version.number} of {version.name!r} is {version.status}, not "
+            f"{_READY}. Wait until it is registered, or register it again."
+        )
+    return version
+
+
+def missing(reference: Reference, tracking_uri: Address) -> CheckpointError:
+    """There is no such version."""
+    return CheckpointError(
+        f"source: {reference.source}: the registry at {tracking_uri} has no such version. Check its name, and the "
+        "alias or version, on MLflow's page; another registry is named by REFINERY_MLFLOW_URI."
+    )
+
+
+def unanswered(reference: Reference, tracking_uri: Address, error: BaseException) -> CheckpointError:
+    """The registry could not be asked."""
+    return CheckpointError(
+        f"source: {reference.source}: the registry at {tracking_uri} could not be asked: {first_line(error)}. Start "
+        "that server, or mend REFINERY_MLFLOW_URI or MLFLOW_TRACKING_TOKEN."
+    )
+
+
+def find_version(source: str, settings: SourceSettings) -> Version:
+    """The version that the source names now, by MLflow's own client, which takes seconds to import.
+
+    Raises CheckpointError.
+    """
+    from mlflow.exceptions import MlflowException
+
+    reference, uri = parse_reference(source), settings.tracking_uri
+    try:
+        found = within(_ASK_SECONDS, partial(_find, reference, uri))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if isinstance(error, MlflowException) and error.error_code in _MISSING:
+            raise missing(reference, uri) from uri.without_secrets(error)
+        shown = uri.without_secrets(error)
+        raise unanswered(reference, uri, shown) from shown
+    version = Version(
+        name=found.name,
+        number=str(found.version),
+        address=str(found.source),
+        status=str(found.status),
+        made=int(found.creation_timestamp),
+        tags=dict(found.tags),
+    )
+    return checked(reference, version)
+
+
+def _find(reference: Reference, uri: Address) -> ModelVersion:
+    client = _client(uri)
+    if reference.alias is not None:
+        return client.get_model_version_by_alias(reference.name, reference.alias)
+    if reference.version is not None:
+        return client.get_model_version(reference.name, reference.version)
+    newest = client.search_model_versions(f"name = '{reference.name}'", max_results=1, order_by=["version_number DESC"])
+    if not newest:
+        raise missing(reference, uri)
+    return newest[0]
+
+
+def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) -> tuple[Path, str]:
+    """The folder of the version's checkpoint on this machine, downloaded unless it is there, and its revision.
+
+    Raises CheckpointError; without `fetch` UnfetchedError where it is not there.
+    """
+    version, what = find_version(source, settings), f"{settings.tracking_uri} {source}"
+    if not fetch and kept(settings.folder / "registry", what, version.revision) is None:
+        raise UnfetchedError(source, version.revision)
+
+    def download(folder: Path) -> None:
+        uri = settings.tracking_uri
+        # Artifacts may lie in object storage, which MLflow reads with the keys of the environment.
+        variables = inherited(PROGRAM, PYTHON, NETWORK, MLFLOW, secrets=(*MLFLOW, *DATABASE, *CLOUD))
+        if uri.is_web and settings.mlflow_login is not None:
+            name, password = settings.mlflow_login
+            variables |= {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
+        try:
+            arguments = (uri, source, version.name, version.number, folder)
+            download_apart(_download, *arguments, folder=folder, variables=variables)
+        except (TimeoutError, ConnectionError) as error:
+            shown = uri.without_secrets(error)
+            raise CheckpointError(
+                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(shown)}. See "
+                "that MLflow's artifact store can be reached from here, with its credentials."
+            ) from shown
+        _join_tokenizers(folder)
+
+    copy = kept_copy(settings.folder / "registry", what, version.revision, download)
+    return _checkpoint_in(source, copy), version.revision
+
+
+def _download(uri: Address, source: str, name: str, number: str, folder: Path) -> None:
+    """In a process of its own: MLflow has no limit for an answer that drips. Raises CheckpointError."""
+    from mlflow.artifacts import download_artifacts
+
+    address = _client(uri).get_model_version_download_uri(name, number)
+    try:
+        _check_listing(address, uri)
+    except ForeignError as error:
+        raise CheckpointError(
+            f"source: {source}: version {number} holds a file that is not fetched: {error}. Log the model again with "
+            "mlflow."
+        ) from error
+    download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri.for_library)
+
+
+def _check_listing(address: str, uri: Address) -> None:
+    """Raise ForeignError where the artifact store lists a name that would lead out of the folder of its copy, or is a
+    folder of this machine that holds a link to elsewhere.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository, left, seen = get_artifact_repository(address, tracking_uri=uri.for_library), [""], 0
+    # Addresses such as models:/... lead to another repository.
+    here = getattr(getattr(repository, "repo", repository), "artifact_dir", None)
+    while left:
+        for one in repository.list_artifacts(left.pop()):
+            check_name(one.path)
+            if here is not None and not one.is_dir:
+                is_file_below(Path(here), one.path)
+            seen += 1
+            if seen > _MOST_FILES:
+                raise ForeignError(f"{address} lists more than {_MOST_FILES} files")
+            if one.is_dir:
+                left.append(one.path)
+
+
+def _client(uri: Address) -> MlflowClient:
+    import mlflow
+
+    mlflow.set_tracking_uri(uri.for_library)  # addresses such as models:/m-1234 are looked up where this says
+    return mlflow.MlflowClient(uri.for_library)
+
+
+def _checkpoint_in(source: str, folder: Path) -> Path:
+    """The folder that transformers can read, in what was downloaded of a version. Raises CheckpointError."""
+    for root, name, fields in _flavors(folder):
+        if name == "transformers" and fields.get("model_binary"):
+            return _within(root, fields["model_binary"])
+        if name == "transformers" and isinstance(fields.get("source_model_name"), str):
+            raise CheckpointError(
+                f"source: {source} holds no weights, but the name of a model of the Hub. Give that as the source "
+                f"({fields['source_model_name']:.100}), or log it with save_pretrained=True."
+            )
+        if name == "sentence_transformers" and fields.get("data"):
+            return _within(root, fields["data"])
+    found = sorted({path.parent for path in folder.rglob("config.json")}, key=lambda path: len(path.parts))
+    if not found and any(folder.rglob(ADAPTER)):
+        raise CheckpointError(f"source: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
+    if not found:
+        raise CheckpointError(
+            f"source: {source} holds no Hugging Face checkpoint: there is no config.json among its files. Log it with "
+            "mlflow.transformers, or log the folder that save_pretrained wrote."
+        )
+    return found[0]
+
+
+def _within(folder: Path, name: object) -> Path:
+    """The path of what somebody else's description names. Raises CheckpointError where it leads out of the folder."""
+    try:
+        return local_path(folder, name)
+    except ForeignError as error:
+        raise CheckpointError(
+            f"source: its MLmodel names a place outside what was logged: {error}. Log the model again with mlflow."
+        ) from None
+
+
+def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
+    """MLflow's own description of what was logged: where, as what, and how."""
+    for path in sorted(folder.rglob("MLmodel")):
+        with suppress(
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            ForeignError,
+            yaml.YAMLError,
+        ):
+            text = read_below(folder, path.relative_to(folder).as_posix(), _MOST_DESCRIPTION_BYTES)
+            # libyaml's loader bounds how deep a document nests; for brackets alone the one in Python takes minutes.
+            data = yaml.load(text, yaml.CSafeLoader)
+            yield from [(path.parent, str(name), dict(fields)) for name, fields in data["flavors"].items()]
+
+
+def _join_tokenizers(folder: Path) -> None:
+    """MLflow keeps the tokenizer apart from the model; transformers looks for both in one folder."""
+    for root, name, fields in _flavors(folder):
+        if name != "transformers" or not fields.get("model_binary"):
+            continue
+        model = _within(root, fields["model_binary"])
+        parts = fields.get("components")
+        for part in parts if isinstance(parts, list) else ():
+            place = _within(root / "components", part)
+            for path in place.glob("*"):
+                try:
+                    if is_file_below(place, path.name) and not (model / path.name).exists():
+                        (model / path.name).write_bytes(read_below(place, path.name, MOST_TOKENIZER_BYTES))
+                except (OSError, ForeignError) as error:
+                    raise CheckpointError(f"source: {error}. Log the model again with mlflow.") from error

@@ -1,0 +1,81 @@
+"""Many looks at once, of which none is waited for longer than there is time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from resources.checkpoints.watch.probe import Seen
+from resources.errors import CheckpointError, RefineryError, first_line
+
+#: Threads that look. Most of a look is waiting for a server.
+WORKERS = 16
+#: A look that takes longer than this is said to get no answer; it goes on all the same.
+LATE_SECONDS = 30.0
+
+#: A model's name and its source.
+Key = tuple[str, str]
+Outcome = Seen | CheckpointError
+
+
+class Looks:
+    """Looks of this process, those that are under way still included.
+
+    A thread that hangs (in a network file system that is away, say) cannot be ended: its source is not looked at by a
+    second one, and it holds up no other source.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: dict[Key, float] = {}
+        self._ended: queue.SimpleQueue[tuple[Key, Outcome]] = queue.SimpleQueue()
+
+    def take(self, jobs: Mapping[Key, Callable[[], Seen]], deadline: float) -> dict[Key, Outcome]:
+        """What came of the jobs until the deadline (of time.monotonic), the first ones first.
+
+        With what came since the last call of looks that were late then. Those that were not begun are not in it.
+        """
+        found: dict[Key, Outcome] = {}
+        while self._collect(found, block_s=0.0):
+            pass
+        for key, began in [*self._under_way.items()]:
+            late_s = time.monotonic() - began
+            if key in jobs and late_s > LATE_SECONDS:
+                found[key] = CheckpointError("source: there is no answer, nor an error. See that it is there.")
+        todo: queue.SimpleQueue[tuple[Key, Callable[[], Seen]]] = queue.SimpleQueue()
+        wanted = {key for key in jobs if key not in found and key not in self._under_way}
+        for key, job in jobs.items():
+            if key in wanted:
+                todo.put((key, job))
+        for _ in range(min(WORKERS, len(wanted))):
+            threading.Thread(target=self._work, args=(todo, deadline), daemon=True).start()
+        while not wanted <= found.keys() and (left_s := deadline - time.monotonic()) > 0:
+            self._collect(found, block_s=left_s)
+        return {key: outcome for key, outcome in found.items() if key in jobs}
+
+    def _work(self, todo: queue.SimpleQueue[tuple[Key, Callable[[], Seen]]], deadline: float) -> None:
+        while time.monotonic() < deadline:
+            try:
+                key, job = todo.get_nowait()
+            except queue.Empty:
+                return
+            self._under_way[key] = time.monotonic()
+            try:
+                outcome: Outcome = job()
+            except CheckpointError as error:
+                outcome = error
+            except RefineryError as error:
+                outcome = CheckpointError(str(error))
+            except Exception as error:  # a defect here must not cost the others their look
+                outcome = CheckpointError(f"source: {type(error).__name__}: {first_line(error)} (a defect).")
+            self._ended.put((key, outcome))
+
+    def _collect(self, found: dict[Key, Outcome], block_s: float) -> bool:
+        try:
+            key, outcome = self._ended.get(timeout=block_s) if block_s > 0 else self._ended.get_nowait()
+        except queue.Empty:
+            return False
+        self._under_way.pop(key, None)
+        found[key] = outcome
+        return True

@@ -1,0 +1,178 @@
+"""One look at one source: what it holds now, without fetching anything, and without importing what is heavy."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from resources.catalog.entries import ModelEntry
+from resources.checkpoints.collect import content_hashes, content_revision
+from resources.checkpoints.sources.local import local_folder
+from resources.checkpoints.sources.objects import lacking, list_objects
+from resources.checkpoints.sources.reference import Kind, kind_of
+from resources.checkpoints.sources.registry import missing, parse_reference
+from resources.checkpoints.validation import validate
+from resources.checkpoints.watch import background as aside
+from resources.checkpoints.watch.background import PROBLEM_SECONDS
+from resources.checkpoints.watch.folder import stat_folder
+from resources.checkpoints.watch.hub import hub_commit, is_pinned
+from resources.checkpoints.watch.registry import ask_version
+from resources.errors import CheckpointError, first_line
+from resources.settings.sources import SourceSettings
+
+#: The kinds that somebody else's server is asked about.
+REMOTE: tuple[Kind, ...] = ("hub", "registry", "objects")
+#: What is digested at once; more is left to a child process. SHA-256 takes about a second for a gigabyte.
+SMALL_BYTES = 128 * 2**20
+#: The same, for a tokenizer, which takes several times its size of memory to read: RoBERTa's has 2 MB, XLM-R's 17.
+SMALL_TOKENIZER_BYTES = 4 * 2**20
+#: A folder that lacks something is one that is being filled, until it has been still for so many intervals: a download
+#: of several files puts one after the other there.
+INCOMPLETE_INTERVALS = 10
+#: How often a database of MLflow's is read, which takes seconds of a processor: at most, and where nothing says whether
+#: it has changed.
+REGISTRY_SECONDS = 120.0
+
+
+class Seen(BaseModel):
+    """What a look found.
+
+    stat: what says whether anything has changed. since: when it was first found so, in seconds since 1970.
+    revision: what the source holds, as `Checkpoint.revision` has it; empty while that cannot be said: `waiting` says
+    why it may come by itself, `problem` why it does not, and `refused` when that was found.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    stat: str
+    since: float
+    revision: str = ""
+    waiting: str = ""
+    problem: str = ""
+    refused: float = 0.0
+
+    def holds(self, now: float) -> bool:
+        """Whether nobody has to look closer while it looks the same. A problem may have been that of a moment: a disk
+        that was away.
+        """
+        return bool(self.revision) or (bool(self.problem) and 0 <= now - self.refused < PROBLEM_SECONDS)
+
+
+def look(
+    entry: ModelEntry, before: Seen | None, settings: SourceSettings, *, interval_s: float, now: float | None = None
+) -> Seen:
+    """What the entry's source holds. before: what the last look found. interval_s: how long it has to have been still.
+
+    now: seconds since 1970, default: the clock's. Raises CheckpointError where the source is not there, does not
+    answer, or cannot be one.
+    """
+    now = time.time() if now is None else now
+    kind = kind_of(entry.source)
+    if kind == "hub":
+        if before is not None and before.revision and is_pinned(entry.source):
+            return before
+        commit = hub_commit(entry.source, settings.access)
+        return before if before is not None and before.stat == commit else Seen(stat=commit, since=now, revision=commit)
+    if kind == "registry":
+        return _look_at_registry(entry, before, settings, now)
+    if kind == "objects":
+        return _look_at_objects(entry, before, settings, interval_s, now)
+    return _look_at_folder(entry, before, settings, interval_s, now)
+
+
+def _look_at_folder(
+    entry: ModelEntry, before: Seen | None, settings: SourceSettings, interval_s: float, now: float
+) -> Seen:
+    folder = local_folder(entry.source)
+    stat = stat_folder(entry, folder)
+    same = before is not None and before.stat == stat.digest
+    if before is not None and same and before.holds(now):
+        return before
+    seen = Seen(stat=stat.digest, since=before.since if before is not None and same else now)
+    quiet_s = max(now - seen.since, now - stat.newest)
+    if quiet_s < interval_s:
+        return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
+    # What it lies beside may be of the revision before.
+    if abs(now - stat.on_its_way) < INCOMPLETE_INTERVALS * interval_s:
+        return _waits(seen, "a file is on its way into it")
+    if stat.size_bytes > SMALL_BYTES or stat.tokenizer_bytes > SMALL_TOKENIZER_BYTES:
+        answer = aside.ask(entry, settings, stat.digest, now=now)
+        if answer is None or answer.key != stat.digest:
+            return _waits(seen, "its content is being digested by a process of its own")
+        if answer.problem:
+            return _incomplete(seen, answer.problem, quiet_s, interval_s, now)
+        return seen.model_copy(update={"revision": answer.revision})
+    try:
+        hashes = content_hashes(entry, folder, validate(entry, folder).files)
+    except CheckpointError as error:
+        return _incomplete(seen, str(error), quiet_s, interval_s, now)
+    except OSError as error:
+        raise CheckpointError(f"{entry.name}: {folder} cannot be read: {error}. Make it readable.") from error
+    if stat_folder(entry, folder).digest != stat.digest:
+        return _waits(seen, "it changed while it was read")
+    return seen.model_copy(update={"revision": content_revision(hashes)})
+
+
+def _look_at_registry(entry: ModelEntry, before: Seen | None, settings: SourceSettings, now: float) -> Seen:
+    reference, uri = parse_reference(entry.source), settings.tracking_uri
+    if before is not None and before.revision and reference.pinned:
+        return before
+    if uri.startswith(("http://", "https://")):
+        revision = ask_version(entry.source, settings).revision
+        same = before is not None and before.revision == revision
+        return before if before is not None and same else Seen(stat=revision, since=now, revision=revision)
+    stat = _store_stat(uri, now)
+    if stat is None:
+        raise missing(reference, uri)
+    if before is not None and before.stat == stat and before.revision:
+        return before
+    answer = aside.ask(entry, settings, stat, now=now, rest_s=REGISTRY_SECONDS)
+    if answer is None:
+        return before or Seen(stat="", since=now, waiting="a process of its own asks MLflow")
+    if answer.problem:
+        raise CheckpointError(answer.problem)
+    return Seen(stat=answer.key, since=now, revision=answer.revision)
+
+
+def _store_stat(uri: str, now: float) -> str | None:
+    """What changes when MLflow's database does; None where it is a file that is not there."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri:  # nothing says so but the database itself
+        return f"{now // REGISTRY_SECONDS:.0f}"
+    files = [Path(path), Path(f"{path}-wal")]
+    stats = [file.stat() for file in files if file.is_file()]
+    return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats) or None
+
+
+def _look_at_objects(
+    entry: ModelEntry, before: Seen | None, settings: SourceSettings, interval_s: float, now: float
+) -> Seen:
+    listing = list_objects(
+        entry.source, settings, allow_pickle=entry.allow_pickle, trust_remote_code=entry.trust_remote_code
+    )
+    same = before is not None and before.stat == listing.revision
+    if before is not None and same and before.holds(now):
+        return before
+    if not listing.objects:
+        raise CheckpointError(f"source: nothing of a checkpoint lies below {entry.source}. Give its prefix.")
+    seen = Seen(stat=listing.revision, since=before.since if before is not None and same else now)
+    quiet_s = max(now - seen.since, now - listing.modified if listing.modified else 0.0)
+    if quiet_s < interval_s:
+        return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
+    lacks = lacking(entry.source, listing)
+    if lacks:
+        text = f"{entry.name}: {lacks} is missing from {entry.source}. Put the checkpoint there whole."
+        return _incomplete(seen, text, quiet_s, interval_s, now)
+    return seen.model_copy(update={"revision": listing.revision})
+
+
+def _waits(seen: Seen, why: str) -> Seen:
+    return seen.model_copy(update={"waiting": why})
+
+
+def _incomplete(seen: Seen, why: str, quiet_s: float, interval_s: float, now: float) -> Seen:
+    said = first_line(CheckpointError(why), 1000)
+    if quiet_s < INCOMPLETE_INTERVALS * interval_s:
+        return _waits(seen, said)
+    return seen.model_copy(update={"problem": said, "refused": now})

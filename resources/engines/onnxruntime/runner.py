@@ -1,0 +1,128 @@
+"""Run graphs with ONNX Runtime, on the processor or on the first GPU. Lives in child processes only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from resources.engines.interface import Runner, Sources
+from resources.engines.onnxruntime.sessions import open_session
+from resources.errors import EngineError, first_line
+from resources.machine.targets import Device
+from resources.pipelines.tokenization import TextEncoder
+from resources.tasks import TASKS
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+MODEL_FILE = "model.onnx"
+
+
+def save_graph(model: onnx_ir.Model, path: Path, *, external: bool) -> None:
+    """Write a graph, its weights in a file beside it where `external`.
+
+    Exporters write down stack traces, and so the folders of the machine; those are left out.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+
+
+def cpu_runner(model: onnx_ir.Model, path: Path, sources: Sources, *, as_written: bool = False) -> OnnxRuntimeRunner:
+    """The graph, loaded to run on the processor, from a file that is gone again.
+
+    as_written: QuantizeLinear and DequantizeLinear stay what they are, instead of becoming part of a product.
+    """
+    runner = trial_runner(model, path, sources, "cpu", as_written=as_written)
+    assert isinstance(runner, OnnxRuntimeRunner), "that is what runs on CPUs"
+    return runner
+
+
+def trial_runner(
+    model: onnx_ir.Model, path: Path, sources: Sources, device: Device, *, as_written: bool = False
+) -> OnnxRuntimeRunner | CudaRunner:
+    """The graph, loaded from a file that is gone again. With all cores: nothing is measured meanwhile."""
+    try:
+        save_graph(model, path, external=True)  # or the runtime would hold every weight twice while it loads
+        return open_runner(
+            path, sources.graph.output, len(os.sched_getaffinity(0)), device, graphs=False, as_written=as_written
+        )
+    finally:
+        for leftover in path.parent.glob(f"{path.name}*"):
+            leftover.unlink()
+
+
+def check_answer(runner: Runner, sources: Sources) -> None:
+    """Raise EngineError where the engine answers a batch of one token with anything but finite numbers."""
+    task = TASKS[sources.checkpoint.task]
+    rows, tokens = 2, 8
+    encoder = TextEncoder.from_folder(str(sources.checkpoint_folder))
+    answer = runner.run(encoder.example(rows, tokens, task.extra_inputs))
+    expected = (rows, tokens, sources.graph.width) if task.per_token else (rows, sources.graph.width)
+    if answer.shape != expected or not np.isfinite(answer).all():
+        raise EngineError(f"The engine answers {answer.shape} with values {answer.ravel()[:4]} to a plain batch.")
+
+
+class OnnxRuntimeRunner:
+    """One session on the CPU."""
+
+    def __init__(
+        self, model: Path, output: str, threads: int, *, spinning: bool = True, as_written: bool = False
+    ) -> None:
+        try:
+            self._session = open_session(str(model), threads, spinning=spinning, as_written=as_written)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
+        self._output = output
+        self._inputs = {item.name for item in self._session.get_inputs()}
+
+    def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.outputs([self._output], batch)[0]
+
+    def outputs(self, names: Sequence[str], batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of those names."""
+        answers: list[np.ndarray] = self._session.run(
+            list(names), {name: array for name, array in batch.items() if name in self._inputs}
+        )
+        return answers
+
+
+class CudaRunner:
+    """One session on the first GPU."""
+
+    def __init__(self, model: Path, output: str, threads: int, *, graphs: bool = True) -> None:
+        from resources.engines.onnxruntime.cuda import CudaSession
+
+        try:
+            self._session = CudaSession(model, output, graphs=graphs, threads=threads)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
+
+    @property
+    def why_no_graphs(self) -> str:
+        """Why no CUDA graphs are captured; empty where they are."""
+        return self._session.why_no_graphs
+
+    def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self._session.run(batch)
+
+
+def open_runner(
+    path: Path,
+    output: str,
+    threads: int,
+    device: Device,
+    *,
+    graphs: bool = True,
+    spinning: bool = True,
+    as_written: bool = False,
+) -> OnnxRuntimeRunner | CudaRunner:
+    if device == "cuda":
+        return CudaRunner(path, output, threads, graphs=graphs)
+    return OnnxRuntimeRunner(path, output, threads, spinning=spinning, as_written=as_written)

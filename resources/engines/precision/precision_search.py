@@ -1,0 +1,169 @@
+"""What the builders of reduced precision share: trials for the ladder, and half precision from graph to file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from resources.accuracy.gate_check import GateCheck
+from resources.accuracy.inference import Run
+from resources.engines.interface import Goal, Sources
+from resources.engines.onnxruntime.runner import OnnxRuntimeRunner, cpu_runner, save_graph, trial_runner
+from resources.engines.precision import half_precision as half
+from resources.engines.precision.ladder import Operator, Outcome, Reduced, require_nodes, search
+from resources.engines.precision.quantization import SWITCHES
+from resources.machine.targets import Device
+
+#: Inputs by name, and how many tokens each row has.
+Batches = Sequence[tuple[Mapping[str, np.ndarray], Sequence[int]]]
+
+
+def halve(
+    model: ir.Model,
+    sources: Sources,
+    goal: Goal,
+    target: Path,
+    *,
+    kind: half.Kind = "fp16",
+    wide: Collection[tuple[str, str]] = (),
+    device: Device = "cpu",
+) -> Reduced:
+    """Write the graph with as much of it in half precision as stays finite and keeps the accuracy gates.
+
+    What comes near the largest number of fp16 on real text stays in fp32 at once; what misses a gate for another
+    reason the ladder finds. Where nothing keeps the gates, all that is finite is in half precision and `steps` says so.
+    wide: operators that are computed in fp32 wherever they are, as in `half.to_half`.
+    """
+    if goal.kept_nodes is not None:
+        require_nodes(goal.kept_nodes, [str(node.name) for node in model.graph])
+        known = half.to_half(model, goal.kept_nodes, kind=kind, wide=wide)
+        save_graph(known, target, external=sources.graph.external_data)
+        return Reduced({}, kept_nodes=goal.kept_nodes)
+    gate_check = open_gate_check(goal, sources)
+    trial = target.with_name("trial.onnx")
+    near = near_overflow(model, trial, sources, gate_check) if kind == "fp16" else {}
+    operators = [operator for operator in half.find_operators(model, wide=wide) if not set(operator.nodes) <= set(near)]
+    nodes = {operator.name: operator.nodes for operator in operators}
+    emulated = device == "cpu"  # see `half`
+
+    def single(kept: Collection[str]) -> set[str]:
+        return {*near, *(node for name in kept for node in nodes[name])}
+
+    def halved(kept: Collection[str], *, emulated: bool = False) -> ir.Model:
+        return half.to_half(model, single(kept), kind=kind, wide=wide, emulated=emulated)
+
+    def running(reduced: Collection[str]) -> Run:
+        kept = [operator.name for operator in operators if operator.name not in reduced]
+        return trial_runner(halved(kept, emulated=emulated), trial, sources, device).run
+
+    # Each trial has a graph of its own: a switch would cost casts everywhere.
+    trials = Trials(running, operators, gate_check)
+    outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
+    save_graph(halved(outcome.kept), target, external=sources.graph.external_data)
+    paths, steps = explained(model, near)
+    parameters = {"overflowing_operators": str(len(near)), "ladder": verdict(outcome)}
+    if emulated:
+        parameters["judged"] = f"in fp32 on a processor, rounded to {kind} wherever the engine has {kind}"
+    kept = tuple(dict.fromkeys([*paths, *outcome.kept]))
+    return Reduced(parameters, kept, (*steps, *outcome.steps), tuple(sorted(single(outcome.kept))))
+
+
+def near_overflow(model: ir.Model, trial: Path, sources: Sources, gate_check: GateCheck) -> dict[str, float]:
+    """Nodes by name whose numbers come near the largest of fp16 on real text, with the largest that was seen."""
+    watching, names = half.watched_values(model)
+    runner, seen = cpu_runner(watching, trial, sources), dict.fromkeys(names, 0.0)
+    for batch in gate_check.calibration_batches():
+        for name, largest in zip(names, runner.outputs([f"{name}_largest" for name in names], batch), strict=True):
+            # Not max(): a NaN must win.
+            seen[name] = float(largest) if not largest <= seen[name] else seen[name]
+    return half.near_overflow(model, seen)
+
+
+def explained(model: ir.Model, near: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules of the nodes that come near the largest number of fp16, and a sentence for each node."""
+    paths = half.paths_of(model, near)
+    steps = tuple(
+        f"{path} reaches {near[name]:.3g} on real text, near fp16's largest number: kept in fp32"
+        for name, path in paths.items()
+    )
+    return tuple(dict.fromkeys(paths.values())), steps
+
+
+def verdict(outcome: Outcome) -> str:
+    """What came of the ladder, as a parameter of the engine."""
+    if not outcome.passed:
+        return outcome.steps[-1]
+    return "gates kept" if outcome.kept else "not needed"
+
+
+def open_gate_check(goal: Goal, sources: Sources) -> GateCheck:
+    """Open the evaluation set that an engine of reduced precision is judged on while it is built."""
+    return GateCheck(
+        goal.evaluation_folder,
+        goal.gates,
+        goal.max_batch_size,
+        sources.checkpoint,
+        sources.checkpoint_folder,
+        sources.graph.width,
+    )
+
+
+class Trials:
+    """The trials of the ladder. running: the graph with only the operators of those names in low precision."""
+
+    def __init__(
+        self, running: Callable[[Collection[str]], Run], operators: Sequence[Operator], gate_check: GateCheck
+    ) -> None:
+        self._running, self._examiner = running, gate_check
+        self._names = [operator.name for operator in operators]
+
+    def damage(self, reduced: Collection[str]) -> float:
+        """Relative error of the answers' numbers where only those operators run in low precision; infinite where one
+        is NaN."""
+        batches, exact = self._screening
+        return _relative_error(_answers(self._running(reduced), batches), exact)
+
+    def misses(self, kept: Collection[str]) -> list[str]:
+        """The gates that are missed where all operators but those run in low precision."""
+        return self._examiner.misses(self._running([name for name in self._names if name not in kept]))
+
+    @cached_property
+    def _screening(self) -> tuple[Batches, list[np.ndarray]]:
+        """What harm is measured on, and the exact answers. Chosen when harm is first asked for: which texts are hard is
+        known from `misses`."""
+        batches = self._examiner.screening_batches()
+        return batches, _answers(self._running([]), batches)
+
+
+def switched(runner: OnnxRuntimeRunner, operators: Sequence[Operator]) -> Callable[[Collection[str]], Run]:
+    """How `Trials` run on one loaded graph with a switch at each operator."""
+    names = [operator.name for operator in operators]
+
+    def running(reduced: Collection[str]) -> Run:
+        switches = np.array([name in reduced for name in names])
+        return lambda batch: runner.run({**batch, SWITCHES: switches})
+
+    return running
+
+
+def _answers(run: Run, batches: Batches) -> list[np.ndarray]:
+    """One array a row, without what belongs to its padding."""
+    return [
+        row[:count] if row.ndim == 2 else row
+        for batch, tokens in batches
+        for row, count in zip(run(dict(batch)), tokens, strict=True)
+    ]
+
+
+def _relative_error(found: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
+    """Root of the mean square over the rows; infinite where one is not finite."""
+    errors = [
+        float(np.linalg.norm(one - other)) / (float(np.linalg.norm(other)) or 1.0)
+        for one, other in zip(found, exact, strict=True)
+    ]
+    total = float(np.sqrt(np.mean(np.square(errors))))
+    return total if np.isfinite(total) else float("inf")

@@ -1,0 +1,112 @@
+"""The engines that compete: their names and properties, and nothing else.
+
+This module imports next to nothing, because the lineage is made from it and definitions are loaded for every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from resources.errors import EngineError
+from resources.machine.targets import Device
+
+Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+
+#: What candidates are compared with: PyTorch as transformers loads it, fp32. Measured like them, never eligible.
+BASELINE = "torch"
+#: What serves now, measured again beside the candidates: the name of that benchmark, and of the engine while it stays.
+SERVED = "served"
+#: Runtimes whose threads can be told to sleep while they wait for the next operator.
+SPINNING: tuple[Runtime, ...] = ("onnxruntime",)
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One way to run a model. `devices`: what it can run on.
+
+    quantization: whether the scales of int8 activations are computed as they come (dynamic) or beforehand (static).
+    provider: what computes inside ONNX Runtime, where that is neither the processor nor CUDA.
+    """
+
+    name: str
+    runtime: Runtime
+    precision: Precision
+    devices: tuple[Device, ...]
+    description: str
+    quantization: Literal["", "dynamic", "static"] = ""
+    provider: Literal["", "tensorrt"] = ""
+
+    @property
+    def examined(self) -> bool:
+        """Whether its builder has to know the accuracy gates: it leaves in fp32 what would miss them otherwise."""
+        return self.precision != "fp32"
+
+    @property
+    def tuned(self) -> bool:
+        """Whether its builder has to know the shapes that are served: TensorRT tunes an engine to them."""
+        return "tensorrt" in (self.runtime, self.provider)
+
+
+ENGINES: tuple[EngineSpec, ...] = (
+    EngineSpec(BASELINE, "torch", "fp32", ("cpu", "cuda"), "The baseline: PyTorch, eager, fp32, inference mode."),
+    EngineSpec(
+        "onnxruntime_fp32",
+        "onnxruntime",
+        "fp32",
+        ("cpu", "cuda"),
+        "ONNX Runtime: embeddings, attention, normalization and pooling fused; on GPUs with CUDA graphs.",
+    ),
+    EngineSpec(
+        "onnxruntime_int8",
+        "onnxruntime",
+        "int8",
+        ("cpu",),
+        "The fused graph with matrices in int8, as many as the gates allow; scales of activations as they come.",
+        "dynamic",
+    ),
+    EngineSpec(
+        "onnxruntime_int8_static",
+        "onnxruntime",
+        "int8",
+        ("cpu",),
+        "The fused graph with matrices in int8, as many as the gates allow; scales of activations from real text.",
+        "static",
+    ),
+    EngineSpec("openvino_fp32", "openvino", "fp32", ("cpu",), "OpenVINO: the exported graph, fused by its own rules."),
+    EngineSpec(
+        "onnxruntime_fp16",
+        "onnxruntime",
+        "fp16",
+        ("cuda",),
+        "The fused graph in half precision, as much of it as stays finite and keeps the gates, with CUDA graphs.",
+    ),
+    EngineSpec(
+        "onnxruntime_bf16",
+        "onnxruntime",
+        "bf16",
+        ("cuda",),
+        "The fused graph in bfloat16, which cannot overflow, as much of it as keeps the gates, with CUDA graphs.",
+    ),
+    EngineSpec(
+        "onnxruntime_tensorrt_fp16",
+        "onnxruntime",
+        "fp16",
+        ("cuda",),
+        "ONNX Runtime over its TensorRT provider, which chooses by itself what runs in half precision.",
+        provider="tensorrt",
+    ),
+    EngineSpec("tensorrt_fp16", "tensorrt", "fp16", ("cuda",), "A strongly typed TensorRT engine in half precision."),
+    EngineSpec("tensorrt_bf16", "tensorrt", "bf16", ("cuda",), "A strongly typed TensorRT engine in bfloat16."),
+    EngineSpec("tensorrt_int8", "tensorrt", "int8", ("cuda",), "A TensorRT engine with symmetric int8 Q/DQ."),
+    EngineSpec("tensorrt_fp8", "tensorrt", "fp8", ("cuda",), "A TensorRT engine with fp8 Q/DQ."),
+)
+
+
+def engine_spec(name: str) -> EngineSpec:
+    """The engine of that name. Raises EngineError."""
+    for spec in ENGINES:
+        if spec.name == name:
+            return spec
+    raise EngineError(f"There is no engine named {name!r}; there are {', '.join(spec.name for spec in ENGINES)}.")

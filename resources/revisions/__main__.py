@@ -1,5 +1,0 @@
-"""The process that looks aside."""
-
-from resources.revisions.aside import main
-
-main()

@@ -3,9 +3,9 @@
 import dagster as dg
 
 from assets.evaluation_set import evaluation_set
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, Cell, closing_tracking, linked, materialized, remember, table
 from assets.partitions import models
-from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.benchmark.champion import gates_missed
 from resources.benchmark.measuring import make_benchmark

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import dagster as dg
 
 from assets.checkpoint import length_metadata
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, began_s, closing_tracking, linked, materialized, remember
 from assets.partitions import models
-from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.benchmark.champion import make_champion
 from resources.benchmark.ranking import tell

@@ -2,9 +2,9 @@
 
 import dagster as dg
 
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, file_table, materialized, remember
 from assets.partitions import models
-from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
 from resources.checkpoints.collect import collect_checkpoint

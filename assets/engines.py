@@ -3,10 +3,10 @@
 import dagster as dg
 
 from assets.evaluation_set import evaluation_set
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, materialized, remember, table
 from assets.onnx_graph import onnx_graph
 from assets.partitions import models
-from assets.placement import placement
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.engines.make import make_engine, sources_of
 from resources.engines.specs import EngineSpec

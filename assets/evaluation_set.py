@@ -3,9 +3,9 @@
 import dagster as dg
 
 from assets.checkpoint import checkpoint
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, materialized, remember
 from assets.partitions import models
-from assets.placement import placement
 from resources.accuracy.evaluation_set import make_evaluation_set
 from resources.artifacts.records import Checkpoint
 from resources.settings.workspace import Workspace

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from assets.checkpoint import checkpoint
+from assets.executor_tags import placement
 from assets.partitions import PARTITION_TAG, models
-from assets.placement import placement
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
 from resources.settings.workspace import Workspace

@@ -3,9 +3,9 @@
 import dagster as dg
 
 from assets.checkpoint import checkpoint
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, materialized, remember, table
 from assets.partitions import models
-from assets.placement import placement
 from assets.reference import reference
 from resources.artifacts.records import Checkpoint, OnnxGraph
 from resources.export.make import make_graph

@@ -4,9 +4,9 @@ import dagster as dg
 
 from assets.checkpoint import checkpoint
 from assets.evaluation_set import evaluation_set
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, materialized, remember, table
 from assets.partitions import models
-from assets.placement import placement
 from resources.accuracy.reference import make_reference
 from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.settings.workspace import Workspace

@@ -6,9 +6,9 @@ import dagster as dg
 
 from assets.benchmarks import report_metadata
 from assets.evaluation_set import evaluation_set
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, closing_tracking, linked, materialized, remember
 from assets.partitions import models
-from assets.placement import placement
 from resources.artifacts.records import BenchmarkReport, Checkpoint, EvaluationSet, OnnxGraph
 from resources.benchmark.champion import gates_missed
 from resources.benchmark.measuring import make_benchmark

@@ -2,9 +2,9 @@
 
 import dagster as dg
 
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, closing_tracking, linked, materialized, remember, table
 from assets.partitions import models
-from assets.placement import placement
 from resources.artifacts.records import (
     Champion,
     Checkpoint,

@@ -4,9 +4,9 @@ import shlex
 
 import dagster as dg
 
+from assets.executor_tags import placement
 from assets.materialization import OWNERS, Cell, closing_tracking, file_table, linked, table
 from assets.partitions import models
-from assets.placement import placement
 from resources.artifacts.records import Champion, Checkpoint
 from resources.settings.workspace import Workspace
 from resources.tasks import TASKS

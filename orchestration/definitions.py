@@ -5,6 +5,7 @@ from itertools import product
 
 import dagster as dg
 
+from assets.asset_docs import documented
 from assets.benchmarks import benchmark_assets
 from assets.champion import champion_assets
 from assets.checkpoint import checkpoint, required_files
@@ -12,20 +13,19 @@ from assets.engines import engine_asset
 from assets.evaluation_set import evaluation_set
 from assets.freshness import release_check
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
-from assets.provenance import documented
 from assets.reference import reference
 from assets.served import served_benchmark_asset
 from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
-from orchestration import upkeep
-from orchestration.executors import Execution, make_executor
-from orchestration.freshness import freshness_job, freshness_sensor
-from orchestration.jobs import close_tracking_of_killed_runs, optimize
-from orchestration.notifications import failure_sensor
-from orchestration.policies import Policies
-from orchestration.progress import progress_logger
-from orchestration.schedules import DEFAULT_CRON, reoptimization
-from orchestration.sensors import checkpoint_sensor
+from orchestration.automation import maintenance_jobs as upkeep
+from orchestration.automation.freshness import freshness_job, freshness_sensor
+from orchestration.automation.notifications import failure_sensor
+from orchestration.automation.policies import Policies
+from orchestration.automation.schedules import DEFAULT_CRON, reoptimization
+from orchestration.automation.sensors import checkpoint_sensor
+from orchestration.cli.progress import progress_logger
+from orchestration.runs.executors import Execution, make_executor
+from orchestration.runs.jobs import close_tracking_of_killed_runs, optimize
 from orchestration.settings import (
     complete_environment,
     read_execution,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import cast, get_args
 
 import orchestration
+from orchestration.automation.policies import FRESH_DAYS, Policies, check_owners
 from orchestration.certificates import share_certificates
-from orchestration.executors import IN_PROCESS, Execution, ExecutorKind, read_config
-from orchestration.policies import FRESH_DAYS, Policies, check_owners
+from orchestration.runs.executors import IN_PROCESS, Execution, ExecutorKind, read_config
 from resources.boundary.addresses import WEB, Address, web_address
 from resources.boundary.http import Tls
 from resources.checkpoints.sources.registry import source_names

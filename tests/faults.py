@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _SOURCE = Path(__file__).with_name("faulty_disk.c")
 #: What the commands import.
 _PRELOADED = (
-    *("orchestration.definitions", "orchestration.gc", "orchestration.optimize", "orchestration.releases"),
+    *("orchestration.definitions", "orchestration.cli.gc", "orchestration.cli.optimize", "orchestration.cli.releases"),
     *("alembic.command", "dagster._core.storage.sqlite_storage", "sqlalchemy.dialects.sqlite", "tritonclient.grpc"),
     *("mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
 )
@@ -99,7 +99,7 @@ def commands(folder: Path) -> Iterator[Commands]:
 
 def _host() -> None:
     """Run each command that is asked for in a child of its own."""
-    from orchestration import cli
+    from orchestration.cli import main as cli
     from resources.machine import lock
     from resources.triton import fleet, make, rollback
     from resources.triton import retain as retaining
@@ -119,7 +119,7 @@ def _host() -> None:
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.exit(cli.main(asked["arguments"]))
+            sys.exit(cli(asked["arguments"]))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

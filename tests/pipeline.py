@@ -15,8 +15,8 @@ from typing import Any
 
 import dagster as dg
 
+from orchestration.cli.optimize import failures
 from orchestration.definitions import make_definitions
-from orchestration.optimize import failures
 from resources.catalog.entries import ModelEntry
 from resources.catalog.loading import write_entry
 from resources.engines.specs import BASELINE, SERVED

@@ -29,11 +29,14 @@ def module_of(file: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """Return the room that a module lies in: a folder right below a package, or the package's loose file."""
+    """Return the room that a module lies in: a folder right below a package, or the package's loose file.
+
+    `assets` is one room. `resources.engines.specs` is a room of its own, because rooms below the engines use it.
+    """
     parts = module.split(".")
     if parts[0] == "assets":
         return "assets"
-    return ".".join(parts[:2])
+    return module if module == "resources.engines.specs" else ".".join(parts[:2])
 
 
 @cache

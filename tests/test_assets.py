@@ -9,8 +9,8 @@ import dagster as dg
 import dagster_webserver
 import pytest
 
+from orchestration.automation.policies import FRESH_DAYS, GRACE_DAYS, Policies
 from orchestration.definitions import make_definitions
-from orchestration.policies import FRESH_DAYS, GRACE_DAYS, Policies
 from orchestration.settings import read_policies
 from resources.errors import CatalogError
 from resources.settings.workspace import Workspace

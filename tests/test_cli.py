@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cli import _parser, main
-from orchestration.pages import page_addresses
-from orchestration.serving import _items
+from orchestration.cli import main
+from orchestration.cli.arguments import parser
+from orchestration.cli.serving import _items
+from orchestration.ui.ui import page_addresses
 from resources.pipelines import pipeline_class
 from resources.tasks import TASKS
 from tests.conftest import entry_for
@@ -253,7 +254,7 @@ def test_a_mistyped_hub_id_can_be_put_right(empty):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_example_of_a_task_gives_what_its_models_take(task):
     arguments = shlex.split(f"query m {TASKS[task].example({'mask_token': '[MASK]'})}")
-    (item,) = _items(_parser().parse_args(arguments), pipeline_class(task).inputs)
+    (item,) = _items(parser().parse_args(arguments), pipeline_class(task).inputs)
     assert set(item) == set(pipeline_class(task).inputs)
     assert (task == "fill-mask") == ("[MASK]" in item.get("TEXT", ""))
 

@@ -18,11 +18,11 @@ from dagster._core.launcher import WorkerStatus
 from dagster._grpc.types import CanCancelExecutionResult
 from dagster._serdes import serialize_value
 
-from orchestration import launcher as launcher_module
 from orchestration.definitions import make_definitions
-from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
-from orchestration.jobs import close_tracking_of_killed_runs
-from orchestration.launcher import HOST_TAG, WatchedRunLauncher, is_alive
+from orchestration.runs import run_launcher as launcher_module
+from orchestration.runs.instance import POSTGRES_VARIABLE, prepare_instance
+from orchestration.runs.jobs import close_tracking_of_killed_runs
+from orchestration.runs.run_launcher import HOST_TAG, WatchedRunLauncher, is_alive
 from resources.triton.layout import current_release, list_releases
 from resources.triton.lint import lint
 from tests.conftest import entry_for

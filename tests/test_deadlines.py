@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from orchestration.notifications import _post
+from orchestration.automation.notifications import _post
 from resources.boundary import deadlines, http
 from resources.boundary.addresses import Address
 from resources.boundary.deadlines import Pace, within

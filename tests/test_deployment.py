@@ -19,9 +19,9 @@ import pytest
 import yaml
 from dagster._core.scheduler.instigation import TickStatus
 
-from orchestration.executors import make_executor
-from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
-from orchestration.sensors import SENSOR
+from orchestration.automation.sensors import SENSOR
+from orchestration.runs.executors import make_executor
+from orchestration.runs.instance import POSTGRES_VARIABLE, prepare_instance
 from orchestration.settings import read_execution
 from resources.settings.workspace import Workspace
 from resources.triton.layout import current_release

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestration.cli import _parser
+from orchestration.cli.arguments import parser
 from orchestration.definitions import defs
 from resources.catalog.entries import _PARTS, ModelEntry
 from resources.catalog.loading import load_catalog
@@ -38,7 +38,7 @@ def joined(page):
 
 def commands():
     """The options of every command."""
-    (action,) = (action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    (action,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     return {
         name: {option for one in parser._actions for option in one.option_strings if option.startswith("--")}
         for name, parser in action.choices.items()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from orchestration.entries import ENTRY_OPTIONS, find_or_add
+from orchestration.cli.model_argument import ENTRY_OPTIONS, find_or_add
 from resources.boundary.addresses import Address
 from resources.catalog.entries import ModelEntry
 from resources.checkpoints.sources.reference import hub_reference, kind_of

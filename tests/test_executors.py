@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from orchestration.definitions import make_definitions
-from orchestration.executors import Execution, make_executor
-from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
+from orchestration.runs.executors import Execution, make_executor
+from orchestration.runs.instance import POSTGRES_VARIABLE, prepare_instance
 from orchestration.settings import read_execution
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.errors import CatalogError, IsolationError

@@ -12,7 +12,7 @@ import time
 import dagster as dg
 import pytest
 
-from orchestration.instance import prepare_instance
+from orchestration.runs.instance import prepare_instance
 from resources.artifacts.records import Engine
 from resources.artifacts.store import ArtifactStore
 from resources.settings.workspace import Workspace

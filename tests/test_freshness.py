@@ -8,9 +8,9 @@ import dagster as dg
 import pytest
 
 from assets.freshness import REVISION_TAG, judge
-from orchestration import freshness, schedules
+from orchestration.automation import freshness, schedules
+from orchestration.automation.policies import FRESH_DAYS
 from orchestration.definitions import make_definitions
-from orchestration.policies import FRESH_DAYS
 from resources.artifacts.records import Checkpoint
 from resources.errors import ReleaseError
 from resources.triton import layout

@@ -11,8 +11,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from orchestration.instance import prepare_instance
-from orchestration.optimize import _of_the_system
+from orchestration.cli.optimize import _of_the_system
+from orchestration.runs.instance import prepare_instance
 from resources.artifacts.records import Engine
 from resources.artifacts.store import ArtifactStore
 from resources.errors import disk_trouble

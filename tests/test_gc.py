@@ -10,7 +10,7 @@ from dataclasses import replace
 import dagster as dg
 import pytest
 
-from orchestration import gc as command
+from orchestration.cli import gc as command
 from orchestration.definitions import make_definitions
 from resources.artifacts import gc
 from resources.artifacts.gc import CACHE_SECONDS, DAY_SECONDS, collect

@@ -8,8 +8,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from orchestration import instance as module
-from orchestration.instance import POSTGRES_VARIABLE, prepare_instance
+from orchestration.runs import instance as module
+from orchestration.runs.instance import POSTGRES_VARIABLE, prepare_instance
 from resources.errors import CatalogError
 from tests import servers, waiting_definitions
 

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from orchestration.cli import main
-from orchestration.lint import as_sarif, as_text
+from orchestration.cli.lint import as_sarif, as_text
 from resources.errors import ReleaseError, ServerError
 from resources.triton.layout import CONFIG
 from resources.triton.lint import RULES, Finding, lint

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from orchestration import cli
+from orchestration.cli import main as cli
 from resources.artifacts.records import ServingSetting, ThreadSetting
 from resources.catalog.entries import ServingSettings
 from resources.errors import ReleaseError, ServerError

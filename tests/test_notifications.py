@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import dagster as dg
 import pytest
 
+from orchestration.automation.notifications import failure_sensor
 from orchestration.definitions import make_definitions
-from orchestration.notifications import failure_sensor
 from orchestration.settings import webhook_of
 from resources.boundary.addresses import Address
 from resources.errors import CatalogError, NotificationError, ReleaseError

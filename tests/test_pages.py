@@ -16,9 +16,9 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from orchestration.guard import origin_of
-from orchestration.pages import mlflow_variables
-from orchestration.sensors import SENSOR
+from orchestration.automation.sensors import SENSOR
+from orchestration.ui.guard import origin_of
+from orchestration.ui.ui import mlflow_variables
 from resources.settings.workspace import Workspace
 from tests.test_cli import REFINERY, environment, free
 

@@ -13,9 +13,9 @@ from importlib.metadata import version
 import dagster as dg
 import pytest
 
-from orchestration import schedules
+from orchestration.automation import schedules
+from orchestration.automation.schedules import MOST_ATTEMPTS, PLAN_TAG, WHY_TAG, reoptimization
 from orchestration.definitions import make_definitions
-from orchestration.schedules import MOST_ATTEMPTS, PLAN_TAG, WHY_TAG, reoptimization
 from resources.artifacts import fingerprint as fingerprints
 from resources.artifacts import hashes
 from resources.artifacts.records import Engine

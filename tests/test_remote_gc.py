@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from orchestration import gc as command
+from orchestration.cli import gc as command
 from resources.artifacts import remote_gc
 from resources.artifacts.gc import DAY_SECONDS, collect
 from resources.artifacts.records import Engine

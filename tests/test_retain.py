@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestration import releases
-from orchestration.cli import main
+from orchestration.cli import main, releases
 from resources.errors import ReleaseError, ServerError
 from resources.settings.triton import TritonSettings
 from resources.storage.objects import RemotePath, Store

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.entries import ENTRY_OPTIONS, find_or_add
+from orchestration.cli.model_argument import ENTRY_OPTIONS, find_or_add
 from orchestration.settings import read_access
 from resources.boundary import http as asking
 from resources.boundary.addresses import Address

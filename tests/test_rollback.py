@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from orchestration import listing, releases, serving
-from orchestration.cli import main
+from orchestration.cli import listing, main, releases, serving
 from resources.errors import ReleaseError, ServerError
 from resources.settings.triton import TritonSettings
 from resources.triton import fleet, verify

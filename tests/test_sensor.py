@@ -11,10 +11,19 @@ from uuid import uuid4
 import dagster as dg
 import pytest
 
-from orchestration import sensors
+from orchestration.automation import sensors
+from orchestration.automation.sensor_state import (
+    LAUNCH_SECONDS,
+    RETRY_SECONDS,
+    Cursor,
+    Memory,
+    Newest,
+    decide,
+    is_due,
+    saw,
+)
 from orchestration.definitions import make_definitions
 from orchestration.settings import read_workspace
-from orchestration.watch import LAUNCH_SECONDS, RETRY_SECONDS, Cursor, Memory, Newest, decide, is_due, saw
 from resources.artifacts.records import Checkpoint, StoredFile
 from resources.artifacts.store import ArtifactStore
 from resources.boundary.addresses import Address

@@ -22,8 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from orchestration import releases, serving
-from orchestration.cli import main
+from orchestration.cli import main, releases, serving
 from orchestration.settings import read_workspace
 from resources.artifacts.records import ServingSetting
 from resources.errors import CatalogError, ReleaseError, ServerError, StorageError
@@ -957,7 +956,7 @@ def test_a_store_that_stops_in_the_middle_of_a_file_is_given_up(s3, bucket, tmp_
 
 
 def test_lint_says_what_was_in_its_way(memory, tmp_path, monkeypatch):
-    from orchestration import lint
+    from orchestration.cli import lint
 
     write_file(memory / "tiny" / CONFIG, b"")
     monkeypatch.setattr(lint, "parse_location", lambda *arguments: memory)

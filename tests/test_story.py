@@ -18,8 +18,8 @@ import pytest
 from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType
 
 from assets.freshness import REVISION_TAG
-from orchestration.sensors import SENSOR
-from orchestration.watch import Cursor
+from orchestration.automation.sensor_state import Cursor
+from orchestration.automation.sensors import SENSOR
 from resources.tasks.samples import sample_texts
 from resources.triton.client import TextClient
 from resources.triton.layout import CONFIG, list_releases

@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 
 from orchestration.cli import main
-from orchestration.instance import prepare_instance
+from orchestration.runs.instance import prepare_instance
 from orchestration.settings import complete_environment, read_workspace
 from resources.errors import CatalogError
 from resources.settings.workspace import Workspace

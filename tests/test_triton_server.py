@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 import pytest
 
-from orchestration import serving as serving_module
 from orchestration.cli import main
+from orchestration.cli import serving as serving_module
 from resources.errors import ReleaseError, ServerError
 from resources.pipelines.tokenization import TextEncoder
 from resources.triton import foreground, watch

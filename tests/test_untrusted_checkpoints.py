@@ -10,7 +10,7 @@ import socket
 
 import pytest
 
-from orchestration.entries import _guess_task
+from orchestration.cli.model_argument import _guess_task
 from resources.artifacts.store import ArtifactStore
 from resources.boundary.addresses import Address
 from resources.checkpoints.collect import collect_checkpoint, copy_unchanged

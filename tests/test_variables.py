@@ -8,7 +8,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from orchestration.pages import mlflow_variables
+from orchestration.ui.ui import mlflow_variables
 from resources.boundary.addresses import Address
 from resources.processes.variables import (
     COMPUTE,

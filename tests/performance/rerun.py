@@ -107,7 +107,7 @@ def profile(model: str) -> None:
 
 def main(model: str) -> int:
     """Print the figures."""
-    from orchestration.instance import prepare_instance
+    from orchestration.runs.instance import prepare_instance
     from resources.settings.workspace import Workspace
 
     with tempfile.TemporaryDirectory() as folder:

@@ -121,8 +121,8 @@ def tick() -> None:
     """One tick, and its result done as the daemon does; the figures as JSON."""
     import dagster as dg
 
+    from orchestration.automation.sensors import SENSOR
     from orchestration.definitions import defs
-    from orchestration.sensors import SENSOR
     from orchestration.settings import read_workspace
     from resources.processes.isolation import peak_memory_bytes
 

@@ -21,9 +21,9 @@ def locate(
 
     Args:
         source: An absolute path is that folder. `package:NAME/path` is a folder inside an installed Python package.
-            `models:/...` is a version in MLflow's registry. `s3://`, `gs://` and `as://` are prefixes in object storage.
-            Anything else is a Hub id: `org/name`, with `@revision` (a branch, tag or commit) for another than the
-            default branch.
+            `models:/...` is a version in MLflow's registry. `s3://`, `gs://` and `as://` are prefixes in object
+            storage. Anything else is a Hub id: `org/name`, with `@revision` (a branch, tag or commit) for another than
+            the default branch.
         fetch: Whether to download. Without it, servers are asked for the revision alone.
 
     Raises:

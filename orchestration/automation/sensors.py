@@ -9,9 +9,9 @@ import dagster as dg
 from assets.checkpoint import checkpoint
 from assets.freshness import REVISION_TAG
 from assets.partitions import PARTITION_TAG, models
-from orchestration.jobs import optimize
-from orchestration.runs import models_under_way
-from orchestration.watch import RETRY_SECONDS, Cursor, Ended, Memory, Newest, decide, is_due, saw
+from orchestration.automation.sensor_state import RETRY_SECONDS, Cursor, Ended, Memory, Newest, decide, is_due, saw
+from orchestration.runs.jobs import optimize
+from orchestration.runs.under_way import models_under_way
 from resources.artifacts.records import Checkpoint
 from resources.catalog.entries import ModelEntry
 from resources.catalog.loading import Catalog

@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from contextlib import suppress
 
-from orchestration.serving import DEFAULT_ADDRESS
+from orchestration.cli.serving import DEFAULT_ADDRESS
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
 from resources.settings.triton import TritonSettings

@@ -11,9 +11,10 @@ UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
 
 def models_under_way(instance: dg.DagsterInstance) -> set[str]:
-    """Models that are being optimized, whoever asked for it, or of which a part is made anew.
+    """Return the models of which a run is under way, whoever asked for it.
 
-    A run whose process was killed is one of them until Dagster's run monitoring has failed it (orchestration.launcher).
+    A run whose process was killed counts until Dagster's run monitoring has failed it; see
+    orchestration.runs.run_launcher.
     """
     runs = instance.get_runs(dg.RunsFilter(statuses=UNDER_WAY))
     return {run.tags[PARTITION_TAG] for run in runs if PARTITION_TAG in run.tags}

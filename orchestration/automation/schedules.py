@@ -17,9 +17,9 @@ import dagster as dg
 
 from assets.freshness import confirmed_at
 from assets.partitions import PARTITION_TAG, models
-from orchestration.jobs import optimize
-from orchestration.policies import FRESH_DAYS
-from orchestration.runs import UNDER_WAY
+from orchestration.automation.policies import FRESH_DAYS
+from orchestration.runs.jobs import optimize
+from orchestration.runs.under_way import UNDER_WAY
 from orchestration.settings import read_workspace
 from resources.errors import CatalogError
 

@@ -1,4 +1,4 @@
-"""`refinery query` and `refinery serve`."""
+"""`refinery query`, `refinery serve` and `refinery setup`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
 from resources.storage.objects import RemotePath
 from resources.triton.client import Contract, TextClient, serves
+from resources.triton.environment import install
 from resources.triton.foreground import serve_foreground
 from resources.triton.launch import caching, limited
 from resources.triton.layout import current_release, public_models
@@ -134,6 +135,13 @@ def _show(texts: list[str], answers: Sequence[Any], ranked: Sequence[list[tuple[
             first = answers[0]
             cosine = float(first @ answer / ((first @ first) * (answer @ answer)) ** 0.5)
             print(f"  cosine similarity with the first text: {cosine:.4f}")
+
+
+def setup(options: Namespace) -> int:
+    """Install the embedded Triton's environment."""
+    del options
+    install(read_workspace(os.environ).triton.environment, progress=lambda line: print(line, flush=True))
+    return 0
 
 
 def serve(options: Namespace) -> int:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from assets.freshness import CHECK, confirmed_at, judge, release_key
 from assets.partitions import PARTITION_TAG, models
-from orchestration.runs import models_under_way
-from orchestration.sensors import MOST_RUNS, TICK_SECONDS
+from orchestration.automation.sensors import MOST_RUNS, TICK_SECONDS
+from orchestration.runs.under_way import models_under_way
 from resources.errors import RefineryError, first_line
 from resources.settings.workspace import Workspace
 

@@ -1,60 +1,45 @@
-"""The command line: thin over the same Dagster job and instance that the web page shows.
+"""The command line's grammar: one function a command, and the types of its arguments.
 
-Each command imports what it needs when it runs, so that `refinery query` does not wait for Dagster.
+A command is named by its module and function, and imported when it runs: `refinery query` does not wait for Dagster.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Sequence
 
-from orchestration.terminal import printable_output
-from resources.errors import RefineryError, disk_trouble
 from resources.machine.targets import check_target
 
-SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 for success, 1 for failure, 2 for a wrong command line, 130 for Ctrl-C."""
-    with printable_output():
-        options = _parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], int] = options.command
-        try:
-            from orchestration.settings import complete_environment
-
-            complete_environment(os.environ)
-            code = command(options)
-            sys.stdout.flush()
-            return code
-        except RefineryError as error:
-            print(f"refinery: {error}", file=sys.stderr)
-            return FAILURE
-        except KeyboardInterrupt:
-            print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
-            return INTERRUPTED
-        except BrokenPipeError:  # `refinery models | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return SUCCESS
-        except Exception as error:
-            trouble = disk_trouble(error)
-            if trouble:
-                print(f"refinery: {trouble}", file=sys.stderr)
-            else:  # a defect; printed here, so that control characters in its text are escaped as well
-                traceback.print_exc()
-            return FAILURE
-
-
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser. Its result's `command` is `module:function`."""
     parser = argparse.ArgumentParser(
         prog="refinery", description="Take a Hugging Face checkpoint to the fastest accurate engine, served by Triton."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (
+        _optimize,
+        _plan,
+        _gc,
+        _bench,
+        _query,
+        _serve,
+        _load,
+        _models,
+        _releases,
+        _rollback,
+        _promote,
+        _retain,
+        _verify,
+        _lint,
+        _ui,
+        _setup,
+    ):
+        add(commands)
+    return parser
 
+
+def _optimize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("optimize", help="optimize a model and publish the result")
     command.add_argument(
         "model",
@@ -77,14 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_allow_pickle(new)
     command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
-    command.set_defaults(command=_optimize)
+    command.set_defaults(command="orchestration.cli.optimize:optimize")
 
+
+def _plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("plan", help="show what optimizing would do, and why, without doing it")
     command.add_argument("models", metavar="MODEL", nargs="*", help="names of the catalog (default: all)")
     command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
     command.add_argument("--json", action="store_true", help="one JSON document a model, each on a line")
-    command.set_defaults(command=_plan)
+    command.set_defaults(command="orchestration.cli.plan:plan")
 
+
+def _gc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("gc", help="remove what no release, run or recent step needs from the artifact store")
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     command.add_argument(
@@ -94,8 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="what was used within N days stays, one at least (default: %(default)g)",
     )
-    command.set_defaults(command=_gc)
+    command.set_defaults(command="orchestration.cli.gc:collect_garbage")
 
+
+def _bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("bench", help="compare a model's engines with each other, outside the pipeline")
     command.add_argument("model", metavar="MODEL", help="as for optimize: a name, or a source")
     command.add_argument("--name", help="for a source: its name in the catalog")
@@ -122,8 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         help="whether answers are compared with PyTorch's too (default: they are)",
     )
     command.add_argument("--output", metavar="DIR", help="default: REFINERY_HOME/bench/<model>-<target>")
-    command.set_defaults(command=_bench)
+    command.set_defaults(command="orchestration.cli.bench:bench")
 
+
+def _query(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("query", help="ask a served model")
     command.add_argument("model", metavar="MODEL", help="the name it is served under")
     command.add_argument("text", metavar="TEXT", nargs="+", help="texts, or contexts, one answer each")
@@ -139,8 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         "--target", type=_target, default="cpu", help="whose repository to serve where a server is started"
     )
     command.add_argument("--json", action="store_true", help="print the whole answers, one JSON document a line")
-    command.set_defaults(command=_query)
+    command.set_defaults(command="orchestration.cli.serving:query")
 
+
+def _serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("serve", help="serve the repository with the embedded Triton until Ctrl-C")
     command.add_argument("--target", type=_target, default="cpu")
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002), ("health", 8003)):
@@ -160,8 +155,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=N",
         help="how many there are of what rate limiters name (default: as many as the largest need of one instance)",
     )
-    command.set_defaults(command=_serve)
+    command.set_defaults(command="orchestration.cli.serving:serve")
 
+
+def _load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("load", help="put load on a served model, and measure what it does")
     command.add_argument("model", metavar="MODEL", help="the name it is served under")
     command.add_argument(
@@ -173,52 +170,69 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=_positive, default=15.0, metavar="N", help="in all (default: %(default)g)")
     command.add_argument("--tokens", type=_release, metavar="N", help="only texts of up to so many tokens")
     command.add_argument("--target", type=_target, default="cpu", help="whose repository")
-    command.set_defaults(command=_load)
+    command.set_defaults(command="orchestration.cli.load:load")
 
+
+def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("models", help="list the catalog")
-    command.set_defaults(command=_models)
+    command.set_defaults(command="orchestration.cli.listing:models")
 
+
+def _releases(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("releases", help="list a model's releases")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--target", type=_target, default="cpu")
-    command.set_defaults(command=_releases)
+    command.set_defaults(command="orchestration.cli.listing:releases")
 
+
+def _rollback(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("rollback", help="serve an older release again, once a server has answered with it")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--to", type=_release, metavar="N", help="any release (default: the one before)")
     command.add_argument("--target", type=_target, default="cpu")
-    command.set_defaults(command=_rollback)
+    command.set_defaults(command="orchestration.cli.releases:rollback")
 
+
+def _promote(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("promote", help="serve the newest release: one that waits, or was rolled back")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--target", type=_target, default="cpu")
-    command.set_defaults(command=_promote)
+    command.set_defaults(command="orchestration.cli.releases:promote")
 
+
+def _retain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("retain", help="remove old releases")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--keep", type=_release, default=3, metavar="N", help="the newest N (default: %(default)s)")
     command.add_argument("--target", type=_target, default="cpu")
-    command.set_defaults(command=_retain)
+    command.set_defaults(command="orchestration.cli.releases:retain")
 
+
+def _verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("verify", help="compare a release with what was published, and ask it a question")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--release", type=_release, metavar="N", help="default: the one that serves")
     command.add_argument("--target", type=_target, default="cpu")
-    command.set_defaults(command=_verify)
+    command.set_defaults(command="orchestration.cli.releases:verify")
 
+
+def _lint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("lint", help="find what is wrong with a Triton model repository, without a server")
     command.add_argument("path", metavar="PATH", help="what holds the models' folders, ours or anybody's; s3://... too")
     command.add_argument("--format", choices=("text", "json", "sarif"), default="text", help="default: %(default)s")
-    command.set_defaults(command=_lint)
+    command.set_defaults(command="orchestration.cli.lint:lint")
 
+
+def _ui(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("ui", help="start Dagster and MLflow on this machine until Ctrl-C")
     for name, port in (("dagster", 3000), ("mlflow", 5000)):
         command.add_argument(f"--{name}-port", type=_port, default=port, metavar="PORT", help="default: %(default)s")
-    command.set_defaults(command=_ui)
+    command.set_defaults(command="orchestration.ui.ui:serve_pages")
 
+
+def _setup(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("setup", help="install the embedded Triton's environment")
-    command.set_defaults(command=_setup)
-    return parser
+    command.set_defaults(command="orchestration.cli.serving:setup")
 
 
 def _add_allow_pickle(command: argparse._ActionsContainer) -> None:
@@ -291,106 +305,3 @@ def _days(text: str) -> float:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is less than a day, and a step may take one")
     return number
-
-
-def _optimize(options: argparse.Namespace) -> int:
-    from orchestration.optimize import optimize
-
-    return optimize(options)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from orchestration.plan import plan
-
-    return plan(options)
-
-
-def _gc(options: argparse.Namespace) -> int:
-    from orchestration.gc import collect_garbage
-
-    return collect_garbage(options)
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from orchestration.bench import bench
-
-    return bench(options)
-
-
-def _query(options: argparse.Namespace) -> int:
-    from orchestration.serving import query
-
-    return query(options)
-
-
-def _serve(options: argparse.Namespace) -> int:
-    from orchestration.serving import serve
-
-    return serve(options)
-
-
-def _load(options: argparse.Namespace) -> int:
-    from orchestration.load import load
-
-    return load(options)
-
-
-def _models(options: argparse.Namespace) -> int:
-    from orchestration.listing import models
-
-    return models(options)
-
-
-def _releases(options: argparse.Namespace) -> int:
-    from orchestration.listing import releases
-
-    return releases(options)
-
-
-def _rollback(options: argparse.Namespace) -> int:
-    from orchestration.releases import rollback
-
-    return rollback(options)
-
-
-def _promote(options: argparse.Namespace) -> int:
-    from orchestration.releases import promote
-
-    return promote(options)
-
-
-def _retain(options: argparse.Namespace) -> int:
-    from orchestration.releases import retain
-
-    return retain(options)
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from orchestration.releases import verify
-
-    return verify(options)
-
-
-def _lint(options: argparse.Namespace) -> int:
-    from orchestration.lint import lint
-
-    return lint(options)
-
-
-def _ui(options: argparse.Namespace) -> int:
-    from orchestration.pages import serve_pages
-
-    return serve_pages(options)
-
-
-def _setup(options: argparse.Namespace) -> int:
-    del options
-    from orchestration.settings import read_workspace
-    from resources.triton.environment import install
-
-    install(read_workspace(os.environ).triton.environment, progress=lambda line: print(line, flush=True))
-    return SUCCESS
-
-
-if __name__ == "__main__":
-    sys.exit(main())

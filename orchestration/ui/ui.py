@@ -15,8 +15,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from orchestration.instance import WORKSPACE, prepare_instance
-from orchestration.sensors import SENSOR
+from orchestration.automation.sensors import SENSOR
+from orchestration.runs.instance import WORKSPACE, prepare_instance
 from orchestration.settings import read_execution, read_policies, read_workspace, tracker_of, webhook_of
 from resources.errors import ServerError
 from resources.processes.variables import DATABASE, MLFLOW, PROGRAM, PYTHON, inherited
@@ -50,7 +50,7 @@ def serve_pages(options: Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     workspace_file = folder / "workspace.yaml"
     workspace_file.write_text(WORKSPACE)
-    dagster = [sys.executable, "-m", "orchestration.webserver", "--workspace", str(workspace_file), "--daemon"]
+    dagster = [sys.executable, "-m", "orchestration.ui.webserver", "--workspace", str(workspace_file), "--daemon"]
     mlflow = [sys.executable, "-m", "mlflow", "server", "--host", _LOOPBACK, "--workers", "1"]
     commands = {"dagster": [*dagster, "--host", _LOOPBACK, "--port", str(options.dagster_port)]}
     if not is_tracking_server(workspace):

@@ -34,7 +34,7 @@ compute_logs:
 # A run whose process was killed is noticed, failed and started again; the store has what it had made. A run in which
 # a step failed is not: that has a reason, which another try would only meet again.
 run_launcher:
-  module: orchestration.launcher
+  module: orchestration.runs.run_launcher
   class: WatchedRunLauncher
 run_monitoring:
   enabled: true

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from orchestration.gc import clean_stores, oldest_run_under_way, summary
+from orchestration.automation.garbage_collection import clean_stores, oldest_run_under_way, summary
 from resources.report.tables import size_text
 from resources.settings.workspace import Workspace
 from resources.tracking import Tracker

@@ -7,9 +7,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from orchestration.entries import ENTRY_OPTIONS, find_or_add
+from orchestration.cli.model_argument import ENTRY_OPTIONS, find_or_add
+from orchestration.cli.terminal import print_candidates, print_step, print_table, step_console, table_console
 from orchestration.settings import read_workspace
-from orchestration.terminal import print_candidates, print_step, print_table, step_console, table_console
 from resources.benchmark.side_by_side import Comparison, compare
 from resources.catalog.entries import ModelEntry, Shape
 from resources.engines.availability import unsupported_reason

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from orchestration.cli.model_argument import find_or_add
+from orchestration.cli.terminal import print_candidates, table_console
 from orchestration.definitions import defs, make_definitions
-from orchestration.entries import find_or_add
-from orchestration.instance import prepare_instance
-from orchestration.launcher import HOST_TAG
+from orchestration.runs.instance import prepare_instance
+from orchestration.runs.run_launcher import HOST_TAG
 from orchestration.settings import read_workspace, tracker_of
-from orchestration.terminal import print_candidates, table_console
 from resources.artifacts.records import Champion
 from resources.engines.specs import ENGINES
 from resources.errors import CatalogError, EngineError, TrackingError, database_trouble, disk_remedy

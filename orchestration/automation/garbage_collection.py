@@ -1,0 +1,48 @@
+"""Remove from the artifact stores what nobody needs any more, for `refinery gc` and for the job of that name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import dagster as dg
+
+from orchestration.runs.under_way import UNDER_WAY
+from resources.artifacts.gc import DAY_SECONDS, Collected, collect
+from resources.artifacts.remote_gc import collect_remote
+from resources.report.tables import size_text
+from resources.settings.workspace import Workspace
+from resources.triton.layout import artifacts_of_releases
+
+
+def clean_stores(
+    workspace: Workspace, keep_days: float, under_way: dg.RunRecord | None, *, dry_run: bool = False
+) -> dict[str, Collected]:
+    """Remove from the workspace's store, and from the object storage that it shares with other machines, what no
+    release, step or run needs; what was done by place. Raises ReleaseError where a repository cannot be read: nobody
+    knows then what its releases need, and nothing is removed.
+    """
+    used_since = time.time() - max(keep_days, 1.0) * DAY_SECONDS
+    if under_way is not None:
+        used_since = min(used_since, under_way.create_timestamp.timestamp())
+    wanted = artifacts_of_releases(workspace.repositories)
+    store, cleaned = workspace.store, dict[str, Collected]()
+    if store.remote is not None:
+        cleaned[str(store.remote.root)] = collect_remote(store.remote, wanted, used_since=used_since, dry_run=dry_run)
+    cleaned[str(store.root)] = collect(store, wanted, used_since=used_since, dry_run=dry_run)
+    return cleaned
+
+
+def oldest_run_under_way(instance: dg.DagsterInstance, but: str = "") -> dg.RunRecord | None:
+    """The oldest run that is not finished, other than the one of that id."""
+    records = instance.get_run_records(dg.RunsFilter(statuses=UNDER_WAY))
+    records = [record for record in records if record.dagster_run.run_id != but]
+    return min(records, key=lambda record: record.create_timestamp, default=None)
+
+
+def summary(cleaned: Mapping[str, Collected]) -> dict[str, dict[str, str]]:
+    """What was removed by place and kind, in words."""
+    return {
+        place: {kind: f"{amount.count} ({size_text(amount.size_bytes)})" for kind, amount in done.removed.items()}
+        for place, done in cleaned.items()
+    }

@@ -1,0 +1,5 @@
+"""The command line: thin over the same Dagster job and instance that the web pages show."""
+
+from orchestration.cli.main import main
+
+__all__ = ["main"]

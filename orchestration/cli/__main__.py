@@ -1,0 +1,7 @@
+"""`python -m orchestration.cli`, which is `refinery`."""
+
+import sys
+
+from orchestration.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The web pages: Dagster's behind a guard, and MLflow's."""

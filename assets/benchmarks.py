@@ -2,70 +2,44 @@
 
 import dagster as dg
 
-from assets.evaluation_set import evaluation_set
+from assets.engines import engine_tags
 from assets.executor_tags import placement
-from assets.materialization import OWNERS, Cell, closing_tracking, linked, materialized, remember, table
+from assets.factory import Done, Look, Metadata, artifact_asset
+from assets.materialization import Cell, linked, table
 from assets.partitions import models
-from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine, EvaluationSet, OnnxGraph
+from resources.artifacts.records import BenchmarkReport, Engine
 from resources.benchmark.champion import gates_missed
-from resources.benchmark.measuring import make_benchmark
-from resources.engines.make import sources_of
-from resources.engines.specs import BASELINE, EngineSpec
+from resources.engines.specs import SERVED
 from resources.machine.targets import device_of
 from resources.report.tables import tail
 from resources.settings.workspace import Workspace
-from resources.tracking import Tracker
+from resources.steps.benchmark import BenchmarkStep, ServedBenchmarkStep
+from resources.steps.checkpoint import CHECKPOINT
+from resources.steps.step import Work
 
 
-def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
-    """The asset `benchmarks/<target>/<engine>` and its check. The asset never fails for the engine's own troubles."""
-    name = f"benchmarks/{target}/{spec.name}"
-
-    @dg.asset(
-        key=["benchmarks", target, spec.name],
-        # The baseline's too: every candidate is measured in turns with it.
-        deps=[dg.AssetKey(["engines", target, name]) for name in sorted({BASELINE, spec.name})] + [evaluation_set.key],
-        partitions_def=models,
-        group_name=f"benchmarks_{target}",
-        kinds={"report", "mlflow"},
-        owners=OWNERS,
-        description=f"Accuracy of {spec.name} on real text, and its latency in turns with PyTorch's at every shape.",
-        tags={
-            "target": target,
-            "device": device_of(target),
-            "runtime": spec.runtime,
-            "precision": spec.precision,
-        },
-        op_tags=placement(target),
+def benchmark_assets(step: BenchmarkStep) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
+    """Return the asset of an engine's benchmark, and its check. It never fails for the engine's own troubles."""
+    spec = step.engine.spec
+    look = Look.of(
+        f"benchmarks_{step.target}",
+        {"report", "mlflow"},
+        f"Accuracy of {spec.name} on real text, and its latency in turns with PyTorch's at every shape.",
+        **engine_tags(spec, step.target),
     )
-    @closing_tracking
-    def benchmark(
-        context: dg.AssetExecutionContext,
-        workspace: dg.ResourceParam[Workspace],
-        tracker: dg.ResourceParam[Tracker],
-    ) -> dg.MaterializeResult:
-        entry, store = workspace.entry(context.partition_key), workspace.store
-        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
-        evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
-        graph = store.current(OnnxGraph, f"onnx_graph/{entry.name}")
-        engine = store.current(Engine, f"engines/{target}/{spec.name}/{entry.name}")
-        baseline = store.current(Engine, f"engines/{target}/{BASELINE}/{entry.name}")
-        sources = sources_of(workspace, entry, checkpoint, graph)
-        made = make_benchmark(workspace, entry, engine, baseline, evaluation, sources)
-        record = made.record
-        folder = remember(store, f"{name}/{entry.name}", made)
-        missed = gates_missed(entry, record) if record.status == "measured" else []
-        metadata = report_metadata(record)
-        link = tracker.candidate(context.run.run_id, checkpoint, engine, record, missed)
-        return materialized(made, folder, {**metadata, **linked(mlflow_run=link)})
 
-    @dg.asset_check(asset=benchmark, partitions_def=models, op_tags=placement(target))
+    def show(done: Done[BenchmarkReport]) -> Metadata:
+        return _shown(done, done.work.get(step.engine))
+
+    benchmark = artifact_asset(step, look, show)
+
+    @dg.asset_check(asset=benchmark, partitions_def=models, op_tags=placement(step.target))
     def accuracy_gate(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
         """The engine's answers are close enough to PyTorch's to be served. One that misses costs itself alone."""
         entry = workspace.entry(context.partition_key)
-        record = workspace.store.current(BenchmarkReport, f"{name}/{entry.name}")
+        record = Work(workspace, entry).get(step)
         gates = entry.accuracy_gates().model_dump()
         if record.accuracy is None:
             # An engine that this target cannot have is no reason to worry anybody, one that broke is.
@@ -92,6 +66,31 @@ def benchmark_assets(spec: EngineSpec, target: str) -> tuple[dg.AssetsDefinition
         )
 
     return benchmark, accuracy_gate
+
+
+def served_benchmark_asset(step: ServedBenchmarkStep) -> dg.AssetsDefinition:
+    """Return the asset of the benchmark of what serves, so that champion and challenger meet in one run."""
+    look = Look.of(
+        f"benchmarks_{step.target}",
+        {"report", "mlflow"},
+        "The engine of the release that serves, measured again beside candidates that are others.",
+        device=device_of(step.target),
+    )
+
+    def show(done: Done[BenchmarkReport]) -> Metadata:
+        incumbent = step.incumbent(done.work)
+        assert incumbent.engine is not None, f"{SERVED} was measured"
+        return {"serves": incumbent.story, **_shown(done, incumbent.engine)}
+
+    return artifact_asset(step, look, show, nothing=lambda work: step.incumbent(work).story)
+
+
+def _shown(done: Done[BenchmarkReport], engine: Engine) -> Metadata:
+    record, work = done.record, done.work
+    missed = gates_missed(work.entry, record) if record.status == "measured" else []
+    metadata = report_metadata(record)
+    link = done.tracker.candidate(done.run_id, work.get(CHECKPOINT), engine, record, missed)
+    return {**metadata, **linked(mlflow_run=link)}
 
 
 def report_metadata(record: BenchmarkReport) -> dict[str, object]:

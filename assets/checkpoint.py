@@ -3,67 +3,25 @@
 import dagster as dg
 
 from assets.executor_tags import placement
-from assets.materialization import OWNERS, file_table, materialized, remember
+from assets.factory import Done, Look, Metadata, artifact_asset
+from assets.materialization import file_table
 from assets.partitions import models
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
-from resources.checkpoints.collect import collect_checkpoint
 from resources.machine.device import why_not_here
 from resources.report.plots import length_plot, remembered
 from resources.report.tables import markdown_image, padding_table
 from resources.settings.workspace import Workspace
-from resources.tracking import Tracker
+from resources.steps.checkpoint import CHECKPOINT
+from resources.steps.graph import steps_of
+from resources.steps.step import Work
 from resources.triton.preflight import require_publishable
 
 
-@dg.asset(
-    partitions_def=models,
-    group_name="sources",
-    kinds={"huggingface"},
-    owners=OWNERS,
-    description="A Hugging Face checkpoint, copied from wherever the catalog says, complete and fit for its task.",
-    op_tags=placement(),
-)
-def checkpoint(
-    context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], tracker: dg.ResourceParam[Tracker]
-) -> dg.MaterializeResult:
-    entry = workspace.entry(context.partition_key)
-    for target in _published(context.run, workspace):
-        require_publishable(workspace, entry.name, target)
-    log = workspace.log(entry.name, "checkpoint")
-    made = collect_checkpoint(entry, workspace.store, workspace.limits, log, settings=workspace.sources)
-    name = f"checkpoint/{entry.name}"
-    # A new checkpoint will be tracked. The server is asked now, so that a run fails before it builds engines.
-    if workspace.mlflow_uri().is_web and workspace.store.pointed(name) != made.record.digest:
-        tracker.prepare()
-    folder = remember(workspace.store, name, made)
-    record = made.record
-    if record.assumed:
-        context.log.warning(
-            f"{entry.name}: the checkpoint has no modules.json, so it does not say how token vectors become one. As "
-            f"sentence-transformers does, {', '.join(record.assumed)} is assumed. Write what is right into the entry's "
-            "options."
-        )
-    return materialized(
-        made,
-        folder,
-        {
-            "source": record.source,
-            "revision": record.revision,
-            "task": record.task,
-            "architecture": record.architecture,
-            "max_tokens": record.max_tokens,
-            "assumed": list(record.assumed),
-            "labels": list(record.labels),
-            "weights_digest": record.weights_digest,
-            "tokenizer_digest": record.tokenizer_digest,
-            "allow_pickle": dg.MetadataValue.bool(record.allow_pickle),
-            "trust_remote_code": dg.MetadataValue.bool(record.trust_remote_code),
-            "weights_bytes": record.weights_bytes,
-            "contents": file_table(record.files),
-            **length_metadata(workspace.store, record),
-        },
-    )
+def _before(context: dg.AssetExecutionContext, work: Work) -> None:
+    """Fail before any work where no release could be published at its end."""
+    for target in _published(context.run, work.workspace):
+        require_publishable(work.workspace, work.entry.name, target)
 
 
 def _published(run: dg.DagsterRun, workspace: Workspace) -> list[str]:
@@ -74,8 +32,42 @@ def _published(run: dg.DagsterRun, workspace: Workspace) -> list[str]:
     return [
         target
         for target in workspace.targets
-        if (not chosen or dg.AssetKey(["triton_repository", target]) in chosen) and why_not_here(target) is None
+        if (not chosen or dg.AssetKey(steps_of(target).release.name.split("/")) in chosen)
+        and why_not_here(target) is None
     ]
+
+
+def _accept(done: Done[Checkpoint]) -> None:
+    """Ask the tracking server now, so that a run fails before it builds engines. A new checkpoint will be tracked."""
+    work = done.work
+    if work.workspace.mlflow_uri().is_web and work.store.pointed(work.pointer(CHECKPOINT)) != done.record.digest:
+        done.tracker.prepare()
+
+
+def _show(done: Done[Checkpoint]) -> Metadata:
+    record = done.record
+    if record.assumed:
+        done.context.log.warning(
+            f"{record.model}: the checkpoint has no modules.json, so it does not say how token vectors become one. As "
+            f"sentence-transformers does, {', '.join(record.assumed)} is assumed. Write what is right into the entry's "
+            "options."
+        )
+    return {
+        "source": record.source,
+        "revision": record.revision,
+        "task": record.task,
+        "architecture": record.architecture,
+        "max_tokens": record.max_tokens,
+        "assumed": list(record.assumed),
+        "labels": list(record.labels),
+        "weights_digest": record.weights_digest,
+        "tokenizer_digest": record.tokenizer_digest,
+        "allow_pickle": dg.MetadataValue.bool(record.allow_pickle),
+        "trust_remote_code": dg.MetadataValue.bool(record.trust_remote_code),
+        "weights_bytes": record.weights_bytes,
+        "contents": file_table(record.files),
+        **length_metadata(done.work.store, record),
+    }
 
 
 def length_metadata(store: ArtifactStore, record: Checkpoint) -> dict[str, object]:
@@ -95,13 +87,26 @@ def length_metadata(store: ArtifactStore, record: Checkpoint) -> dict[str, objec
     }
 
 
+checkpoint = artifact_asset(
+    CHECKPOINT,
+    Look.of(
+        "sources",
+        {"huggingface"},
+        "A Hugging Face checkpoint, copied from wherever the catalog says, complete and fit for its task.",
+    ),
+    _show,
+    before=_before,
+    accept=_accept,
+)
+
+
 @dg.asset_check(asset=checkpoint, partitions_def=models, op_tags=placement(), blocking=True)
 def required_files(
     context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
 ) -> dg.AssetCheckResult:
     """Every file of the stored copy is there, byte for byte."""
-    store = workspace.store
-    record = store.current(Checkpoint, f"checkpoint/{context.partition_key}")
+    work = Work(workspace, workspace.entry(context.partition_key))
+    store, record = work.store, work.get(CHECKPOINT)
     damaged = store.damaged(record)
     if damaged:
         store.remove(record)  # or it would be found, and refused, for ever

@@ -1,38 +1,26 @@
 """What every engine of a model is compared with."""
 
-import dagster as dg
-
-from assets.checkpoint import checkpoint
-from assets.executor_tags import placement
-from assets.materialization import OWNERS, materialized, remember
-from assets.partitions import models
-from resources.accuracy.evaluation_set import make_evaluation_set
-from resources.artifacts.records import Checkpoint
-from resources.settings.workspace import Workspace
+from assets.factory import Done, Look, Metadata, artifact_asset
+from resources.artifacts.records import EvaluationSet
+from resources.steps.evaluation_set import EVALUATION_SET
 
 
-@dg.asset(
-    deps=[checkpoint],
-    partitions_def=models,
-    group_name="sources",
-    kinds={"dataset", "pytorch"},
-    owners=OWNERS,
-    description="Real texts of many lengths, and what PyTorch in fp32 answers to each of them alone.",
-    op_tags=placement(),
+def _show(done: Done[EvaluationSet]) -> Metadata:
+    record = done.record
+    return {
+        "requests": record.items,
+        "rows": record.rows,
+        "longest_tokens": record.longest_tokens,
+        "width": record.width,
+    }
+
+
+evaluation_set = artifact_asset(
+    EVALUATION_SET,
+    Look.of(
+        "sources",
+        {"dataset", "pytorch"},
+        "Real texts of many lengths, and what PyTorch in fp32 answers to each of them alone.",
+    ),
+    _show,
 )
-def evaluation_set(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
-    entry = workspace.entry(context.partition_key)
-    source = workspace.store.current(Checkpoint, f"checkpoint/{entry.name}")
-    made = make_evaluation_set(workspace, entry, source)
-    folder = remember(workspace.store, f"evaluation_set/{entry.name}", made)
-    record = made.record
-    return materialized(
-        made,
-        folder,
-        {
-            "requests": record.items,
-            "rows": record.rows,
-            "longest_tokens": record.longest_tokens,
-            "width": record.width,
-        },
-    )

@@ -16,6 +16,7 @@ from assets.partitions import PARTITION_TAG, models
 from resources.artifacts.records import Checkpoint
 from resources.artifacts.store import ArtifactStore
 from resources.settings.workspace import Workspace
+from resources.steps.checkpoint import CHECKPOINT
 from resources.triton.layout import current_release
 from resources.triton.release import Release
 
@@ -51,7 +52,7 @@ def judge(
     StorageError where a store that is elsewhere does not answer.
     """
     release = current_release(workspace.repository(target), model)
-    collected = workspace.store.known(Checkpoint, f"checkpoint/{model}")
+    collected = workspace.store.known(Checkpoint, f"{CHECKPOINT.name}/{model}")
     wanted = _wanted(instance, model, collected.revision if collected is not None else "")
     confirmed = confirmed_at(instance, model, [target])
     age_days = (time.time() - confirmed) / 86400

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from resources.artifacts.records import Record, StoredFile
-from resources.artifacts.store import ArtifactStore, Made
+from resources.artifacts.store import Made
 from resources.errors import TrackingError
 from resources.tracking import RunLink
 
@@ -95,13 +95,3 @@ def began_s(context: dg.AssetExecutionContext) -> float:
     """When the step's run began, in seconds since the epoch."""
     record = context.instance.get_run_record_by_id(context.run.run_id)
     return (record.start_time if record is not None else None) or 0.0
-
-
-def remember(store: ArtifactStore, name: str, made: Made[Any]) -> Path:
-    """Point the step's name at what it made; the folder it lies in. What was damaged is said in the step's log."""
-    store.point(name, made.record)
-    folder = store.folder(made.record)
-    if made.damaged:
-        done = "fetched" if made.reused else "made"
-        dg.get_dagster_logger().warning(f"{name}: {', '.join(made.damaged)} in {folder} was damaged: {done} again")
-    return folder

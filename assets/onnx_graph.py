@@ -2,14 +2,14 @@
 
 import dagster as dg
 
-from assets.checkpoint import checkpoint
 from assets.executor_tags import placement
-from assets.materialization import OWNERS, materialized, remember, table
+from assets.factory import Done, Look, Metadata, artifact_asset
+from assets.materialization import table
 from assets.partitions import models
-from assets.reference import reference
-from resources.artifacts.records import Checkpoint, OnnxGraph
-from resources.export.make import make_graph
+from resources.artifacts.records import OnnxGraph
 from resources.settings.workspace import Workspace
+from resources.steps.onnx_graph import ONNX_GRAPH
+from resources.steps.step import Work
 
 _REMEDY = (
     "No engine is built from such a graph. Optimize again; if it stays, this architecture is not exported rightly by "
@@ -17,40 +17,34 @@ _REMEDY = (
 )
 
 
-@dg.asset(
-    deps=[checkpoint, reference],
-    partitions_def=models,
-    group_name="graph",
-    kinds={"pytorch", "file"},  # Dagster has no icon of ONNX
-    owners=OWNERS,
-    description="The checkpoint as an ONNX graph with dynamic batch and sequence, pooling or softmax included.",
-    tags={"format": "onnx"},
-    op_tags=placement(),
+def _show(done: Done[OnnxGraph]) -> Metadata:
+    record = done.record
+    return {
+        "inputs": list(record.inputs),
+        "output": f"{record.output} [batch, {record.width}]",
+        "opset": record.opset,
+        "nodes": record.nodes,
+        "parameters": record.parameters,
+        "external_data": dg.MetadataValue.bool(record.external_data),
+    }
+
+
+onnx_graph = artifact_asset(
+    ONNX_GRAPH,
+    Look.of(
+        "graph",
+        {"pytorch", "file"},  # Dagster has no icon of ONNX
+        "The checkpoint as an ONNX graph with dynamic batch and sequence, pooling or softmax included.",
+        format="onnx",
+    ),
+    _show,
 )
-def onnx_graph(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
-    entry = workspace.entry(context.partition_key)
-    source = workspace.store.current(Checkpoint, f"checkpoint/{entry.name}")
-    made = make_graph(workspace, entry, source)
-    folder = remember(workspace.store, f"onnx_graph/{entry.name}", made)
-    record = made.record
-    return materialized(
-        made,
-        folder,
-        {
-            "inputs": list(record.inputs),
-            "output": f"{record.output} [batch, {record.width}]",
-            "opset": record.opset,
-            "nodes": record.nodes,
-            "parameters": record.parameters,
-            "external_data": dg.MetadataValue.bool(record.external_data),
-        },
-    )
 
 
 @dg.asset_check(asset=onnx_graph, partitions_def=models, op_tags=placement(), blocking=True)
 def onnx_valid(context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.AssetCheckResult:
     """The ONNX checker accepts the graph, shapes inferred."""
-    record = workspace.store.current(OnnxGraph, f"onnx_graph/{context.partition_key}")
+    record = Work(workspace, workspace.entry(context.partition_key)).get(ONNX_GRAPH)
     return dg.AssetCheckResult(
         passed=record.checker == "",
         description=f"{record.model}: {record.checker} {_REMEDY}" if record.checker else "no complaint",
@@ -63,7 +57,7 @@ def parity_with_pytorch(
     context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
 ) -> dg.AssetCheckResult:
     """The graph answers as PyTorch does at shapes it was not exported at, padded and unpadded."""
-    record = workspace.store.current(OnnxGraph, f"onnx_graph/{context.partition_key}")
+    record = Work(workspace, workspace.entry(context.partition_key)).get(ONNX_GRAPH)
     rows = [[case.shape, "padded" if case.padded else "unpadded", case.max_relative_error] for case in record.parity]
     missed = " ".join(record.parity_misses) or ("" if record.parity else "Nothing was compared.")
     return dg.AssetCheckResult(

@@ -2,54 +2,25 @@
 
 import dagster as dg
 
-from assets.executor_tags import placement
-from assets.materialization import OWNERS, closing_tracking, linked, materialized, remember, table
-from assets.partitions import models
-from resources.artifacts.records import (
-    Champion,
-    Checkpoint,
-    Engine,
-    EvaluationSet,
-    ServingConfiguration,
-    ServingReport,
-)
+from assets.factory import Done, Look, Metadata, artifact_asset
+from assets.materialization import linked, table
+from resources.artifacts.records import ServingConfiguration, ServingReport
 from resources.report.plots import load_plot, remembered
 from resources.report.tables import markdown_image, trial_table
-from resources.settings.workspace import Workspace
-from resources.tracking import Tracker
-from resources.triton.search import make_serving_configuration
-from resources.triton.serving_report import make_serving_report
+from resources.steps.graph import TargetSteps
 
 
-def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
-    """The asset `serving_configuration/<target>`. It fails where the champion cannot be served in any way."""
-
-    @dg.asset(
-        key=["serving_configuration", target],
-        deps=[dg.AssetKey(["champion", target])],
-        partitions_def=models,
-        group_name="serving",
-        kinds={"task"},
-        owners=OWNERS,
-        description="Instances and queue delay for the champion, found under load on a real Triton server.",
-        tags={"target": target},
-        op_tags=placement(target),
+def serving_configuration_asset(steps: TargetSteps) -> dg.AssetsDefinition:
+    """Return the asset of the serving configuration. It fails where the champion cannot be served in any way."""
+    look = Look.of(
+        "serving",
+        {"task"},
+        "Instances and queue delay for the champion, found under load on a real Triton server.",
     )
-    @closing_tracking
-    def serving_configuration(
-        context: dg.AssetExecutionContext,
-        workspace: dg.ResourceParam[Workspace],
-        tracker: dg.ResourceParam[Tracker],
-    ) -> dg.MaterializeResult:
-        entry, store = workspace.entry(context.partition_key), workspace.store
-        champion = store.current(Champion, f"champion/{target}/{entry.name}")
-        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
-        engine = store.current(Engine, f"engines/{target}/{champion.engine}/{entry.name}")
-        evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
-        made = make_serving_configuration(workspace, entry, checkpoint, engine, evaluation, champion)
-        folder = remember(store, f"serving_configuration/{target}/{entry.name}", made)
-        record: ServingConfiguration = made.record
-        link = tracker.serving(context.run.run_id, champion, record)
+
+    def show(done: Done[ServingConfiguration]) -> Metadata:
+        record = done.record
+        link = done.tracker.serving(done.run_id, done.work.get(steps.champion), record)
         metadata: dict[str, object] = {
             "setting": str(record.setting),
             "reason": record.reason,
@@ -60,43 +31,26 @@ def serving_configuration_asset(target: str) -> dg.AssetsDefinition:
         if record.trials:
             header, rows = trial_table(record)
             metadata["trials"] = table({name or "verdict": "" for name in header}, rows)
-        return materialized(made, folder, {**metadata, **linked(mlflow_run=link)})
+        return {**metadata, **linked(mlflow_run=link)}
 
-    return serving_configuration
+    return artifact_asset(steps.configuration, look, show)
 
 
-def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
-    """The asset `serving_benchmark/<target>`."""
-
-    @dg.asset(
-        key=["serving_benchmark", target],
-        deps=[dg.AssetKey(["triton_repository", target])],
-        partitions_def=models,
-        group_name="serving",
-        kinds={"report", "mlflow"},
-        owners=OWNERS,
-        description="Throughput and latency of the release that serves, by the number of clients, on a real Triton.",
-        tags={"target": target},
-        op_tags=placement(target),
+def serving_benchmark_asset(steps: TargetSteps) -> dg.AssetsDefinition:
+    """Return the asset of the serving benchmark."""
+    look = Look.of(
+        "serving",
+        {"report", "mlflow"},
+        "Throughput and latency of the release that serves, by the number of clients, on a real Triton.",
     )
-    @closing_tracking
-    def serving_benchmark(
-        context: dg.AssetExecutionContext,
-        workspace: dg.ResourceParam[Workspace],
-        tracker: dg.ResourceParam[Tracker],
-    ) -> dg.MaterializeResult:
-        entry, store = workspace.entry(context.partition_key), workspace.store
-        champion = store.current(Champion, f"champion/{target}/{entry.name}")
-        checkpoint = store.current(Checkpoint, f"checkpoint/{entry.name}")
-        evaluation = store.current(EvaluationSet, f"evaluation_set/{entry.name}")
-        made = make_serving_report(workspace, entry, target, checkpoint, evaluation)
-        folder = remember(store, f"serving_benchmark/{target}/{entry.name}", made)
-        record: ServingReport = made.record
-        link = tracker.load(context.run.run_id, champion, record)
+
+    def show(done: Done[ServingReport]) -> Metadata:
+        record = done.record
+        link = done.tracker.load(done.run_id, done.work.get(steps.champion), record)
         metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–"}
         if record.levels:
-            title = f"{entry.name} on {target}, release {record.release}: {record.device}"
-            plot = remembered(store.caches, record.digest, lambda: load_plot(record, title))
+            title = f"{record.model} on {record.target}, release {record.release}: {record.device}"
+            plot = remembered(done.work.store.caches, record.digest, lambda: load_plot(record, title))
             assert plot is not None, "a load can always be drawn"
             metadata |= {
                 "load": _load_table(record),
@@ -106,9 +60,9 @@ def serving_benchmark_asset(target: str) -> dg.AssetsDefinition:
                 "p50_ms_of_one_client": round(record.levels[0].p50_ms, 3),
                 "p99_ms_of_all_clients": round(record.levels[-1].p99_ms, 3),
             }
-        return materialized(made, folder, {**metadata, **linked(mlflow_run=link)})
+        return {**metadata, **linked(mlflow_run=link)}
 
-    return serving_benchmark
+    return artifact_asset(steps.serving_benchmark, look, show)
 
 
 def _load_table(record: ServingReport) -> dg.TableMetadataValue:

@@ -5,42 +5,32 @@ import shlex
 import dagster as dg
 
 from assets.executor_tags import placement
-from assets.materialization import OWNERS, Cell, closing_tracking, file_table, linked, table
+from assets.factory import Look, asset
+from assets.materialization import Cell, file_table, linked, table
 from assets.partitions import models
-from resources.artifacts.records import Champion, Checkpoint
 from resources.settings.workspace import Workspace
+from resources.steps.checkpoint import CHECKPOINT
+from resources.steps.graph import TargetSteps
+from resources.steps.promote import publish_champion
+from resources.steps.step import Work
 from resources.tasks import TASKS
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
-from resources.triton.promote import publish_champion
 from resources.triton.proof import Proof
 from resources.triton.publish import unverified_root
 
 
-def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
-    """The asset `triton_repository/<target>` and its check."""
-
-    @dg.asset(
-        key=["triton_repository", target],
-        deps=[dg.AssetKey(["champion", target]), dg.AssetKey(["serving_configuration", target])],
-        partitions_def=models,
-        group_name="serving",
-        kinds={"file"},
-        owners=OWNERS,
-        description="The champion as a numbered, immutable release that answers text, proven on a real Triton server.",
-        tags={"target": target},
-        op_tags=placement(target),
+def triton_repository_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
+    """Return the asset of the release, and its check."""
+    look = Look.of(
+        "serving",
+        {"file"},
+        "The champion as a numbered, immutable release that answers text, proven on a real Triton server.",
     )
-    @closing_tracking
-    def triton_repository(
-        context: dg.AssetExecutionContext,
-        workspace: dg.ResourceParam[Workspace],
-        tracker: dg.ResourceParam[Tracker],
-    ) -> dg.MaterializeResult:
-        entry = workspace.entry(context.partition_key)
-        published = publish_champion(workspace, tracker, entry, target, dagster_run=context.run.run_id)
-        release = published.release
-        champion = workspace.store.current(Champion, f"champion/{target}/{entry.name}")
+
+    def materialize(context: dg.AssetExecutionContext, work: Work, tracker: Tracker) -> dg.MaterializeResult:
+        published = publish_champion(work, tracker, steps.target, dagster_run=context.run.run_id)
+        release, champion = published.release, work.get(steps.champion)
         pages = {
             "mlflow_version": tracker.released(champion, release.number),
             "mlflow_run": tracker.chosen_in(champion),
@@ -59,20 +49,22 @@ def triton_repository_assets(target: str) -> tuple[dg.AssetsDefinition, dg.Asset
                 "release_number": release.number,
                 "size_bytes": sum(file.size_bytes for file in release.files.values()),
                 **_proof_metadata(release.proof),
-                "repository": dg.MetadataValue.path(str(workspace.repository(target))),
-                "query": dg.MetadataValue.md(f"`{query_command(workspace, entry.name, target)}`"),
+                "repository": dg.MetadataValue.path(str(work.workspace.repository(steps.target))),
+                "query": dg.MetadataValue.md(f"`{query_command(work, steps.target)}`"),
                 **linked(**pages),
                 "contents": file_table(release.files),
             },
             data_version=dg.DataVersion(release.content_digest),
         )
 
-    @dg.asset_check(asset=triton_repository, partitions_def=models, op_tags=placement(target))
+    triton_repository = asset(steps.release, look, materialize)
+
+    @dg.asset_check(asset=triton_repository, partitions_def=models, op_tags=placement(steps.target))
     def served_answers_equal(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
         """What the newest release answered on a real server was what PyTorch answers to the same texts."""
-        repository, model = workspace.repository(target), context.partition_key
+        repository, model = workspace.repository(steps.target), context.partition_key
         waiting = list_releases(unverified_root(repository, model), model)
         release = waiting[-1] if waiting else current_release(repository, model)
         proof = release.proof if release is not None else None
@@ -109,11 +101,11 @@ def _proof_metadata(proof: Proof | None) -> dict[str, dg.MetadataValue | str | i
     }
 
 
-def query_command(workspace: Workspace, model: str, target: str) -> str:
-    """How to ask a model of that repository."""
-    checkpoint = workspace.store.current(Checkpoint, f"checkpoint/{model}")
+def query_command(work: Work, target: str) -> str:
+    """Return the command that asks a model of that repository."""
+    checkpoint = work.get(CHECKPOINT)
     example = TASKS[checkpoint.task].example(checkpoint.settings)
-    return f"{_where(workspace)}refinery query {model} {example}{_target(target)}"
+    return f"{_where(work.workspace)}refinery query {work.entry.name} {example}{_target(target)}"
 
 
 def serve_command(workspace: Workspace, target: str) -> str:

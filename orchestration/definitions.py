@@ -1,12 +1,11 @@
 """Everything that Dagster loads, and the one place that reads the environment."""
 
 import os
-from itertools import product
 
 import dagster as dg
 
 from assets.asset_docs import documented
-from assets.benchmarks import benchmark_assets
+from assets.benchmarks import benchmark_assets, served_benchmark_asset
 from assets.champion import champion_assets
 from assets.checkpoint import checkpoint, required_files
 from assets.engines import engine_asset
@@ -14,7 +13,6 @@ from assets.evaluation_set import evaluation_set
 from assets.freshness import release_check
 from assets.onnx_graph import onnx_graph, onnx_valid, parity_with_pytorch
 from assets.reference import reference
-from assets.served import served_benchmark_asset
 from assets.serving import serving_benchmark_asset, serving_configuration_asset
 from assets.triton_repository import triton_repository_assets
 from orchestration.automation import maintenance_jobs as upkeep
@@ -35,8 +33,8 @@ from orchestration.settings import (
     webhook_of,
 )
 from resources.boundary.addresses import Address
-from resources.engines.specs import ENGINES
 from resources.settings.workspace import Workspace
+from resources.steps.graph import steps_of
 
 
 def make_definitions(
@@ -52,16 +50,17 @@ def make_definitions(
     policies = policies or Policies()
     assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, reference, onnx_graph]
     checks: list[dg.AssetChecksDefinition] = [required_files, onnx_valid, parity_with_pytorch]
-    for target, spec in product(workspace.targets, ENGINES):
-        benchmark, accuracy_gate = benchmark_assets(spec, target)
-        assets += [engine_asset(spec, target), benchmark]
-        checks.append(accuracy_gate)
-    for target in workspace.targets:
-        repository, served_answers_equal = triton_repository_assets(target)
-        champion, as_good_as_what_serves = champion_assets(ENGINES, target)
-        assets += [served_benchmark_asset(ENGINES, target), champion, serving_configuration_asset(target), repository]
-        assets.append(serving_benchmark_asset(target))
-        checks += [as_good_as_what_serves, served_answers_equal, release_check(target, policies.warn_days)]
+    for steps in map(steps_of, workspace.targets):
+        assets += map(engine_asset, steps.engines)
+        for step in steps.benchmarks:
+            benchmark, accuracy_gate = benchmark_assets(step)
+            assets.append(benchmark)
+            checks.append(accuracy_gate)
+        champion, as_good_as_what_serves = champion_assets(steps)
+        repository, served_answers_equal = triton_repository_assets(steps)
+        assets += [served_benchmark_asset(steps.served), champion, serving_configuration_asset(steps), repository]
+        assets.append(serving_benchmark_asset(steps))
+        checks += [as_good_as_what_serves, served_answers_equal, release_check(steps.target, policies.warn_days)]
     return dg.Definitions(
         assets=dg.map_asset_specs(lambda spec: policies.applied(documented(spec)), assets),
         asset_checks=checks,

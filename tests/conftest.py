@@ -21,7 +21,7 @@ from resources.machine import lock
 from resources.processes.isolation import Limits
 from resources.settings.triton import TritonSettings
 from resources.settings.workspace import Workspace
-from resources.triton import fleet, make, retain
+from resources.triton import exam, fleet, retain
 from resources.triton.environment import is_installed
 from tests import servers
 from tests.checkpoints import make_checkpoint
@@ -63,7 +63,7 @@ def nobody_polls() -> Iterator[None]:
     sees to that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retain, "FOLLOW_SECONDS", 0.0)
-        patch.setattr(make, "REST_SECONDS", 0.0)
+        patch.setattr(exam, "REST_SECONDS", 0.0)
         patch.setattr(fleet, "GRACE_SECONDS", 0.5)
         yield
 

@@ -23,8 +23,8 @@ from resources.settings.triton import Flavour
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
 from resources.triton.client import Contract, TextClient
+from resources.triton.exam import make_exam
 from resources.triton.load import ModelStatistics, server_statistics, statistics_since
-from resources.triton.make import make_exam
 from resources.triton.proof import Exam, Proof
 from resources.triton.release import Release, ReleasePlan
 from tests.checkpoints import permute_vocabulary

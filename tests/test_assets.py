@@ -61,11 +61,11 @@ def test_every_asset_says_what_it_is_and_whose(known_kinds):
 
 def test_code_versions_are_those_of_what_the_store_compares():
     from resources.artifacts.fingerprint import code_version
-    from resources.benchmark import champion
     from resources.engines import rebuild
+    from resources.steps.champion import ChampionStep
 
     found = specs()
-    assert found["champion/cpu"].code_version == code_version(*champion.CODE)
+    assert found["champion/cpu"].code_version == code_version(*ChampionStep.code)
     assert found["engines/cpu/onnxruntime_fp32"].code_version == code_version(*rebuild.CODE)
     # What is built to keep the gates changes with what judges.
     assert found["engines/cpu/onnxruntime_int8"].code_version == code_version(*rebuild.CODE, *rebuild.JUDGING)

@@ -10,7 +10,7 @@ import pytest
 
 from resources.artifacts import hashes
 from resources.artifacts.store import ArtifactStore
-from resources.checkpoints.collect import collect_checkpoint, copy_unchanged
+from resources.checkpoints.collect import copy_unchanged
 from resources.checkpoints.validation import largest_token_id, validate
 from resources.checkpoints.watch.probe import look
 from resources.errors import CheckpointError
@@ -19,6 +19,7 @@ from resources.processes.isolation import Limits
 from resources.settings.sources import SourceSettings
 from tests.checkpoints import MINILM_PACKAGE, edit_json
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint
 
 LIMITS = Limits(timeout_s=120, memory_bytes=4 * 10**9)
 COLLECT = """

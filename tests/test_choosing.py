@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 
 from resources.artifacts.records import Accuracy, BenchmarkReport, EvaluationSet, ShapeTiming
-from resources.benchmark.champion import Served, make_champion
+from resources.benchmark.champion import Served
 from resources.benchmark.ranking import EQUAL, contest, judge, margin, require_champion, score, tell
 from resources.benchmark.statistics import summarize
 from resources.engines.specs import SERVED
 from resources.errors import NoChampionError
 from resources.triton import served
 from tests.conftest import entry_for
+from tests.making import make_champion
 
 
 def timing(speedup, *, shape="1x16", memory=100):
@@ -202,7 +203,7 @@ def test_what_serves_and_was_not_measured_is_not_replaced_in_silence(workspace):
 def test_what_serves_and_is_not_in_the_store_any_more_is_a_rival_all_the_same(workspace, monkeypatch):
     release = SimpleNamespace(number=7, checkpoint_digest="c", engine_digest="gone", engine="int8")
     monkeypatch.setattr(served, "current_release", lambda repository, model: release)
-    incumbent = served.find_incumbent(workspace, "tiny", "cpu", SimpleNamespace(digest="c"), [])
+    incumbent = served.find_incumbent(workspace, workspace.store, "tiny", "cpu", SimpleNamespace(digest="c"), [])
     assert (incumbent.served, incumbent.engine) == (Served(7, "gone"), None)
 
 

@@ -6,17 +6,16 @@ import numpy as np
 import onnx
 import pytest
 
-from resources.accuracy.evaluation_set import make_evaluation_set, read_evaluation_set
-from resources.checkpoints.collect import collect_checkpoint
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.engines.onnxruntime.runner import OnnxRuntimeRunner
 from resources.errors import EngineError, ExportError
 from resources.export import exporter
-from resources.export.make import make_graph
 from resources.pipelines import open_pipeline
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks import TASKS
 from tests.answers import CHECKPOINTS
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint, make_evaluation_set, make_graph
 
 
 def collected(workspace, folder, **fields):
@@ -144,8 +143,8 @@ def test_every_engine_of_the_target_is_built(made_checkpoint, sharing, architect
     Heads too: their weights are neither square nor stored as those of layers are.
     """
     from resources.engines.interface import load
-    from resources.engines.make import make_engine, sources_of
     from resources.engines.specs import ENGINES
+    from tests.making import make_engine, sources_of
 
     folder = made_checkpoint(architecture=architecture, **{**CHECKPOINTS[task], **more})
     # Without the ladder, which would leave in fp32 whatever misses a gate: here every matrix is to be in int8.
@@ -182,8 +181,8 @@ def test_every_engine_of_the_target_is_built(made_checkpoint, sharing, architect
 
 
 def test_no_engine_is_built_from_a_wrong_graph(made_checkpoint, workspace):
-    from resources.engines.make import make_engine, sources_of
     from resources.engines.specs import engine_spec
+    from tests.making import make_engine, sources_of
 
     entry, checkpoint = collected(workspace, made_checkpoint())
     graph = make_graph(workspace, entry, checkpoint).record

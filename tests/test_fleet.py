@@ -12,9 +12,9 @@ from resources.errors import CatalogError, ServerError
 from resources.triton import fleet as module
 from resources.triton.asking import ask
 from resources.triton.client import TextClient
+from resources.triton.exam import fleet_steps
 from resources.triton.fleet import Fleet
 from resources.triton.layout import current_number
-from resources.triton.make import fleet_steps
 from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back

@@ -6,7 +6,6 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.fusion import fuse
 from resources.engines.fusion.activations import fuse_fast_gelu
 from resources.engines.fusion.eager import fuse_eager_attention
@@ -17,9 +16,9 @@ from resources.engines.fusion.rotary import fuse_rotary_attention, fuse_skip_nor
 from resources.engines.graphs import drop_unused, name_nodes
 from resources.engines.onnxruntime.runner import OnnxRuntimeRunner
 from resources.engines.onnxruntime.sessions import session_of_bytes
-from resources.export.make import make_graph
 from tests.checkpoints import ENCODERS
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint, make_graph
 
 #: Nodes of two fused layers, mean pooling included, views left out; a rule that no longer fires shows here.
 MOST_NODES = {

@@ -11,21 +11,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from resources.accuracy.evaluation_set import make_evaluation_set
-from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.availability import unsupported_reason
 from resources.engines.interface import build
-from resources.engines.make import goal_of, sources_of
 from resources.engines.onnxruntime.runner import OnnxRuntimeRunner
 from resources.engines.onnxruntime.sessions import session_of_bytes
 from resources.engines.precision.half_precision import NEAR, halvable, near_overflow, to_half, watched_values
 from resources.engines.precision.precision_search import open_gate_check
 from resources.engines.specs import engine_spec
-from resources.export.make import make_graph
 from resources.machine.device import parse_gpu, why_not_here
 from resources.machine.targets import capability_of, check_target, device_of
 from tests.checkpoints import add_overflow
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint, goal_of, make_evaluation_set, make_graph, sources_of
 from tests.test_fusion import pooling_model, read, small_batch
 
 FP16 = engine_spec("onnxruntime_fp16")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from resources.artifacts.records import Checkpoint, LengthProfile
-from resources.checkpoints.collect import collect_checkpoint
 from resources.checkpoints.lengths import MOST_BUCKETS, PADDING_WANTED, choose_buckets, padding_share
 from resources.checkpoints.shapes import shapes_of
 from resources.errors import CatalogError, CheckpointError
 from resources.pipelines import open_pipeline
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint
 
 SHORT, LONG = "the night", "the night train to Lisbon leaves from platform nine and stops twice on the way"
 

@@ -16,9 +16,9 @@ from resources.catalog.entries import ServingSettings
 from resources.errors import ReleaseError, ServerError
 from resources.settings.triton import TritonSettings
 from resources.triton.config import engine_config
+from resources.triton.exam import fleet_steps
 from resources.triton.fleet import Fleet
 from resources.triton.layout import current_number
-from resources.triton.make import fleet_steps
 from resources.triton.publish import Steps, publish
 from resources.triton.rollback import roll_back
 from resources.triton.search import settings_to_try

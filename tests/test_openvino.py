@@ -10,17 +10,12 @@ import numpy as np
 import pytest
 
 from resources import engines
-from resources.accuracy.evaluation_set import make_evaluation_set
-from resources.benchmark.measuring import make_benchmark
 from resources.benchmark.texts import batch_of_shape
 from resources.catalog.entries import Shape
-from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.availability import unsupported_reason
 from resources.engines.interface import Sources, build, load
-from resources.engines.make import make_engine, sources_of
 from resources.engines.specs import engine_spec
 from resources.errors import EngineError
-from resources.export.make import make_graph
 from resources.pipelines import open_pipeline
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
@@ -31,6 +26,7 @@ from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint, make_benchmark, make_engine, make_evaluation_set, make_graph, sources_of
 from tests.releases import exam_of, make_plan, query_texts
 from tests.test_triton_server import prove_embedded
 

@@ -20,10 +20,10 @@ from resources.engines.specs import SERVED
 from resources.errors import ReleaseError, ServerError
 from resources.processes.isolation import Limits
 from resources.settings.workspace import Workspace
-from resources.triton import make
+from resources.steps import triton_repository
+from resources.steps.promote import promote
 from resources.triton.layout import current_number, current_release, list_releases
 from resources.triton.preflight import require_publishable
-from resources.triton.promote import promote
 from resources.triton.publish import Steps, unverified_root
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
@@ -503,7 +503,7 @@ def test_a_release_that_waits_is_promoted_where_a_server_proves_it(made_checkpoi
         )
     assert current_number(repository, "tiny") == 2
     # Where a server has it, what waits is published: this one's proof nobody gave.
-    monkeypatch.setattr(make, "fleet_steps", lambda *arguments, **options: Steps(prove=unasked))
+    monkeypatch.setattr(triton_repository, "fleet_steps", lambda *arguments, **options: Steps(prove=unasked))
     done = promoted(replace(native, triton=replace(native.triton, servers=("127.0.0.1:9",))))
     assert (done.before, done.release.flavour, done.release.status) == (2, "native", "published")
     assert current_number(repository, "tiny") == done.release.number

@@ -13,7 +13,7 @@ from resources.accuracy.batches import PlannedBatch
 from resources.accuracy.inference import answer_items
 from resources.boundary.trust import Trust
 from resources.catalog.entries import ModelEntry
-from resources.checkpoints.collect import checkpoint_files, collect_checkpoint
+from resources.checkpoints.collect import checkpoint_files
 from resources.pipelines import beginnings, open_pipeline
 from resources.pipelines.limits import RefusedError
 from resources.pipelines.tokenization import TextEncoder
@@ -22,6 +22,7 @@ from resources.processes.isolation import Limits
 from resources.tasks import TASKS
 from resources.tasks.samples import sample_texts
 from tests.answers import CHECKPOINTS, assert_same, transformers_answers
+from tests.making import collect_checkpoint
 
 #: Short, empty, odd, and longer than the small checkpoints take (64 tokens).
 TEXTS = [

@@ -21,12 +21,12 @@ from resources.artifacts import hashes
 from resources.artifacts.records import Engine
 from resources.checkpoints import collect
 from resources.checkpoints.sources.reference import Located
-from resources.engines import make as engine_making
 from resources.engines.specs import ENGINES
 from resources.errors import CatalogError, EngineError, UnfetchedError
 from resources.plan import differences, plan_model
 from resources.processes.isolation import Limits
 from resources.settings.workspace import Workspace
+from resources.steps import step as stepping
 from tests.conftest import entry_for
 from tests.pipeline import add_entry, instance, run_assets, run_job
 from tests.sources import COMMIT, OLDER, write_checkpoint
@@ -205,7 +205,7 @@ def test_an_engine_that_failed_is_tried_again_by_runs_and_starts_none(copy, monk
         raise EngineError("Out of memory.")
 
     copy.store.remove(copy.store.current(Engine, "engines/cpu/onnxruntime_int8/tiny"))
-    monkeypatch.setattr(engine_making, "run_isolated", fail)
+    monkeypatch.setattr(stepping, "run_isolated", fail)
     steps = engines("onnxruntime_int8") | benchmarks("onnxruntime_int8") | CHOSEN
     outcome = run_assets(copy, "tiny", sorted(steps))
     assert outcome.success, outcome.messages

@@ -245,14 +245,17 @@ def outliers(own_checkpoint: Callable[..., Path]) -> Path:
 
 def judged(workspace, folder, engine, **fields):
     """The engine built for the checkpoint, and the gates that its benchmark finds missed."""
-    from resources.accuracy.evaluation_set import make_evaluation_set
     from resources.benchmark.champion import gates_missed
-    from resources.benchmark.measuring import make_benchmark
-    from resources.checkpoints.collect import collect_checkpoint
-    from resources.engines.make import make_engine, sources_of
     from resources.engines.specs import engine_spec
-    from resources.export.make import make_graph
     from tests.conftest import entry_for
+    from tests.making import (
+        collect_checkpoint,
+        make_benchmark,
+        make_engine,
+        make_evaluation_set,
+        make_graph,
+        sources_of,
+    )
 
     entry = entry_for(folder, shapes=["1x16"], engines=None, **fields)
     checkpoint = collect_checkpoint(entry, workspace.store, workspace.limits).record

@@ -13,20 +13,17 @@ from typing import Any
 
 import pytest
 
-from resources.accuracy.evaluation_set import make_evaluation_set
 from resources.artifacts.records import Engine, EvaluationSet, sha256_file
 from resources.catalog.entries import ModelEntry
-from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.interface import Built, Goal, Sources, build
-from resources.engines.make import goal_of, make_engine, sources_of
 from resources.engines.rebuild import SCRIPT, Recipe, differences, main, recipe_of, write_script
 from resources.engines.specs import engine_spec
 from resources.errors import EngineError
-from resources.export.make import make_graph
 from resources.processes.isolation import Limits
 from resources.settings.workspace import Workspace
 from resources.triton.release import check_copies, content_digest, list_files, write_engine
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint, goal_of, make_engine, make_evaluation_set, make_graph, sources_of
 from tests.releases import make_plan
 from tests.test_half import overflowing
 
@@ -264,7 +261,7 @@ def segfault(*arguments):
 
 
 def test_a_builder_that_crashes_costs_the_engine_alone(tiny, monkeypatch):
-    import resources.engines.make as module
+    import resources.steps.engine as module
 
     monkeypatch.setattr(module, "build", segfault)
     failed = tiny.make("onnxruntime_int8", max_batch_size=3)  # so that it is none that is there

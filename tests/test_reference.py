@@ -5,7 +5,6 @@ import json
 import pytest
 
 from resources.accuracy import evaluation_set, reference
-from resources.checkpoints.collect import collect_checkpoint
 from resources.checkpoints.requests import evaluation_requests
 from resources.errors import CheckpointError
 from resources.pipelines import tokenization
@@ -15,6 +14,7 @@ from resources.tasks import classification, embedding
 from resources.tasks.embedding import Pooling
 from resources.tasks.samples import rare_texts, sample_texts
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint
 from tests.twins import TWINS, embedder, pooled
 
 LIMITS = Limits(timeout_s=240, memory_bytes=6 * 10**9)

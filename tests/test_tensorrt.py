@@ -17,23 +17,18 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2 as pb
 
 import resources.machine.device
-from resources.accuracy.evaluation_set import make_evaluation_set
 from resources.accuracy.measuring import missed_gates
 from resources.artifacts.records import Engine
 from resources.artifacts.store import RECORD_FILE
-from resources.benchmark.measuring import make_benchmark
 from resources.catalog.entries import Shape, TensorRtSettings
-from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.availability import unsupported_reason
 from resources.engines.interface import build, load
-from resources.engines.make import goal_of, make_engine, sources_of, tuning_of
 from resources.engines.onnxruntime.tensorrt_builder import provider_settings
 from resources.engines.specs import BASELINE, ENGINES, engine_spec
 from resources.engines.tensorrt.builder import TimingCache, make_monitor, make_plan
 from resources.engines.tensorrt.tensorrt_session import installed_flavour, mismatch, pick_profile
 from resources.engines.tuning import Profile, Tuning, check_profiles, profiles_of
 from resources.errors import EngineError, ReleaseError, ServerError
-from resources.export.make import make_graph
 from resources.machine.device import first_gpu, parse_gpu
 from resources.processes.isolation import Limits
 from resources.settings.workspace import Workspace
@@ -43,6 +38,16 @@ from resources.triton.release import check_plan
 from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage
 from tests.conftest import entry_for
+from tests.making import (
+    collect_checkpoint,
+    goal_of,
+    make_benchmark,
+    make_engine,
+    make_evaluation_set,
+    make_graph,
+    sources_of,
+    tuning_of,
+)
 from tests.releases import INPUTS
 from tests.releases import make_plan as make_release_plan
 
@@ -298,7 +303,7 @@ def test_what_a_gpu_cannot_is_unsupported_with_the_reason(monkeypatch):
 def test_a_build_is_an_artifact_and_a_failed_one_a_reason(ready, monkeypatch):
     workspace, entry, sources, evaluation = ready
     # This machine has no GPU that would support it; the child that builds is as it always is.
-    monkeypatch.setattr("resources.engines.make.unsupported_reason", lambda spec, target: None)
+    monkeypatch.setattr("resources.steps.engine.unsupported_reason", lambda spec, target: None)
     hasty = replace(workspace, limits=Limits(timeout_s=0.3, memory_bytes=6 * 10**9))
     failed = make_engine(hasty, entry, FP16, "cuda_sm89", sources, evaluation).record
     assert failed.status == "failed" and failed.files == {}
@@ -314,7 +319,7 @@ def test_a_build_is_an_artifact_and_a_failed_one_a_reason(ready, monkeypatch):
     assert "tensorrt: Building engine: done in" in log
     other = entry.model_copy(update={"tensorrt": TensorRtSettings(profiles=1)})
     assert tuning_of(workspace, other, sources).profiles != tuning_of(workspace, entry, sources).profiles
-    monkeypatch.setattr("resources.engines.make.run_isolated", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("resources.steps.step.run_isolated", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_engine(workspace, other, FP16, "cuda_sm89", sources, evaluation)
 

@@ -6,22 +6,25 @@ from dataclasses import replace
 
 import pytest
 
-from resources.accuracy.evaluation_set import make_evaluation_set
 from resources.artifacts.records import Champion, ServingSetting, ThreadSetting, ThreadTrial
-from resources.benchmark.champion import make_champion
-from resources.benchmark.measuring import make_benchmark
 from resources.benchmark.threads import Contest, choose, sweep, thread_counts
 from resources.catalog.entries import Shape
-from resources.checkpoints.collect import collect_checkpoint
-from resources.engines.make import make_engine, sources_of
 from resources.engines.specs import engine_spec
-from resources.export.make import make_graph
 from resources.machine.device import physical_cores
 from resources.processes.isolation import Limits, Worker
 from resources.tracking.candidates import thread_parameters
 from resources.triton.config import engine_config, front_config
 from resources.triton.release import content_digest
 from tests.conftest import entry_for
+from tests.making import (
+    collect_checkpoint,
+    make_benchmark,
+    make_champion,
+    make_engine,
+    make_evaluation_set,
+    make_graph,
+    sources_of,
+)
 from tests.releases import make_plan
 
 

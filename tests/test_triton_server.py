@@ -25,9 +25,9 @@ from resources.errors import ReleaseError, ServerError
 from resources.pipelines.tokenization import TextEncoder
 from resources.triton import foreground, watch
 from resources.triton.client import TextClient
+from resources.triton.exam import fleet_steps
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG, current_release
-from resources.triton.make import fleet_steps
 from resources.triton.proof import prove
 from resources.triton.publish import Steps, publish
 from resources.triton.server import EmbeddedServer

@@ -9,24 +9,21 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from resources.accuracy.evaluation_set import BASELINE_NUMBERS, ITEMS_FILE, make_evaluation_set, read_evaluation_set
-from resources.accuracy.reference import make_reference
+from resources.accuracy.evaluation_set import BASELINE_NUMBERS, ITEMS_FILE, read_evaluation_set
 from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.gc import DAY_SECONDS, collect
 from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph, StoredFile, sha256_file
 from resources.artifacts.store import ArtifactStore
 from resources.catalog.entries import ModelEntry
-from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.interface import Sources, load
-from resources.engines.make import make_engine, sources_of
 from resources.engines.onnxruntime.tensorrt_provider import SETTINGS, read_settings
 from resources.engines.specs import BASELINE, engine_spec
 from resources.errors import ArtifactError, CheckpointError, RefineryError
-from resources.export.make import make_graph
 from resources.processes.isolation import run_isolated
 from resources.settings.workspace import Workspace
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint, make_engine, make_evaluation_set, make_graph, make_reference, sources_of
 
 
 @pytest.fixture

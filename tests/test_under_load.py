@@ -17,9 +17,9 @@ import pytest
 from resources.pipelines.tokenization import TextEncoder
 from resources.tasks.samples import sample_texts
 from resources.triton import retain as retaining
+from resources.triton.exam import fleet_steps
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG, list_releases
-from resources.triton.make import fleet_steps
 from resources.triton.proof import prove
 from resources.triton.publish import Steps, publish
 from resources.triton.python_models import aside

@@ -13,7 +13,7 @@ import pytest
 from orchestration.cli.model_argument import _guess_task
 from resources.artifacts.store import ArtifactStore
 from resources.boundary.addresses import Address
-from resources.checkpoints.collect import collect_checkpoint, copy_unchanged
+from resources.checkpoints.collect import copy_unchanged
 from resources.checkpoints.sources import registry
 from resources.checkpoints.sources.locating import locate
 from resources.checkpoints.tokenizer import prepare_tokenizer
@@ -24,6 +24,7 @@ from resources.processes.isolation import Limits, run_isolated
 from resources.settings.sources import SourceSettings
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
+from tests.making import collect_checkpoint
 from tests.sources import write_checkpoint
 from tests.twins import pooled
 

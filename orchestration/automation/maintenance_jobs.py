@@ -11,8 +11,8 @@ import dagster as dg
 from orchestration.automation.garbage_collection import clean_stores, oldest_run_under_way, summary
 from resources.report.tables import size_text
 from resources.settings.workspace import Workspace
+from resources.steps import promote as promoting
 from resources.tracking import Tracker
-from resources.triton import promote as promoting
 from resources.triton import retain as cleaning
 from resources.triton.rollback import roll_back
 from resources.triton.verify import verify_release

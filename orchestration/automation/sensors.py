@@ -12,7 +12,6 @@ from assets.partitions import PARTITION_TAG, models
 from orchestration.automation.sensor_state import RETRY_SECONDS, Cursor, Ended, Memory, Newest, decide, is_due, saw
 from orchestration.runs.jobs import optimize
 from orchestration.runs.under_way import models_under_way
-from resources.artifacts.records import Checkpoint
 from resources.catalog.entries import ModelEntry
 from resources.catalog.loading import Catalog
 from resources.checkpoints.sources.reference import kind_of
@@ -21,6 +20,8 @@ from resources.checkpoints.watch.pool import Looks
 from resources.checkpoints.watch.probe import REMOTE, Seen, look
 from resources.errors import CheckpointError, StorageError
 from resources.settings.workspace import WATCH_SECONDS, Workspace
+from resources.steps.checkpoint import CHECKPOINT
+from resources.steps.step import Work
 
 #: A tick's, of which Dagster ends one after 60.
 TICK_SECONDS = 8.0
@@ -195,7 +196,7 @@ class _Tick:
 
     def _collected(self, entry: ModelEntry) -> str:
         """The revision of this source that the newest run took; empty: none. Its files may be elsewhere."""
-        record = self._workspace.store.known(Checkpoint, f"checkpoint/{entry.name}")
+        record = Work(self._workspace, entry).last(CHECKPOINT)
         return record.revision if record is not None and record.source == entry.source else ""
 
     def _ask(self, entry: ModelEntry, memory: Memory, reason: str) -> Memory:

@@ -12,11 +12,13 @@ from pathlib import Path
 from orchestration.cli.terminal import print_table, table_console
 from orchestration.settings import read_workspace
 from resources.accuracy.evaluation_set import read_evaluation_set
-from resources.artifacts.records import Checkpoint, EvaluationSet
 from resources.errors import ReleaseError, ServerError
 from resources.machine.lock import benchmarking
 from resources.pipelines import open_pipeline
 from resources.report.tables import load_table
+from resources.steps.checkpoint import CHECKPOINT
+from resources.steps.evaluation_set import EVALUATION_SET
+from resources.steps.step import Work
 from resources.triton.client import TextClient
 from resources.triton.mirror import served_folder
 from resources.triton.mix import request_mix
@@ -29,17 +31,15 @@ from resources.triton.serving_report import measure_load, measure_with_perf_anal
 def load(options: Namespace) -> int:
     """Closed loops of so many clients, on the server that was named or on one of its own; prints a table."""
     workspace = read_workspace(os.environ)
-    store, repository = workspace.store, workspace.repository(options.target)
-    workspace.entry(options.model)  # an unknown model is said to be unknown
+    repository, work = workspace.repository(options.target), Work(workspace, workspace.entry(options.model))
     if options.url is None:
         require_embeddable(
             require_current(repository, options.model),
             "Give the address of a server that has them with --url; its users will wait for the load",
         )
-    checkpoint = store.current(Checkpoint, f"checkpoint/{options.model}")
-    evaluation = store.current(EvaluationSet, f"evaluation_set/{options.model}")
-    folder = store.folder(checkpoint)
-    items = request_mix(read_evaluation_set(store.folder(evaluation)).items, checkpoint, folder)
+    checkpoint, evaluation = work.get(CHECKPOINT), work.get(EVALUATION_SET)
+    folder = work.folder(checkpoint)
+    items = request_mix(read_evaluation_set(work.folder(evaluation)).items, checkpoint, folder)
     if options.tokens is not None:
         rows = open_pipeline(str(folder)).rows(items)
         longest = [max(row.tokens for row in found) for found in rows]

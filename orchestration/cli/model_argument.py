@@ -31,6 +31,7 @@ from resources.checkpoints.watch.hub import hub_commit
 from resources.errors import ArtifactError, CatalogError, CheckpointError, StorageError, first_line
 from resources.settings.sources import Access, SourceSettings
 from resources.settings.workspace import Workspace
+from resources.steps.checkpoint import CHECKPOINT
 
 #: What the command line may say about a new entry; None: nothing.
 ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds", "allow_pickle")
@@ -173,7 +174,7 @@ def _flow(value: object) -> str:
 def _was_collected(workspace: Workspace, name: str) -> bool:
     """Whether a checkpoint was ever collected under the name. Until then a mistyped source may be corrected."""
     try:
-        workspace.store.current(Checkpoint, f"checkpoint/{name}")
+        workspace.store.current(Checkpoint, f"{CHECKPOINT.name}/{name}")
     except (ArtifactError, StorageError):
         return False
     return True

@@ -20,8 +20,6 @@ from orchestration.definitions import defs, make_definitions
 from orchestration.runs.instance import prepare_instance
 from orchestration.runs.run_launcher import HOST_TAG
 from orchestration.settings import read_workspace, tracker_of
-from resources.artifacts.records import Champion
-from resources.engines.specs import ENGINES
 from resources.errors import CatalogError, EngineError, TrackingError, database_trouble, disk_remedy
 from resources.machine.device import why_not_here
 from resources.settings.workspace import Workspace
@@ -163,15 +161,15 @@ def _failed_checks(result: ExecuteInProcessResult) -> list[str]:
 
 
 def _summarize(workspace: Workspace, entry: ModelEntry, target: str) -> None:
-    from assets.champion import current_reports
     from assets.triton_repository import query_command, serve_command
+    from resources.steps.graph import steps_of
+    from resources.steps.step import Work
     from resources.triton.layout import current_release, list_releases
     from resources.triton.publish import unverified_root
 
     console = table_console()
-    model = entry.name
-    champion = workspace.store.current(Champion, f"champion/{target}/{model}")
-    reports = current_reports(workspace, ENGINES, target, entry)
+    model, work, step = entry.name, Work(workspace, entry), steps_of(target).champion
+    champion, reports = work.get(step), step.reports(work)
     title = f"{model} on {target} ({reports[0].device}): p50 / p99, (times faster than PyTorch)"
     print_candidates(console, title, reports, champion.verdicts, champion.engine)
     repository = workspace.repository(target)
@@ -187,7 +185,7 @@ def _summarize(workspace: Workspace, entry: ModelEntry, target: str) -> None:
     # As it can be pasted: the environment's own folder is rarely on the path.
     program = "refinery" if shutil.which("refinery") else os.path.relpath(sys.argv[0])
     for title, command in (
-        ("Ask it:  ", query_command(workspace, model, target)),
+        ("Ask it:  ", query_command(work, target)),
         ("Serve it:", serve_command(workspace, target)),
     ):
         console.print(f"{title}  {command.replace('refinery ', f'{program} ', 1)}", highlight=False)

@@ -12,7 +12,7 @@ from orchestration.cli.serving import DEFAULT_ADDRESS
 from orchestration.settings import read_workspace, tracker_of
 from resources.errors import ServerError
 from resources.settings.triton import TritonSettings
-from resources.triton import promote as promoting
+from resources.steps import promote as promoting
 from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
 from resources.triton.layout import current_number

@@ -9,35 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.accuracy.batches import equal_length_batches, plan_batches
-from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
-from resources.artifacts.records import Checkpoint, EvaluationSet
-from resources.artifacts.store import Made
+from resources.artifacts.records import Checkpoint
 from resources.boundary.trust import Trust
-from resources.catalog.entries import ModelEntry
 from resources.checkpoints.collect import checkpoint_files
-from resources.checkpoints.requests import evaluation_requests, require_answers
-from resources.checkpoints.shapes import shapes_of
+from resources.checkpoints.requests import require_answers
 from resources.errors import CheckpointError
-from resources.machine.lock import building
-from resources.machine.usage import Watch
-from resources.processes.isolation import run_isolated
-from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 
 if TYPE_CHECKING:
     from resources.accuracy.inference import Run
     from resources.pipelines.base import Item, Pipeline
 
-#: What an evaluation set depends on, beside what it was made from.
-CODE = (
-    "resources.accuracy.evaluation_set",
-    "resources.accuracy.inference",
-    "resources.accuracy.batches",
-    "resources.checkpoints",
-    "-resources.checkpoints.watch",
-    "resources.tasks",
-    "resources.pipelines",
-)
 BASELINE_NUMBERS = "baseline.npy"
 BASELINE_DOCUMENTS = "baseline.json"
 ITEMS_FILE = "items.json"
@@ -47,58 +29,12 @@ _PADDED_EVERY = 8
 
 
 @dataclass(frozen=True)
-class _Baseline:
+class Baseline:
+    """What PyTorch's answers came to."""
+
     rows: int
     width: int
     longest_tokens: int
-
-
-def make_evaluation_set(workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint) -> Made[EvaluationSet]:
-    """The requests and PyTorch's answers. Raises CheckpointError where those answers cannot be a baseline."""
-    shapes_of(entry, checkpoint)  # before any work: it refuses what the checkpoint cannot take
-    items, right = evaluation_requests(entry, checkpoint.settings, checkpoint.max_tokens)
-    made_of = Fingerprint.of(
-        "evaluation_set",
-        model=entry.name,
-        items=items,
-        right=right,
-        weights=checkpoint.weights_digest,
-        tokenizer=checkpoint.tokenizer_digest,
-        pipeline=checkpoint.pipeline_digest,
-        task=checkpoint.task,
-        unused_weights=entry.unused_weights,
-        code=code_versions(*CODE),
-        libraries=library_versions("torch", "transformers", "tokenizers"),
-    )
-
-    def make(folder: Path) -> EvaluationSet:
-        workspace.store.require_whole(checkpoint)
-        with building(), Watch() as watch:
-            found, peak = run_isolated(
-                _answer,
-                checkpoint,
-                workspace.store.folder(checkpoint),
-                entry.trust,
-                items,
-                right,
-                folder,
-                workspace.threads(entry),
-                limits=workspace.limits,
-                what=f"{entry.name}, revision {checkpoint.revision}: PyTorch's answers to the evaluation set",
-                log=workspace.log(entry.name, "evaluation_set"),
-            )
-        return EvaluationSet(
-            digest=made_of.digest,
-            model=entry.name,
-            items=len(items),
-            rows=found.rows,
-            width=found.width,
-            longest_tokens=found.longest_tokens,
-            peak_memory_bytes=peak,
-            usage=watch.usage,
-        )
-
-    return workspace.store.get_or_make(EvaluationSet, made_of, make)
 
 
 def _require_padding(checkpoint: Checkpoint, pipeline: Pipeline, run: Run, items: list[Item], alone: list[Any]) -> None:
@@ -136,7 +72,7 @@ class Evaluation:
 
 
 def read_evaluation_set(folder: Path) -> Evaluation:
-    """Read back what `make_evaluation_set` made."""
+    """Read back what `answer_requests` wrote."""
     data = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
     if (folder / BASELINE_NUMBERS).is_file():
         import numpy as np
@@ -147,7 +83,7 @@ def read_evaluation_set(folder: Path) -> Evaluation:
     return Evaluation(data["items"], baseline, data["right"])
 
 
-def _answer(
+def answer_requests(
     checkpoint: Checkpoint,
     source: Path,
     trust: Trust,
@@ -155,7 +91,16 @@ def _answer(
     right: list[Any],
     folder: Path,
     threads: int,
-) -> _Baseline:
+) -> Baseline:
+    """Have PyTorch answer the requests, and write both into the folder. Runs in a child process.
+
+    Args:
+        source: The checkpoint's folder.
+        right: The right answer to each request, or None.
+
+    Raises:
+        CheckpointError: The answers cannot be a baseline.
+    """
     import numpy as np
     import torch
 
@@ -199,4 +144,4 @@ def _answer(
         np.save(folder / BASELINE_NUMBERS, np.stack(answered.answers))
     data = {"items": items, "right": right}
     (folder / ITEMS_FILE).write_text(json.dumps(data, ensure_ascii=False, indent=0), encoding="utf-8")
-    return _Baseline(answered.rows, answered.width, answered.longest_tokens)
+    return Baseline(answered.rows, answered.width, answered.longest_tokens)

@@ -15,25 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.accuracy.evaluation_set import read_evaluation_set
-from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
-from resources.artifacts.records import Checkpoint, EvaluationSet, Reference
-from resources.artifacts.store import Made
+from resources.artifacts.records import Checkpoint
 from resources.boundary.trust import Trust
-from resources.catalog.entries import ModelEntry
 from resources.checkpoints.collect import checkpoint_files
 from resources.errors import CheckpointError, first_line
-from resources.machine.lock import building
-from resources.machine.usage import Watch
-from resources.processes.isolation import run_isolated
-from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 from resources.tasks.samples import long_text
 
 if TYPE_CHECKING:
     from resources.pipelines.base import Item, Pipeline
 
-#: What a reference depends on, beside what it was made from.
-CODE = ("resources.accuracy.reference", "resources.tasks", "resources.checkpoints.tokenizer", "resources.pipelines")
 ANSWERS_FILE = "answers.json"
 #: Texts and differences that an error or a record names.
 _NAMED = 3
@@ -41,7 +32,9 @@ _MOST_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
-class _Found:
+class Comparison:
+    """What comparing with the library came to; the fields are those of the record."""
+
     library: str
     compared: int
     refused: int
@@ -49,53 +42,18 @@ class _Found:
     retokenized: tuple[str, ...]
 
 
-def make_reference(
-    workspace: Workspace, entry: ModelEntry, checkpoint: Checkpoint, evaluation: EvaluationSet
-) -> Made[Reference]:
-    """The library's answers. Raises CheckpointError, with the texts, where PyTorch's answers are others."""
-    made_of = Fingerprint.of(
-        "reference",
-        model=entry.name,
-        evaluation=evaluation.digest,
-        # The library reads all of the checkpoint by itself, files that nothing of ours looks at among them.
-        copy=checkpoint.digest,
-        code=code_versions(*CODE),
-        libraries=library_versions("torch", "transformers", "tokenizers", "sentence-transformers"),
-    )
-
-    def make(folder: Path) -> Reference:
-        workspace.store.require_whole(checkpoint, evaluation)
-        with building(), Watch() as watch:
-            found, peak = run_isolated(
-                _compare,
-                checkpoint,
-                workspace.store.folder(checkpoint),
-                entry.trust,
-                workspace.store.folder(evaluation),
-                folder,
-                workspace.threads(entry),
-                limits=workspace.limits,
-                what=f"{entry.name}, revision {checkpoint.revision}: the answers of the library that users would use",
-                log=workspace.log(entry.name, "reference"),
-            )
-        return Reference(
-            digest=made_of.digest,
-            model=entry.name,
-            library=found.library,
-            compared=found.compared,
-            refused=found.refused,
-            rows=found.rows,
-            retokenized=found.retokenized,
-            peak_memory_bytes=peak,
-            usage=watch.usage,
-        )
-
-    return workspace.store.get_or_make(Reference, made_of, make)
-
-
-def _compare(
+def compare_with_library(
     checkpoint: Checkpoint, source: Path, trust: Trust, evaluation: Path, folder: Path, threads: int
-) -> _Found:
+) -> Comparison:
+    """Compare PyTorch's answers with the library's, and write those into the folder. Runs in a child process.
+
+    Args:
+        source: The checkpoint's folder.
+        evaluation: The folder of the evaluation set.
+
+    Raises:
+        CheckpointError: The answers differ. The message has the texts.
+    """
     import torch
 
     from resources.checkpoints.tokenizer import load_tokenizers
@@ -141,7 +99,7 @@ def _compare(
         )
     _write(folder / ANSWERS_FILE, answers)
     refused = sum(answer is None for answer in answers)
-    return _Found(library.name, len(answers) - refused, refused, rows, retokenized)
+    return Comparison(library.name, len(answers) - refused, refused, rows, retokenized)
 
 
 def _answers(answer: Any, items: Iterable[Item]) -> tuple[list[Any], list[tuple[Item, str]]]:

@@ -61,13 +61,23 @@ class Made(Generic[R]):
 
 
 class ArtifactStore:
-    """See the module's text. All methods may be used by several processes at once."""
+    """See the module's text. All methods may be used by several processes at once.
+
+    Args:
+        remote: What several machines share.
+        traceless: Whether reading leaves no trace, and fetches nothing that another machine made. Nothing can be made
+            in such a store: it is for finding out what would be made.
+    """
 
     #: What this process has read whole: a folder, with its files' sizes and times.
     _read: ClassVar[set[tuple[Path, str]]] = set()
 
-    def __init__(self, root: Path, remote: RemoteArtifacts | None = None) -> None:
-        self.root, self.remote = root, remote
+    def __init__(self, root: Path, remote: RemoteArtifacts | None = None, *, traceless: bool = False) -> None:
+        self.root, self.remote, self._traceless = root, remote, traceless
+
+    def without_traces(self) -> ArtifactStore:
+        """Return the same store for reading without a trace."""
+        return ArtifactStore(self.root, self.remote, traceless=True)
 
     @property
     def caches(self) -> Path:
@@ -80,13 +90,18 @@ class ArtifactStore:
 
     def find(self, kind: type[R], digest: str) -> R | None:
         """The stored record, or None. An unreadable one (an older version's, say) and damage count as not there."""
-        return self._here_or_there(kind, digest)[0]
+        return self.here_or_there(kind, digest)[0]
 
-    def _here_or_there(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
-        """The same, and the files for which what was there does not count."""
+    def here_or_there(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
+        """Return the stored record, on this machine or on another, or None and the files for which it does not count.
+
+        What another machine made is fetched, unless the store leaves no traces: then it is the record alone.
+        """
         found, damaged = self.look(kind, digest)
         if self.remote is None or (found is not None and found.reusable):
             return found, damaged
+        if self._traceless:
+            return self.remote.record(kind, digest) or found, damaged
         with file_lock(self.lock_of(kind.kind, digest)):
             return self._newest(kind, digest)
 
@@ -172,17 +187,18 @@ class ArtifactStore:
             self.remote.withdraw(record)
         self.remove(record)
 
-    def get_or_make(
-        self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R], *, light: bool = False
-    ) -> Made[R]:
-        """The artifact of that fingerprint, or digest alone; `make` fills an empty folder and returns the record if it
-        is not there.
+    def get_or_make(self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R]) -> Made[R]:
+        """Find the artifact of a fingerprint, or of its digest alone, or make it.
 
-        light: making it starts no process and takes milliseconds, so that a plan may do it too. Two processes asking
-        for the same one do the work once. If `make` raises, nothing is left behind. Raises ArtifactError where the
-        maker's files include one that is called as the store's own.
+        Two processes that ask for the same artifact do the work once. If `make` raises, nothing is left behind.
+
+        Args:
+            make: Fills an empty folder and returns the record.
+
+        Raises:
+            ArtifactError: One of the maker's files has a name that the store keeps for its own.
         """
-        del light
+        assert not self._traceless, "nothing is made in a store that leaves no traces"
         digest, parts = (made_of, {}) if isinstance(made_of, str) else (made_of.digest, made_of.parts)
         found, _ = self.look(kind, digest)
         if _answers(found, parts):
@@ -236,7 +252,7 @@ class ArtifactStore:
     def current(self, kind: type[R], name: str) -> R:
         """The newest record that the named step made. Raises ArtifactError if there is none."""
         digest = self.pointed(name)
-        record, damaged = self._here_or_there(kind, digest) if digest else (None, ())
+        record, damaged = self.here_or_there(kind, digest) if digest else (None, ())
         if digest and record is None and self.remote is None:
             with file_lock(self.lock_of(kind.kind, digest)):  # see resources.artifacts.gc: it may be put back just now
                 record, damaged = self.look(kind, digest)
@@ -305,6 +321,8 @@ class ArtifactStore:
         return self.root / "current" / f"{name}.json"
 
     def _touch(self, file: Path) -> None:
+        if self._traceless:
+            return
         with suppress(OSError):  # it is not there; or another user's, or on a disk that is only read
             os.utime(file)
 
@@ -320,6 +338,8 @@ class ArtifactStore:
         return verified
 
     def _note_verified(self, folder: Path, seen: dict[str, list[int]]) -> None:
+        if self._traceless:
+            return
         with suppress(OSError):  # a disk that is only read: bytes are read again then
             write_json(folder / _VERIFIED_FILE, seen)
 

@@ -1,23 +1,18 @@
-"""Making the champion an artifact: reads the reports, applies the gates of today's catalog, chooses."""
+"""Choose the champion: apply the gates of today's catalog to the reports, and take the best."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from resources.accuracy.measuring import missed_gates
-from resources.artifacts.fingerprint import Fingerprint, code_versions
-from resources.artifacts.records import BenchmarkReport, Champion, Contest, EvaluationSet
-from resources.artifacts.store import Made
+from resources.artifacts.records import BenchmarkReport, CandidateVerdict, Champion, Contest, EvaluationSet
 from resources.benchmark.ranking import EQUAL, OBJECTIVES, contest, judge, require_champion, tell
 from resources.catalog.entries import ModelEntry
 from resources.engines.specs import BASELINE, SERVED
-from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 
-#: What a choice depends on, beside what it is made among.
-CODE = ("resources.benchmark.ranking", "resources.benchmark.champion")
 #: A median of fewer pairs says little.
 FEW_PAIRS = 5
 #: PyTorch beside itself takes the same time; on a machine where it differs by more, so may everything else.
@@ -55,37 +50,95 @@ def _doubt(report: BenchmarkReport, baseline: BenchmarkReport | None) -> str:
     )
 
 
-def make_champion(
-    workspace: Workspace,
+@dataclass(frozen=True)
+class Choice:
+    """A champion, and what the choice rests on.
+
+    Args:
+        champion: The record, as yet without a digest.
+        parts: What the choice depends on, for its fingerprint.
+    """
+
+    champion: Champion
+    parts: dict[str, Any]
+
+
+def choose(
     entry: ModelEntry,
     target: str,
     reports: Sequence[BenchmarkReport],
     evaluation: EvaluationSet,
     served: Served | None = None,
-) -> Made[Champion]:
-    """The best accurate engine by the entry's objective. Raises NoChampionError.
+) -> Choice:
+    """Choose the best accurate engine by the entry's objective. Raises NoChampionError.
 
-    Gates are applied here and not when measuring, so that a changed gate costs no new benchmark. All reports are on
-    that evaluation set, at the same shapes and on the same machine. served: what serves the same checkpoint now stays,
-    if it is accurate, unless another is better by more than the noise. Where no report measured it, the best of the
-    others replaces it, and the record's contest says so.
+    Args:
+        reports: Reports on that evaluation set, at the same shapes and on the same machine.
+        served: What serves the same checkpoint now. If it is accurate it stays, unless another is better by more than
+            the noise. Where no report measured it, the best of the others replaces it, and the record's contest says
+            so.
     """
     baseline = next((report for report in reports if report.engine == BASELINE), None)
     # Measured again under its own name, or one of the candidates.
     ours = [item for item in reports if served is not None and item.engine_digest == served.engine_digest]
     serving = next((item.engine for item in ours if item.status == "measured"), None)
-    verdicts = judge(
-        reports,
-        lambda report: gates_missed(entry, report),
-        entry.objective,
-        baseline.engine_size_bytes if baseline is not None else 1,
-        serving,
-    )
+    baseline_bytes = baseline.engine_size_bytes if baseline is not None else 1
+    verdicts = judge(reports, lambda report: gates_missed(entry, report), entry.objective, baseline_bytes, serving)
     best = require_champion(entry.name, target, verdicts)
+    met = _contest(entry, reports, verdicts, best, served, serving)
+    # What was beaten serves no more when the same candidates are judged again, and that is the same champion.
+    stays = best.engine == SERVED
+    parts = {
+        # What was measured, and not only what it was measured of: one that failed is measured again.
+        # Why another was not measured is told in other words every time: how much memory it had, say.
+        "reports": {
+            report.engine: report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes", "usage", "made_of"})
+            if report.status == "measured"
+            else f"{report.engine_digest} {report.status}"
+            for report in reports
+            if stays or report.engine != SERVED
+        },
+        "evaluation": evaluation.digest,
+        "gates": entry.accuracy_gates().model_dump(),
+        "objective": entry.objective,
+        **({"contest": met.model_dump()} if met is not None and stays else {}),
+    }
     chosen = next(report for report in reports if report.engine == best.engine)
-    met = None
-    if served is not None and serving is None:
-        met = Contest(
+    assert best.score is not None, "an eligible engine was measured"
+    champion = Champion(
+        digest="",
+        model=entry.name,
+        target=target,
+        engine=chosen.engine,
+        engine_digest=chosen.engine_digest,
+        evaluation_digest=evaluation.digest,
+        setting=chosen.setting,
+        objective=entry.objective,
+        score=best.score,
+        reason=_reason(entry, verdicts, best.score, chosen, met) + _doubt(chosen, baseline),
+        verdicts=verdicts,
+        contest=met,
+    )
+    return Choice(champion, parts)
+
+
+def _contest(
+    entry: ModelEntry,
+    reports: Sequence[BenchmarkReport],
+    verdicts: Sequence[CandidateVerdict],
+    best: CandidateVerdict,
+    served: Served | None,
+    serving: str | None,
+) -> Contest | None:
+    """Return how what serves stands against the best; None where there is nothing to compare.
+
+    Args:
+        serving: The name of the report on what serves.
+    """
+    if served is None:
+        return None
+    if serving is None:
+        return Contest(
             release=served.release,
             engine=SERVED,
             served_score=None,
@@ -94,51 +147,23 @@ def make_champion(
             margin=EQUAL,
             outcome="unmeasured",
         )
-    # A candidate that serves and is the best has nobody to be compared with: an unchanged run has the same champion.
-    elif served is not None and serving is not None and (serving == SERVED or serving != best.engine):
-        met = contest(reports, verdicts, entry.objective, serving, served.release)
-    # What was beaten serves no more when the same candidates are judged again, and that is the same champion.
-    stays = best.engine == SERVED
-    made_of = Fingerprint.of(
-        "champion",
-        # What was measured, and not only what it was measured of: one that failed is measured again.
-        # Why another was not measured is told in other words every time: how much memory it had, say.
-        reports={
-            report.engine: report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes", "usage", "made_of"})
-            if report.status == "measured"
-            else f"{report.engine_digest} {report.status}"
-            for report in reports
-            if stays or report.engine != SERVED
-        },
-        evaluation=evaluation.digest,
-        gates=entry.accuracy_gates().model_dump(),
-        objective=entry.objective,
-        **({"contest": met.model_dump()} if met is not None and stays else {}),
-        code=code_versions(*CODE),
+    # A candidate that serves and is the best has no rival: an unchanged run has the same champion.
+    if serving == SERVED or serving != best.engine:
+        return contest(reports, verdicts, entry.objective, serving, served.release)
+    return None
+
+
+def _reason(
+    entry: ModelEntry,
+    verdicts: Sequence[CandidateVerdict],
+    score: float,
+    chosen: BenchmarkReport,
+    met: Contest | None,
+) -> str:
+    gain, count = f"{score:.2f} times better than PyTorch", sum(verdict.eligible for verdict in verdicts)
+    place = "the best" if score == max(verdict.score or 0 for verdict in verdicts if verdict.eligible) else "one"
+    story = f" {tell(met)}" if met is not None else ""
+    return (
+        f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over {len(chosen.timings)} "
+        f"shapes), {place} of {count} accurate engines.{story}"
     )
-
-    def make(folder: Path) -> Champion:
-        del folder
-        assert best.score is not None, "an eligible engine was measured"
-        gain, count = f"{best.score:.2f} times better than PyTorch", sum(verdict.eligible for verdict in verdicts)
-        place = (
-            "the best" if best.score == max(verdict.score or 0 for verdict in verdicts if verdict.eligible) else "one"
-        )
-        story = f" {tell(met)}" if met is not None else ""
-        return Champion(
-            digest=made_of.digest,
-            model=entry.name,
-            target=target,
-            engine=chosen.engine,
-            engine_digest=chosen.engine_digest,
-            evaluation_digest=evaluation.digest,
-            setting=chosen.setting,
-            objective=entry.objective,
-            score=best.score,
-            reason=f"{chosen.engine} is {gain} by {OBJECTIVES[entry.objective]} (geometric mean over "
-            f"{len(chosen.timings)} shapes), {place} of {count} accurate engines.{story}{_doubt(chosen, baseline)}",
-            verdicts=verdicts,
-            contest=met,
-        )
-
-    return workspace.store.get_or_make(Champion, made_of, make, light=True)

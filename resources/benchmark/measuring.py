@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.accuracy.measuring import measure_accuracy
-from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import (
     BenchmarkReport,
     Engine,
@@ -19,16 +18,13 @@ from resources.artifacts.records import (
     ThreadSetting,
     ThreadTrial,
 )
-from resources.artifacts.store import Made
 from resources.benchmark.texts import texts_of
 from resources.benchmark.threads import SHARE, Contest, sweep, thread_counts
 from resources.benchmark.timing import time_shapes
 from resources.catalog.entries import ModelEntry, Shape
-from resources.checkpoints.shapes import shapes_of
 from resources.engines.interface import Sources
 from resources.engines.specs import BASELINE, SPINNING
-from resources.errors import EngineError
-from resources.machine.device import describe_device, physical_cores
+from resources.machine.device import physical_cores
 from resources.machine.lock import benchmarking
 from resources.machine.targets import device_of
 from resources.processes.isolation import Worker
@@ -38,81 +34,10 @@ from resources.tasks import TASKS
 if TYPE_CHECKING:
     from resources.benchmark.worker import Probe
 
-#: What a report depends on, beside what was measured.
-CODE = (
-    "resources.accuracy",
-    "-resources.accuracy.reference",
-    "resources.benchmark",
-    "-resources.benchmark.champion",
-    "-resources.benchmark.ranking",
-    "-resources.benchmark.side_by_side",
-    "resources.processes.isolation",
-    "resources.tasks",
-    "resources.pipelines",
-)
 SAMPLES_FILE = "samples.json"
 
 
-def make_benchmark(
-    workspace: Workspace,
-    entry: ModelEntry,
-    engine: Engine,
-    baseline: Engine,
-    evaluation: EvaluationSet,
-    sources: Sources,
-    beside: Sequence[str] = (),
-) -> Made[BenchmarkReport]:
-    """The report on one engine. An engine that was not built is skipped; one that breaks is recorded as failed.
-
-    beside: digests of the engines that it is to be compared with; it is measured again when they are others.
-    """
-    threads, device = workspace.threads(entry), describe_device(engine.target)
-    shapes = shapes_of(entry, sources.checkpoint)
-    made_of = Fingerprint.of(
-        "benchmark",
-        model=entry.name,
-        # Built again of the same, an engine may be another: the ladder has a limit of time.
-        engine=[engine.digest, engine.content_digest],
-        baseline=baseline.digest,
-        evaluation=evaluation.digest,
-        shapes=[str(shape) for shape in shapes],
-        batch=entry.max_batch_size,
-        seconds=entry.benchmark.seconds,
-        threads=[threads, workspace.baseline_threads(entry), physical_cores()],
-        device=device,
-        **({"beside": sorted(beside)} if beside else {}),
-        code=code_versions(*CODE),
-        libraries=library_versions("numpy", "tokenizers"),
-    )
-    record = BenchmarkReport(
-        digest=made_of.digest,
-        model=entry.name,
-        engine=engine.name,
-        engine_digest=engine.digest,
-        baseline_digest=baseline.digest,
-        evaluation_digest=evaluation.digest,
-        target=engine.target,
-        status="skipped",
-        threads=threads,
-        device=device,
-        engine_size_bytes=engine.size_bytes or sources.checkpoint.weights_bytes,
-    )
-
-    def make(folder: Path) -> BenchmarkReport:
-        if engine.status != "built":
-            # Not `skipped` for a failed build: that is tried again, and then this must be measured again too.
-            status = "failed" if engine.status == "failed" else "skipped"
-            return record.model_copy(update={"status": status, "reason": f"{engine.status}: {engine.reason}"})
-        workspace.store.require_whole(engine, evaluation, sources.checkpoint)
-        try:
-            return _measure(workspace, entry, engine, baseline, evaluation, sources, shapes, record, folder)
-        except EngineError as error:
-            return record.model_copy(update={"status": "failed", "reason": str(error)})
-
-    return workspace.store.get_or_make(BenchmarkReport, made_of, make, light=engine.status != "built")
-
-
-def _measure(
+def measure(
     workspace: Workspace,
     entry: ModelEntry,
     engine: Engine,
@@ -123,6 +48,12 @@ def _measure(
     record: BenchmarkReport,
     folder: Path,
 ) -> BenchmarkReport:
+    """Measure an engine in turns with the baseline. Raises EngineError where it breaks.
+
+    Args:
+        record: The report, as far as it is known before.
+        folder: Where the samples go.
+    """
     store = workspace.store
     known = read_evaluation_set(store.folder(evaluation))
     what = f"{entry.name}: benchmarking {engine.name} on {engine.target}"

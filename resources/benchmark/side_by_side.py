@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from resources.accuracy.evaluation_set import make_evaluation_set, read_evaluation_set
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.accuracy.measuring import measure_accuracy
-from resources.accuracy.reference import make_reference
 from resources.artifacts.fingerprint import fingerprint, library_versions
 from resources.artifacts.records import (
     Accuracy,
@@ -29,9 +28,7 @@ from resources.artifacts.records import (
     Checkpoint,
     Engine,
     EvaluationSet,
-    Record,
 )
-from resources.artifacts.store import Made
 from resources.benchmark.champion import gates_missed
 from resources.benchmark.measuring import open_probe
 from resources.benchmark.ranking import judge
@@ -39,20 +36,15 @@ from resources.benchmark.statistics import geometric_mean
 from resources.benchmark.texts import texts_of
 from resources.benchmark.timing import Turns, shares, take_turns
 from resources.catalog.entries import ModelEntry, Shape
-from resources.checkpoints.collect import collect_checkpoint
-from resources.checkpoints.shapes import shapes_of
 from resources.engines.interface import Sources
-from resources.engines.make import LIBRARIES, make_engine, sources_of
-from resources.engines.specs import BASELINE, EngineSpec, engine_spec
+from resources.engines.specs import BASELINE, LIBRARIES
 from resources.errors import CatalogError, EngineError
-from resources.export.make import make_graph
 from resources.machine.device import describe_device
 from resources.machine.lock import benchmarking
 from resources.processes.isolation import Worker
 from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 
-R = TypeVar("R", bound=Record)
 #: Called with what a step is called and what came of it.
 Progress = Callable[[str, str], None]
 
@@ -93,36 +85,30 @@ def compare(
     workspace: Workspace,
     entry: ModelEntry,
     target: str,
-    specs: Sequence[EngineSpec],
+    sources: Sources,
+    evaluation: EvaluationSet,
+    engines: Sequence[Engine],
     say: Progress,
     *,
-    shapes: Sequence[Shape] | None = None,
+    shapes: Sequence[Shape],
     seconds: float | None = None,
     accuracy: bool = True,
 ) -> Comparison:
-    """Measure those engines of a model and PyTorch in turns.
+    """Measure engines of a model and PyTorch in turns. Unsupported and failed engines are part of the result.
 
-    shapes: default: those that the pipeline measures at. seconds: bound for all measuring; default: the catalog's for
-    one candidate, for each of them. accuracy: whether their answers are compared with PyTorch's too.
+    Args:
+        engines: PyTorch's first.
+        say: Called with each step's name and what came of it.
+        seconds: The bound for all measuring; by default the catalog's for one candidate, for each of them.
+        accuracy: Whether answers are compared with PyTorch's too.
 
-    Unsupported and failed engines are part of the result, with their reason. Raises CatalogError, CheckpointError and
-    ExportError before anything is built, and EngineError where PyTorch cannot run or nothing is left beside it.
+    Raises:
+        EngineError: PyTorch cannot run, or nothing is left beside it.
     """
-    checkpoint = _said(
-        say, "checkpoint", collect_checkpoint(entry, workspace.store, workspace.limits, settings=workspace.sources)
-    )
-    measured_at = _checked(entry, checkpoint, shapes) if shapes else shapes_of(entry, checkpoint)
-    evaluation = _said(say, "evaluation_set", make_evaluation_set(workspace, entry, checkpoint))
-    _said(say, "reference", make_reference(workspace, entry, checkpoint, evaluation))
-    graph = _said(say, "onnx_graph", make_graph(workspace, entry, checkpoint))
-    sources = sources_of(workspace, entry, checkpoint, graph)
-    engines = []
-    for spec in [engine_spec(BASELINE), *(spec for spec in specs if spec.name != BASELINE)]:
-        made = make_engine(workspace, entry, spec, target, sources, evaluation)
-        engines.append(_said(say, f"engines/{target}/{spec.name}", made))
+    checkpoint = sources.checkpoint
     candidates = sum(engine.status == "built" for engine in engines[1:])
     bound = entry.benchmark.seconds * max(1, candidates) if seconds is None else seconds
-    rivals = Rivals(workspace, entry, sources, evaluation, engines, measured_at, bound, say)
+    rivals = Rivals(workspace, entry, sources, evaluation, engines, shapes, bound, say)
     with benchmarking(lambda who: say("waiting", f"other work is under way on this machine: {who}")):
         rivals.run(accuracy)
     return Comparison(
@@ -145,18 +131,8 @@ def compare(
     )
 
 
-def _said(say: Progress, name: str, made: Made[R]) -> R:
-    record = made.record
-    status = getattr(record, "status", "built")
-    if status != "built":
-        say(name, f"{status}: {getattr(record, 'reason', '')}")
-    else:
-        say(name, "there already" if made.reused else f"made in {record.build_seconds:.1f} s")
-    return record
-
-
-def _checked(entry: ModelEntry, checkpoint: Checkpoint, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """The shapes, none twice. Raises CatalogError where the model does not take or serve one."""
+def checked_shapes(entry: ModelEntry, checkpoint: Checkpoint, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Return the shapes, none twice. Raises CatalogError where the model does not take or serve one."""
     for shape in shapes:
         if shape.sequence > checkpoint.max_tokens:
             raise CatalogError(

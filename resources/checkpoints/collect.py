@@ -1,4 +1,4 @@
-"""Making a checkpoint an artifact: found, checked, copied, and its tokenizer made to stand alone."""
+"""Find a checkpoint, check it, copy it, and make its tokenizer stand alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from resources.artifacts.fingerprint import (
 )
 from resources.artifacts.hashes import hash_below, hash_files
 from resources.artifacts.records import Checkpoint, LengthProfile, sha256_file
-from resources.artifacts.store import ArtifactStore, Made
+from resources.artifacts.store import ArtifactStore
 from resources.boundary.foreign import ForeignError, open_below
 from resources.boundary.trust import Trust
 from resources.catalog.entries import ModelEntry
@@ -70,19 +70,36 @@ def content_revision(hashes: Mapping[str, str]) -> str:
     return digest_of_files(hashes.items())[:12]
 
 
-def collect_checkpoint(
-    entry: ModelEntry,
-    store: ArtifactStore,
-    limits: Limits,
-    log: Path | None = None,
-    *,
-    settings: SourceSettings | None = None,
-    fetch: bool = True,
-) -> Made[Checkpoint]:
-    """The checkpoint of a catalog entry, copied into the store. Raises CheckpointError; without `fetch` UnfetchedError
-    where it would have to be downloaded first.
+@dataclass(frozen=True)
+class Collected:
+    """A checkpoint that was found and checked, and is not copied yet.
 
-    Copied, never linked: a folder that is trained into goes on changing, and what was measured must be what serves.
+    Args:
+        revision: The source's own name of it; None where the content names itself.
+        hashes: Hex SHA-256 of each of its files.
+        weights: The digest of the weights.
+    """
+
+    folder: Path
+    revision: str | None
+    found: Validated
+    hashes: Mapping[str, str]
+    weights: str
+    made_of: Fingerprint
+
+
+def collect(
+    entry: ModelEntry, caches: Path, *, settings: SourceSettings | None = None, fetch: bool = True
+) -> Collected:
+    """Find the checkpoint of a catalog entry, and check it.
+
+    Args:
+        caches: Where digests of the source's files are kept.
+        fetch: Whether it may be downloaded.
+
+    Raises:
+        CheckpointError: It cannot be found, or is of no use.
+        UnfetchedError: It may not be downloaded, and would have to be.
     """
     try:
         located = locate(
@@ -98,7 +115,7 @@ def collect_checkpoint(
         raise CheckpointError(f"{entry.name}: {error}") from error
     try:
         found = validate(entry, located.folder)
-        hashes = hash_files(located.folder, found.files, store.caches / "sources")
+        hashes = hash_files(located.folder, found.files, caches / "sources")
     except CheckpointError:
         if not fetch and located.revision is not None:  # of the Hub, and perhaps not whole yet
             raise UnfetchedError(entry.source, located.revision) from None
@@ -109,39 +126,16 @@ def collect_checkpoint(
     weights = _weights_digest(entry, found, hashes)
     others = {name: sha256 for name, sha256 in hashes.items() if not name.endswith(_WEIGHTS)}
     made_of = _made_of(entry, located.revision, weights, others)
-
-    def make(folder: Path) -> Checkpoint:
-        for name in found.files:
-            copy_unchanged(entry.name, located.folder, name, folder / name, hashes[name])
-        revision = located.revision or content_revision(hashes)
-        return _record_of(entry, folder, found, limits, log, digest=made_of.digest, revision=revision, weights=weights)
-
-    made = store.get_or_make(Checkpoint, made_of, make)
-    if made.reused:
-        _require_source(made.record, hashes, store)
-    return made
+    return Collected(located.folder, located.revision, found, hashes, weights, made_of)
 
 
-def _record_of(
-    entry: ModelEntry,
-    folder: Path,
-    found: Validated,
-    limits: Limits,
-    log: Path | None,
-    *,
-    digest: str,
-    revision: str,
-    weights: str,
-) -> Checkpoint:
-    """Complete the copy with what is served of it, and describe it. Raises CheckpointError.
-
-    Args:
-        folder: The copy.
-        weights: The digest of the weights.
-    """
-    signature, peak = _read_isolated(entry, folder, found.weights, limits, log)
+def complete_copy(entry: ModelEntry, source: Collected, folder: Path, limits: Limits, log: Path | None) -> Checkpoint:
+    """Copy the checkpoint into an empty folder, add what is served of it, and describe it. Raises CheckpointError."""
+    for name in source.found.files:
+        copy_unchanged(entry.name, source.folder, name, folder / name, source.hashes[name])
+    signature, peak = _read_isolated(entry, folder, source.found.weights, limits, log)
     task, options = TASKS[entry.task], entry.task_options()
-    files = CheckpointFiles(entry.name, folder, found.config, allow_unused=entry.trust.allow_unused)
+    files = CheckpointFiles(entry.name, folder, source.found.config, allow_unused=entry.trust.allow_unused)
     if signature.truncation_side != "right" and pipeline_class(entry.task).structured:
         raise files.refuse(
             f"tokenizer_config.json says truncation_side: {signature.truncation_side}, and task {entry.task!r} cuts "
@@ -149,45 +143,20 @@ def _record_of(
             "Set truncation_side to right there",
         )
     labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
-    max_tokens = task.max_tokens(found.max_tokens, options)
-    encoder = {
-        "max_tokens": max_tokens,
-        "inputs": list(signature.inputs),
-        "pad_id": signature.pad_id,
-        "strategy": pipeline_class(entry.task).strategy,
-        "stride": task.stride(max_tokens, options),
-        **signature.frame,
-        "truncation_side": signature.truncation_side,
-    }
-    (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
-    pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
-    (folder / PIPELINE_FILE).write_text(pipeline, encoding="utf-8")
-    lengths = None
-    if entry.sample is not None:
-        items = sampled_requests(entry, settings, _MOST_SAMPLED)
-        lengths, _ = run_isolated(
-            _profile,
-            folder,
-            entry.name,
-            items,
-            max_tokens,
-            limits=limits,
-            what=f"{entry.name}: tokenizing the sample of requests",
-            log=log,
-        )
-        (folder / ENCODER_FILE).write_text(json.dumps({**encoder, "buckets": lengths.buckets}), encoding="utf-8")
+    max_tokens = task.max_tokens(source.found.max_tokens, options)
+    lengths = _write_pipeline(entry, folder, signature, settings, max_tokens, limits, log)
     return Checkpoint(
-        digest=digest,
+        digest=source.made_of.digest,
         model=entry.name,
         source=entry.source,
-        revision=revision,
+        revision=source.revision or content_revision(source.hashes),
         task=entry.task,
         architecture=files.architecture,
-        model_type=str(found.config.get("model_type", "")),
-        weights_digest=weights,
-        weights_bytes=sum((folder / name).stat().st_size for name in found.weights),
+        model_type=str(source.found.config.get("model_type", "")),
+        weights_digest=source.weights,
+        weights_bytes=sum((folder / name).stat().st_size for name in source.found.weights),
         tokenizer_digest=digest_of_files((name, sha256_file(folder / name)) for name in (TOKENIZER, ENCODER_FILE)),
-        labels_digest=fingerprint("labels", labels=labels, problem=found.config.get("problem_type")),
+        labels_digest=fingerprint("labels", labels=labels, problem=source.found.config.get("problem_type")),
         pipeline_digest=fingerprint("pipeline", task=entry.task, settings=settings),
         ids_digest=fingerprint(
             "ids",
@@ -209,7 +178,46 @@ def _record_of(
     )
 
 
-def _require_source(record: Checkpoint, hashes: Mapping[str, str], store: ArtifactStore) -> None:
+def _write_pipeline(
+    entry: ModelEntry,
+    folder: Path,
+    signature: Signature,
+    settings: dict[str, Any],
+    max_tokens: int,
+    limits: Limits,
+    log: Path | None,
+) -> LengthProfile | None:
+    """Write what stands before and behind an engine of the checkpoint. Returns the lengths of the entry's sample."""
+    encoder = {
+        "max_tokens": max_tokens,
+        "inputs": list(signature.inputs),
+        "pad_id": signature.pad_id,
+        "strategy": pipeline_class(entry.task).strategy,
+        "stride": TASKS[entry.task].stride(max_tokens, entry.task_options()),
+        **signature.frame,
+        "truncation_side": signature.truncation_side,
+    }
+    (folder / ENCODER_FILE).write_text(json.dumps(encoder), encoding="utf-8")
+    pipeline = json.dumps({"task": entry.task, "settings": settings}, ensure_ascii=False)
+    (folder / PIPELINE_FILE).write_text(pipeline, encoding="utf-8")
+    if entry.sample is None:
+        return None
+    items = sampled_requests(entry, settings, _MOST_SAMPLED)
+    lengths, _ = run_isolated(
+        _profile,
+        folder,
+        entry.name,
+        items,
+        max_tokens,
+        limits=limits,
+        what=f"{entry.name}: tokenizing the sample of requests",
+        log=log,
+    )
+    (folder / ENCODER_FILE).write_text(json.dumps({**encoder, "buckets": lengths.buckets}), encoding="utf-8")
+    return lengths
+
+
+def require_source(record: Checkpoint, hashes: Mapping[str, str], store: ArtifactStore) -> None:
     """Raise ArtifactError where the stored copy says of itself that it holds other files than the source.
 
     The digest of a checkpoint is that of its source's files. A record with other files under it was written by

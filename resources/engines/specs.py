@@ -22,6 +22,15 @@ SERVED = "served"
 SPINNING: tuple[Runtime, ...] = ("onnxruntime",)
 
 
+#: The distributions that engines of a runtime are built and run with.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "torch": ("torch", "transformers"),
+    "onnxruntime": ("onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime"),
+    "openvino": ("openvino",),
+    "tensorrt": ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime"),
+}
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """One way to run a model. `devices`: what it can run on.

@@ -20,7 +20,7 @@ from resources.boundary.trust import Trust
 from resources.checkpoints.collect import checkpoint_files
 from resources.engines.onnxruntime.runner import MODEL_FILE, OnnxRuntimeRunner
 from resources.errors import ExportError, first_line
-from resources.export import Exported
+from resources.export.exported import Exported
 from resources.pipelines.tokenization import TextEncoder, framed
 from resources.tasks import TASKS, Task
 

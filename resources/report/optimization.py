@@ -21,8 +21,7 @@ from resources.artifacts.records import (
     ServingReport,
 )
 from resources.catalog.entries import ModelEntry, Objective
-from resources.engines.make import LIBRARIES
-from resources.engines.specs import BASELINE
+from resources.engines.specs import BASELINE, LIBRARIES
 from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 from resources.tasks.base import bound_of

@@ -41,6 +41,11 @@ class TritonSettings:
         """The servers that take up a release while they run."""
         return () if self.control == "none" else self.servers
 
+    @property
+    def provable(self) -> bool:
+        """Whether a server proves what is published: the embedded one, or those that are configured."""
+        return bool(self.driven) or self.flavour == "python"
+
     def connection_to(self, address: str) -> Connection:
         """Return how the server of that gRPC address is spoken to: with the key of a `refinery serve` that runs there,
         or as the user's own servers are.

@@ -13,7 +13,6 @@ from resources.triton.environment import require_installed
 from resources.triton.files import clear_disk_errors
 from resources.triton.fleet import Fleet
 from resources.triton.layout import is_published_here
-from resources.triton.make import is_provable
 
 
 def require_publishable(workspace: Workspace, model: str, target: str) -> None:
@@ -25,7 +24,7 @@ def require_publishable(workspace: Workspace, model: str, target: str) -> None:
     if settings.driven:
         with Fleet(settings) as fleet:
             fleet.require_ready()
-    elif is_provable(settings) and not is_published_here(repository, model):
+    elif settings.provable and not is_published_here(repository, model):
         require_installed(settings.environment)  # a run that changes nothing can do without
 
 

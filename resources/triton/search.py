@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from resources.accuracy.evaluation_set import read_evaluation_set
-from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import (
-    Champion,
     Checkpoint,
     Engine,
     EvaluationSet,
@@ -23,32 +20,16 @@ from resources.artifacts.records import (
     ServingTrial,
     ThreadSetting,
 )
-from resources.artifacts.store import Made
 from resources.catalog.entries import ModelEntry, ServingSettings
 from resources.errors import ReleaseError
-from resources.machine.device import describe_device
 from resources.machine.lock import benchmarking
-from resources.machine.targets import device_of
 from resources.settings.triton import Flavour, TritonSettings
 from resources.settings.workspace import Workspace
-from resources.triton.environment import is_installed, requirements
-from resources.triton.mix import load_of, request_mix
+from resources.triton.environment import is_installed
+from resources.triton.mix import request_mix
 from resources.triton.release import ReleasePlan
 from resources.triton.trials import SHORTEST_SECONDS, Measure, configured_trials, embedded_trials
 
-#: What a configuration depends on, beside what is served.
-CODE = (
-    "resources.triton.search",
-    "resources.triton.trials",
-    "resources.triton.load",
-    "resources.triton.mix",
-    "resources.triton.config",
-    "resources.triton.launch",
-    "resources.triton.python_models",
-    "resources.pipelines",
-    "resources.engines.onnxruntime.sessions",
-    "resources.engines.onnxruntime.cuda",
-)
 #: Waiting longer than this for company costs more than any batch wins back at the speeds that engines have here.
 QUEUE_DELAYS_US = (0, 500, 2000)
 #: More instances than this share the machine's memory bandwidth and the GPU's multiprocessors without winning.
@@ -208,7 +189,7 @@ def last_stage(trials: Sequence[ServingTrial]) -> list[ServingTrial]:
     return [trial for trial in trials if trial.stage == max(stages)]
 
 
-def _why_not(settings: TritonSettings, serving: ServingSettings, tried: Sequence[ServingSetting]) -> str:
+def why_not_measured(settings: TritonSettings, serving: ServingSettings, tried: Sequence[ServingSetting]) -> str:
     """Why nothing is measured, as the end of a sentence; empty where it is."""
     if len(tried) == 1:
         return "there is nothing to choose"
@@ -223,102 +204,54 @@ def _why_not(settings: TritonSettings, serving: ServingSettings, tried: Sequence
     return ""
 
 
-def make_serving_configuration(
+def find_setting(
     workspace: Workspace,
     entry: ModelEntry,
     checkpoint: Checkpoint,
     engine: Engine,
     evaluation: EvaluationSet,
-    champion: Champion,
-) -> Made[ServingConfiguration]:
-    """How the champion is to be served. Raises ReleaseError where no setting can be, ServerError without a server."""
-    serving, device = entry.serving, describe_device(champion.target)
-    measured = champion.setting or ThreadSetting(threads=workspace.threads(entry))
-    tried = settings_to_try(
-        measured,
-        serving,
-        device=device_of(champion.target),
-        cores=workspace.threads(entry),
-        engine_bytes=engine.size_bytes,
-        flavour=workspace.triton.flavour,
-    )
-    why_not = _why_not(workspace.triton, serving, tried)
-    server = None if why_not else requirements() if workspace.triton.flavour == "python" else "configured"
-    made_of = Fingerprint.of(
-        "serving_configuration",
-        model=entry.name,
-        target=champion.target,
-        engine=[engine.digest, engine.content_digest],
-        checkpoint=[checkpoint.tokenizer_digest, checkpoint.pipeline_digest],
-        settings=[setting.model_dump() for setting in tried],
-        batch=entry.max_batch_size,
-        serving=serving.model_dump(include={"p99_ms", "clients", "search_seconds", "rate_limiter"})
-        if not why_not
-        else None,
-        server=server,
-        load=None if why_not else load_of(evaluation, checkpoint),
-        device=device,
-        flavour=workspace.triton.flavour,
-        code=code_versions(*CODE),
-    )
-    record = ServingConfiguration(
-        digest=made_of.digest,
-        model=entry.name,
-        target=champion.target,
-        engine=engine.name,
-        engine_digest=engine.digest,
-        setting=tried[0],
-        reason="",
-        clients=serving.clients,
-        p99_limit_ms=serving.p99_ms,
-        device=device,
-    )
+    tried: Sequence[ServingSetting],
+    record: ServingConfiguration,
+) -> ServingConfiguration:
+    """Measure the settings on a real server, and choose one.
 
-    def make(folder: Path) -> ServingConfiguration:
-        del folder
-        if why_not:
-            return record.model_copy(update={"reason": f"{tried[0]}: {why_not}"})
-        workspace.store.require_whole(engine, checkpoint, evaluation)
-        plan = ReleasePlan(
-            model=entry.name,
-            target=champion.target,
-            flavour=workspace.triton.flavour,
-            checkpoint=checkpoint,
-            checkpoint_folder=workspace.store.folder(checkpoint),
-            engine=engine,
-            engine_folder=workspace.store.folder(engine),
-            max_batch_size=entry.max_batch_size,
-            serving=tried[0],
-            rate_limiter=serving.rate_limiter,
-        )
-        items = request_mix(
-            read_evaluation_set(workspace.store.folder(evaluation)).items, checkpoint, plan.checkpoint_folder
-        )
-        log = workspace.log(entry.name, f"serving-{champion.target}")
-        trials_on = (
-            embedded_trials(plan, workspace.triton, items, serving.clients, log)
-            if plan.flavour == "python"
-            else configured_trials(
-                plan, workspace.triton, workspace.repository(champion.target), items, serving.clients
-            )
-        )
-        with benchmarking(), trials_on as measure:
-            trials = halve(tried, measure, serving.search_seconds, serving.p99_ms)
-        last = last_stage(trials)
-        if all(trial.reason for trial in last) and any(trial.requests for trial in trials):
-            setting, reason = (
-                tried[0],
-                f"{tried[0]}: too few requests are answered in the time to compare it with others",
-            )
-        else:
-            try:
-                setting, reason = choose(last, serving.p99_ms)
-            except ReleaseError as error:
-                raise ReleaseError(
-                    f"{entry.name}: {engine.name} on {champion.target}: {error} The log is {log}."
-                ) from error
-        count = len({trial.setting for trial in trials})
-        reason += f" ({count} of {len(tried)} settings tried)"
-        return record.model_copy(update={"setting": setting, "reason": reason, "trials": tuple(trials)})
+    Args:
+        record: The record, as far as it is known before.
 
-    return workspace.store.get_or_make(ServingConfiguration, made_of, make, light=bool(why_not))
+    Raises:
+        ReleaseError: No setting can be served.
+        ServerError: There is no server to measure on.
+    """
+    serving, target, store = entry.serving, record.target, workspace.store
+    plan = ReleasePlan(
+        model=entry.name,
+        target=target,
+        flavour=workspace.triton.flavour,
+        checkpoint=checkpoint,
+        checkpoint_folder=store.folder(checkpoint),
+        engine=engine,
+        engine_folder=store.folder(engine),
+        max_batch_size=entry.max_batch_size,
+        serving=tried[0],
+        rate_limiter=serving.rate_limiter,
+    )
+    items = request_mix(read_evaluation_set(store.folder(evaluation)).items, checkpoint, plan.checkpoint_folder)
+    log = workspace.log(entry.name, f"serving-{target}")
+    if plan.flavour == "python":
+        trials_on = embedded_trials(plan, workspace.triton, items, serving.clients, log)
+    else:
+        trials_on = configured_trials(plan, workspace.triton, workspace.repository(target), items, serving.clients)
+    with benchmarking(), trials_on as measure:
+        trials = halve(tried, measure, serving.search_seconds, serving.p99_ms)
+    last = last_stage(trials)
+    if all(trial.reason for trial in last) and any(trial.requests for trial in trials):
+        setting = tried[0]
+        reason = f"{setting}: too few requests are answered in the time to compare it with others"
+    else:
+        try:
+            setting, reason = choose(last, serving.p99_ms)
+        except ReleaseError as error:
+            raise ReleaseError(f"{entry.name}: {engine.name} on {target}: {error} The log is {log}.") from error
+    count = len({trial.setting for trial in trials})
+    reason += f" ({count} of {len(tried)} settings tried)"
+    return record.model_copy(update={"setting": setting, "reason": reason, "trials": tuple(trials)})

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from resources.artifacts.records import Checkpoint, Engine
 from resources.artifacts.store import ArtifactStore
 from resources.benchmark.champion import Served
-from resources.engines.specs import SERVED, EngineSpec
-from resources.errors import ArtifactError, ReleaseError, StorageError
+from resources.engines.specs import SERVED
+from resources.errors import ReleaseError, StorageError
 from resources.settings.workspace import Workspace
 from resources.triton.layout import current_release
 
@@ -28,10 +28,24 @@ class Incumbent:
     story: str
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """An engine that competes, by what tells it from others."""
+
+    name: str
+    digest: str
+    content_digest: str
+
+
 def find_incumbent(
-    workspace: Workspace, model: str, target: str, checkpoint: Checkpoint, candidates: Sequence[Engine]
+    workspace: Workspace,
+    store: ArtifactStore,
+    model: str,
+    target: str,
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
 ) -> Incumbent:
-    """What the target's repository points to. What serves another checkpoint is no rival: it answers otherwise."""
+    """Find what the target's repository points to. A release of another checkpoint is no rival."""
     try:
         release = current_release(workspace.repository(target), model)
     except (ReleaseError, StorageError) as error:
@@ -41,7 +55,7 @@ def find_incumbent(
     named = f"release {release.number}"
     if release.checkpoint_digest != checkpoint.digest:
         return Incumbent(None, None, f"{named} serves another checkpoint, revision {release.revision}")
-    engine = workspace.store.find(Engine, release.engine_digest)
+    engine = store.find(Engine, release.engine_digest)
     for one in candidates:
         # Built by another toolkit, an engine may still be the same, byte for byte.
         if one.digest == release.engine_digest or (engine and one.content_digest == engine.content_digest):
@@ -54,14 +68,3 @@ def find_incumbent(
         engine.model_copy(update={"name": SERVED}),
         f"{release.engine} of {named}",
     )
-
-
-def current_engines(store: ArtifactStore, specs: Sequence[EngineSpec], target: str, model: str) -> list[Engine]:
-    """The newest of every spec, as far as there is one: a run of some engines only makes no others."""
-    found = []
-    for spec in specs:
-        try:
-            found.append(store.current(Engine, f"engines/{target}/{spec.name}/{model}"))
-        except ArtifactError:
-            continue
-    return found

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resources.accuracy.evaluation_set import read_evaluation_set
-from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import Checkpoint, EvaluationSet, LoadLevel, ServingReport
-from resources.artifacts.store import Made
 from resources.catalog.entries import ModelEntry
 from resources.errors import ReleaseError, ServerError
-from resources.machine.device import describe_device
 from resources.machine.lock import benchmarking
 from resources.settings.connection import PLAIN, Connection
 from resources.settings.workspace import Workspace
 from resources.triton.client import TextClient
-from resources.triton.environment import is_installed, requirements
-from resources.triton.layout import current_release
+from resources.triton.environment import is_installed
 from resources.triton.load import closed_loop, server_statistics, statistics_since
 from resources.triton.mirror import served_folder
-from resources.triton.mix import load_of, request_mix
+from resources.triton.mix import request_mix
 from resources.triton.perf_analyzer import find_perf_analyzer, run_perf_analyzer
 from resources.triton.release import Release
 from resources.triton.server import EmbeddedServer
@@ -30,13 +25,6 @@ from resources.triton.server import EmbeddedServer
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
-#: What a report depends on, beside the release.
-CODE = (
-    "resources.triton.serving_report",
-    "resources.triton.load",
-    "resources.triton.mix",
-    "resources.triton.launch",
-)
 _BY_HAND = "measure one of yours with `refinery load --url`"
 #: Of a level's time, what warms it up.
 _WARM_UP_SHARE = 0.15
@@ -119,66 +107,41 @@ def measure_with_perf_analyzer(
     return run_perf_analyzer(program, address, model, items, levels, seconds / len(levels), connection)
 
 
-def make_serving_report(
-    workspace: Workspace, entry: ModelEntry, target: str, checkpoint: Checkpoint, evaluation: EvaluationSet
-) -> Made[ServingReport]:
-    """The report on the release that is pointed to. Raises ReleaseError, ServerError.
+def measure_release(
+    workspace: Workspace,
+    entry: ModelEntry,
+    target: str,
+    release: Release,
+    checkpoint: Checkpoint,
+    evaluation: EvaluationSet,
+    record: ServingReport,
+) -> ServingReport:
+    """Measure the release that is pointed to.
 
     A release of the `python` flavour is measured on an embedded server of its own, because the configured ones have
     users. One of the `native` flavour runs nowhere else, so the first of those is asked.
+
+    Args:
+        record: The report, as far as it is known before.
+
+    Raises:
+        ReleaseError: Requests fail.
+        ServerError: There is no server, or it serves another release.
     """
-    repository = workspace.repository(target)
-    release, serving = current_release(repository, entry.name), entry.serving
-    levels = levels_of(serving.clients)
-    made_of = Fingerprint.of(
-        "serving_report",
-        model=entry.name,
-        release=[release.number, release.content_digest] if release is not None else None,
-        load=load_of(evaluation, checkpoint),
-        levels=levels,
-        seconds=serving.benchmark_seconds,
-        device=describe_device(target),
-        perf_analyzer=str(find_perf_analyzer() or ""),
-        server=workspace.triton.servers[:1] if release is not None and release.flavour == "native" else requirements(),
-        code=code_versions(*CODE),
-    )
-    record = ServingReport(
-        digest=made_of.digest,
-        model=entry.name,
-        target=target,
-        release=release.number if release is not None else 0,
-        engine=release.engine if release is not None else "",
-        status="skipped",
-        device=describe_device(target),
-    )
-
-    why_not = _why_not(workspace, release, serving.benchmark_seconds)
-
-    def make(folder: Path) -> ServingReport:
-        del folder
-        if why_not:
-            return record.model_copy(update={"reason": why_not})
-        workspace.store.require_whole(evaluation)
-        known = read_evaluation_set(workspace.store.folder(evaluation))
-        items = request_mix(known.items, checkpoint, workspace.store.folder(checkpoint))
-        seconds = serving.benchmark_seconds
-        with benchmarking(), _server(workspace, release, target) as client:
-            version, reason = client.version(), ""
-            found = measure_load(client.address, entry.name, items, levels, seconds, client.connection)
-            try:
-                found += measure_with_perf_analyzer(
-                    client.address, entry.name, items, levels, seconds, client.connection
-                )
-            except ServerError as error:  # it is an extra
-                reason = str(error)
-        return record.model_copy(
-            update={"status": "measured", "reason": reason, "server": version, "levels": tuple(found)}
-        )
-
-    return workspace.store.get_or_make(ServingReport, made_of, make, light=bool(why_not))
+    store, seconds = workspace.store, entry.serving.benchmark_seconds
+    levels = levels_of(entry.serving.clients)
+    items = request_mix(read_evaluation_set(store.folder(evaluation)).items, checkpoint, store.folder(checkpoint))
+    with benchmarking(), _server(workspace, release, target) as client:
+        version, reason = client.version(), ""
+        found = measure_load(client.address, entry.name, items, levels, seconds, client.connection)
+        try:
+            found += measure_with_perf_analyzer(client.address, entry.name, items, levels, seconds, client.connection)
+        except ServerError as error:  # it is an extra
+            reason = str(error)
+    return record.model_copy(update={"status": "measured", "reason": reason, "server": version, "levels": tuple(found)})
 
 
-def _why_not(workspace: Workspace, release: Release | None, seconds: float) -> str:
+def why_not_measured(workspace: Workspace, release: Release | None, seconds: float) -> str:
     """Why the release cannot be measured; empty where it can."""
     if release is None:
         return "no release is published yet"
@@ -195,9 +158,8 @@ def _why_not(workspace: Workspace, release: Release | None, seconds: float) -> s
 
 
 @contextmanager
-def _server(workspace: Workspace, release: Release | None, target: str) -> Iterator[TextClient]:
+def _server(workspace: Workspace, release: Release, target: str) -> Iterator[TextClient]:
     """A connection to the server that the release is measured on. Raises ServerError where that serves another."""
-    assert release is not None, "else there is nothing to measure"
     if release.flavour == "python":
         folder = served_folder(workspace.repository(target), workspace.copies)
         log = workspace.log(release.model, f"load-{target}")

@@ -17,19 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from resources.accuracy.evaluation_set import make_evaluation_set
 from resources.artifacts.records import Engine
-from resources.benchmark.measuring import make_benchmark
 from resources.catalog.entries import ModelEntry
-from resources.checkpoints.collect import collect_checkpoint
 from resources.engines.interface import Sources, load
-from resources.engines.make import make_engine, sources_of
 from resources.engines.specs import engine_spec
-from resources.export.make import make_graph
 from resources.pipelines.tokenization import TextEncoder
 from resources.processes.isolation import run_isolated
 from resources.settings.workspace import Workspace
 from resources.tasks.samples import sample_texts
+from tests.making import collect_checkpoint, make_benchmark, make_engine, make_evaluation_set, make_graph, sources_of
 
 SHAPES = ("1x16", "1x128", "8x128", "32x128")
 #: Engine, gates, and how many times PyTorch it should be at the shapes.

@@ -17,15 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from resources.accuracy.evaluation_set import make_evaluation_set, read_evaluation_set
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.artifacts.records import Engine
-from resources.benchmark.champion import make_champion
-from resources.benchmark.measuring import make_benchmark
 from resources.catalog.entries import ModelEntry
-from resources.checkpoints.collect import collect_checkpoint
-from resources.engines.make import make_engine, sources_of
 from resources.engines.specs import BASELINE, ENGINES
-from resources.export.make import make_graph
 from resources.machine.device import describe_device
 from resources.machine.targets import check_target, device_of
 from resources.pipelines import open_pipeline
@@ -33,10 +28,19 @@ from resources.pipelines.base import Item, Pipeline
 from resources.settings.triton import TritonSettings
 from resources.settings.workspace import Workspace
 from resources.triton.layout import current_release
-from resources.triton.make import make_release
-from resources.triton.search import make_serving_configuration
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import measure_load, measure_with_perf_analyzer
+from tests.making import (
+    collect_checkpoint,
+    make_benchmark,
+    make_champion,
+    make_engine,
+    make_evaluation_set,
+    make_graph,
+    make_release,
+    make_serving_configuration,
+    sources_of,
+)
 
 ASKED = 200
 #: The load: texts of at most so many tokens, from so many clients, for so many seconds by each tool.

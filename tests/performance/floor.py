@@ -23,12 +23,10 @@ from typing import Any
 import numpy as np
 
 from resources.catalog.entries import Shape
-from resources.checkpoints.collect import collect_checkpoint
-from resources.engines.make import make_engine, sources_of
 from resources.engines.specs import engine_spec
-from resources.export.make import make_graph
 from resources.processes.isolation import run_isolated
 from resources.settings.workspace import Workspace
+from tests.making import collect_checkpoint, make_engine, make_graph, sources_of
 from tests.performance.cpu import SHAPES, make_entry
 
 #: Far more than the last level of any cache of a server's share.

@@ -66,12 +66,12 @@ def run_tools(model: str, home: Path) -> dict[str, float]:
     from resources.engines.interface import Sources
     from resources.engines.interface import build as build_engine
     from resources.engines.interface import load as load_engine
-    from resources.engines.make import goal_of
     from resources.engines.specs import engine_spec
     from resources.export.exporter import export
     from resources.pipelines.tokenization import TextEncoder
     from resources.processes import preload
     from resources.settings.workspace import Workspace
+    from tests.making import goal_of
 
     assert preload.torch is torch
     lap("imports")

@@ -20,20 +20,17 @@ from pathlib import Path
 
 import numpy as np
 
-from resources.accuracy.evaluation_set import make_evaluation_set, read_evaluation_set
+from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.artifacts.records import ServingSetting
 from resources.catalog.entries import ModelEntry
-from resources.checkpoints.collect import collect_checkpoint
-from resources.engines.make import make_engine, sources_of
 from resources.engines.specs import engine_spec
-from resources.export.make import make_graph
 from resources.settings.triton import Control, TritonSettings
 from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
+from resources.triton.exam import fleet_steps, make_exam
 from resources.triton.fleet import Fleet
 from resources.triton.layout import CONFIG
 from resources.triton.load import closed_loop
-from resources.triton.make import fleet_steps, make_exam
 from resources.triton.proof import Exam
 from resources.triton.publish import Steps, publish
 from resources.triton.release import ReleasePlan
@@ -41,6 +38,7 @@ from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
 from tests.clients import FAILED, NOBODY, Load, Requests, Switch, moved
+from tests.making import collect_checkpoint, make_engine, make_evaluation_set, make_graph, sources_of
 from tests.performance.cpu import make_entry
 from tests.releases import unasked
 

@@ -1,18 +1,11 @@
-"""Making a release of the champion: proven on the embedded server, on configured ones, or staged without proof."""
+"""What a server has to answer before a release is pointed to, and how running servers are asked."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resources.accuracy.evaluation_set import read_evaluation_set
-from resources.artifacts.records import Champion, Checkpoint, Engine, EvaluationSet, ServingConfiguration
-from resources.catalog.entries import ModelEntry
-from resources.settings.triton import TritonSettings
-from resources.settings.workspace import Workspace
 from resources.storage.locations import Location
 from resources.tasks import TASKS, Gates, Metrics
 from resources.tasks.base import broken_answers
@@ -22,9 +15,8 @@ from resources.triton.files import bring_in, discard, staging_folder, staging_ro
 from resources.triton.fleet import Fleet
 from resources.triton.layout import internal_name
 from resources.triton.proof import ODD_TEXTS, Exam, Proof, prove
-from resources.triton.publish import Published, Steps, publish
+from resources.triton.publish import Steps
 from resources.triton.release import RESULT, Release, ReleasePlan
-from resources.triton.server import EmbeddedServer
 from resources.triton.stage import stage_alias
 
 if TYPE_CHECKING:
@@ -32,77 +24,6 @@ if TYPE_CHECKING:
 
 #: After a proof on running servers: those whom its many requests kept waiting are answered before the release changes.
 REST_SECONDS = 3.0
-
-
-def make_release(
-    workspace: Workspace,
-    entry: ModelEntry,
-    checkpoint: Checkpoint,
-    engine: Engine,
-    evaluation: EvaluationSet,
-    champion: Champion,
-    configuration: ServingConfiguration,
-    *,
-    dagster_run: str,
-) -> Published:
-    """Publish the champion's engine, proven. Raises ReleaseError, ServerError; what served before serves on."""
-    store, settings = workspace.store, workspace.triton
-    lineage = {"refinery_dagster_run": dagster_run, "refinery_champion": champion.digest}
-    plan = plan_release(workspace, entry, checkpoint, engine, champion, configuration, lineage)
-
-    def exam() -> Exam:
-        store.require_whole(evaluation)
-        known = read_evaluation_set(store.folder(evaluation))
-        return make_exam(plan, entry.accuracy_gates(), known.items, known.baseline)
-
-    def prove_embedded(staged: Path, release: Release) -> Proof:
-        log = workspace.log(entry.name, f"triton-{champion.target}")
-        with EmbeddedServer(staged, settings, models=[release.model], log=log) as server:
-            return prove(exam(), release.model, grpc=server.grpc_address, http=server.http_address)
-
-    repository = workspace.repository(champion.target)
-    if settings.driven:
-        with Fleet(settings) as fleet:
-            return publish(plan, repository, fleet_steps(fleet, exam, repository, http=settings.servers_http))
-    # Triton's own backends are not embedded, so there is nobody to prove such a release on.
-    steps = Steps(prove=prove_embedded) if is_provable(settings) else Steps()
-    published = publish(plan, repository, steps)
-    if settings.servers and published.release.status == "published":
-        advice = f"{' and '.join(settings.servers)}, without model control, serves it once it is started anew."
-        return replace(published, advice=f"{published.advice} {advice}".strip())
-    return published
-
-
-def plan_release(
-    workspace: Workspace,
-    entry: ModelEntry,
-    checkpoint: Checkpoint,
-    engine: Engine,
-    champion: Champion,
-    configuration: ServingConfiguration,
-    lineage: dict[str, str],
-) -> ReleasePlan:
-    """What the champion's release is to hold."""
-    return ReleasePlan(
-        model=entry.name,
-        target=champion.target,
-        flavour=workspace.triton.flavour,
-        checkpoint=checkpoint,
-        checkpoint_folder=workspace.store.folder(checkpoint),
-        engine=engine,
-        engine_folder=workspace.store.folder(engine),
-        max_batch_size=entry.max_batch_size,
-        serving=configuration.setting,
-        response_cache=entry.serving.response_cache,
-        rate_limiter=entry.serving.rate_limiter,
-        limits=entry.limits,
-        lineage=lineage,
-    )
-
-
-def is_provable(settings: TritonSettings) -> bool:
-    """Whether a server proves what is published: the embedded one, or those that are configured."""
-    return bool(settings.driven) or settings.flavour == "python"
 
 
 def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], baseline: Sequence[Any]) -> Exam:

@@ -1,0 +1,150 @@
+"""The steps `benchmarks/<target>/<engine>`: how accurate an engine is, and how fast beside PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
+from resources.artifacts.records import BenchmarkReport, Engine
+from resources.benchmark.measuring import measure
+from resources.checkpoints.shapes import shapes_of
+from resources.engines.specs import BASELINE, SERVED, engine_spec
+from resources.errors import EngineError
+from resources.machine.device import describe_device, physical_cores
+from resources.steps.checkpoint import CHECKPOINT
+from resources.steps.engine import EngineStep, sources_of
+from resources.steps.evaluation_set import EVALUATION_SET
+from resources.steps.step import Expected, Recipe, Step, Work
+from resources.triton.served import Candidate, Incumbent, find_incumbent
+
+
+class BenchmarkStep(Step[BenchmarkReport]):
+    """Measure an engine on real text, in turns with PyTorch. An engine that breaks is recorded as failed."""
+
+    record = BenchmarkReport
+    code = (
+        "resources.accuracy",
+        "-resources.accuracy.reference",
+        "resources.benchmark",
+        "-resources.benchmark.champion",
+        "-resources.benchmark.ranking",
+        "-resources.benchmark.side_by_side",
+        "resources.processes.isolation",
+        "resources.tasks",
+        "resources.pipelines",
+    )
+
+    def __init__(self, name: str, target: str, after: Sequence[Step[Any]] | None = None) -> None:
+        self.baseline = EngineStep(engine_spec(BASELINE), target)
+        if after is None:
+            self.engine = EngineStep(engine_spec(name), target)
+            # The baseline's too, because every candidate is measured in turns with it.
+            after = (
+                [self.baseline]
+                if name == BASELINE
+                else sorted([self.baseline, self.engine], key=lambda step: step.name)
+            )
+        super().__init__(f"benchmarks/{target}/{name}", [*after, EVALUATION_SET])
+        self.target = target
+
+    def recipe(self, work: Work) -> Recipe[BenchmarkReport] | None:
+        """See Step. An engine that was not built is skipped."""
+        return self._of(work, work.expected(self.engine))
+
+    def _of(self, work: Work, engine: Engine | Expected, beside: Sequence[str] = ()) -> Recipe[BenchmarkReport]:
+        """Return the recipe of the report on one engine.
+
+        Args:
+            beside: Digests of the engines that it is compared with. It is measured again when they are others.
+        """
+        entry, workspace, checkpoint = work.entry, work.workspace, work.get(CHECKPOINT)
+        baseline, evaluation = work.expected(self.baseline), work.expected(EVALUATION_SET)
+        threads, device = workspace.threads(entry), describe_device(self.target)
+        shapes = shapes_of(entry, checkpoint)
+        made_of = Fingerprint.of(
+            "benchmark",
+            model=entry.name,
+            # Built again of the same, an engine may be another: the ladder has a limit of time.
+            engine=[engine.digest, engine.content_digest],
+            baseline=baseline.digest,
+            evaluation=evaluation.digest,
+            shapes=[str(shape) for shape in shapes],
+            batch=entry.max_batch_size,
+            seconds=entry.benchmark.seconds,
+            threads=[threads, workspace.baseline_threads(entry), physical_cores()],
+            device=device,
+            **({"beside": sorted(beside)} if beside else {}),
+            code=code_versions(*self.code),
+            libraries=library_versions("numpy", "tokenizers"),
+        )
+        if isinstance(engine, Expected):
+            return Recipe(made_of, _never)
+        built = engine
+        record = BenchmarkReport(
+            digest=made_of.digest,
+            model=entry.name,
+            engine=engine.name,
+            engine_digest=engine.digest,
+            baseline_digest=baseline.digest,
+            evaluation_digest=evaluation.digest,
+            target=self.target,
+            status="skipped",
+            threads=threads,
+            device=device,
+            engine_size_bytes=engine.size_bytes or checkpoint.weights_bytes,
+        )
+        if engine.status != "built":
+            # Not `skipped` for a failed build: that is tried again, and then this must be measured again too.
+            status = "failed" if engine.status == "failed" else "skipped"
+            reason = f"{engine.status}: {engine.reason}"
+            return Recipe.of_ready(made_of, record.model_copy(update={"status": status, "reason": reason}))
+
+        def make(folder: Path) -> BenchmarkReport:
+            known = work.get(EVALUATION_SET)
+            work.store.require_whole(built, known, checkpoint)
+            rival = work.get(self.baseline)
+            try:
+                return measure(workspace, entry, built, rival, known, sources_of(work), shapes, record, folder)
+            except EngineError as error:
+                return record.model_copy(update={"status": "failed", "reason": str(error)})
+
+        return Recipe(made_of, make)
+
+
+class ServedBenchmarkStep(BenchmarkStep):
+    """Measure the engine of the release that serves again, beside candidates that are others.
+
+    There is nothing to measure where no release serves, or one of the candidates does.
+    """
+
+    def __init__(self, target: str, engines: Sequence[EngineStep]) -> None:
+        super().__init__(SERVED, target, engines)
+        self.engines = tuple(engines)
+
+    def recipe(self, work: Work) -> Recipe[BenchmarkReport] | None:
+        """See Step. The engine is kept under a name of its own: should it stay the champion, it is released again."""
+        incumbent = self.incumbent(work)
+        if incumbent.engine is None:
+            return None
+        # In a plan one that is yet to be built may turn out to be what serves, byte for byte: then it is not known.
+        built = [engine.digest for engine in work.there(self.engines) if engine.status == "built"]
+        found = self._of(work, incumbent.engine, built)
+        points = {f"engines/{self.target}/{SERVED}": incumbent.engine}
+        return Recipe(found.made_of, found.make, found.ready, points=points)
+
+    def incumbent(self, work: Work) -> Incumbent:
+        """Return what serves now, as a rival of the candidates."""
+        candidates = [
+            Candidate(step.spec.name, found.digest, found.content_digest)
+            for step in self.engines
+            if (found := work.found(step)) is not None
+        ]
+        return find_incumbent(
+            work.workspace, work.store, work.entry.name, self.target, work.get(CHECKPOINT), candidates
+        )
+
+
+def _never(folder: Path) -> BenchmarkReport:
+    raise AssertionError(f"nothing is measured in {folder} of an engine that is not there")

@@ -15,11 +15,12 @@ from resources.settings.workspace import Workspace
 from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.graph import steps_of
 from resources.steps.step import Work
-from resources.triton.preflight import require_publishable
 
 
 def _before(context: dg.AssetExecutionContext, work: Work) -> None:
     """Fail before any work where no release could be published at its end."""
+    from resources.triton.preflight import require_publishable  # here, because definitions are loaded for every step
+
     for target in _published(context.run, work.workspace):
         require_publishable(work.workspace, work.entry.name, target)
 

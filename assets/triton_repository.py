@@ -11,13 +11,11 @@ from assets.partitions import models
 from resources.settings.workspace import Workspace
 from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.graph import TargetSteps
-from resources.steps.promote import publish_champion
 from resources.steps.step import Work
 from resources.tasks import TASKS
 from resources.tracking import Tracker
 from resources.triton.layout import current_release, list_releases
 from resources.triton.proof import Proof
-from resources.triton.publish import unverified_root
 
 
 def triton_repository_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
@@ -29,7 +27,7 @@ def triton_repository_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, d
     )
 
     def materialize(context: dg.AssetExecutionContext, work: Work, tracker: Tracker) -> dg.MaterializeResult:
-        published = publish_champion(work, tracker, steps.target, dagster_run=context.run.run_id)
+        published = steps.release.publish(work, tracker, dagster_run=context.run.run_id)
         release, champion = published.release, work.get(steps.champion)
         pages = {
             "mlflow_version": tracker.released(champion, release.number),
@@ -64,6 +62,8 @@ def triton_repository_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, d
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
         """What the newest release answered on a real server was what PyTorch answers to the same texts."""
+        from resources.triton.publish import unverified_root  # here, because definitions are loaded for every step
+
         repository, model = workspace.repository(steps.target), context.partition_key
         waiting = list_releases(unverified_root(repository, model), model)
         release = waiting[-1] if waiting else current_release(repository, model)

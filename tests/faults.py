@@ -101,14 +101,14 @@ def _host() -> None:
     """Run each command that is asked for in a child of its own."""
     from orchestration.cli import main as cli
     from resources.machine import lock
-    from resources.triton import fleet, make, rollback
+    from resources.triton import exam, fleet, rollback
     from resources.triton import retain as retaining
 
     for module in _PRELOADED:
         import_module(module)
     gc.freeze()  # or each child's first collection copies all of it
     lock.MACHINE_LOCK = Path(sys.argv[1])
-    retaining.FOLLOW_SECONDS = make.REST_SECONDS = 0.0
+    retaining.FOLLOW_SECONDS = exam.REST_SECONDS = 0.0
     fleet.GRACE_SECONDS = 0.5
     # A server that answers costs seconds: it is asked by `optimize`, whose proof is the same.
     vars(rollback)["ask_embedded"] = lambda *arguments: None

@@ -166,4 +166,4 @@ def make_release(
         made: built,
     }
     work = Work(workspace, entry, made={step.name: record for step, record in records.items()})
-    return steps.release.publish(work, dagster_run=dagster_run)
+    return steps.release._publish(work, dagster_run)

@@ -7,13 +7,57 @@ from pathlib import Path
 
 import pytest
 
+from tests import structure
+
 ROOT = Path(__file__).resolve().parents[1]
-#: What each room may import of this project.
+#: What each package may import of this project.
 ALLOWED = {
     "resources": {"resources"},
     "assets": {"resources", "assets"},
     "orchestration": {"resources", "assets", "orchestration"},
 }
+#: The rooms of `resources`, the lowest first, each with the rooms that it may import from.
+ROOMS: dict[str, str] = {
+    "errors": "",
+    "boundary": "errors",
+    "storage": "boundary errors",
+    "processes": "boundary errors storage",
+    "machine": "errors processes storage",
+    "artifacts": "boundary errors machine storage",
+    "pipelines": "",
+    "tasks": "boundary errors pipelines",
+    "engines.specs": "errors machine",
+    "catalog": "artifacts boundary engines.specs errors storage tasks",
+    "settings": "artifacts boundary catalog errors machine processes storage",
+    "checkpoints": "artifacts boundary catalog errors machine pipelines processes settings storage tasks",
+    "accuracy": "artifacts boundary checkpoints errors pipelines tasks",
+    "engines": "accuracy artifacts boundary catalog checkpoints engines.specs errors machine pipelines processes "
+    "storage tasks",
+    "export": "artifacts boundary checkpoints engines errors pipelines tasks",
+    "benchmark": "accuracy artifacts catalog engines engines.specs errors machine pipelines processes settings tasks",
+    "report": "artifacts benchmark catalog engines.specs settings storage tasks",
+    "tracking": "artifacts boundary checkpoints errors machine report storage",
+    "triton": "accuracy artifacts benchmark boundary catalog engines engines.specs errors machine pipelines processes "
+    "settings storage tasks",
+    "steps": "accuracy artifacts benchmark boundary catalog checkpoints engines engines.specs errors export machine "
+    "pipelines processes settings tracking triton",
+    "plan": "artifacts catalog engines.specs errors machine settings steps triton",
+}
+#: The rooms of `orchestration`, and its own rooms that each may import from.
+ORCHESTRATION: dict[str, str] = {
+    "definitions": "automation cli runs settings",
+    "settings": "automation certificates runs",
+    "certificates": "",
+    "automation": "runs settings",
+    "cli": "automation definitions runs settings",
+    "runs": "settings",
+    "ui": "automation runs settings",
+    "launcher": "runs",
+    "webserver": "ui",
+}
+#: Folders with more Python files than a reader keeps apart. resources/triton is divided next.
+MOST_FILES, DIVIDED_NEXT = 15, "resources/triton"
+LONGEST_FUNCTION = 80
 HEAVY = (
     "torch",
     "transformers",
@@ -51,6 +95,40 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             names.add(str(node.module).split(".")[0])
     return names
+
+
+def test_rooms_import_from_the_rooms_that_the_table_names_and_from_no_others():
+    lower: set[str] = set()
+    allowed: dict[str, set[str]] = {"assets": {f"resources.{room}" for room in ROOMS}}
+    for room, others in ROOMS.items():
+        assert lower.issuperset(others.split()), f"{room} may import from a room above it"
+        allowed[f"resources.{room}"] = {f"resources.{other}" for other in others.split()}
+        lower.add(room)
+    for room, others in ORCHESTRATION.items():
+        allowed[f"orchestration.{room}"] = {
+            *(f"orchestration.{other}" for other in others.split()),
+            *(f"resources.{other}" for other in ROOMS),
+            "assets",
+            "orchestration",
+        }
+    found = {room: set(others) for room, others in structure.arrows().items() if "." in room or room == "assets"}
+    assert found.keys() <= allowed.keys(), found.keys() - allowed.keys()
+    for room, others in found.items():
+        assert others <= allowed[room], f"{room} imports from {others - allowed[room]}"
+    # What nobody uses any more is no longer allowed.
+    unused = {room: allowed[f"resources.{room}"] - found.get(f"resources.{room}", set()) for room in ROOMS}
+    assert not any(unused.values()), unused
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert structure.circles(structure.imports()) == []
+    assert structure.circles({"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("a")}) == [["a", "b", "c"]]
+
+
+def test_folders_and_functions_are_short_enough_to_be_read():
+    large = {name: count for name, count in structure.folders().items() if count > MOST_FILES}
+    assert large.keys() <= {DIVIDED_NEXT}, large
+    assert [where for lines, where in structure.functions() if lines > LONGEST_FUNCTION] == []
 
 
 @pytest.mark.parametrize("room", sorted(ALLOWED))

@@ -11,11 +11,7 @@ import dagster as dg
 from orchestration.automation.garbage_collection import clean_stores, oldest_run_under_way, summary
 from resources.report.tables import size_text
 from resources.settings.workspace import Workspace
-from resources.steps import promote as promoting
 from resources.tracking import Tracker
-from resources.triton import retain as cleaning
-from resources.triton.rollback import roll_back
-from resources.triton.verify import verify_release
 
 
 class Which(dg.Config):
@@ -52,6 +48,8 @@ class Verification(Which):
 
 @dg.op(description="Serve an older release again, once a real server has answered with it.")
 def roll_back_release(context: dg.OpExecutionContext, config: Rollback, workspace: dg.ResourceParam[Workspace]) -> None:
+    from resources.triton.rollback import roll_back  # here, because definitions are loaded for every step
+
     repository = workspace.repository(config.target)
     log = workspace.log(config.model, f"triton-{config.target}")
     done = roll_back(repository, config.model, workspace.triton, to=config.to or None, log=log)
@@ -65,8 +63,10 @@ def promote_release(
     workspace: dg.ResourceParam[Workspace],
     tracker: dg.ResourceParam[Tracker],
 ) -> None:
+    from resources.steps.promote import promote
+
     log = workspace.log(config.model, f"triton-{config.target}")
-    done = promoting.promote(workspace, tracker, config.model, config.target, dagster_run=context.run_id, log=log)
+    done = promote(workspace, tracker, config.model, config.target, dagster_run=context.run_id, log=log)
     _seen(context, config, {"promoted": done.release.number, "before": done.before or 0})
 
 
@@ -77,8 +77,10 @@ def retain_releases(
     workspace: dg.ResourceParam[Workspace],
     tracker: dg.ResourceParam[Tracker],
 ) -> None:
+    from resources.triton.retain import retain
+
     champion = tracker.champion_release(config.model, config.target)
-    done = cleaning.retain(
+    done = retain(
         workspace.repository(config.target),
         config.model,
         keep=config.keep,
@@ -93,6 +95,8 @@ def retain_releases(
 def verify_one_release(
     context: dg.OpExecutionContext, config: Verification, workspace: dg.ResourceParam[Workspace]
 ) -> None:
+    from resources.triton.verify import verify_release
+
     repository = workspace.repository(config.target)
     log = workspace.log(config.model, f"verify-{config.target}")
     release, server = verify_release(repository, config.model, workspace.triton, config.release or None, log=log)

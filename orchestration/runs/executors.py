@@ -76,6 +76,8 @@ def make_executor(execution: Execution) -> dg.ExecutorDefinition:
                 f"Run: pip install 'transformer-refinery[{execution.kind}]'."
             ) from error
     executor = executor.configured(config, name=execution.kind)
+    if not execution.config:
+        return executor
     try:
         # Dagster itself would only look when a run is launched.
         dg.validate_run_config(dg.GraphDefinition(name="settings").to_job(executor_def=executor))

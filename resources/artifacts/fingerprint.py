@@ -16,11 +16,16 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 #: Longer parts are kept by their digest: a record is there to be read.
 _LONGEST_PART = 200
 _PENDING = "pending:"
-#: A string, or a comment, of Python's source. In a raw string too, a quote behind a backslash does not end it.
-_STRING_OR_COMMENT = re.compile(
-    r"""(?P<string>(?P<quotes>"{3}|'{3})(?:\\.|.)*?(?P=quotes)|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\#[^\n]*""",
+_STRING = r"""{0}(?!{0}{0})(?:[^{0}\\\n]|\\.)*+{0}"""
+_LONG_STRING = r"""{0}{{3}}(?:[^{0}\\]|\\.|{0}(?!{0}{0}))*+{0}{{3}}"""
+#: Code with its short strings, and then a long string or a comment.
+_PIECE = re.compile(
+    rf"""(?P<code>(?>[^"'\#]+|{_STRING.format('"')}|{_STRING.format("'")})*+)"""
+    rf"""(?P<other>\#[^\n]*|{_LONG_STRING.format('"')}|{_LONG_STRING.format("'")})?""",
     re.DOTALL,
 )
+#: How the last line of a heading ends, which a docstring may follow.
+_HEADING = re.compile(r"\s*(?:(?:async def|def|class)\b|[)\]]).*:")
 
 
 @dataclass(frozen=True)
@@ -135,40 +140,40 @@ def _code_digest(file: Path) -> str:
 
 
 def code_of(source: str) -> str:
-    """Return Python's source without its comments, docstrings and blank lines.
+    """Return what counts of Python's source: all but comments, docstrings, blank lines and spaces at ends of lines.
 
-    By the text alone, because `ast.dump` and `tokenize` give other results in other versions of Python.
+    The text alone is looked at, because `ast.dump` and `tokenize` give other results in other versions of Python.
     """
-    strings: list[str] = []
     parts: list[str] = []
     end = 0
-    for begin, stop, is_prose in _strings_and_comments(source):
-        parts.append(source[end:begin])
+    for begin, stop, is_prose in _long_strings_and_comments(source):
+        parts += _lines(source[end:begin])
         if not is_prose:
-            parts.append(f"\0{len(strings)}\0")  # lines inside of it are not to be looked at
-            strings.append(source[begin:stop])
+            parts.append(source[begin:stop])
         end = stop
-    lines = ("".join([*parts, source[end:]])).splitlines()
-    code = "\n".join(line.rstrip() for line in lines if line.strip())
-    return re.sub("\0(\\d+)\0", lambda found: strings[int(found[1])], code)
+    return "\n".join([*parts, *_lines(source[end:])])
 
 
-def _strings_and_comments(source: str) -> Iterator[tuple[int, int, bool]]:
-    """Yield where each string and comment begins and ends, and whether it is prose: a comment, or a docstring.
+def _lines(code: str) -> list[str]:
+    return [line.rstrip() for line in code.split("\n") if line.strip()]
 
-    A docstring is a string outside of brackets that has its lines for itself, behind a colon or at the top.
+
+def _long_strings_and_comments(source: str) -> Iterator[tuple[int, int, bool]]:
+    """Yield where each long string and each comment begins and ends, and whether it is prose.
+
+    A long string is prose, a docstring, if it is the only text of its lines and follows a heading or the file's top.
     """
-    end, last, depth = 0, ":", 0
-    for found in _STRING_OR_COMMENT.finditer(source):
-        begin = found.start()
-        code = source[end:begin]
-        last = code.rstrip()[-1:] or last
-        depth += sum(map(code.count, "([{")) - sum(map(code.count, ")]}"))
-        end = found.end()
-        is_prose = found["string"] is None
+    last = ""  # line of code
+    for piece in _PIECE.finditer(source):
+        code = piece["code"].rstrip()
+        last = code[code.rfind("\n") + 1 :] or last
+        begin, end = piece.span("other")
+        if begin < 0:
+            continue
+        is_prose = source[begin] == "#"
         if not is_prose:
-            is_prose = last == ":" and not depth and _has_its_lines_alone(source, begin, end)
-            last = last if is_prose else "'"
+            is_prose = (not last or _HEADING.fullmatch(last) is not None) and _has_its_lines_alone(source, begin, end)
+            last = "a string"
         yield begin, end, is_prose
 
 

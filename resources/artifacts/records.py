@@ -14,7 +14,7 @@ from resources.boundary.foreign import ForeignError, check_name
 from resources.machine.usage import Usage
 
 #: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
-_CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+_CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
 
 
 def _file_name(name: str) -> str:

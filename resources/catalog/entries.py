@@ -54,7 +54,7 @@ Objective = Literal["p50", "p90", "memory", "size"]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class BenchmarkSettings(Strict):

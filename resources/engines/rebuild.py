@@ -59,7 +59,7 @@ if __name__ == "__main__":
 class Recipe(BaseModel):
     """All that an engine was made from. Names no path of the machine that made it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     model: str
     revision: str
     target: str

@@ -17,7 +17,6 @@ import time
 from types import TracebackType
 from typing import Self
 
-import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.machine.device import ask_driver
@@ -36,7 +35,7 @@ _MEBIBYTE = 2**20 / 1e6
 class UsageSample(BaseModel):
     """One look at how busy the machine was. `values` has MLflow's names of system metrics, without `system/`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
     time_s: float = Field(description="Since the epoch.")
     values: dict[str, float]
 
@@ -44,7 +43,7 @@ class UsageSample(BaseModel):
 class Usage(BaseModel):
     """How busy the machine was while an artifact was made there. `node` is its host name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
     node: str
     samples: tuple[UsageSample, ...]
 
@@ -76,6 +75,8 @@ class Watch:
         self._thread.join()
 
     def _watch(self) -> None:
+        import psutil  # here, because definitions are loaded for every step
+
         psutil.cpu_percent()  # what it answers is the mean since it was asked before, by this thread
         wait_s = FIRST_SECONDS
         while not self._ended.wait(wait_s):
@@ -90,6 +91,8 @@ class Watch:
 
 def machine_usage() -> dict[str, float]:
     """Processor since this thread asked before, and memory, of the whole machine."""
+    import psutil
+
     memory = psutil.virtual_memory()
     return {
         "cpu_utilization_percentage": psutil.cpu_percent(),

@@ -29,8 +29,6 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
-import psutil
-
 from resources.errors import IsolationError, RefineryError, first_line
 from resources.processes.memory import available_bytes, descendants, tree_bytes
 from resources.processes.variables import COMPUTE, HUGGING_FACE, PROGRAM, PYTHON, inherited
@@ -173,6 +171,8 @@ class Worker:
         raise IsolationError(f"{self._what}: {value}")
 
     def _wait(self) -> tuple[bool, Any, int]:
+        import psutil  # here, because definitions are loaded for every step
+
         deadline = time.monotonic() + self._limits.timeout_s
         tree_at = 0.0
         while True:
@@ -216,6 +216,8 @@ class Worker:
     def _died(self) -> IsolationError:
         self._process.join(timeout=5)
         # What it has started is left in its group, whose number is free again once nobody is in it.
+        import psutil
+
         if self._process.exitcode is not None and not psutil.pid_exists(self.pid):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)

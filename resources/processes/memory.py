@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-
-import psutil
 
 _PROC = Path("/proc")
 #: Of cgroups in version 2 and version 1.
@@ -15,7 +14,7 @@ _LIMIT_FILES = {"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}
 
 def available_bytes(proc: Path = _PROC) -> int:
     """Return the machine's memory, or less where a cgroup of this process, or one around that, has a limit."""
-    limits = [psutil.virtual_memory().total]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder, file, top in _cgroups(proc):
         while True:
             with suppress(OSError, ValueError):  # `max`: no limit
@@ -56,6 +55,8 @@ def tree_bytes(pid: int, limit: int) -> int:
     That is the sum of their resident memory, which counts pages that several of them share several times. Where that
     exceeds `limit`, each page is counted once, which takes the kernel longer.
     """
+    import psutil
+
     process = psutil.Process(pid)
     inner = descendants(pid)
     resident = process.memory_info().rss + sum(map(_resident, inner))
@@ -80,6 +81,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def _resident(pid: int) -> int:
+    import psutil
+
     with suppress(psutil.Error):
         return int(psutil.Process(pid).memory_info().rss)
     return 0

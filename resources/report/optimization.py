@@ -26,7 +26,7 @@ from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 from resources.tasks.base import bound_of
 
-_CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+_CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
 
 
 class Gate(BaseModel):

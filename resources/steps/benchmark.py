@@ -8,7 +8,6 @@ from typing import Any
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import BenchmarkReport, Engine
-from resources.benchmark.measuring import measure
 from resources.checkpoints.shapes import shapes_of
 from resources.engines.specs import BASELINE, SERVED, engine_spec
 from resources.errors import EngineError
@@ -102,6 +101,8 @@ class BenchmarkStep(Step[BenchmarkReport]):
             return Recipe.of_ready(made_of, record.model_copy(update={"status": status, "reason": reason}))
 
         def make(folder: Path) -> BenchmarkReport:
+            from resources.benchmark.measuring import measure
+
             known = work.get(EVALUATION_SET)
             work.store.require_whole(built, known, checkpoint)
             rival = work.get(self.baseline)

@@ -6,24 +6,13 @@ from pathlib import Path
 
 from resources.errors import ReleaseError
 from resources.settings.workspace import Workspace
-from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.graph import steps_of
 from resources.steps.step import Work
 from resources.tracking import Tracker
 from resources.triton.layout import current_number, list_releases
 from resources.triton.pointer import current_problem, points_as_published
-from resources.triton.publish import Published, unverified_root
+from resources.triton.publish import unverified_root
 from resources.triton.rollback import Moved, roll_back
-
-
-def publish_champion(work: Work, tracker: Tracker, target: str, *, dagster_run: str) -> Published:
-    """Publish the champion as the steps of the pipeline left it, and say so in MLflow. See `ReleaseStep.publish`."""
-    steps = steps_of(target)
-    published = steps.release.publish(work, dagster_run=dagster_run)
-    if published.current and published.release.status == "published":
-        checkpoint, champion = work.get(CHECKPOINT), work.get(steps.champion)
-        tracker.release(checkpoint, champion, published.release.number)
-    return published
 
 
 def promote(workspace: Workspace, tracker: Tracker, model: str, target: str, *, dagster_run: str, log: Path) -> Moved:
@@ -40,7 +29,7 @@ def promote(workspace: Workspace, tracker: Tracker, model: str, target: str, *, 
     waiting = list_releases(unverified_root(repository, model), model)
     if waiting:
         work = Work(workspace, workspace.entry(model))
-        published = publish_champion(work, tracker, target, dagster_run=dagster_run)
+        published = steps_of(target).release.publish(work, tracker, dagster_run=dagster_run)
         if published.release.status != "published":
             raise ReleaseError(f"{model}: {published.advice}")
         if not published.changed:

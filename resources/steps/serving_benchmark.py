@@ -11,11 +11,7 @@ from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.evaluation_set import EVALUATION_SET
 from resources.steps.step import Recipe, Step, Work
 from resources.steps.triton_repository import ReleaseStep
-from resources.triton.environment import requirements
 from resources.triton.layout import current_release
-from resources.triton.mix import load_of
-from resources.triton.perf_analyzer import find_perf_analyzer
-from resources.triton.serving_report import levels_of, measure_release, why_not_measured
 
 
 class ServingBenchmarkStep(Step[ServingReport]):
@@ -35,6 +31,12 @@ class ServingBenchmarkStep(Step[ServingReport]):
 
     def recipe(self, work: Work) -> Recipe[ServingReport]:
         """See Step."""
+        # Here, because definitions are loaded for every step.
+        from resources.triton.environment import requirements
+        from resources.triton.mix import load_of
+        from resources.triton.perf_analyzer import find_perf_analyzer
+        from resources.triton.serving_report import levels_of, measure_release, why_not_measured
+
         entry, workspace = work.entry, work.workspace
         work.require_done(self.release)
         checkpoint, evaluation = work.get(CHECKPOINT), work.get(EVALUATION_SET)

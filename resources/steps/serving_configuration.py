@@ -12,9 +12,6 @@ from resources.steps.champion import ChampionStep
 from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.evaluation_set import EVALUATION_SET
 from resources.steps.step import Recipe, Step, Work
-from resources.triton.environment import requirements
-from resources.triton.mix import load_of
-from resources.triton.search import find_setting, settings_to_try, why_not_measured
 
 
 class ServingConfigurationStep(Step[ServingConfiguration]):
@@ -43,6 +40,11 @@ class ServingConfigurationStep(Step[ServingConfiguration]):
 
     def recipe(self, work: Work) -> Recipe[ServingConfiguration]:
         """See Step."""
+        # Here, because definitions are loaded for every step.
+        from resources.triton.environment import requirements
+        from resources.triton.mix import load_of
+        from resources.triton.search import find_setting, settings_to_try, why_not_measured
+
         entry, workspace = work.entry, work.workspace
         champion, checkpoint, evaluation = work.get(self.champion), work.get(CHECKPOINT), work.get(EVALUATION_SET)
         engine = self.champion.engine(work, champion)

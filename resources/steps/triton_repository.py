@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.artifacts.fingerprint import Fingerprint
@@ -15,13 +16,13 @@ from resources.steps.engine import checkpoint_folder
 from resources.steps.evaluation_set import EVALUATION_SET
 from resources.steps.serving_configuration import ServingConfigurationStep
 from resources.steps.step import Node, Work
+from resources.tracking import Tracker
 from resources.triton import release as releases
-from resources.triton.exam import fleet_steps, make_exam
-from resources.triton.fleet import Fleet
-from resources.triton.proof import Exam, Proof, prove
-from resources.triton.publish import Published, Steps, publish, unchanged_release, waiting_release
 from resources.triton.release import Release, ReleasePlan, content_of
-from resources.triton.server import EmbeddedServer
+
+if TYPE_CHECKING:
+    from resources.triton.proof import Exam, Proof
+    from resources.triton.publish import Published
 
 
 class ReleaseStep(Node):
@@ -67,18 +68,36 @@ class ReleaseStep(Node):
 
     def unchanged(self, work: Work, plan: ReleasePlan) -> Published | None:
         """Return the release that is there already; None where the plan would make one."""
+        from resources.triton.publish import unchanged_release, waiting_release
+
         repository, provable = work.workspace.repository(self.target), work.workspace.triton.provable
         return unchanged_release(plan, repository, waiting_release(repository, plan.model), provable=provable)
 
-    def publish(self, work: Work, *, dagster_run: str) -> Published:
-        """Publish the champion as the earlier steps left it. What served before serves on where that fails.
+    def publish(self, work: Work, tracker: Tracker, *, dagster_run: str) -> Published:
+        """Publish the champion as the earlier steps left it, and tell MLflow which release serves it.
+
+        What served before serves on where that fails.
 
         Raises:
             ReleaseError: The champion, its engine and its configuration do not belong together, or the release could
                 not be made or proven.
             ServerError: A server could not be started, or did not answer.
             ArtifactError: An earlier step has not been done.
+            TrackingError: MLflow could not be written.
         """
+        published = self._publish(work, dagster_run)
+        if published.current and published.release.status == "published":
+            tracker.release(work.get(CHECKPOINT), work.get(self.champion), published.release.number)
+        return published
+
+    def _publish(self, work: Work, dagster_run: str) -> Published:
+        # Here, because definitions are loaded for every step.
+        from resources.triton.exam import fleet_steps, make_exam
+        from resources.triton.fleet import Fleet
+        from resources.triton.proof import prove
+        from resources.triton.publish import Steps, publish
+        from resources.triton.server import EmbeddedServer
+
         champion, evaluation = work.get(self.champion), work.get(EVALUATION_SET)
         self._require_same(work, champion, evaluation, work.get(self.configuration))
         lineage = {"refinery_dagster_run": dagster_run, "refinery_champion": champion.digest}

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 #: Who waits longer than that is told for whom, unless the caller says so by itself.
 _PATIENCE_SECONDS = 2.0
 #: Of a holder's command, which may be anybody's: so many words, and letters of each.
@@ -81,6 +79,8 @@ def holders(path: Path) -> str:
 
 
 def _described(pid: int) -> str:
+    import psutil  # here, because definitions are loaded for every step
+
     try:
         process = psutil.Process(pid)
         user, words = process.username(), process.cmdline()

@@ -33,7 +33,7 @@ class Gates(BaseModel):
     A gate has the name of the metric that it bounds.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     def tightened(self, share: float) -> Self:
         """These gates moved by that share of the way to perfect answers."""
@@ -88,7 +88,7 @@ def at_most(value: float, high: float | None = None) -> Any:
 class Options(BaseModel):
     """What a task's answers look like, where that is a matter of choice. Part of the release, not of the engine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 @dataclass(frozen=True)

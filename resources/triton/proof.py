@@ -33,7 +33,7 @@ ODD_TEXTS = ("", " ", "\n\t", "🙂🙃", "e\u0301", "word " * 4000, "a" * 10_00
 class Proof(BaseModel):
     """What a server answered. `failures`: each as a sentence; none: proven."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     passed: bool
     server: str
     items: int

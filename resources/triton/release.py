@@ -51,7 +51,7 @@ _NATIVE_ENTRIES = {"onnxruntime": "model.onnx", "openvino": "model.xml", "tensor
 class Release(BaseModel):
     """The manifest of one release, `<model>/<N>/release.json`. Names no path of the machine that made it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     number: int
     model: FileName
     task: str

@@ -18,7 +18,7 @@ from resources.artifacts.store import ArtifactStore
 from resources.settings.workspace import Workspace
 from resources.triton.layout import current_number, list_releases, parse_internal, release_numbers
 from resources.triton.publish import Steps, publish
-from resources.triton.verify import differences, find_release
+from resources.triton.verify import differences_from_manifest, find_release
 from tests.faults import commands
 from tests.releases import make_plan, unasked
 from tests.test_artifacts import engine
@@ -98,7 +98,7 @@ def assert_serves_whole(home):
     repository = home / "triton_models" / "cpu"
     number = current_number(repository, "tiny")
     assert number is not None
-    assert differences(repository, find_release(repository, "tiny", number)) == []
+    assert differences_from_manifest(repository, find_release(repository, "tiny", number)) == []
     assert release_numbers(repository, "tiny") == [release.number for release in list_releases(repository, "tiny")]
     return number
 
@@ -223,7 +223,9 @@ def check_optimize(refinery, arguments, at, full, before, *, spared):
     again = refinery.run(*arguments)
     assert again.code == 0, (done, again)
     assert current_number(repository, "new") is not None
-    assert differences(repository, find_release(repository, "new", current_number(repository, "new"))) == []
+    assert (
+        differences_from_manifest(repository, find_release(repository, "new", current_number(repository, "new"))) == []
+    )
     assert leftovers(home) == [], done
 
 

@@ -31,7 +31,7 @@ from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.triton.verify import differences, find_release, verify_release
+from resources.triton.verify import differences_from_manifest, find_release, verify_release
 from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,7 +188,7 @@ def check_left(repository: Path, folder: Path) -> tuple[int, set[int]]:
     serves = current_number(repository, "tiny")
     assert serves in may_serve
     for number in held | {serves}:
-        assert differences(repository, find_release(repository, "tiny", number)) == [], number
+        assert differences_from_manifest(repository, find_release(repository, "tiny", number)) == [], number
     assert [finding for finding in lint(repository) if finding.severity == "error"] == []
     return seeds[serves], held
 
@@ -200,7 +200,7 @@ def check_goes_on(repository: Path, plan, held: set[int]) -> None:
     there = {other.number for other in list_releases(repository, "tiny")}
     assert held | {release.number} <= there
     for number in there:
-        assert differences(repository, find_release(repository, "tiny", number)) == [], number
+        assert differences_from_manifest(repository, find_release(repository, "tiny", number)) == [], number
     named = {name for other in list_releases(repository, "tiny") for name in internal_names(other)}
     assert {path.name for path in repository.iterdir()} == {"tiny"} | named
     assert {path.name for path in (repository / "tiny").iterdir()} == {"config.pbtxt"} | {str(one) for one in there}
@@ -387,7 +387,7 @@ def test_publishers_at_once(tmp_path):
             int(number): seed for number, seed in told
         }
         assert current_number(repository, model) == len(told)
-        assert [differences(repository, release) for release in releases] == [[]] * len(told)
+        assert [differences_from_manifest(repository, release) for release in releases] == [[]] * len(told)
     assert lint(repository) == []
 
 

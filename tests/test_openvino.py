@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from resources import engines
 from resources.benchmark.texts import batch_of_shape
 from resources.catalog.entries import Shape
+from resources.engines import availability
 from resources.engines.availability import unsupported_reason
 from resources.engines.interface import Sources, build, load
 from resources.engines.specs import engine_spec
@@ -54,11 +54,11 @@ def openvino_plan(folder, **fields):
 
 
 def test_without_the_package_it_is_unsupported_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
     assert unsupported_reason(SPEC, "cpu") == (
         "openvino_fp32 needs OpenVINO, which is not installed: pip install 'transformer-refinery[openvino]'."
     )
-    monkeypatch.setattr(engines, "find_spec", lambda name: object())
+    monkeypatch.setattr(availability, "find_spec", lambda name: object())
     assert unsupported_reason(SPEC, "cpu") is None
     assert "needs a CPU" in unsupported_reason(SPEC, "cuda_sm90")
 

@@ -13,15 +13,17 @@ import psutil
 import pytest
 
 from orchestration.settings import tracker_of
+from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.records import BenchmarkReport, Champion, Checkpoint, Engine, OnnxGraph, ServingConfiguration
-from resources.artifacts.store import Made
 from resources.benchmark import ranking as choosing
 from resources.engines.specs import SERVED
 from resources.errors import ReleaseError, ServerError
 from resources.processes.isolation import Limits
 from resources.settings.workspace import Workspace
-from resources.steps import triton_repository
+from resources.steps.onnx_graph import OnnxGraphStep
 from resources.steps.promote import promote
+from resources.steps.step import Recipe
+from resources.triton import exam
 from resources.triton.layout import current_number, current_release, list_releases
 from resources.triton.preflight import require_publishable
 from resources.triton.publish import Steps, unverified_root
@@ -337,17 +339,14 @@ def test_damage_in_the_store_is_seen_mended_and_said_by_the_next_run(made_checkp
     ],
 )
 def test_a_wrong_graph_stops_the_run_at_its_check(made_checkpoint, begun, monkeypatch, wrong, check, said):
-    import assets.onnx_graph as module
+    right = OnnxGraphStep.recipe
 
-    make = module.make_graph
+    def make_wrong(step, work):
+        made_of = Fingerprint.of("onnx_graph", wrong=str(wrong))
+        made = work.follow(step, right(step, work)).record
+        return Recipe.of_ready(made_of, made.model_copy(update={**wrong, "digest": made_of.digest, "files": {}}))
 
-    def make_wrong(*arguments):
-        made = make(*arguments)
-        record = made.record.model_copy(update={**wrong, "digest": "wrong" * 10})
-        begun.store.get_or_make(OnnxGraph, record.digest, lambda folder: record.model_copy(update={"files": {}}))
-        return Made(record, reused=False)
-
-    monkeypatch.setattr(module, "make_graph", make_wrong)
+    monkeypatch.setattr(OnnxGraphStep, "recipe", make_wrong)
     add_entry(begun, entry_for(made_checkpoint(), **QUICK))
     outcome = run_job(begun, "tiny")
     assert outcome.checks()[check] is False
@@ -503,7 +502,7 @@ def test_a_release_that_waits_is_promoted_where_a_server_proves_it(made_checkpoi
         )
     assert current_number(repository, "tiny") == 2
     # Where a server has it, what waits is published: this one's proof nobody gave.
-    monkeypatch.setattr(triton_repository, "fleet_steps", lambda *arguments, **options: Steps(prove=unasked))
+    monkeypatch.setattr(exam, "fleet_steps", lambda *arguments, **options: Steps(prove=unasked))
     done = promoted(replace(native, triton=replace(native.triton, servers=("127.0.0.1:9",))))
     assert (done.before, done.release.flavour, done.release.status) == (2, "native", "published")
     assert current_number(repository, "tiny") == done.release.number

@@ -16,7 +16,7 @@ import pytest
 from resources.artifacts.records import Engine, EvaluationSet, sha256_file
 from resources.catalog.entries import ModelEntry
 from resources.engines.interface import Built, Goal, Sources, build
-from resources.engines.rebuild import SCRIPT, Recipe, differences, main, recipe_of, write_script
+from resources.engines.rebuild import SCRIPT, Recipe, differing_files, main, recipe_of, write_script
 from resources.engines.specs import engine_spec
 from resources.errors import EngineError
 from resources.processes.isolation import Limits
@@ -113,11 +113,11 @@ def test_fp32_is_built_again_elsewhere_and_what_differs_is_said(tiny, tmp_path):
     recipe = Recipe.model_validate(recipe_in(script.parent))
     changed = script.with_name("model.onnx.data")
     changed.write_bytes(changed.read_bytes()[:-1] + b"x")
-    (said,) = differences(recipe, again, script.parent)
+    (said,) = differing_files(recipe, again, script.parent)
     assert said == "model.onnx.data beside this script is not what was built: it was changed, or is gone."
     (again / "model.onnx").write_bytes(b"another")
     (again / "model.onnx.data").unlink()
-    said = differences(recipe, again, elsewhere)
+    said = differing_files(recipe, again, elsewhere)
     assert said[0].startswith("model.onnx differs: sha256 ")
     assert said[1] == "model.onnx.data was not built again."
 

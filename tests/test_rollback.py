@@ -22,7 +22,7 @@ from resources.triton.publish import Steps, publish
 from resources.triton.retain import retain
 from resources.triton.rollback import roll_back
 from resources.triton.server import EmbeddedServer
-from resources.triton.verify import differences, find_release
+from resources.triton.verify import differences_from_manifest, find_release
 from tests.releases import answers_of, ask_together, make_plan, tree_digest, unasked
 
 TEXTS = ["How long should I boil the eggs?", "", "naïve 🙂"]
@@ -149,9 +149,9 @@ def repoint(repository):
 )
 def test_a_release_that_is_not_what_was_published_is_named_and_not_gone_back_to(repository, tmp_path, edit, said):
     release = find_release(repository, "tiny", 2)
-    assert differences(repository, release) == []
+    assert differences_from_manifest(repository, release) == []
     edit(repository)
-    assert differences(repository, release) == [said]
+    assert differences_from_manifest(repository, release) == [said]
     with pytest.raises(ReleaseError, match=re.escape(said)):
         roll_back(repository, "tiny", TritonSettings(), to=2, log=tmp_path / "log")
     assert current_number(repository, "tiny") == 3

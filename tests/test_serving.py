@@ -26,7 +26,7 @@ from resources.triton.load import closed_loop, server_statistics
 from resources.triton.mix import mix
 from resources.triton.perf_analyzer import find_perf_analyzer, read_report, run_perf_analyzer
 from resources.triton.publish import Steps, publish
-from resources.triton.search import choose, halve, last_stage, rank, settings_to_try
+from resources.triton.search import choose, last_stage, rank, settings_to_try, successive_halving
 from resources.triton.server import EmbeddedServer
 from resources.triton.serving_report import levels_of, measure_load
 from resources.triton.trials import embedded_trials
@@ -101,7 +101,7 @@ def test_the_better_half_is_measured_again_in_both_orders():
         figures = {"throughput_per_s": 100.0 * one.instances - 20 * again, "p50_ms": 1.0, "p99_ms": 2.0 + again}
         return ServingTrial(setting=one, stage=stage, requests=10, **figures)
 
-    trials = halve(tried, measure, 60.0, None)
+    trials = successive_halving(tried, measure, 60.0, None)
     stages = [[which for number, which, _ in asked if number == stage] for stage in range(1, 5)]
     # The better half, and the simplest, which stays to the end.
     assert [len(found) for found in stages] == [9, 4, 3, 6]
@@ -119,11 +119,13 @@ def test_the_better_half_is_measured_again_in_both_orders():
     assert last_stage([*trials, trial(0, 0, stage=9, reason="the server is gone")]) == last_stage(trials)
     assert last_stage([trial(0, 0, reason="no")])[0].reason == "no"
     # What does not come within half of the time is not tried.
-    slow = halve(tried, lambda one, seconds, stage: time.sleep(0.2) or measure(one, seconds, stage), 1.0, None)
+    slow = successive_halving(
+        tried, lambda one, seconds, stage: time.sleep(0.2) or measure(one, seconds, stage), 1.0, None
+    )
     assert {one.setting for one in slow} < set(tried)
     assert slow[0].setting == tried[0]
     # Where nothing can be served, the search ends.
-    assert len(halve(tried, lambda one, seconds, stage: trial(0, 0, reason="no"), 60.0, None)) == 9
+    assert len(successive_halving(tried, lambda one, seconds, stage: trial(0, 0, reason="no"), 60.0, None)) == 9
 
 
 def test_the_mix_is_that_of_the_profile():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from resources.artifacts.records import Champion, ServingSetting, ThreadSetting, ThreadTrial
-from resources.benchmark.threads import Contest, choose, sweep, thread_counts
+from resources.benchmark.threads import ThreadComparison, choose, sweep, thread_counts
 from resources.catalog.entries import Shape
 from resources.engines.specs import engine_spec
 from resources.machine.device import physical_cores
@@ -147,7 +147,7 @@ def turns():
             return Worker(SleepingProbe, seconds_a_row, one.threads, limits=Limits(timeout_s=60), what="probe")
 
         shapes = [Shape(batch=8, sequence=4), Shape(batch=1, sequence=4)]
-        return Contest(start, [], shapes, seconds, comparisons=2), started
+        return ThreadComparison(start, [], shapes, seconds, comparisons=2), started
 
     return make
 

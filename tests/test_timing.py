@@ -12,7 +12,7 @@ from resources.processes.isolation import Limits, Worker
 
 
 class FakeProbe:
-    """Stands in for resources.benchmark.worker.Probe: sleeps for a set time instead of running an engine."""
+    """Stands in for resources.benchmark.worker.EngineWorker: sleeps for a set time instead of running an engine."""
 
     def __init__(self, name, milliseconds, log):
         self._name, self._seconds, self._log, self._count = name, milliseconds / 1000, log, 0

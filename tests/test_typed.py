@@ -15,7 +15,7 @@ from resources.engines.fusion import fuse
 from resources.engines.onnxruntime.runner import OnnxRuntimeRunner, cpu_runner
 from resources.engines.onnxruntime.sessions import session_of_bytes
 from resources.engines.precision.half_precision import WITHOUT_BF16, to_half
-from resources.engines.precision.precision_search import halve, open_gate_check
+from resources.engines.precision.precision_search import open_gate_check, reduce_to_half
 from resources.engines.precision.qdq import eight_bit_weights, qdq_form
 from resources.engines.precision.quantization import find_operators, quantize, weights_of
 from resources.engines.precision.tensorrt_precision import drop_nan_guards, plain_graph, typed_graph
@@ -338,7 +338,7 @@ def test_the_fused_graph_in_bf16_has_kernels_for_cuda_and_consistent_types(bert,
     sources, goal = bert
     fused = fuse(sources.graph_folder / "model.onnx")[0]
     target = tmp_path / "model.onnx"
-    reduced = halve(fused, sources, within(goal, "bf16"), target, kind="bf16", wide=WITHOUT_BF16)
+    reduced = reduce_to_half(fused, sources, within(goal, "bf16"), target, kind="bf16", wide=WITHOUT_BF16)
     assert (reduced.kept, reduced.parameters["ladder"]) == ((), "not needed")
     model = ir.load(target)
     counts = {}

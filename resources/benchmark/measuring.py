@@ -19,7 +19,7 @@ from resources.artifacts.records import (
     ThreadTrial,
 )
 from resources.benchmark.texts import texts_of
-from resources.benchmark.threads import SHARE, Contest, sweep, thread_counts
+from resources.benchmark.threads import SHARE, ThreadComparison, sweep, thread_counts
 from resources.benchmark.timing import time_shapes
 from resources.catalog.entries import ModelEntry, Shape
 from resources.engines.interface import Sources
@@ -32,7 +32,7 @@ from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 
 if TYPE_CHECKING:
-    from resources.benchmark.worker import Probe
+    from resources.benchmark.worker import EngineWorker
 
 SAMPLES_FILE = "samples.json"
 
@@ -63,7 +63,7 @@ def measure(
     def start(which: Engine, setting: ThreadSetting) -> Worker:
         arguments = (which, store.folder(which), sources, setting.threads, setting.spinning)
         whose = what if which is engine else f"{what}: running {which.name} beside it"
-        return Worker(open_probe, *arguments, limits=workspace.limits, what=whose, log=log)
+        return Worker(open_engine_worker, *arguments, limits=workspace.limits, what=whose, log=log)
 
     # The lock comes first: loading an engine is work too, and would disturb another's benchmark.
     with benchmarking():
@@ -116,12 +116,14 @@ def _choose_threads(
     if device_of(engine.target) != "cpu" or budget == 1:
         return ThreadSetting(threads=budget), ()
     counts, can_sleep = thread_counts(budget, physical_cores()), engine.runtime in SPINNING
-    with Contest(start, texts, shapes, seconds, comparisons=len(counts) - 1 + can_sleep) as contest:
+    with ThreadComparison(start, texts, shapes, seconds, comparisons=len(counts) - 1 + can_sleep) as contest:
         return sweep(counts, contest, can_sleep=can_sleep)
 
 
-def open_probe(engine: Engine, folder: Path, sources: Sources, threads: int, spinning: bool = True) -> Probe:
+def open_engine_worker(
+    engine: Engine, folder: Path, sources: Sources, threads: int, spinning: bool = True
+) -> EngineWorker:
     """In the child: numpy and the runtimes are imported there, never here."""
-    from resources.benchmark.worker import Probe
+    from resources.benchmark.worker import EngineWorker
 
-    return Probe(engine, folder, sources, threads, spinning)
+    return EngineWorker(engine, folder, sources, threads, spinning)

@@ -30,7 +30,7 @@ from resources.artifacts.records import (
     EvaluationSet,
 )
 from resources.benchmark.champion import gates_missed
-from resources.benchmark.measuring import open_probe
+from resources.benchmark.measuring import open_engine_worker
 from resources.benchmark.ranking import judge
 from resources.benchmark.statistics import geometric_mean
 from resources.benchmark.texts import texts_of
@@ -254,7 +254,7 @@ class Rivals:
         model, target, workspace = self._entry.name, engine.target, self._workspace
         threads = workspace.baseline_threads if engine.name == BASELINE else workspace.threads
         return Worker(
-            open_probe,
+            open_engine_worker,
             engine,
             self._workspace.store.folder(engine),
             self._sources,

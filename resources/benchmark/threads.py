@@ -74,7 +74,7 @@ def _try(setting: ThreadSetting, rival: ThreadTrial, compare: Compare) -> Thread
     return ThreadTrial(setting=setting, against=rival.setting, speedups=speedups, score=score)
 
 
-class Contest:
+class ThreadComparison:
     """Compares settings on the real engine, two of them loaded at a time, all within `seconds` of running it.
 
     start: loads the engine with a setting in a process of its own; that is not counted. comparisons: at most how many

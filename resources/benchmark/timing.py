@@ -29,7 +29,7 @@ MOST_PAIRS_A_WINDOW = 40
 
 
 class Contestant(Protocol):
-    """What takes turns: a resources.processes.isolation.Worker that holds a resources.benchmark.worker.Probe."""
+    """What takes turns: a resources.processes.isolation.Worker that holds a resources.benchmark.worker.EngineWorker."""
 
     def call(self, method: str, *args: Any) -> Any: ...
 
@@ -51,7 +51,7 @@ class Turns:
     times_ms: raw milliseconds of each; the same index is one round, measured within one turn of each other.
     window_speedups: of each, the median ratio to the baseline in each window; 1 for the baseline itself.
     agreed: the last windows agreed for every engine; False: the time bound ended the measuring.
-    runs: of each, untimed ones included. memory_bytes: of each, see Probe.memory.
+    runs: of each, untimed ones included. memory_bytes: of each, see EngineWorker.memory.
     """
 
     shape: Shape

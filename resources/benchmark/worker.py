@@ -18,7 +18,7 @@ from resources.processes.isolation import peak_memory_bytes, reset_peak_memory
 from resources.tasks import TASKS
 
 
-class Probe:
+class EngineWorker:
     """One engine. All methods are called through resources.processes.isolation.Worker.
 
     While another probe works this one is blocked on its pipe, so that two take turns without disturbing each other.

@@ -142,7 +142,7 @@ def rebuild(recipe: Recipe, store: ArtifactStore, output: Path, seconds: float |
     log.unlink(missing_ok=True)
 
 
-def differences(recipe: Recipe, rebuilt: Path, artifact: Path) -> list[str]:
+def differing_files(recipe: Recipe, rebuilt: Path, artifact: Path) -> list[str]:
     """Where the files that were built again, or those of the artifact today, are not what was built, as sentences."""
     found = []
     for name, sha256 in recipe.files.items():
@@ -194,7 +194,7 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
     except KeyboardInterrupt:
         print(f"{SCRIPT}: interrupted", file=sys.stderr)
         return 130
-    found = differences(known, output, Path(script).resolve().parent)
+    found = differing_files(known, output, Path(script).resolve().parent)
     for difference in found:
         print(difference)
     if found and known.spec.tuned:

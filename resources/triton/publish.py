@@ -161,8 +161,10 @@ def unchanged_release(
 
 
 def _edited(repository: Location, release: Release) -> bool:
-    """Whether the release is not what was published any more: resources.triton.verify.differences, but that bytes are
-    read only of files that are younger than the manifest, which was written last.
+    """Return whether the release is no longer what was published.
+
+    This is `resources.triton.verify.differences_from_manifest`, except that it reads the bytes of those files alone
+    that are younger than the manifest, which was written last.
     """
     public, internals = f"{release.model}/{release.number}", internal_names(release)
     manifest, pointer = f"{public}/{MANIFEST}", f"{public}/{CONFIG}"

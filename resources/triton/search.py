@@ -129,7 +129,7 @@ def _weight(setting: ServingSetting) -> tuple[int, int]:
     return setting.instances, setting.queue_delay_us
 
 
-def halve(
+def successive_halving(
     settings: Sequence[ServingSetting], measure: Measure, seconds: float, p99_limit_ms: float | None
 ) -> list[ServingTrial]:
     """Trials of all stages that begin within `seconds`. The last stage's decide.
@@ -242,7 +242,7 @@ def find_setting(
     else:
         trials_on = configured_trials(plan, workspace.triton, workspace.repository(target), items, serving.clients)
     with benchmarking(), trials_on as measure:
-        trials = halve(tried, measure, serving.search_seconds, serving.p99_ms)
+        trials = successive_halving(tried, measure, serving.search_seconds, serving.p99_ms)
     last = last_stage(trials)
     if all(trial.reason for trial in last) and any(trial.requests for trial in trials):
         setting = tried[0]

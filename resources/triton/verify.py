@@ -40,7 +40,7 @@ def find_release(repository: Location, model: str, number: int) -> Release:
     return release
 
 
-def differences(repository: Path, release: Release) -> list[str]:
+def differences_from_manifest(repository: Path, release: Release) -> list[str]:
     """What is not as it was published, a sentence for each file; every byte is read."""
     found = []
     for name, file in release.files.items():
@@ -118,7 +118,7 @@ def require_unchanged(copy: Path, release: Release, repository: Location) -> Non
     """Raise ReleaseError where the release is not what was published, naming the files. copy: the repository, or what
     was downloaded of it.
     """
-    found = differences(copy, release)
+    found = differences_from_manifest(copy, release)
     if found:
         # One that does not serve is not published again by itself: somebody may have rolled back to another.
         serves = current_number(repository, release.model) == release.number

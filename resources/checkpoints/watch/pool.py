@@ -17,7 +17,7 @@ LATE_SECONDS = 30.0
 
 #: A model's name and its source.
 Key = tuple[str, str]
-Outcome = Seen | CheckpointError
+LookResult = Seen | CheckpointError
 
 
 class Looks:
@@ -29,14 +29,14 @@ class Looks:
 
     def __init__(self) -> None:
         self._under_way: dict[Key, float] = {}
-        self._ended: queue.SimpleQueue[tuple[Key, Outcome]] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[Key, LookResult]] = queue.SimpleQueue()
 
-    def take(self, jobs: Mapping[Key, Callable[[], Seen]], deadline: float) -> dict[Key, Outcome]:
+    def take(self, jobs: Mapping[Key, Callable[[], Seen]], deadline: float) -> dict[Key, LookResult]:
         """What came of the jobs until the deadline (of time.monotonic), the first ones first.
 
         With what came since the last call of looks that were late then. Those that were not begun are not in it.
         """
-        found: dict[Key, Outcome] = {}
+        found: dict[Key, LookResult] = {}
         while self._collect(found, block_s=0.0):
             pass
         for key, began in [*self._under_way.items()]:
@@ -62,7 +62,7 @@ class Looks:
                 return
             self._under_way[key] = time.monotonic()
             try:
-                outcome: Outcome = job()
+                outcome: LookResult = job()
             except CheckpointError as error:
                 outcome = error
             except RefineryError as error:
@@ -71,7 +71,7 @@ class Looks:
                 outcome = CheckpointError(f"source: {type(error).__name__}: {first_line(error)} (a defect).")
             self._ended.put((key, outcome))
 
-    def _collect(self, found: dict[Key, Outcome], block_s: float) -> bool:
+    def _collect(self, found: dict[Key, LookResult], block_s: float) -> bool:
         try:
             key, outcome = self._ended.get(timeout=block_s) if block_s > 0 else self._ended.get_nowait()
         except queue.Empty:

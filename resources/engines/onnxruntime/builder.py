@@ -41,7 +41,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
         save_graph(fused, model, external=sources.graph.external_data)
     else:
         assert goal is not None, "whoever builds a reduced precision says what it has to reach"
-        reduce = _quantize if spec.precision == "int8" else _halve
+        reduce = _quantize if spec.precision == "int8" else _reduce_to_half
         reduced = reduce(fused, spec, sources, goal, model, device)
         parameters |= reduced.parameters
     parameters |= _try_once(model, sources, device)
@@ -98,16 +98,16 @@ def _quantize(
     return Reduced(parameters, outcome.kept, outcome.steps, nodes_of(operators, outcome.kept))
 
 
-def _halve(
+def _reduce_to_half(
     fused: onnx_ir.Model, spec: EngineSpec, sources: Sources, goal: Goal, target: Path, device: Device
 ) -> Reduced:
     """Write the fused graph with as much of it in half precision as stays finite and keeps the accuracy gates."""
     from resources.engines.precision.half_precision import WITHOUT_BF16
-    from resources.engines.precision.precision_search import halve
+    from resources.engines.precision.precision_search import reduce_to_half
 
     if spec.precision == "bf16":
-        return halve(fused, sources, goal, target, kind="bf16", wide=WITHOUT_BF16, device=device)
-    return halve(fused, sources, goal, target, device=device)
+        return reduce_to_half(fused, sources, goal, target, kind="bf16", wide=WITHOUT_BF16, device=device)
+    return reduce_to_half(fused, sources, goal, target, device=device)
 
 
 def _try_once(model: Path, sources: Sources, device: Device) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchResult:
     """What the search found. kept: operators left in higher precision; steps: what was tried, a sentence each.
 
     passed: the gates are kept with these. Else nothing that was tried keeps them, and `kept` is empty.
@@ -113,7 +113,7 @@ def search(
     *,
     trials: int,
     seconds: float,
-) -> Outcome:
+) -> SearchResult:
     """Find the operators to keep in higher precision, in so many trials and seconds beyond the first.
 
     damage: relative error of the answers where only the operators of those names run in low precision.
@@ -122,21 +122,23 @@ def search(
     budget = _Budget(trials + 1, time.monotonic(), seconds)
     running = _Search(damage, misses, budget)
     if running.passes([]):
-        return Outcome((), True, tuple(running.steps))
+        return SearchResult((), True, tuple(running.steps))
     order = _worst_first(running, operators)
     kept = _fewest(running, order)
     if kept is None:
         why = f"{budget.spent} is spent" if budget.spent else "nothing that leaves some in low precision is enough"
         running.steps.append(f"not rescued: {why}")
-        return Outcome((), False, tuple(running.steps))
-    return Outcome(tuple(operator.name for operator in kept), True, tuple(running.steps))
+        return SearchResult((), False, tuple(running.steps))
+    return SearchResult(tuple(operator.name for operator in kept), True, tuple(running.steps))
 
 
-def known(operators: Sequence[Operator], kept_nodes: Collection[str]) -> Outcome:
+def known(operators: Sequence[Operator], kept_nodes: Collection[str]) -> SearchResult:
     """The outcome of an earlier search, by the nodes that it kept. Raises EngineError where they are not all there."""
     require_nodes(kept_nodes, [node for operator in operators for node in operator.nodes])
     kept = tuple(operator.name for operator in operators if set(operator.nodes) <= set(kept_nodes))
-    return Outcome(kept, True, (f"nothing was searched: {len(kept)} operators are known to need higher precision",))
+    return SearchResult(
+        kept, True, (f"nothing was searched: {len(kept)} operators are known to need higher precision",)
+    )
 
 
 def nodes_of(operators: Sequence[Operator], names: Collection[str]) -> tuple[str, ...]:

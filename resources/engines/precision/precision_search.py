@@ -14,7 +14,7 @@ from resources.accuracy.inference import Run
 from resources.engines.interface import Goal, Sources
 from resources.engines.onnxruntime.runner import OnnxRuntimeRunner, cpu_runner, save_graph, trial_runner
 from resources.engines.precision import half_precision as half
-from resources.engines.precision.ladder import Operator, Outcome, Reduced, require_nodes, search
+from resources.engines.precision.ladder import Operator, Reduced, SearchResult, require_nodes, search
 from resources.engines.precision.quantization import SWITCHES
 from resources.machine.targets import Device
 
@@ -22,7 +22,7 @@ from resources.machine.targets import Device
 Batches = Sequence[tuple[Mapping[str, np.ndarray], Sequence[int]]]
 
 
-def halve(
+def reduce_to_half(
     model: ir.Model,
     sources: Sources,
     goal: Goal,
@@ -93,7 +93,7 @@ def explained(model: ir.Model, near: Mapping[str, float]) -> tuple[tuple[str, ..
     return tuple(dict.fromkeys(paths.values())), steps
 
 
-def verdict(outcome: Outcome) -> str:
+def verdict(outcome: SearchResult) -> str:
     """What came of the ladder, as a parameter of the engine."""
     if not outcome.passed:
         return outcome.steps[-1]

@@ -53,7 +53,7 @@ _SAMPLED_TOKENS = 384
 SWITCHES = "refinery_switches"
 
 
-class Run(Protocol):
+class ReadOutputs(Protocol):
     """Outputs of those names for one batch of inputs."""
 
     def __call__(self, names: Sequence[str], batch: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]: ...
@@ -121,7 +121,7 @@ def watched_graph(model: ir.Model, operators: Sequence[Operator]) -> tuple[ir.Mo
 
 
 def watch(
-    run: Run, watched: dict[str, list[str]], batches: Sequence[Mapping[str, np.ndarray]]
+    run: ReadOutputs, watched: dict[str, list[str]], batches: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, Activations]:
     """What the batches do to the operators' inputs. Raises EngineError where that is not finite."""
     names = list(dict.fromkeys(name for values in watched.values() for name in values))

@@ -33,9 +33,9 @@ from resources.engines.precision.ladder import Operator, Reduced, known, nodes_o
 from resources.engines.precision.precision_search import (
     Trials,
     explained,
-    halve,
     near_overflow,
     open_gate_check,
+    reduce_to_half,
     switched,
     verdict,
 )
@@ -64,7 +64,7 @@ def typed_graph(sources: Sources, spec: EngineSpec, goal: Goal | None, target: P
     assert goal is not None, "whoever builds a reduced precision says what it has to reach"
     drop_nan_guards(model)
     if spec.precision == "fp16" or spec.precision == "bf16":
-        return halve(model, sources, goal, target, kind=spec.precision, wide=WIDE)
+        return reduce_to_half(model, sources, goal, target, kind=spec.precision, wide=WIDE)
     return _quantize(model, spec.precision, spec.name, sources, goal, target)
 
 

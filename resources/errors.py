@@ -1,23 +1,23 @@
-"""What can go wrong, by the part that found it.
+"""The errors that a user can cause and mend, one class for each part of the project that finds them.
 
-Every message is written for the person who has to act: what was being done, to which model and revision, what was
-wrong, and what to do now. Anything that is not a `RefineryError` is a defect of this project.
+Every message is written for the person who has to act. It says what was being done, to which model and revision, what
+was wrong, and what to do now. An exception that is not a `RefineryError` is a defect of this project.
 """
 
 import errno
 
-#: What the system says where nothing more can be written: no room, no quota, or a file too large for its limit.
+#: The system's error numbers if nothing more can be written: no room, no quota, or a file too large for its limit.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-#: What it says where a file may not be written, and where the disk itself is at fault.
+#: Its error numbers if a file may not be written, and if the disk itself is at fault.
 CLOSED, BROKEN = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.EIO, errno.ESTALE)
 
-#: How SQLite's words begin where it may not open or write a file. It says the same where there is no room for another.
+#: SQLite's messages begin like this if it may not open or write a file, and also if there is no room for a new one.
 _DATABASE_CLOSED = ("unable to open", "attempt to write")
 
 
 def disk_remedy(number: int | None) -> str:
-    """Say what to do about a disk, by the system's number of the error. Empty: no disk is to blame."""
+    """Return what to do about a disk for a system's error number, or an empty text if no disk is to blame."""
     if number in FULL:
         return "Make room there and run again; `refinery gc` removes what nobody needs any more."
     if number in CLOSED:
@@ -26,7 +26,7 @@ def disk_remedy(number: int | None) -> str:
 
 
 def database_trouble(said: str) -> str:
-    """Say what to do about a database whose files cannot be written, in SQLite's words."""
+    """Return what to do about a database whose files cannot be written, from SQLite's message."""
     remedy = disk_remedy(errno.ENOSPC)
     if said.startswith(_DATABASE_CLOSED):
         remedy = remedy.replace("Make room there", "Make room there, or let whoever runs this write there,")
@@ -34,7 +34,10 @@ def database_trouble(said: str) -> str:
 
 
 def disk_trouble(error: BaseException | None) -> str:
-    """Say of an error, or of what caused it, which file it concerns and what to do. Empty: no disk is to blame."""
+    """Return which file an error or one of its causes concerns, and what to do about the disk.
+
+    The text is empty if no disk is to blame.
+    """
     while error is not None:
         remedy = disk_remedy(error.errno) if isinstance(error, OSError) else ""
         if isinstance(error, OSError) and remedy:
@@ -48,7 +51,7 @@ def disk_trouble(error: BaseException | None) -> str:
 
 
 def first_line(error: BaseException, length: int = 300) -> str:
-    """What a library says first: its error's first line, or the error's type where it says nothing."""
+    """Return the first line of a library's error, or the error's type if it has no text."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:length]
 
@@ -62,11 +65,15 @@ class CatalogError(RefineryError):
 
 
 class CheckpointError(RefineryError):
-    """A checkpoint cannot be had, is incomplete, or does not fit its task."""
+    """A checkpoint cannot be obtained, is incomplete, or does not fit its task."""
 
 
 class UnfetchedError(CheckpointError):
-    """A checkpoint is not on this machine. revision: what would be fetched."""
+    """A checkpoint is not on this machine.
+
+    Args:
+        revision: The revision that would be fetched.
+    """
 
     def __init__(self, source: str, revision: str) -> None:
         super().__init__(f"source: {source} at {revision[:12]} is not on this machine yet.")
@@ -78,7 +85,7 @@ class ExportError(RefineryError):
 
 
 class EngineError(RefineryError):
-    """One engine could not be built or run. Costs that candidate alone."""
+    """One engine could not be built or run. The failure affects that candidate alone."""
 
 
 class IsolationError(EngineError):
@@ -98,7 +105,7 @@ class ServerError(RefineryError):
 
 
 class StorageError(RefineryError):
-    """Object storage does not answer or refuses, or another process holds what was to be changed there."""
+    """Object storage does not answer or refuses, or another process holds the place that was to be changed."""
 
 
 class ArtifactError(RefineryError):
@@ -110,8 +117,8 @@ class LockError(RefineryError):
 
 
 class TrackingError(RefineryError):
-    """MLflow could not be written."""
+    """MLflow could not be written to."""
 
 
 class NotificationError(RefineryError):
-    """Nobody could be told of what happened."""
+    """A notification of what happened could not be delivered."""

@@ -15,11 +15,12 @@ import pytest
 from orchestration.cli import main
 from resources.artifacts.records import Engine, StoredFile, sha256_file
 from resources.artifacts.store import ArtifactStore
-from resources.benchmark.side_by_side import Comparison, compare
+from resources.benchmark.side_by_side import Comparison
 from resources.catalog.loading import write_entry
 from resources.engines.specs import engine_spec
 from resources.report.side_by_side import ratio_table
 from resources.settings.workspace import Workspace
+from resources.steps.side_by_side import compare_engines
 from tests.conftest import entry_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,7 +202,7 @@ def test_one_that_breaks_is_out_and_the_others_go_on(benched, home, tmp_path):
     stored.write_text(int8.model_copy(update={"files": files}).model_dump_json())
     said = []
     try:
-        comparison = compare(
+        comparison = compare_engines(
             workspace,
             workspace.entry("tiny"),
             "cpu",
@@ -235,7 +236,7 @@ def test_one_that_dies_while_it_is_measured(benched, home):
 
     specs = [engine_spec(name) for name in ENGINES]
     entry = workspace.entry("tiny")
-    comparison = compare(workspace, entry, "cpu", specs, kill, seconds=2.0, accuracy=False)
+    comparison = compare_engines(workspace, entry, "cpu", specs, kill, seconds=2.0, accuracy=False)
     assert comparison.measured == ["torch", "onnxruntime_int8"]
     assert [report.reason for report in comparison.reports if report.engine == "onnxruntime_fp32"] == [
         "failed: at 2x32: tiny: comparing onnxruntime_fp32 on cpu: its process was ended by SIGKILL; often the "

@@ -29,7 +29,7 @@ import psutil
 from resources.artifacts import hashes
 from resources.artifacts.store import ArtifactStore
 from resources.catalog.entries import ModelEntry
-from resources.checkpoints import collect_checkpoint
+from tests.making import collect_checkpoint
 from resources.processes.isolation import Limits
 entry = ModelEntry(name="minilm", source=sys.argv[1], task="embedding")
 made = collect_checkpoint(entry, ArtifactStore(Path(sys.argv[2])), Limits())

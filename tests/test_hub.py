@@ -26,8 +26,9 @@ OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 LOCATE = """
 import os, sys
 from orchestration.settings import read_access
-from resources import deadlines
-from resources.checkpoints import SourceSettings, locate
+from resources.boundary import deadlines
+from resources.checkpoints.sources.locating import locate
+from resources.settings.sources import SourceSettings
 from resources.errors import CheckpointError
 try:
     deadlines.WINDOW_SECONDS = float(os.environ.get("WINDOW_SECONDS", 60))

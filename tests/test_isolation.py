@@ -328,7 +328,7 @@ HEAD = """
 import sys
 from pathlib import Path
 import psutil
-from resources import isolation
+from resources.processes import isolation
 from resources.errors import IsolationError
 from resources.processes.isolation import Limits, Worker, run_isolated
 from tests.test_isolation import Held, hold

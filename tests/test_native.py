@@ -148,7 +148,7 @@ def test_without_a_server_that_has_their_backend_the_remedy_is_said(
     monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(repository.parent))
     monkeypatch.setenv("REFINERY_TRITON_ENVIRONMENT", str(triton_settings.environment))
-    assert cli.main(command) == 1
+    assert cli(command) == 1
     printed = capfd.readouterr().err
     assert "release 1 runs on Triton's own backends, which the embedded server does not have." in printed
     assert remedy in printed

@@ -55,8 +55,8 @@ def compared(tmp_path):
         for place in places:
             place.mkdir(exist_ok=True)
         source = store.folder(record)
-        evaluation_set._answer(record, source, entry.trust, some, right[: len(some)], places[0], 1)
-        return reference._compare(record, source, entry.trust, *places, 1)
+        evaluation_set.answer_requests(record, source, entry.trust, some, right[: len(some)], places[0], 1)
+        return reference.compare_with_library(record, source, entry.trust, *places, 1)
 
     return compare
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from orchestration.cli import listing, main, releases, serving
-from resources.errors import ReleaseError, ServerError
+from resources.errors import ReleaseError, ServerError, StorageError
 from resources.settings.triton import TritonSettings
 from resources.triton import fleet, verify
 from resources.triton import rollback as module
@@ -67,7 +67,7 @@ def test_what_cannot_be_put_back_is_said_beside_why_it_was(repository, monkeypat
         raise ServerError("Out of memory.")
 
     def away(new, place):
-        raise ReleaseError("The store is away.")
+        raise StorageError("The store is away.")
 
     servers = SimpleNamespace(
         require_ready=lambda: None,

@@ -85,7 +85,7 @@ def test_who_asks_a_server_has_what_it_needs_for_that(environment):
 PARENT = """
 import os
 from child import seen
-from resources import isolation
+from resources.processes import isolation
 from resources.processes.isolation import Limits, run_isolated
 isolation.PRELOAD = ()
 if __name__ == "__main__":

@@ -6,28 +6,18 @@ import os
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import TypeVar
 
 from orchestration.cli.model_argument import ENTRY_OPTIONS, find_or_add
 from orchestration.cli.terminal import print_candidates, print_step, print_table, step_console, table_console
 from orchestration.settings import read_workspace
-from resources.artifacts.records import Record
-from resources.benchmark.side_by_side import Comparison, Progress, checked_shapes, compare
+from resources.benchmark.side_by_side import Comparison
 from resources.catalog.entries import ModelEntry, Shape
-from resources.checkpoints.shapes import shapes_of
 from resources.engines.availability import unsupported_reason
 from resources.engines.specs import BASELINE, ENGINES, EngineSpec, engine_spec
 from resources.errors import CatalogError, EngineError
 from resources.report.side_by_side import ratio_table, save_comparison, title_of
 from resources.settings.workspace import Workspace
-from resources.steps.checkpoint import CHECKPOINT
-from resources.steps.engine import EngineStep, sources_of
-from resources.steps.evaluation_set import EVALUATION_SET
-from resources.steps.onnx_graph import ONNX_GRAPH
-from resources.steps.reference import REFERENCE
-from resources.steps.step import Step, Work
-
-R = TypeVar("R", bound=Record)
+from resources.steps.side_by_side import compare_engines
 
 
 def bench(options: Namespace) -> int:
@@ -49,23 +39,13 @@ def bench(options: Namespace) -> int:
     def say(name: str, text: str) -> None:
         print_step(console, time.monotonic() - started, name, text)
 
-    work = Work(workspace, entry, made={})
-    specs = [engine_spec(BASELINE), *(spec for spec in wanted or ENGINES if spec.name != BASELINE)]
-    checkpoint = _made(work, CHECKPOINT, say)
-    measured_at = checked_shapes(entry, checkpoint, shapes) if shapes else shapes_of(entry, checkpoint)
-    evaluation = _made(work, EVALUATION_SET, say)
-    _made(work, REFERENCE, say)
-    _made(work, ONNX_GRAPH, say)
-    engines = [_made(work, EngineStep(spec, target), say) for spec in specs]
-    comparison = compare(
+    comparison = compare_engines(
         workspace,
         entry,
         target,
-        sources_of(work),
-        evaluation,
-        engines,
+        wanted or ENGINES,
         say,
-        shapes=measured_at,
+        shapes=shapes,
         seconds=options.seconds,
         accuracy=options.accuracy,
     )
@@ -76,19 +56,6 @@ def bench(options: Namespace) -> int:
         raise CatalogError(f"--output: {folder} cannot be written: {error}.") from None
     print(f"Saved: {', '.join(str(path) for path in saved)}")
     return 0
-
-
-def _made(work: Work, step: Step[R], say: Progress) -> R:
-    """Find or make what a step makes, and say what came of it. It does not become the pipeline's current one."""
-    made = work.make(step)
-    assert made is not None, f"{step.name} always makes something"
-    record = made.record
-    status = getattr(record, "status", "built")
-    if status != "built":
-        say(step.name, f"{status}: {getattr(record, 'reason', '')}")
-    else:
-        say(step.name, "there already" if made.reused else f"made in {record.build_seconds:.1f} s")
-    return record
 
 
 def _print(comparison: Comparison) -> None:

@@ -1,1 +1,1 @@
-"""Whether an engine answers as PyTorch does: evaluation sets, answers, and the gates."""
+"""The check that an engine answers as PyTorch does, with evaluation sets, answers and accuracy gates."""

@@ -1,4 +1,4 @@
-"""The evaluation set: real requests, and what PyTorch in fp32 answers to each of their rows without padding."""
+"""The evaluation set: real requests, and the answers that PyTorch gives to them in fp32 without padding."""
 
 from __future__ import annotations
 
@@ -24,13 +24,19 @@ BASELINE_NUMBERS = "baseline.npy"
 BASELINE_DOCUMENTS = "baseline.json"
 ITEMS_FILE = "items.json"
 _BATCH = 16
-#: Of every so many requests one is answered in company too.
+#: One request in this many is also answered in padded batches.
 _PADDED_EVERY = 8
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What PyTorch's answers came to."""
+    """The size of PyTorch's answers to an evaluation set.
+
+    Args:
+        rows: The number of rows that PyTorch answered.
+        width: The number of values in the output for each row or token.
+        longest_tokens: The number of tokens of the longest row.
+    """
 
     rows: int
     width: int
@@ -38,7 +44,18 @@ class Baseline:
 
 
 def _require_padding(checkpoint: Checkpoint, pipeline: Pipeline, run: Run, items: list[Item], alone: list[Any]) -> None:
-    """Raise CheckpointError where the model answers otherwise in company: servers pad what they answer together."""
+    """Check that padding does not change the model's answers, because a server pads the texts of one batch.
+
+    Args:
+        checkpoint: The checkpoint that the model was loaded from.
+        pipeline: The checkpoint's pipeline.
+        run: Runs PyTorch on one batch.
+        items: The requests of the evaluation set.
+        alone: PyTorch's answer to each request without padding.
+
+    Raises:
+        CheckpointError: An answer in a padded batch differs from the answer without padding.
+    """
     from resources.accuracy.inference import answer_items
 
     task, some = TASKS[checkpoint.task], items[::_PADDED_EVERY]
@@ -62,8 +79,12 @@ def _require_padding(checkpoint: Checkpoint, pipeline: Pipeline, run: Run, items
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation set holds. baseline: PyTorch's answer to each item, fp32 `[width]` or a JSON document.
-    right: the right answer where the user gave one, else None.
+    """The contents of an evaluation set.
+
+    Args:
+        items: The requests.
+        baseline: PyTorch's answer to each item: fp32 `[width]`, or a JSON document.
+        right: The right answer to each item where the user gave one, else None.
     """
 
     items: list[Item]
@@ -72,7 +93,7 @@ class Evaluation:
 
 
 def read_evaluation_set(folder: Path) -> Evaluation:
-    """Read back what `answer_requests` wrote."""
+    """Read the evaluation set that `answer_requests` wrote into the folder."""
     data = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
     if (folder / BASELINE_NUMBERS).is_file():
         import numpy as np
@@ -92,14 +113,22 @@ def answer_requests(
     folder: Path,
     threads: int,
 ) -> Baseline:
-    """Have PyTorch answer the requests, and write both into the folder. Runs in a child process.
+    """Let PyTorch answer the requests, and write requests and answers into the folder.
+
+    This function runs in a child process.
 
     Args:
-        source: The checkpoint's folder.
+        checkpoint: The checkpoint's record.
+        source: The folder with the checkpoint's files.
+        trust: Whether the checkpoint's own code and its pickles may run.
+        items: The requests.
         right: The right answer to each request, or None.
+        folder: The folder of the evaluation set.
+        threads: The number of threads that PyTorch uses.
 
     Raises:
-        CheckpointError: The answers cannot be a baseline.
+        CheckpointError: The answers cannot serve as a baseline: they hold NaN or infinity, they change with padding, or
+            they say too little to judge an engine by.
     """
     import numpy as np
     import torch

@@ -1,6 +1,6 @@
-"""Check an engine against the accuracy gates while it is built, and give the rows to calibrate it on.
+"""The accuracy gates of an engine that is being built, and the rows for its calibration.
 
-Lives in child processes only.
+This module is imported in child processes only.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from resources.pipelines import open_pipeline
 from resources.pipelines.base import Row
 from resources.tasks import TASKS, Gates
 
-#: Calibration sees every second request only, so that half of those that judge an engine are new to it.
+#: Calibration sees every second request only. Half of the requests that judge an engine are therefore new to it.
 CALIBRATION_PERIOD = 2
 MOST_CALIBRATION_ROWS = 128
-#: Rows of the items that were answered worst, and rows of all lengths. The harm that operators do to most texts says
-#: little of the one text that misses a gate: of all-MiniLM-L6-v2 in static int8 8 of 24 operators in fp32 were not
-#: enough by the rows of all lengths, and 2 are by these.
+#: The number of rows from the items that were answered worst, and the number of rows of all lengths. An operator's
+#: error on most texts says little about the one text that misses a gate. For all-MiniLM-L6-v2 in static int8, keeping 8
+#: of 24 operators in fp32 was not enough when rows of all lengths chose them; with the worst rows, 2 are enough.
 HARDEST_ROWS, SCREENING_ROWS = 16, 8
 _SCREENING_BATCH = 8
-#: A built engine must keep this share of the way from each gate to perfection in reserve: on the server the same texts
-#: come in other company, and an answer of dynamically quantized matrices depends on it.
+#: A built engine must clear each gate by this share of the distance from the gate to a perfect value. On the server the
+#: same texts come in other batches, and with dynamically quantized matrices an answer depends on its batch.
 RESERVE = 0.2
 
 
 class GateCheck:
-    """The evaluation set of one checkpoint, opened, with the gates that an engine has to keep on it.
+    """The evaluation set of one checkpoint, loaded, with the gates that an engine must keep on it.
 
     Args:
         width: The width of the engine's output.
@@ -53,7 +53,11 @@ class GateCheck:
         self._hardest: list[int] | None = None
 
     def misses(self, run: Run) -> list[str]:
-        """The gates that the engine misses, with some reserve, each as a sentence; of the first way that misses any."""
+        """Return the gates that the engine misses, each as a sentence.
+
+        The gates are tightened by `RESERVE`. The engine answers the items once in each of `inference.WAYS`, and the
+        check ends after the first way that misses a gate.
+        """
         items, per_token = self._known.items, self._task.per_token
         for answered in answer_every_way(
             self._pipeline, run, items, self._max_batch_size, per_token=per_token, width=self._width
@@ -63,19 +67,22 @@ class GateCheck:
             if missed:
                 if self._hardest is None and not accuracy.broken:
                     scores = self._task.scores(self._settings, self._known.baseline, answered.answers)
-                    # An item that is as good as can be misses nothing.
+                    # An item with a score of 1 is answered exactly as PyTorch answers it, and misses no gate.
                     self._hardest = [index for index in np.argsort(scores, kind="stable").tolist() if scores[index] < 1]
                 return missed
         return []
 
     def calibration_batches(self) -> list[dict[str, np.ndarray]]:
-        """Rows one at a time and without padding, so that padding says nothing about activations."""
+        """Return batches of one unpadded row each, so that padding does not affect the activation ranges."""
         rows = self._rows(self._known.items[::CALIBRATION_PERIOD], MOST_CALIBRATION_ROWS)
         return [self._pipeline.arrays([row], max(1, row.tokens)) for row in rows]
 
     def screening_batches(self) -> list[tuple[dict[str, np.ndarray], list[int]]]:
-        """A few batches of rows, with the tokens of each row: some of the items that the first engine that missed a
-        gate answered worst, and some of all lengths."""
+        """Return a few batches of rows, with the number of tokens of each row.
+
+        Some rows belong to the items that the first engine that missed a gate answered worst. The others are of all
+        lengths.
+        """
         items, hardest = self._known.items, (self._hardest or [])[:HARDEST_ROWS]
         rows = [row for index in hardest for row in self._pipeline.rows([items[index]])[0]][:HARDEST_ROWS]
         others = [item for index, item in enumerate(items) if index not in hardest]
@@ -89,7 +96,7 @@ class GateCheck:
         return batches
 
     def _rows(self, items: list[dict[str, str]], most: int) -> list[Row]:
-        """Rows of the items, evenly over their lengths, shortest first."""
+        """Return at most `most` rows of the items, spread evenly over their lengths, the shortest first."""
         rows = sorted((row for group in self._pipeline.rows(items) for row in group), key=lambda row: row.tokens)
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))
         return [rows[index] for index in chosen]

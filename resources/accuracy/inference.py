@@ -1,4 +1,7 @@
-"""Requests through a pipeline and an engine, in planned batches. Lives in child processes only."""
+"""Answers to requests, computed by a pipeline and an engine in planned batches.
+
+This module is imported in child processes only.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,24 @@ import numpy as np
 from resources.accuracy.batches import PlannedBatch, plan_alone, plan_batches
 from resources.pipelines.base import Item, Pipeline, Row
 
-#: Batches of rows by their lengths in tokens, given by request; indices count the rows of all requests.
+#: A planner takes the lengths of all rows in tokens, grouped by request, and returns batches. The indices in a batch
+#: count the rows of all requests.
 Planner = Callable[[list[list[int]]], list[PlannedBatch]]
-#: int64 arrays by input name to fp32 `[batch, width]` or `[batch, sequence, width]`.
+#: A run takes int64 arrays by input name and returns fp32 `[batch, width]` or `[batch, sequence, width]`.
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer a request, or, where there can be none, what is wrong with the engine's numbers."""
+    """The answers to a list of requests, or the reason why there are none.
+
+    Args:
+        answers: One answer for each request; empty if the engine's numbers are unusable.
+        broken: The reason why the engine's numbers are unusable; empty if they are usable.
+        rows: The number of rows that the engine answered.
+        longest_tokens: The number of tokens of the longest row.
+        width: The number of values in the output for each row or token.
+    """
 
     answers: list[Any]
     broken: str = ""
@@ -32,9 +44,18 @@ class Answered:
 def answer_items(
     pipeline: Pipeline, run: Run, items: Sequence[Item], plan: Planner, *, per_token: bool, width: int | None = None
 ) -> Answered:
-    """Answers to the items. Each row's numbers are cut to its own tokens before the pipeline sees them.
+    """Answer the items in the planned batches.
 
-    width: of the engine's output; any where it is None.
+    Where an engine answers each token, the values of a row are cut to the row's own tokens before the pipeline sees
+    them.
+
+    Args:
+        pipeline: Turns items into rows, and the engine's output into answers.
+        run: Runs the engine on one batch.
+        items: The requests to answer.
+        plan: Plans the batches.
+        per_token: Whether the engine answers each token and not each row.
+        width: The width that the engine's output must have. None accepts any width.
     """
     groups = pipeline.rows(items)
     rows = [row for group in groups for row in group]
@@ -61,15 +82,15 @@ def answer_items(
     )
 
 
-#: How requests reach a server: by themselves, and in any company. Engines whose scales are computed from each batch
-#: answer the two differently, and both have to be right.
+#: A request reaches a server alone or in a batch with any other requests. Engines that compute their scales from each
+#: batch answer the two cases differently, and both answers must be right.
 WAYS = ("alone", "in company")
 
 
 def answer_every_way(
     pipeline: Pipeline, run: Run, items: Sequence[Item], max_batch_size: int, *, per_token: bool, width: int
 ) -> Iterator[Answered]:
-    """The answers to the items, once for each of the ways."""
+    """Yield the answers to all items, once for each of `WAYS`."""
     bucket = pipeline.encoder.bucket
     plans: dict[str, Planner] = {
         "alone": lambda lengths: plan_alone(lengths, bucket, max_batch_size),

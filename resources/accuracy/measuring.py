@@ -1,4 +1,4 @@
-"""Compare an engine's answers with PyTorch's, and apply the accuracy gates."""
+"""Comparison of an engine's answers with PyTorch's answers, and the accuracy gates on it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ WORST_SHOWN = 5
 
 
 def measure_accuracy(task: Task, settings: dict[str, Any], known: Evaluation, ways: Sequence[Answered]) -> Accuracy:
-    """Compare answers with PyTorch's, one an item, by the task's own measure, and with the right ones where those are
-    known, by its usual metric. ways: answers to the same items in different company; the worst of each metric counts.
+    """Measure how accurate an engine's answers are.
+
+    The answers are compared with PyTorch's answers by the task's own measure. Where the right answers are known, the
+    answers are also graded against those by the task's usual metrics.
+
+    Args:
+        task: The checkpoint's task.
+        settings: The checkpoint's settings for its task.
+        known: The evaluation set.
+        ways: The engine's answers to the same items, once for each way of batching. The worst value of each metric
+            counts.
     """
     import numpy as np
 
@@ -47,5 +56,5 @@ def measure_accuracy(task: Task, settings: dict[str, Any], known: Evaluation, wa
 
 
 def missed_gates(task: Task, accuracy: Accuracy, gates: Gates) -> list[str]:
-    """Why the engine may not be served, each as a sentence; none: it is accurate."""
+    """Return the reasons why the engine may not be served, each as a sentence; empty if the engine is accurate."""
     return [accuracy.broken] if accuracy.broken else task.misses(accuracy.gated, accuracy.metrics, gates)

@@ -1,8 +1,9 @@
-"""The reference from outside: what the library answers that users would have used, end to end from text.
+"""The independent reference: the answers, end to end from text, of the library that users would use otherwise.
 
-Engines are compared with PyTorch's answers, and those are made by our own reading of the checkpoint. A mistake there
-would be in both. So PyTorch's answers have to equal those of sentence-transformers or of transformers' pipeline, each
-of which reads the checkpoint by itself, before any engine is compared with them.
+Engines are compared with PyTorch's answers. This project reads the checkpoint to compute those, so a mistake in that
+reading would be in the engines and in their baseline. PyTorch's answers must therefore equal the answers of
+sentence-transformers or of transformers' pipeline, which read the checkpoint on their own, before any engine is
+compared with them.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
     from resources.pipelines.base import Item, Pipeline
 
 ANSWERS_FILE = "answers.json"
-#: Texts and differences that an error or a record names.
+#: The largest number of requests that an error message names.
 _NAMED = 3
 _MOST_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What comparing with the library came to; the fields are those of the record."""
+    """The result of the comparison with the library.
+
+    The fields have the meaning of those of resources.artifacts.records.Reference.
+    """
 
     library: str
     compared: int
@@ -45,14 +49,20 @@ class Comparison:
 def compare_with_library(
     checkpoint: Checkpoint, source: Path, trust: Trust, evaluation: Path, folder: Path, threads: int
 ) -> Comparison:
-    """Compare PyTorch's answers with the library's, and write those into the folder. Runs in a child process.
+    """Compare PyTorch's answers with the library's answers, and write the library's answers into the folder.
+
+    This function runs in a child process.
 
     Args:
-        source: The checkpoint's folder.
+        checkpoint: The checkpoint's record.
+        source: The folder with the checkpoint's files.
+        trust: Whether the checkpoint's own code and its pickles may run.
         evaluation: The folder of the evaluation set.
+        folder: The folder for the library's answers.
+        threads: The number of threads that PyTorch uses.
 
     Raises:
-        CheckpointError: The answers differ. The message has the texts.
+        CheckpointError: The answers or the token ids differ, or the library cannot answer. The message names the texts.
     """
     import torch
 
@@ -74,7 +84,7 @@ def compare_with_library(
     )
     answers, failures = _answers(library.answer, known.items)
     for item, failure in failures:
-        # Some libraries know no limit, and fail where a text is longer than the model has positions.
+        # Some libraries do not truncate, and fail on a text that is longer than the model's positions.
         if all(row.tokens < pipeline.encoder.max_tokens for row in pipeline.rows([item])[0]):
             raise CheckpointError(
                 f"{who}: {library.name} fails on {len(failures)} requests of the evaluation set, the first that is not "
@@ -103,15 +113,18 @@ def compare_with_library(
 
 
 def _answers(answer: Any, items: Iterable[Item]) -> tuple[list[Any], list[tuple[Item, str]]]:
-    """Return the library's answers, None where it gives none, and what it says of the items on which it fails."""
+    """Return the library's answers, and each item on which it fails with its error message.
+
+    An answer is None where the library gives none.
+    """
     answers: list[Any] = []
     failures: list[tuple[Item, str]] = []
     for item in items:
         try:
             answers.append(answer(item))
         except BaseException as error:
-            # A panic of tokenizers, which is written in Rust, is no Exception: where a question leaves the context less
-            # room than windows share, say.
+            # tokenizers is written in Rust, and its panics do not derive from Exception. It panics, for example, when a
+            # question leaves the context less room than the overlap of two windows.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             answers.append(None)
@@ -120,10 +133,20 @@ def _answers(answer: Any, items: Iterable[Item]) -> tuple[list[Any], list[tuple[
 
 
 def _require_tokens(who: str, pipeline: Pipeline, tokenizer: Any, items: list[Item]) -> int:
-    """The rows of the items. Raises CheckpointError where the tokenizer's own ids are others than those that serve."""
+    """Check that transformers' tokenizer gives the same token ids as the release, and return the number of rows.
+
+    Args:
+        who: The model and revision, for the error message.
+        pipeline: The pipeline that the release serves.
+        tokenizer: transformers' tokenizer of the checkpoint.
+        items: The requests of the evaluation set.
+
+    Raises:
+        CheckpointError: The token ids of a row differ.
+    """
     encoder = pipeline.encoder
     segments = [segment for item in items for segment in pipeline.segments(item)]
-    # What is longer than any limit is not always among the items.
+    # The items do not always hold a text that is longer than the limit, so one is added.
     long = long_text(encoder.max_tokens)
     pair = (long, "a") if encoder.strategy == "only_first" else ("a", long)
     segments.append(encoder.enough((long,) if len(segments[0]) == 1 else pair, windows=pipeline.windows))
@@ -133,7 +156,7 @@ def _require_tokens(who: str, pipeline: Pipeline, tokenizer: Any, items: list[It
     ids: list[list[int]] = []
     expected: list[list[int]] = []
     texts: list[str] = []
-    # Classifiers take texts and pairs of them.
+    # Classifiers take single texts and pairs of texts, and the tokenizer takes one kind at a time.
     for _, group in groupby(sorted(segments, key=len), key=len):
         same = [*group]
         for segment, encoding in zip(same, encoder.tokens(same), strict=True):
@@ -152,8 +175,14 @@ def _require_tokens(who: str, pipeline: Pipeline, tokenizer: Any, items: list[It
 
 
 def _retokenized(own: Any, trained: Any, items: Iterable[Item]) -> Iterator[str]:
-    """Yield the texts that transformers by itself tokenizes otherwise than with tokenizer.json as it was trained."""
-    # A tokenizer that exists only in Python has no backend.
+    """Yield the texts for which transformers' default tokenizer gives other ids than tokenizer.json as trained.
+
+    Args:
+        own: The tokenizer as transformers loads it on its own.
+        trained: The tokenizer with tokenizer.json as it was trained.
+        items: The requests to tokenize.
+    """
+    # A tokenizer that is written in Python has no backend.
     backend = getattr(own, "backend_tokenizer", None)
     if backend is not None and backend.to_str() == trained.backend_tokenizer.to_str():
         return

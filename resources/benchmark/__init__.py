@@ -1,1 +1,1 @@
-"""How fast engines are, which of them is best, and why."""
+"""Benchmarks of engines, and the choice of the best engine with its reasons."""

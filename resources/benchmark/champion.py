@@ -1,4 +1,4 @@
-"""Choose the champion: apply the gates of today's catalog to the reports, and take the best."""
+"""The choice of the champion: the best engine whose report keeps the gates of the current catalog."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from resources.catalog.entries import ModelEntry
 from resources.engines.specs import BASELINE, SERVED
 from resources.tasks import TASKS
 
-#: A median of fewer pairs says little.
+#: The median of fewer pairs is unreliable.
 FEW_PAIRS = 5
-#: PyTorch beside itself takes the same time; on a machine where it differs by more, so may everything else.
+#: PyTorch, measured beside itself, should take the same time. If it differs by more than this factor, all other figures
+#: of that machine may be wrong by as much.
 NOISY = 1.5
 
 
 @dataclass(frozen=True)
 class Served:
-    """What serves now: the release's number, and the digest of the engine that it was made of."""
+    """The release that serves now: its number, and the digest of the engine that it was made of."""
 
     release: int
     engine_digest: str
 
 
 def gates_missed(entry: ModelEntry, report: BenchmarkReport) -> list[str]:
-    """The accuracy gates of the model's catalog entry that a measured report misses."""
+    """Return the accuracy gates of the model's catalog entry that a measured report misses, each as a sentence."""
     assert report.accuracy is not None, "only measured reports have gates to miss"
     return missed_gates(TASKS[entry.task], report.accuracy, entry.accuracy_gates())
 
 
 def _doubt(report: BenchmarkReport, baseline: BenchmarkReport | None) -> str:
-    """What the reader of a score has to know of the samples behind it. baseline: PyTorch, measured beside itself."""
+    """Return a warning about the samples behind a score, or an empty text if they are reliable.
+
+    Args:
+        report: The report with the score.
+        baseline: The report on PyTorch, measured beside itself.
+    """
     apart = max((max(one.speedup, 1 / one.speedup) for one in baseline.timings), default=1.0) if baseline else 1.0
     if apart > NOISY:
         return (
@@ -52,11 +58,11 @@ def _doubt(report: BenchmarkReport, baseline: BenchmarkReport | None) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """A champion, and what the choice rests on.
+    """A champion, and the facts that the choice depends on.
 
     Args:
-        champion: The record, as yet without a digest.
-        parts: What the choice depends on, for its fingerprint.
+        champion: The record, still without a digest.
+        parts: The parts of the champion's fingerprint: all that the choice depends on.
     """
 
     champion: Champion
@@ -70,27 +76,35 @@ def choose(
     evaluation: EvaluationSet,
     served: Served | None = None,
 ) -> Choice:
-    """Choose the best accurate engine by the entry's objective. Raises NoChampionError.
+    """Choose the best accurate engine by the entry's objective.
 
     Args:
+        entry: The model's catalog entry.
+        target: The target that the champion is for.
         reports: Reports on that evaluation set, at the same shapes and on the same machine.
-        served: What serves the same checkpoint now. If it is accurate it stays, unless another is better by more than
-            the noise. Where no report measured it, the best of the others replaces it, and the record's contest says
-            so.
+        evaluation: The evaluation set.
+        served: The release that serves the same checkpoint now. If its engine is accurate, it stays, unless another
+            engine is better by more than the noise. If no report measured it, the best of the others replaces it, and
+            the record's contest says so.
+
+    Raises:
+        NoChampionError: No engine is accurate enough to be served.
     """
     baseline = next((report for report in reports if report.engine == BASELINE), None)
-    # Measured again under its own name, or one of the candidates.
+    # The served engine was measured again under its own name, or it is one of the candidates.
     ours = [item for item in reports if served is not None and item.engine_digest == served.engine_digest]
     serving = next((item.engine for item in ours if item.status == "measured"), None)
     baseline_bytes = baseline.engine_size_bytes if baseline is not None else 1
     verdicts = judge(reports, lambda report: gates_missed(entry, report), entry.objective, baseline_bytes, serving)
     best = require_champion(entry.name, target, verdicts)
     met = _contest(entry, reports, verdicts, best, served, serving)
-    # What was beaten serves no more when the same candidates are judged again, and that is the same champion.
+    # If the served engine loses, its report is left out of the fingerprint. It no longer serves when the same
+    # candidates are judged again, and the champion must then be the same.
     stays = best.engine == SERVED
     parts = {
-        # What was measured, and not only what it was measured of: one that failed is measured again.
-        # Why another was not measured is told in other words every time: how much memory it had, say.
+        # A measured report counts with its figures, because a benchmark that failed is measured again under the same
+        # digest. An unmeasured report counts without its reason, because the wording of a reason varies, for example
+        # by the amount of free memory.
         "reports": {
             report.engine: report.model_dump_json(exclude={"build_seconds", "peak_memory_bytes", "usage", "made_of"})
             if report.status == "measured"
@@ -130,10 +144,15 @@ def _contest(
     served: Served | None,
     serving: str | None,
 ) -> Contest | None:
-    """Return how what serves stands against the best; None where there is nothing to compare.
+    """Return how the served engine stands against the best one, or None if there is nothing to compare.
 
     Args:
-        serving: The name of the report on what serves.
+        entry: The model's catalog entry.
+        reports: All reports.
+        verdicts: The verdicts on these reports.
+        best: The verdict on the champion.
+        served: The release that serves now.
+        serving: The name under which the served engine was measured, or None if it was not.
     """
     if served is None:
         return None
@@ -147,7 +166,8 @@ def _contest(
             margin=EQUAL,
             outcome="unmeasured",
         )
-    # A candidate that serves and is the best has no rival: an unchanged run has the same champion.
+    # If the served engine is a candidate and the best one, there is no contest, so that an unchanged run has the same
+    # champion.
     if serving == SERVED or serving != best.engine:
         return contest(reports, verdicts, entry.objective, serving, served.release)
     return None

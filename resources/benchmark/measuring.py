@@ -1,4 +1,4 @@
-"""Measuring one engine: its accuracy on the evaluation set and its speed against PyTorch."""
+"""The benchmark of one engine: its accuracy on the evaluation set and its speed against PyTorch."""
 
 from __future__ import annotations
 
@@ -48,11 +48,21 @@ def measure(
     record: BenchmarkReport,
     folder: Path,
 ) -> BenchmarkReport:
-    """Measure an engine in turns with the baseline. Raises EngineError where it breaks.
+    """Measure an engine's accuracy, and its speed in turns with the baseline.
 
     Args:
-        record: The report, as far as it is known before.
-        folder: Where the samples go.
+        workspace: The workspace, with the artifact store and the limits on child processes.
+        entry: The model's catalog entry.
+        engine: The engine to measure.
+        baseline: The engine that it takes turns with.
+        evaluation: The evaluation set.
+        sources: The checkpoint and the graph that the engine was built from.
+        shapes: The shapes to measure.
+        record: The report, with the fields that are known before the measurement.
+        folder: The folder that the raw samples are written to.
+
+    Raises:
+        EngineError: The engine or the baseline fails.
     """
     store = workspace.store
     known = read_evaluation_set(store.folder(evaluation))
@@ -65,7 +75,7 @@ def measure(
         whose = what if which is engine else f"{what}: running {which.name} beside it"
         return Worker(open_engine_worker, *arguments, limits=workspace.limits, what=whose, log=log)
 
-    # The lock comes first: loading an engine is work too, and would disturb another's benchmark.
+    # The lock is taken before an engine is loaded, because loading would disturb a benchmark of another process.
     with benchmarking():
         usual = ThreadSetting(threads=workspace.baseline_threads(entry))
         setting, trials = (
@@ -75,14 +85,17 @@ def measure(
                 engine, lambda one: start(engine, one), record.threads, texts, shapes, SHARE * entry.benchmark.seconds
             )
         )
-        # Loading an engine once for each setting is not paid for by what is measured with the one that won.
+        # The time starts after the sweep, so that loading the engine once for each setting does not shorten the
+        # measurement with the setting that won.
         started, bound = time.monotonic(), entry.benchmark.seconds * (1 - SHARE if trials else 1)
-        # In a process of its own: allocators keep what the largest batch took, and memory is reported by shape.
+        # Accuracy is measured in a process of its own. Allocators keep the memory that the largest batch took, and
+        # memory is reported by shape.
         with start(engine, setting) as worker:
             answered = worker.call("answers", known.items, entry.max_batch_size)
             peak = worker.peak_memory_bytes
         with start(engine, setting) as candidate, start(baseline, usual) as rival:
-            # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
+            # The bound covers accuracy and speed. A quarter of it remains for speed even if a slow machine used all of
+            # it for accuracy.
             seconds = max(bound - (time.monotonic() - started), entry.benchmark.seconds / 4)
             timings, samples = time_shapes(rival, candidate, texts, shapes, seconds)
         peak = max(peak, candidate.peak_memory_bytes, rival.peak_memory_bytes)
@@ -109,9 +122,10 @@ def _choose_threads(
     shapes: Sequence[Shape],
     seconds: float,
 ) -> tuple[ThreadSetting, tuple[ThreadTrial, ...]]:
-    """What the engine is to run with, and how that was found: all threads where there is nothing to choose.
+    """Choose the engine's thread setting, and return it with the trials that it rests on.
 
-    PyTorch has no choice: see Workspace.baseline_threads.
+    The engine gets all threads, without a trial, on other devices than a CPU and where the budget is one thread.
+    PyTorch's number of threads is not chosen here: see Workspace.baseline_threads.
     """
     if device_of(engine.target) != "cpu" or budget == 1:
         return ThreadSetting(threads=budget), ()
@@ -123,7 +137,7 @@ def _choose_threads(
 def open_engine_worker(
     engine: Engine, folder: Path, sources: Sources, threads: int, spinning: bool = True
 ) -> EngineWorker:
-    """In the child: numpy and the runtimes are imported there, never here."""
+    """Load an engine in a child process, which alone imports numpy and the runtimes."""
     from resources.benchmark.worker import EngineWorker
 
     return EngineWorker(engine, folder, sources, threads, spinning)

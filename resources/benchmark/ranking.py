@@ -1,4 +1,4 @@
-"""Choosing the champion: a pure function of the reports."""
+"""The choice of the champion, as a pure function of the reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resources.catalog.entries import Objective
 from resources.engines.specs import BASELINE
 from resources.errors import NoChampionError
 
-#: What each objective is called where people read it.
+#: The name of each objective in texts for people.
 OBJECTIVES: dict[Objective, str] = {
     "p50": "median latency",
     "p90": "90th percentile of latency",
@@ -20,21 +20,27 @@ OBJECTIVES: dict[Objective, str] = {
     "size": "size on disk",
 }
 
-#: Two scores within this factor are equal, however well each was measured: the same engine, measured again minutes
-#: later on a shared machine, differs by as much. It is the factor within which windows of one benchmark agree.
+#: Two scores within this factor are equal, however precisely each was measured, because the same engine differs by as
+#: much when it is measured again minutes later on a shared machine. It is the factor within which the windows of one
+#: benchmark agree.
 EQUAL = AGREEMENT
-#: Quantile of the normal distribution by which scores have to lie apart: one chance in forty that a challenger seems
-#: better and is not. Few windows know their own spread badly: see `_student`.
+#: Quantile of the normal distribution by which scores must lie apart. It leaves one chance in forty that a challenger
+#: only seems better. `_student` widens it, because a few windows estimate their own spread badly.
 _QUANTILE = 1.96
-#: No two engines differ by as much: what is said of the noise where nothing is known of it, as of a single sample.
+#: The margin where the noise is unknown, as it is with a single sample. No two engines differ by this factor.
 _UNKNOWN = 100.0
 
 
 def score(report: BenchmarkReport, objective: Objective, baseline_size_bytes: int) -> float:
-    """How many times better than PyTorch, as the geometric mean over the shapes. Needs a measured report.
+    """Return how many times better than PyTorch an engine is, as the geometric mean over the shapes.
 
-    The geometric mean, because ratios multiply: an engine twice as fast at one shape and half as fast at another has
-    gained nothing.
+    The mean is geometric because ratios multiply: an engine that is twice as fast at one shape and half as fast at
+    another has gained nothing.
+
+    Args:
+        report: A report with the status "measured".
+        objective: The objective of the model's catalog entry.
+        baseline_size_bytes: The size of PyTorch's weights, for the objective "size".
     """
     if objective == "size":
         return baseline_size_bytes / max(1, report.engine_size_bytes)
@@ -47,8 +53,8 @@ def score(report: BenchmarkReport, objective: Objective, baseline_size_bytes: in
 
 
 def margin(one: BenchmarkReport, other: BenchmarkReport, objective: Objective) -> float:
-    """The factor by which the scores of two measured reports have to differ before one of them is better."""
-    if objective in ("memory", "size"):  # what is counted in bytes has no noise
+    """Return the factor by which the scores of two measured reports must differ for one of them to be better."""
+    if objective in ("memory", "size"):  # Counts of bytes have no noise.
         return EQUAL
     parts = [
         (variance / len(report.timings) ** 2, freedom)
@@ -60,15 +66,16 @@ def margin(one: BenchmarkReport, other: BenchmarkReport, objective: Objective) -
     variance = sum(part for part, _ in parts)
     if variance == 0.0:
         return EQUAL
-    # Welch and Satterthwaite: the degrees of freedom of a sum of variances that are estimated each for itself.
+    # Welch and Satterthwaite give the degrees of freedom of a sum of variances that were estimated separately.
     freedom = variance**2 / sum(part**2 / own for part, own in parts)
-    # Before the exponential, which would overflow.
+    # The bound is applied before the exponential, which would overflow.
     return max(EQUAL, math.exp(min(math.log(_UNKNOWN), _student(freedom) * math.sqrt(variance))))
 
 
 def _variance(timing: ShapeTiming) -> tuple[float, int]:
-    """Of the logarithm of one shape's ratio, and its degrees of freedom: by its windows, or, where there is but one, by
-    its samples.
+    """Return the variance of the logarithm of one shape's ratio, and its degrees of freedom.
+
+    Both come from the shape's windows, or from its samples if there is only one window.
     """
     if len(timing.window_speedups) > 1:
         logarithms = [math.log(ratio) for ratio in timing.window_speedups]
@@ -78,8 +85,10 @@ def _variance(timing: ShapeTiming) -> tuple[float, int]:
 
 
 def _student(freedom: float) -> float:
-    """Student's quantile for `_QUANTILE`, by its expansion in 1 / freedom (Abramowitz and Stegun, 26.7.5): from two
-    degrees of freedom on it is right to one percent.
+    """Return Student's quantile for `_QUANTILE`, by its expansion in 1 / freedom.
+
+    The expansion is formula 26.7.5 of Abramowitz and Stegun. From two degrees of freedom on, it is correct to one
+    percent.
     """
     z = _QUANTILE
     terms = (
@@ -98,11 +107,17 @@ def judge(
     baseline_size_bytes: int,
     served: str | None = None,
 ) -> tuple[CandidateVerdict, ...]:
-    """One verdict a report, best first, the one to be served being the first if it is eligible.
+    """Return one verdict for each report, the best first.
 
-    missed: the accuracy gates that a measured report misses, each as a sentence. served: the report on what serves
-    now; if it is accurate it comes first, unless others are better by more than the noise of both: then the best of
-    those does.
+    The first verdict is the engine to serve, if it is eligible.
+
+    Args:
+        reports: The reports to judge.
+        missed: Returns the accuracy gates that a measured report misses, each as a sentence.
+        objective: The objective of the model's catalog entry.
+        baseline_size_bytes: The size of PyTorch's weights, for the objective "size".
+        served: The name under which the engine that serves now was measured. If that engine is accurate, it comes
+            first, unless others are better by more than the noise of both. The best of those then comes first.
     """
     eligible: list[tuple[float, BenchmarkReport]] = []
     verdicts = []
@@ -118,7 +133,7 @@ def judge(
             verdicts.append(_out(report, value, "not accurate enough: " + "; ".join(gates)))
         else:
             eligible.append((value, report))
-    # Equal scores: by name, so that the same reports always give the same champion.
+    # Equal scores are sorted by name, so that the same reports always give the same champion.
     eligible.sort(key=lambda item: (-item[0], item[1].engine))
     name, kept = OBJECTIVES[objective], ""
     serving = next((item for item in eligible if item[1].engine == served), None)
@@ -157,11 +172,19 @@ def contest(
     served: str,
     release: int,
 ) -> Contest:
-    """How what serves, by the report of that name, stands against the best of the others."""
+    """Return how the engine that serves stands against the best of the others.
+
+    Args:
+        reports: All reports.
+        verdicts: The verdicts of `judge` on these reports.
+        objective: The objective of the model's catalog entry.
+        served: The name under which the engine that serves was measured.
+        release: The number of the release that serves.
+    """
     by_name = {report.engine: report for report in reports}
     ours = next((verdict for verdict in verdicts if verdict.engine == served and verdict.eligible), None)
     others = [verdict for verdict in verdicts if verdict.eligible and verdict.engine != served]
-    best = others[0] if others else None  # the winner, where it is not what serves
+    best = others[0] if others else None  # This is the winner if another engine than the served one wins.
     apart = margin(by_name[best.engine], by_name[served], objective) if best is not None and ours is not None else EQUAL
     found = Contest(
         release=release,
@@ -181,7 +204,7 @@ def contest(
 
 
 def tell(met: Contest) -> str:
-    """A contest in a sentence."""
+    """Return the contest's outcome as one or two sentences."""
     new = f"{met.challenger} with {met.challenger_score:.2f}" if met.challenger is not None else "nothing new"
     if met.outcome == "unmeasured":
         return (
@@ -200,7 +223,11 @@ def tell(met: Contest) -> str:
 
 
 def require_champion(model: str, target: str, verdicts: Sequence[CandidateVerdict]) -> CandidateVerdict:
-    """The first verdict, if it may be served. Raises NoChampionError with every candidate's reason."""
+    """Return the first verdict.
+
+    Raises:
+        NoChampionError: The first verdict's engine may not be served. The message has every candidate's reason.
+    """
     if verdicts and verdicts[0].eligible:
         return verdicts[0]
     reasons = "".join(f"\n  {verdict.engine}: {verdict.verdict}" for verdict in verdicts) or "\n  nothing was measured"

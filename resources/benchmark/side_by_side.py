@@ -1,9 +1,10 @@
-"""Comparing engines with each other in one measuring, outside the pipeline: `refinery bench`.
+"""The comparison of several engines in one measurement, outside the pipeline: `refinery bench`.
 
 The pipeline measures each candidate beside PyTorch alone, so two candidates' figures come from different minutes. Here
-all of them are loaded at once and take turns, and any two are compared round by round. Engines are those of the
-pipeline, from the same artifact store: what is there is used, what is missing is built. The reports are not kept there:
-nothing of the pipeline rests on them. Every engine has all threads here; the pipeline measures how many each needs.
+all engines are loaded at once and take turns, and any two are compared round by round. The engines are those of the
+pipeline, from the same artifact store: engines in the store are reused, and missing ones are built. The reports are not
+stored, because nothing in the pipeline depends on them. Every engine gets all threads here, whereas the pipeline
+measures how many threads each one needs.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ from resources.processes.isolation import Worker
 from resources.settings.workspace import Workspace
 from resources.tasks import TASKS
 
-#: Called with what a step is called and what came of it.
+#: A callback that gets the name of a step and its result.
 Progress = Callable[[str, str], None]
 
 
 class Comparison(BaseModel):
-    """What several engines of one model came to. All times are milliseconds."""
+    """The results of several engines of one model. All times are in milliseconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
     model: str
@@ -77,7 +78,7 @@ class Comparison(BaseModel):
         return [report.engine for report in self.reports if report.status == "measured"]
 
     def overall(self, engine: str, other: str) -> float:
-        """How many times faster than another an engine is: the geometric mean over the shapes."""
+        """Return how many times faster an engine is than another, as the geometric mean over the shapes."""
         return geometric_mean([ratios[engine][other] for ratios in self.ratios.values()])
 
 
@@ -94,16 +95,25 @@ def compare(
     seconds: float | None = None,
     accuracy: bool = True,
 ) -> Comparison:
-    """Measure engines of a model and PyTorch in turns. Unsupported and failed engines are part of the result.
+    """Measure engines of a model and PyTorch in turns.
+
+    Unsupported and failed engines are part of the result.
 
     Args:
-        engines: PyTorch's first.
-        say: Called with each step's name and what came of it.
-        seconds: The bound for all measuring; by default the catalog's for one candidate, for each of them.
-        accuracy: Whether answers are compared with PyTorch's too.
+        workspace: The workspace, with the artifact store and the limits on child processes.
+        entry: The model's catalog entry.
+        target: The target of the engines.
+        sources: The checkpoint and the graph that the engines were built from.
+        evaluation: The evaluation set.
+        engines: The engines, with PyTorch's first.
+        say: Is called with each step's name and its result.
+        shapes: The shapes to measure.
+        seconds: The time for the whole measurement. The default is the catalog's time for one candidate, multiplied by
+            the number of candidates.
+        accuracy: Whether the engines' answers are compared with PyTorch's too.
 
     Raises:
-        EngineError: PyTorch cannot run, or nothing is left beside it.
+        EngineError: PyTorch cannot run, or no other engine is left to compare.
     """
     checkpoint = sources.checkpoint
     candidates = sum(engine.status == "built" for engine in engines[1:])
@@ -132,7 +142,11 @@ def compare(
 
 
 def checked_shapes(entry: ModelEntry, checkpoint: Checkpoint, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Return the shapes, none twice. Raises CatalogError where the model does not take or serve one."""
+    """Return the shapes without duplicates.
+
+    Raises:
+        CatalogError: A shape is longer than the checkpoint takes, or a larger batch than is served.
+    """
     for shape in shapes:
         if shape.sequence > checkpoint.max_tokens:
             raise CatalogError(
@@ -148,7 +162,10 @@ def checked_shapes(entry: ModelEntry, checkpoint: Checkpoint, shapes: Sequence[S
 
 
 def _verdicts(entry: ModelEntry, reports: Sequence[BenchmarkReport], accuracy: bool) -> tuple[CandidateVerdict, ...]:
-    """What the pipeline would say of these figures; without accuracy it would say nothing."""
+    """Return the verdicts that the pipeline would reach on these reports.
+
+    If accuracy was not measured, no engine is judged, and each measured engine's verdict says so.
+    """
     if accuracy:
         return judge(reports, lambda report: gates_missed(entry, report), entry.objective, reports[0].engine_size_bytes)
     return tuple(
@@ -159,7 +176,7 @@ def _verdicts(entry: ModelEntry, reports: Sequence[BenchmarkReport], accuracy: b
 
 
 class _FellError(Exception):
-    """An engine broke while others were measured with it."""
+    """The failure of one engine while it was measured with others."""
 
     def __init__(self, contestant: _Contestant, error: EngineError) -> None:
         super().__init__(str(error))
@@ -167,7 +184,7 @@ class _FellError(Exception):
 
 
 class _Contestant:
-    """A loaded engine that says who it was when it breaks."""
+    """A loaded engine whose errors carry it, so that `Rivals` can remove it."""
 
     def __init__(self, engine: str, worker: Worker) -> None:
         self.engine, self._worker = engine, worker
@@ -183,7 +200,18 @@ class _Contestant:
 
 
 class Rivals:
-    """The engines of one comparison: those still in it, and why the others are not."""
+    """The engines of one comparison: the ones that are still measured, and the reasons why the others are not.
+
+    Args:
+        workspace: The workspace, with the artifact store and the limits on child processes.
+        entry: The model's catalog entry.
+        sources: The checkpoint and the graph that the engines were built from.
+        evaluation: The evaluation set.
+        engines: The engines, with PyTorch's first.
+        shapes: The shapes to measure.
+        seconds: The time for the whole measurement.
+        say: Is called with each step's name and its result.
+    """
 
     def __init__(
         self,
@@ -213,7 +241,8 @@ class Rivals:
         task, settings = TASKS[self._entry.task], self._sources.checkpoint.settings
         for engine in self._left() if accuracy else []:
             try:
-                # In a process of its own: allocators keep what the largest batch took, and memory is reported by shape.
+                # Accuracy is measured in a process of its own. Allocators keep the memory that the largest batch took,
+                # and memory is reported by shape.
                 with self._start(engine) as worker:
                     answered = worker.call("answers", known.items, self._entry.max_batch_size)
             except EngineError as error:
@@ -228,7 +257,8 @@ class Rivals:
                     contestants.append(_Contestant(engine.name, stack.enter_context(self._start(engine))))
                 except EngineError as error:
                     self._drop(engine.name, str(error))
-            # The bound is for all of it; a machine so slow that nothing is left still gets its few samples.
+            # The bound covers accuracy and speed. A quarter of it remains for speed even if a slow machine used all of
+            # it for accuracy.
             seconds = max(self._seconds - (time.monotonic() - started), self._seconds / 4)
             for shape, share in shares(self._shapes, seconds):
                 turns = self._at(shape, contestants, texts_of(known.items), share)
@@ -236,7 +266,10 @@ class Rivals:
                 self._say(str(shape), rounds + ("" if turns.agreed else ", until the time was over"))
 
     def _at(self, shape: Shape, contestants: list[_Contestant], texts: Sequence[str], seconds: float) -> Turns:
-        """All in turns at one shape; one that breaks is out, and the others begin again in what is left of the time."""
+        """Measure all engines in turns at one shape.
+
+        An engine that fails is removed, and the others begin again within the remaining time.
+        """
         deadline = time.monotonic() + seconds
         while True:
             self._require_rivals()
@@ -268,13 +301,14 @@ class Rivals:
         return [engine for engine in self._engines if engine.name not in self._reasons]
 
     def _drop(self, engine: str, reason: str) -> None:
-        if engine == BASELINE:  # texts that do not fit a shape, for one; and then there is nothing to compare with
+        # PyTorch fails, for example, when the texts do not fit a shape. No comparison is possible without it.
+        if engine == BASELINE:
             raise EngineError(f"{self._entry.name}: PyTorch, which all are compared with, cannot be measured: {reason}")
         self._reasons[engine] = f"failed: {reason}"
         self._say(f"engines/{engine}", self._reasons[engine])
 
     def _require_rivals(self) -> None:
-        """Raise EngineError where PyTorch is alone or not there itself."""
+        """Raise EngineError if PyTorch, or every engine beside it, has been removed."""
         left = [engine.name for engine in self._left()]
         if BASELINE not in left or len(left) < 2:
             reasons = "".join(f"\n  {engine}: {reason}" for engine, reason in self._reasons.items())
@@ -284,7 +318,7 @@ class Rivals:
             )
 
     def reports(self) -> list[BenchmarkReport]:
-        """One of each engine, in their order."""
+        """Return one report for each engine, in the order of the engines."""
         threads = self._workspace.threads(self._entry)
         baseline = self._engines[0]
         digest = fingerprint(
@@ -320,7 +354,7 @@ class Rivals:
         return reports
 
     def ratios(self) -> dict[str, dict[str, dict[str, float]]]:
-        """See Comparison; of those that were measured to the end."""
+        """Return Comparison.ratios, for the engines that were measured to the end."""
         left = [engine.name for engine in self._left()]
         return {
             str(turns.shape): {
@@ -331,5 +365,5 @@ class Rivals:
         }
 
     def samples(self) -> dict[str, dict[str, list[float]]]:
-        """See Comparison; of all that took part, to the end or not."""
+        """Return Comparison.samples, for every engine that was measured at a shape, even if it failed later."""
         return {str(turns.shape): dict(zip(names, turns.times_ms, strict=True)) for names, turns in self._turns}

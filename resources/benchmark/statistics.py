@@ -1,4 +1,4 @@
-"""Statistics of timings: pure functions over lists of milliseconds."""
+"""Statistics of timings, as pure functions over lists of milliseconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from resources.artifacts.records import Latency
 
-#: Below this many samples the 99th percentile is the maximum or near it, and says nothing of its own.
+#: With fewer samples the 99th percentile is the maximum or close to it, and adds no information.
 SAMPLES_FOR_P99 = 100
 #: Windows of pairs agree when the largest median ratio is within this factor of the smallest.
 AGREEMENT = 1.05
@@ -16,7 +16,7 @@ WINDOWS_THAT_MUST_AGREE = 3
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of an ascending list lies, linearly interpolated (as numpy's default)."""
+    """Return the value below which `share` of an ascending list lies, linearly interpolated as numpy's default is."""
     position = share * (len(ordered) - 1)
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
@@ -24,7 +24,15 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def summarize(samples_ms: Sequence[float], batch: int) -> Latency:
-    """Raises ValueError for no samples."""
+    """Summarize the latencies of a batch.
+
+    Args:
+        samples_ms: The time of each run.
+        batch: The number of rows in the batch, for the throughput.
+
+    Raises:
+        ValueError: There are no samples.
+    """
     if not samples_ms:
         raise ValueError("no samples")
     ordered = sorted(samples_ms)
@@ -42,19 +50,24 @@ def summarize(samples_ms: Sequence[float], batch: int) -> Latency:
 
 
 def median_ratio(baseline_ms: Sequence[float], candidate_ms: Sequence[float]) -> float:
-    """Median over the pairs of baseline time over candidate time: above 1, the candidate is faster.
+    """Return the median, over the pairs, of baseline time divided by candidate time.
 
-    Pair by pair, because neighbours on a machine slow both of a pair down and its ratio less.
+    Above 1, the candidate is faster. The ratio is taken for each pair, because other work on the machine slows both
+    sides of a pair down and affects their ratio less.
     """
     return statistics.median(b / c for b, c in zip(baseline_ms, candidate_ms, strict=True))
 
 
 def windows_agree(ratios: Sequence[float]) -> bool:
-    """Whether the last windows' ratios are within 5 percent of each other."""
+    """Return whether the ratios of the last windows are within 5 percent of each other."""
     last = ratios[-WINDOWS_THAT_MUST_AGREE:]
     return len(last) == WINDOWS_THAT_MUST_AGREE and max(last) <= AGREEMENT * min(last)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """The mean of ratios: twice as fast here and half as fast there is 1. Raises ValueError for none."""
+    """Return the geometric mean of ratios, which is 1 for the ratios 2 (twice as fast) and 0.5 (half as fast).
+
+    Raises:
+        ValueError: There are no values.
+    """
     return statistics.geometric_mean(values)

@@ -1,4 +1,4 @@
-"""The texts that speed is measured on."""
+"""The texts and batches on which speed is measured."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ if TYPE_CHECKING:
 
 
 def texts_of(items: Sequence[Item]) -> list[str]:
-    """What the requests' texts say, one string a request; candidate labels are no text."""
+    """Return the texts of each request as one string, without its candidate labels."""
     return [" ".join(text for name, text in item.items() if name != "LABELS") for item in items]
 
 
 def batch_of_shape(
     texts: Sequence[str], encoder: TextEncoder, rows: int, tokens: int, extra: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Arrays `[rows, tokens]` of real text without padding: each row goes on with the next texts until it is full.
+    """Return the input arrays `[rows, tokens]` of a batch of real text without padding.
 
-    extra: inputs that are one position a row, `[rows, 1]`. Raises EngineError for rows too short to hold the special
-    tokens and a word.
+    Each row is filled with one text after the other until it has the wanted number of tokens.
+
+    Args:
+        texts: The texts that fill the rows.
+        encoder: The checkpoint's tokenizer.
+        rows: The number of rows.
+        tokens: The number of tokens in each row.
+        extra: The names of inputs that hold one position for each row, `[rows, 1]`.
+
+    Raises:
+        EngineError: The rows are too short to hold the special tokens and a word.
     """
     import numpy as np
 
@@ -34,7 +43,7 @@ def batch_of_shape(
     for row in range(rows):
         start = row * len(texts) // rows
         words, size, position = "", 0, start
-        # Two characters a token at first, then twice as many, until the row is full.
+        # The first attempt assumes two characters for each token. Each further attempt doubles the text.
         for attempt in range(1, 7):
             while len(words) < tokens * 2**attempt:
                 words += texts[position % len(texts)] + " "

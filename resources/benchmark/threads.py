@@ -1,8 +1,9 @@
-"""How many threads an engine gets, by measurement.
+"""The number of threads that an engine gets, chosen by measurement.
 
-All cores are not always the fastest: two hyper-threads share one core's arithmetic, and at small batches handing work
-over costs more than it saves. Settings meet in pairs, in turns, as candidates meet PyTorch: beginning with the most
-threads, the fastest so far against the next smaller number, until fewer are clearly slower.
+The largest number of threads is not always the fastest: two hyper-threads share one core's arithmetic, and at small
+batches the distribution of work costs more than it saves. Settings are compared in pairs that take turns, as candidates
+are compared with PyTorch. The sweep starts with the most threads and compares the fastest setting so far with the next
+smaller number, until a smaller number is clearly slower.
 """
 
 from __future__ import annotations
@@ -20,34 +21,43 @@ from resources.processes.isolation import Worker
 
 #: The share of a benchmark's time that the sweep may take.
 SHARE = 0.2
-#: Within this factor of the fastest two settings are equal, and the one that leaves more of the machine is taken.
+#: Settings within this factor of the fastest count as equal, and the one that uses less of the machine is chosen.
 NOISE = 1.02
-#: So many times slower than the fastest so far, still fewer threads are not tried: from there it only gets worse.
+#: The sweep ends at a setting that is slower than the fastest so far by this factor, because fewer threads would be
+#: slower still.
 HOPELESS = 1.15
-#: So many pairs at every shape have to fit into the time, or two settings are not compared.
+#: Two settings are compared only if this many pairs at every shape fit into the remaining time.
 FEWEST_PAIRS = 4
 
-#: Times that the second setting is faster than the first, by shape; None where there is no time left to find out.
+#: A comparison returns, by shape, how many times faster the second setting is than the first. It returns None if too
+#: little time is left.
 Compare = Callable[[ThreadSetting, ThreadSetting], dict[str, float] | None]
 
 
 def thread_counts(budget: int, physical: int) -> tuple[int, ...]:
-    """The numbers of threads that are worth a try, most first: the budget, the physical cores, the powers of two."""
+    """Return the numbers of threads to try, the largest first: the budget, the physical cores and the powers of two."""
     counts = {budget, min(physical, budget)} | {2**power for power in range(budget.bit_length())}
     return tuple(sorted((count for count in counts if 1 <= count <= budget), reverse=True))
 
 
 def choose(trials: Sequence[ThreadTrial]) -> ThreadSetting:
-    """Of the settings within the noise of the fastest, the one with the fewest threads; rather asleep than spinning."""
+    """Choose, among the settings within the noise of the fastest, the one with the fewest threads.
+
+    Between two settings with the same number of threads, the one whose threads sleep while they wait is preferred.
+    """
     fastest = max(trial.score for trial in trials)
     equal = [trial.setting for trial in trials if trial.score * NOISE >= fastest]
     return min(equal, key=lambda setting: (setting.threads, setting.spinning))
 
 
 def sweep(counts: Sequence[int], compare: Compare, *, can_sleep: bool) -> tuple[ThreadSetting, tuple[ThreadTrial, ...]]:
-    """The setting to take, and the trials that say so. counts: most first.
+    """Find the setting for an engine, and return it with the trials that it rests on.
 
-    can_sleep: whether the runtime lets threads sleep while they wait; tried once, with the number that won.
+    Args:
+        counts: The numbers of threads to try, the largest first.
+        compare: Compares two settings.
+        can_sleep: Whether the runtime lets threads sleep while they wait. Sleeping is tried once, with the number of
+            threads that won.
     """
     trials = [ThreadTrial(setting=ThreadSetting(threads=counts[0]), score=1.0)]
     for count in counts[1:]:
@@ -75,11 +85,17 @@ def _try(setting: ThreadSetting, rival: ThreadTrial, compare: Compare) -> Thread
 
 
 class ThreadComparison:
-    """Compares settings on the real engine, two of them loaded at a time, all within `seconds` of running it.
+    """A comparison of settings on the real engine, with two settings loaded at a time.
 
-    start: loads the engine with a setting in a process of its own; that is not counted. comparisons: at most how many
-    there will be. A comparison has all shapes or none: small batches alone would speak for fewer threads. What does
-    not fit into the time is not begun. A context manager: leaving it ends the processes.
+    A comparison measures all shapes or none, because small batches alone would favour fewer threads. A comparison that
+    does not fit into the time is not begun. The object is a context manager, and its processes end when it is left.
+
+    Args:
+        start: Loads the engine with a setting in a process of its own. This time is not counted.
+        texts: The texts that fill the batches.
+        shapes: The shapes to measure.
+        seconds: The time that all runs of the engine together may take.
+        comparisons: The largest number of comparisons that will be made.
     """
 
     def __init__(
@@ -97,7 +113,7 @@ class ThreadComparison:
         self._pass_seconds: float | None = None
 
     def __call__(self, rival: ThreadSetting, challenger: ThreadSetting) -> dict[str, float] | None:
-        """Times that the challenger is faster, by shape; None where the time would not do."""
+        """Return how many times faster the challenger is, by shape, or None if too little time is left."""
         for setting in [other for other in self._workers if other != rival]:
             self._workers.pop(setting).close()
         worker = self._worker(rival)
@@ -105,7 +121,7 @@ class ThreadComparison:
         if self._pass_seconds is None:
             self._pass_seconds = self._time_pass(worker, started + self._seconds)
             self._seconds -= time.monotonic() - started
-        # Work that is shared by fewer takes that much longer at the worst.
+        # At worst, the time of a run grows by the same factor by which the number of threads shrinks.
         runs = WARM_UP_RUNS + FEWEST_PAIRS
         least = runs * self._pass_seconds * (1 + rival.threads / challenger.threads)
         if least > self._seconds:
@@ -122,13 +138,13 @@ class ThreadComparison:
         return self._workers[setting]
 
     def _time_pass(self, worker: Worker, deadline: float) -> float:
-        """Seconds of one run at every shape; infinite as soon as it is clear that comparing would take too long."""
+        """Return the seconds that one run at every shape takes, or infinity if a comparison would take too long."""
         total = before = 0.0
         tokens = 0
         for shape in self._shapes:
             size = shape.batch * shape.sequence
             left = deadline - time.monotonic()
-            # Larger batches are seldom slower by the token, so the last one says about what the next takes at most.
+            # Larger batches are seldom slower per token, so the previous shape bounds the time of the next one.
             if before and WARM_UP_RUNS * (total + before * size / tokens) > left:
                 return float("inf")
             worker.call("prepare", self._texts, shape.batch, shape.sequence)

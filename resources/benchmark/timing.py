@@ -1,6 +1,6 @@
-"""Timing engines in turns, so that whatever disturbs the machine disturbs all of them.
+"""Timing of engines in turns, so that a disturbance of the machine affects all of them.
 
-The pipeline times a candidate against PyTorch, `refinery bench` any number of engines: a pair is the case of two.
+The pipeline times a candidate against PyTorch. `refinery bench` times any number of engines together.
 """
 
 from __future__ import annotations
@@ -15,43 +15,55 @@ from resources.artifacts.records import ShapeTiming
 from resources.benchmark.statistics import SAMPLES_FOR_P99, median_ratio, summarize, windows_agree
 from resources.catalog.entries import Shape
 
-#: Runs before anything is timed: the first run allocates, the second is the first with warm caches.
+#: Runs before the timed ones. The first run allocates, and the second is the first with warm caches.
 WARM_UP_RUNS = 3
-#: One turn runs for about this long, then the next engine has its turn.
+#: One turn takes about this long, then the next engine runs.
 TURN_MS = 60.0
 MOST_RUNS_A_TURN = 20
-#: Calls faster than this get one untimed run at the beginning of each turn: another engine has just had the caches.
+#: If the fastest engine's run is shorter than this, each turn begins with one untimed run, because another engine has
+#: just filled the caches.
 COLD_BELOW_MS = 30.0
-#: Rounds have one sample of each engine; of two they are pairs.
+#: A round has one sample of each engine. With two engines, a round is a pair.
 FEWEST_PAIRS = 20
 FEWEST_PAIRS_A_WINDOW = 4
 MOST_PAIRS_A_WINDOW = 40
 
 
 class Contestant(Protocol):
-    """What takes turns: a resources.processes.isolation.Worker that holds a resources.benchmark.worker.EngineWorker."""
+    """One engine that takes turns with others.
+
+    It is a resources.processes.isolation.Worker that holds a resources.benchmark.worker.EngineWorker, or wraps one.
+    `call` calls a method of that EngineWorker in its process, and returns its result.
+    """
 
     def call(self, method: str, *args: Any) -> Any: ...
 
 
 @dataclass
 class PairSamples:
-    """Raw milliseconds at one shape; the same index is one pair, measured within one turn of each other."""
+    """Raw milliseconds at one shape. Times with the same index are one pair, measured within one turn of each other."""
 
     baseline_ms: list[float]
     candidate_ms: list[float]
-    baseline_runs: int  # untimed ones included
+    baseline_runs: int  # The runs include untimed ones.
     candidate_runs: int
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What several engines took at one shape, in the order in which they were given; the first is the baseline.
+    """The times of several engines at one shape.
 
-    times_ms: raw milliseconds of each; the same index is one round, measured within one turn of each other.
-    window_speedups: of each, the median ratio to the baseline in each window; 1 for the baseline itself.
-    agreed: the last windows agreed for every engine; False: the time bound ended the measuring.
-    runs: of each, untimed ones included. memory_bytes: of each, see EngineWorker.memory.
+    All lists have one element for each engine, in the order in which the engines were given. The first engine is the
+    baseline.
+
+    Args:
+        shape: The shape of the batch.
+        times_ms: Each engine's raw times. Times with the same index are one round, measured within one turn of each
+            other.
+        window_speedups: Each engine's median speedup over the baseline in each window. It is 1 for the baseline.
+        agreed: Whether the last windows agreed for every engine. If False, the time ended the measurement.
+        runs: The number of runs of each engine, untimed runs included.
+        memory_bytes: The memory of each engine, as EngineWorker.memory returns it.
     """
 
     shape: Shape
@@ -63,14 +75,20 @@ class Turns:
 
     @property
     def rounds(self) -> int:
+        """The number of rounds."""
         return len(self.times_ms[0])
 
     def speedup(self, engine: int, over: int = 0) -> float:
-        """How many times faster an engine is than another: the median over the rounds."""
+        """Return how many times faster an engine is than another, as the median over the rounds.
+
+        Args:
+            engine: The index of the engine.
+            over: The index of the other engine.
+        """
         return median_ratio(self.times_ms[over], self.times_ms[engine])
 
     def timing(self, engine: int) -> ShapeTiming:
-        """An engine beside the baseline."""
+        """Return the timing of the engine with that index against the baseline."""
         return ShapeTiming(
             shape=str(self.shape),
             baseline=summarize(self.times_ms[0], self.shape.batch),
@@ -85,18 +103,20 @@ class Turns:
 
 
 def in_order(count: int, turn: int) -> list[int]:
-    """Who goes first, second and so on in a turn: each turn begins with the next one.
+    """Return the order in which `count` engines run in a turn.
 
-    With more than two, every other cycle runs backwards, or each would always come after the same neighbour.
+    Each turn begins with the next engine. With more than two engines, every other cycle of turns runs backwards, so
+    that an engine does not always follow the same neighbour.
     """
     order = [(place + turn) % count for place in range(count)]
     return order[::-1] if count > 2 and turn // count % 2 else order
 
 
 def take_turns(contestants: Sequence[Contestant], texts: Sequence[str], shape: Shape, seconds: float) -> Turns:
-    """Run all in turns until the last windows' ratios to the first agree, or `seconds` are over.
+    """Run the engines in turns until the last windows agree on each one's speedup, or until `seconds` are over.
 
-    Never stops early with fewer than 20 rounds, nor with too few for a 99th percentile where those fit into the time.
+    Agreement does not end the measurement before 20 rounds, nor before there are enough rounds for a 99th percentile
+    if those fit into the time.
     """
     deadline = time.monotonic() + seconds
     for contestant in contestants:
@@ -113,7 +133,7 @@ def take_turns(contestants: Sequence[Contestant], texts: Sequence[str], shape: S
     while not agreed:
         start = len(times[0])
         while len(times[0]) - start < per_window and time.monotonic() < deadline:
-            # All of a turn or nothing of it: the same index is the same round.
+            # The samples of a turn are added only once every engine has run, so that the same index is the same round.
             order = in_order(len(contestants), len(times[0]) // runs)
             timed = {place: contestants[place].call("burst", warm, runs) for place in order}
             for place, samples in timed.items():
@@ -124,7 +144,7 @@ def take_turns(contestants: Sequence[Contestant], texts: Sequence[str], shape: S
         if time.monotonic() >= deadline:
             break
         agreed = len(times[0]) >= enough and all(windows_agree(ratios) for ratios in windows)
-    if not times[0]:  # one run of each took all the time there was
+    if not times[0]:  # The warm-up took all the time, so its last run is the only sample.
         times = [[sample] for sample in first]
     return Turns(
         shape=shape,
@@ -139,7 +159,7 @@ def take_turns(contestants: Sequence[Contestant], texts: Sequence[str], shape: S
 def time_shape(
     baseline: Contestant, candidate: Contestant, texts: Sequence[str], shape: Shape, seconds: float
 ) -> tuple[ShapeTiming, PairSamples]:
-    """A candidate and the baseline in turns at one shape, see `take_turns`."""
+    """Time a candidate and the baseline in turns at one shape, as `take_turns` does."""
     turns = take_turns([baseline, candidate], texts, shape, seconds)
     return turns.timing(1), PairSamples(turns.times_ms[0], turns.times_ms[1], turns.runs[0], turns.runs[1])
 
@@ -147,7 +167,7 @@ def time_shape(
 def time_shapes(
     baseline: Contestant, candidate: Contestant, texts: Sequence[str], shapes: Sequence[Shape], seconds: float
 ) -> tuple[list[ShapeTiming], dict[str, PairSamples]]:
-    """Every shape within `seconds` together."""
+    """Time a candidate and the baseline in turns at every shape, within `seconds` for all shapes together."""
     timings: list[ShapeTiming] = []
     samples: dict[str, PairSamples] = {}
     for shape, share in shares(shapes, seconds):
@@ -157,14 +177,15 @@ def time_shapes(
 
 
 def shares(shapes: Sequence[Shape], seconds: float) -> Iterator[tuple[Shape, float]]:
-    """The shapes, quick ones first, each with its seconds when its turn has come.
+    """Yield the shapes, the smallest first, each with the seconds that it may take.
 
-    What a quick shape leaves over goes to the later, slower ones.
+    The time that a shape does not use goes to the later, larger ones.
     """
     deadline = time.monotonic() + seconds
     ordered = sorted(shapes, key=lambda item: item.batch * item.sequence)
-    # Shares by the fourth root of the work: a large batch needs more time for its twenty pairs than a small one for
-    # its hundred, but not as many times more as it is larger. Of 45 s the default shapes get 5, 8, 13 and 19.
+    # A share is proportional to the fourth root of the number of tokens. A large batch needs more time for its twenty
+    # pairs than a small one for its hundred, but its time grows more slowly than its size. With 45 s, the default
+    # shapes get 5, 8, 13 and 19 s.
     weights = [(shape.batch * shape.sequence) ** 0.25 for shape in ordered]
     for number, shape in enumerate(ordered):
         yield shape, max(0.0, deadline - time.monotonic()) * weights[number] / sum(weights[number:])

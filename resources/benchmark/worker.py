@@ -1,4 +1,7 @@
-"""What a benchmark's child process holds: one loaded engine, run on request. Lives in child processes only."""
+"""The part of a benchmark that runs in a child process: one loaded engine.
+
+This module is imported in child processes only.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from resources.tasks import TASKS
 
 
 class EngineWorker:
-    """One engine. All methods are called through resources.processes.isolation.Worker.
+    """One engine, loaded, that runs on request.
 
-    While another probe works this one is blocked on its pipe, so that two take turns without disturbing each other.
+    All methods are called through resources.processes.isolation.Worker. While another worker runs, this one is blocked
+    on its pipe, so engines take turns without disturbing each other.
     """
 
     def __init__(self, engine: Engine, folder: Path, sources: Sources, threads: int, spinning: bool = True) -> None:
@@ -35,20 +39,20 @@ class EngineWorker:
         self._runs = 0
 
     def answers(self, items: Sequence[Item], max_batch_size: int) -> list[Answered]:
-        """The answers to the items, once for each way in which requests reach a server."""
+        """Return the answers to all items, once for each way in which requests reach a server."""
         task, width = self._task, self._width
         return list(
             answer_every_way(self._pipeline, self._run, items, max_batch_size, per_token=task.per_token, width=width)
         )
 
     def prepare(self, texts: Sequence[str], rows: int, tokens: int) -> None:
-        """Make a batch of that shape the one that `burst` runs. Memory and runs are counted anew."""
+        """Prepare the batch `[rows, tokens]` that `burst` runs, and reset the counts of memory and runs."""
         self._batch = batch_of_shape(texts, self._pipeline.encoder, rows, tokens, self._task.extra_inputs)
         self._runs = 0
         reset_peak_memory()
 
     def burst(self, warm: int, timed: int) -> list[float]:
-        """Run the prepared batch; milliseconds of each timed run."""
+        """Run the prepared batch, first untimed and then timed, and return the milliseconds of each timed run."""
         for _ in range(warm):
             self._run(self._batch)
         samples = []
@@ -59,11 +63,11 @@ class EngineWorker:
         return samples
 
     def memory(self) -> int:
-        """Peak resident bytes above the bare process since `prepare`."""
+        """Return the peak resident bytes since `prepare`, above those of the process before it loaded the engine."""
         return max(0, peak_memory_bytes() - self._bare)
 
     def runs(self) -> int:
-        """Runs of the engine since `prepare`, untimed ones included."""
+        """Return the number of runs since `prepare`, untimed runs included."""
         return self._runs
 
     def _run(self, batch: dict[str, np.ndarray]) -> np.ndarray:

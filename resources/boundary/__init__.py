@@ -1,0 +1,1 @@
+"""Checks and limits for data, addresses and answers that come from outside of the project."""

@@ -1,4 +1,4 @@
-"""Addresses of servers and databases, which hold passwords, and are printed, logged and stored everywhere."""
+"""Addresses of servers and databases, which may hold passwords and are printed, logged and stored everywhere."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-#: They have one host, and characters outside of this set are written with percent signs (RFC 3986).
+#: Web addresses have one host, and a percent sign escapes the characters that RFC 3986 does not allow.
 WEB = ("http://", "https://")
 _HIDDEN = "***"
 _LONGEST_SWITCH = 3
 
 
 class LibraryError(Exception):
-    """What a library said, in whose own words stood a secret."""
+    """An error in place of a library's own, whose text contained a secret."""
 
 
 class Address(str):
-    """An address as people and files may see it: as a string it has no user name, no password and no query.
+    """An address that shows no secrets: as a string it has no user name, no password and no query.
 
-    It is a string, so that whatever prints it, logs it, stores it as JSON or puts it into an error gets what may be
-    seen. `reveal` gives the whole, and so does unpickling. What is seen of a web address still leads to its server:
-    libraries get that, and `authorization` apart from it.
+    It is a string, so that code that prints it, logs it, stores it as JSON or puts it into an error gets only the
+    visible part. `reveal` returns the whole address, and pickling keeps it. The visible part of a web address still
+    leads to its server: libraries get that part, and get `authorization` separately.
     """
 
     __slots__ = ("_path", "_whole")
@@ -35,7 +35,12 @@ class Address(str):
     _path: bool
 
     def __new__(cls, whole: str, *, path: bool = True) -> Self:
-        """path: whether the path may be seen: that of a webhook is its password."""
+        """Make an address from its whole text.
+
+        Args:
+            whole: The address with its secrets.
+            path: Whether the path may be seen. The path of a webhook's address is its password.
+        """
         if isinstance(whole, Address):
             return cls(whole.reveal(), path=path and whole._path)
         self = super().__new__(cls, _shown(whole, path))
@@ -43,57 +48,66 @@ class Address(str):
         return self
 
     def reveal(self) -> str:
-        """The whole address, for the library that connects to it and for nobody else."""
+        """Return the whole address, for the library that connects to it and for no other use."""
         return self._whole
 
     @property
     def location(self) -> str:
-        """The whole without its name and password: where a request goes that says them in its headers."""
+        """The whole address without name and password, for a request that sends those in its headers."""
         login = _login(self._whole)
         return self._whole.replace(f"{login}@", "", 1) if login else self._whole
 
     @property
     def for_library(self) -> str:
-        """What a library connects to: the whole, but a web address without its name and password, which the library's
-        own errors would repeat.
+        """The address that a library connects to.
+
+        That is the whole address. Of a web address it is the visible part, because the library's own errors would
+        repeat the name and password.
         """
         return str(self) if self.is_web else self._whole
 
     @property
     def is_web(self) -> bool:
+        """Whether this is the address of a web server."""
         return self.startswith(WEB)
 
     @property
     def login(self) -> tuple[str, str] | None:
-        """The user's name and password that stand in it, decoded."""
+        """The user's name and password in the address, decoded, or None if it has neither."""
         name, _, password = _login(self._whole).partition(":")
         return (unquote(name), unquote(password)) if name or password else None
 
     @property
     def authorization(self) -> dict[str, str]:
-        """The header that says the same to a web server; urllib would take it for part of the host's name."""
+        """The header with the name and password for a web server.
+
+        They are sent in a header because urllib would take them for part of the host's name.
+        """
         return authorization(*self.login) if self.login is not None else {}
 
     def conceal(self, text: str) -> str:
-        """The text without what the address hides."""
+        """Return the text without the secrets of the address."""
         for secret in self._secrets():
             text = text.replace(secret, _HIDDEN)
         return text
 
     def without_secrets(self, error: BaseException) -> BaseException:
-        """The error itself, or, where it or one that led to it says a secret, another one that does not."""
+        """Return the error itself if neither it nor its causes show a secret.
+
+        Otherwise return a LibraryError with the same text and without the secrets.
+        """
         said = "".join(traceback.format_exception(error))
         if self.conceal(said) == said:
             return error
         return LibraryError(f"{type(error).__name__}: {self.conceal(str(error))}")
 
     def _secrets(self) -> list[str]:
-        """Longest first, so that no part of one is left."""
+        """Return the secrets, the longest first, so that no part of a longer one is left in a text."""
         if self._whole == str(self):
             return []
         login, (_, _, query) = _login(self._whole), self._whole.partition("?")
         values = [pair.partition("=")[2] for pair in query.split("&")]
-        # Shorter ones are switches (ssl=1), and every number and line of an error has such letters.
+        # Shorter values are switches (ssl=1). Their letters occur in every number and line of an error.
         parts = [self._whole, login, query, *(value for value in values if len(value) > _LONGEST_SWITCH)]
         if not self._path:
             parts += [urlsplit(self._whole).path.strip("/")]
@@ -127,12 +141,20 @@ class Address(str):
 
 
 def authorization(name: str, password: str) -> dict[str, str]:
-    """The header of HTTP's basic authentication (RFC 7617)."""
+    """Return the header of HTTP's basic authentication (RFC 7617)."""
     return {"Authorization": f"Basic {b64encode(f'{name}:{password}'.encode()).decode()}"}
 
 
 def web_address(text: str, *, path: bool = True) -> Address:
-    """The address of a web server. Raises ValueError, in whose words the address does not stand."""
+    """Return the address of a web server.
+
+    Args:
+        text: The address.
+        path: Whether the path may be seen.
+
+    Raises:
+        ValueError: The text is no address of a web server. The message does not repeat the text.
+    """
     address = Address(text, path=path)
     if not text.startswith(WEB):
         raise ValueError("is not an address that begins with http:// or https://")
@@ -149,25 +171,28 @@ def web_address(text: str, *, path: bool = True) -> Address:
 
 
 def holds_login(place: str) -> bool:
-    """Whether a place in object storage, such as `s3://http://user:password@host:9000/bucket`, holds a password."""
+    """Return whether a place in object storage holds a user's name or password.
+
+    An example is `s3://http://user:password@host:9000/bucket`.
+    """
     return re.match(r"[a-z0-9]+://(https?://)?+[^/]*?(:(?!\d+/)[^/]*/.*)?@", place) is not None
 
 
 def _shown(whole: str, path: bool) -> str:
     scheme = _SCHEME.match(whole)
-    if scheme is None or scheme[0] == "sqlite://":  # a file's name; it has no password, and may have any character
+    if scheme is None or scheme[0] == "sqlite://":  # a file's name has no password and may have any character
         return whole
     rest = re.split(r"[?#]", whole[scheme.end() :], maxsplit=1)[0].removeprefix(f"{_login(whole)}@")
     return f"{scheme[0]}{rest if path else rest.partition('/')[0]}"
 
 
 def _login(whole: str) -> str:
-    """`user:password` as it stands there; empty without one."""
+    """Return the `user:password` of the address as written, or an empty text."""
     scheme = _SCHEME.match(whole)
     if scheme is None or scheme[0] == "sqlite://":
         return ""
     rest = whole[scheme.end() :]
-    # SQLAlchemy takes all before the last @ for the password; of a web address the host ends with the first slash.
+    # SQLAlchemy takes all text before the last @ for the password. In a web address the host ends at the first slash.
     rest = re.split(r"[/?#]", rest, maxsplit=1)[0] if scheme[0] in WEB else rest.partition("?")[0]
     return rest.rpartition("@")[0]
 

@@ -1,7 +1,7 @@
-"""Names and files that somebody else wrote: how they become paths on this machine, and how they are read.
+"""Names and files of other parties: how they become paths on this machine, and how they are read.
 
-A checkpoint, a bucket, a registry or a shared store may be made by anyone. Every name in them that becomes a path goes
-through `local_path`, every file of a foreign folder is opened by `open_below`, and every JSON document is read by
+Anybody may make a checkpoint, a bucket, a registry or a shared store. Every name in them that becomes a path goes
+through `local_path`. Every file of a foreign folder is opened by `open_below`, and every JSON document is read by
 `parse_json`.
 """
 
@@ -19,11 +19,11 @@ from typing import Any
 
 from resources.errors import RefineryError
 
-#: Linux takes 255 bytes for one part of a path and 4,096 for all of it; the folder before it needs some of them.
+#: Linux allows 255 bytes for one part of a path and 4,096 for the whole path, of which the folder needs some.
 _MOST_PART_BYTES = 255
 _MOST_NAME_BYTES = 1024
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-#: Where huggingface_hub keeps files that several repositories have in common, below its cache's `blobs`.
+#: The paths at which huggingface_hub keeps files that several repositories share, below its cache's `blobs`.
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 #: A configuration has a few kilobytes; one with a hundred thousand labels has five megabytes.
@@ -32,23 +32,30 @@ MOST_CONFIG_VALUES = 10**6
 #: A tokenizer of 900,000 pieces, as XLM-V's, has 58 MB and 2.7 million values.
 MOST_TOKENIZER_BYTES = 64 * 2**20
 MOST_TOKENIZER_VALUES = 3 * 10**6
-#: Of a record, manifest or configuration of our own. A record with a hundred thousand long labels has half of it.
+#: For a record, manifest or configuration of our own. A record with a hundred thousand long labels needs half of it.
 MOST_DOCUMENT_BYTES = 64 * 2**20
 #: Real configurations nest five levels deep.
 MOST_DEPTH = 32
-#: Of one text in a configuration. Chat templates have some ten thousand characters.
+#: For one text in a configuration, in characters. Chat templates have some ten thousand.
 MOST_TEXT = 2**20
 _VALUE_MARKS = (b",", b"[", b"{")
 
 
 class ForeignError(RefineryError):
-    """A name or a file of somebody else's is not used. The message says what is wrong with it, and begins with it."""
+    """A name or a file of another party is refused.
+
+    The message begins with the name or file and says what is wrong with it.
+    """
 
 
 def check_name(name: object) -> str:
-    """Return a relative path of somebody else's, if it can stay below a folder. Raises ForeignError."""
+    """Return a relative path of another party if it stays below a folder.
+
+    Raises:
+        ForeignError: The path leads out of its folder or is no valid name of a file.
+    """
     if not isinstance(name, str):
-        # Never shown: a few lines of YAML, whose aliases multiply, have no end when they are written out.
+        # The value is never shown, because a few lines of YAML whose aliases multiply become an endless text.
         raise ForeignError(f"a {type(name).__name__} is no name of a file")
     shown = repr(name if len(name) <= 100 else f"{name[:100]}...")
     try:
@@ -65,13 +72,15 @@ def check_name(name: object) -> str:
 
 
 def local_path(folder: Path, name: object) -> Path:
-    """Return the path of a foreign name below the folder. Raises ForeignError where it would lead out of it, by itself
-    or by a link that lies there.
+    """Return the path of a foreign name below the folder.
+
+    Raises:
+        ForeignError: The path leads out of the folder, by itself or through a link that lies there.
     """
     path = folder / check_name(name)
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # links in a circle
+    except (OSError, RuntimeError):  # the links form a circle
         inside = False
     if not inside:
         raise ForeignError(f"{name!r} is a link that leads out of {folder}")
@@ -81,13 +90,14 @@ def local_path(folder: Path, name: object) -> Path:
 def open_below(folder: Path, name: object) -> io.BufferedReader:
     """Open a regular file of a foreign folder.
 
-    Raises FileNotFoundError and other OSErrors, and ForeignError where it is no regular file, or a link that leads out
-    of the folder.
+    Raises:
+        OSError: The file does not exist (FileNotFoundError) or cannot be opened.
+        ForeignError: It is no regular file, or a link that leads out of the folder.
     """
     path = folder / check_name(name)
     stream = open_regular(path)
     try:
-        # What was opened, and not what the path names by now.
+        # The opened file is checked, because the path may name another one by now.
         real = Path(f"/proc/self/fd/{stream.fileno()}").readlink()
         if not _belongs(folder, real):
             raise ForeignError(f"{path} is a link that leads out of its folder")
@@ -100,11 +110,14 @@ def open_below(folder: Path, name: object) -> io.BufferedReader:
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file, wherever its links lead.
 
-    Nothing else is opened, because a pipe would wait for ever and a device has no end. Raises OSError, and ForeignError
-    where it is something else.
+    Other kinds of files are refused, because a pipe would wait for ever and a device has no end.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ForeignError: It is no regular file.
     """
     _require_regular(path, path.stat())
-    # The file may be replaced by a pipe at this moment: O_NONBLOCK opens that too, without waiting.
+    # A pipe may replace the file at this moment. O_NONBLOCK opens a pipe without waiting.
     try:
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -120,13 +133,17 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def is_file_below(folder: Path, name: object) -> bool:
-    """Whether there is such a file. Raises ForeignError where it is something that `open_below` refuses."""
+    """Return whether the foreign folder has a regular file of that name.
+
+    Raises:
+        ForeignError: The name leads to something that `open_below` refuses.
+    """
     path = folder / check_name(name)
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError as error:  # links in a circle
+    except OSError as error:  # the links form a circle
         raise ForeignError(f"{path} cannot be looked at: {error.strerror}") from None
     if stat.S_ISDIR(found.st_mode):
         return False
@@ -137,7 +154,12 @@ def is_file_below(folder: Path, name: object) -> bool:
 
 
 def read_below(folder: Path, name: object, most_bytes: int) -> bytes:
-    """Read a regular file of a foreign folder. Raises OSError, and ForeignError where it is larger or none."""
+    """Return the bytes of a regular file of a foreign folder.
+
+    Raises:
+        OSError: The file cannot be read.
+        ForeignError: It is larger than `most_bytes`, or `open_below` refuses it.
+    """
     with open_below(folder, name) as stream:
         data = read_whole(stream, most_bytes)
     if data is None:
@@ -146,7 +168,10 @@ def read_below(folder: Path, name: object, most_bytes: int) -> bytes:
 
 
 def read_whole(stream: io.BufferedReader, most_bytes: int) -> bytes | None:
-    """Read a file to its end; None where it is larger than that, also where it grows meanwhile."""
+    """Read a file to its end, or return None if it is larger than `most_bytes`.
+
+    The limit also holds if the file grows during the read.
+    """
     if os.fstat(stream.fileno()).st_size > most_bytes:
         return None
     data = stream.read(most_bytes + 1)
@@ -154,9 +179,12 @@ def read_whole(stream: io.BufferedReader, most_bytes: int) -> bytes | None:
 
 
 def parse_json(data: bytes, *, most_values: int = MOST_CONFIG_VALUES) -> Any:
-    """Parse a JSON document in UTF-8. Raises ValueError for everything that is wrong with it.
+    """Parse a JSON document in UTF-8.
 
-    A byte of JSON can become a hundred bytes of objects, so values are counted before anything is parsed.
+    One byte of JSON can become a hundred bytes of objects, so the values are counted before anything is parsed.
+
+    Raises:
+        ValueError: Anything is wrong with the document.
     """
     if sum(data.count(mark) for mark in _VALUE_MARKS) > most_values:
         raise ValueError(f"it holds more than {most_values} values")
@@ -169,10 +197,13 @@ def parse_json(data: bytes, *, most_values: int = MOST_CONFIG_VALUES) -> Any:
 
 
 def values_of(document: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every value of a JSON document with its key, however deep it lies: of a list's items the list's key.
+    """Yield every value of a JSON document with its key, however deep it lies.
 
-    Raises ValueError where the document is too deep for those who read it later, or holds a text that is too long or
-    cannot be written as UTF-8.
+    The items of a list come with the list's key.
+
+    Raises:
+        ValueError: The document is too deep for its later readers, or holds a text that is too long or cannot be
+            written as UTF-8.
     """
     left: list[tuple[str, Any, int]] = [("", document, 0)]
     while left:
@@ -205,7 +236,11 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 
 
 def _belongs(folder: Path, real: Path) -> bool:
-    """Whether a file, all links followed, lies in the folder, or in the Hub's cache where that folder lies."""
+    """Return whether the file lies in the folder, or in the Hub's cache that holds the folder.
+
+    Args:
+        real: The file's path with all links followed.
+    """
     home = folder.resolve()
     if real.is_relative_to(home):
         return True

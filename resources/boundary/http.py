@@ -1,4 +1,4 @@
-"""One question over HTTP, with a limit to how long and how large its answer may be."""
+"""One request over HTTP, with limits for the time and the size of its answer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 from resources.boundary.deadlines import within
 from resources.boundary.foreign import parse_json
 
-#: For connecting, and for each piece of the answer.
+#: The limit for connecting, and for each piece of the answer.
 _SILENCE_SECONDS = 4.0
-#: For all of it, from looking up the host's name to the last byte.
+#: The limit for the whole request, from the lookup of the host's name to the last byte.
 ANSWER_SECONDS = 8.0
 #: The Hub's answer about a repository of ten thousand files is about a megabyte.
 _MOST_BYTES = 8 * 2**20
@@ -30,10 +30,12 @@ _MOST_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Tls:
-    """What a server over TLS is believed by, and shown: OpenSSL's usual certificates (SSL_CERT_FILE), or these.
+    """The certificates with which a server over TLS is checked, and the certificate that it is shown.
 
-    authorities: a file or folder of certificates, in place of the usual ones. certificate: our own, with its key.
-    insecure: every server is believed.
+    Args:
+        authorities: A file or folder of certificates that replaces OpenSSL's usual ones (SSL_CERT_FILE).
+        certificate: Our own certificate, with its key.
+        insecure: Whether every server is trusted.
     """
 
     authorities: Path | None = None
@@ -41,7 +43,11 @@ class Tls:
     insecure: bool = False
 
     def context(self) -> ssl.SSLContext:
-        """Raises ValueError naming a file that cannot be read."""
+        """Return the SSL context with these certificates.
+
+        Raises:
+            ValueError: A file cannot be read. The message names it.
+        """
         place = self.authorities
         try:
             folder = place if place is not None and place.is_dir() else None
@@ -63,16 +69,27 @@ _USUAL = Tls()
 
 
 def get_json(url: str, headers: Mapping[str, str], trust: Tls = _USUAL) -> Any:
-    """The JSON document that the address answers with.
+    """Return the JSON document that the address answers with.
 
-    url: without name and password, which urllib would take for the host's name; see resources.boundary.addresses.
-    Raises urllib.error.HTTPError, another OSError (TimeoutError where it takes too long) or ValueError.
+    Args:
+        url: The address without name and password, which urllib would take for the host's name; see
+            resources.boundary.addresses.
+        headers: The request's headers.
+        trust: The certificates for a server over TLS.
+
+    Raises:
+        urllib.error.HTTPError: The server answers with an error.
+        OSError: There is no connection or no HTTP answer, or the answer takes too long (TimeoutError).
+        ValueError: The answer is too large or no JSON, or a file of certificates cannot be read.
     """
     return parse_json(_answer(urllib.request.Request(url, headers=dict(headers)), trust))  # noqa: S310 - see _answer
 
 
 def post_json(url: str, headers: Mapping[str, str], document: Any) -> None:
-    """Send the document to the address. Raises as `get_json` does."""
+    """Send the document to the address.
+
+    The errors are those of `get_json`.
+    """
     headers = {"Content-Type": "application/json", **headers}
     _answer(urllib.request.Request(url, json.dumps(document).encode(), headers), _USUAL)  # noqa: S310 - see _answer
 
@@ -81,9 +98,9 @@ def _answer(request: urllib.request.Request, trust: Tls) -> bytes:
     if request.type not in ("http", "https"):
         raise ValueError(f"{request.type}: is no address of a web server")
     try:
-        # The limits of _read hold for what a server sends; looking up its name has none.
+        # The limits of _read hold for the server's answer. The lookup of the server's name has none.
         return within(ANSWER_SECONDS, partial(_read, request, trust, time.monotonic() + ANSWER_SECONDS))
-    except HTTPException as error:  # what came is not HTTP
+    except HTTPException as error:  # the answer is not HTTP
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
@@ -93,7 +110,7 @@ def _read(request: urllib.request.Request, trust: Tls, deadline: float) -> bytes
         answer = opener.open(request, timeout=_SILENCE_SECONDS)
     except HTTPError:
         raise
-    except URLError as error:  # its own text hides the system's behind an error number and brackets
+    except URLError as error:  # its text hides the system's message behind an error number and brackets
         if isinstance(error.reason, TimeoutError):
             raise error.reason from error
         raise ConnectionError(getattr(error.reason, "strerror", None) or str(error.reason)) from error
@@ -109,7 +126,7 @@ def _read(request: urllib.request.Request, trust: Tls, deadline: float) -> bytes
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
-    """urllib would send a token on to whatever host an answer points to."""
+    """Redirects that do not send a token on to another host, as urllib would."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -121,7 +138,7 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
 
 
 class _Http(urllib.request.HTTPHandler):
-    """Connections whose answers have to be there by the deadline (of time.monotonic), headers included."""
+    """Connections whose answers, headers included, have to arrive by the deadline (of time.monotonic)."""
 
     def __init__(self, deadline: float) -> None:
         super().__init__()
@@ -153,7 +170,10 @@ def _response(deadline: float, sock: socket.socket, *arguments: Any, **options: 
 
 
 class _Until(io.RawIOBase):
-    """What a socket gives until the deadline: its own time-out begins anew with each byte."""
+    """A stream that reads from a socket until the deadline.
+
+    The socket's own timeout begins anew with each byte.
+    """
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
         self._raw, self._sock, self._deadline = raw, sock, deadline

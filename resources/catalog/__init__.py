@@ -1,1 +1,1 @@
-"""The models file: which checkpoints are optimized, and what counts as accurate and as best."""
+"""The models file, which lists the checkpoints to optimize with their accuracy gates and their objectives."""

@@ -1,7 +1,7 @@
 """One entry of the models file: its fields and their types.
 
 The types are strict on purpose. A field that is misspelled or of the wrong type stops everything before any work
-begins, and the error names the file, the model, the field and the remedy.
+begins. The error names the file, the model, the field and the remedy.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from resources.boundary.addresses import holds_login
 from resources.boundary.trust import Trust
 from resources.tasks import TASKS, Gates, Options
 
-#: Triton's folder names and Dagster's partition keys both have to take a model's name: no `/`, no `|`, no `...`, and
-#: nothing that looks like one of our own immutable parts (`minilm__r3__engine`). No dot at the end: Dagster writes a
-#: range of partitions as `first...last`.
+#: A model's name must be valid both as a folder name of Triton and as a partition key of Dagster. It therefore has no
+#: `/`, no `|` and no `...`, and does not look like a part of a release (`minilm__r3__engine`). It does not end with a
+#: dot, because Dagster writes a range of partitions as `first...last`.
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED_NAME = re.compile(r"__r\d+__|\.\.\.|\.$")
 SHAPE_PATTERN = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,4})")
@@ -32,7 +32,11 @@ class Shape(BaseModel):
 
     @classmethod
     def parse(cls, text: object) -> Shape:
-        """Read `8x128`; raises ValueError on anything else."""
+        """Read a shape from a text such as `8x128`, or return it if it is a shape already.
+
+        Raises:
+            ValueError: The value is neither.
+        """
         if isinstance(text, Shape):
             return text
         match = SHAPE_PATTERN.fullmatch(text) if isinstance(text, str) else None
@@ -48,17 +52,20 @@ class Shape(BaseModel):
 ShapeField = Annotated[Shape, BeforeValidator(Shape.parse)]
 DEFAULT_SHAPES = tuple(Shape.parse(text) for text in ("1x16", "1x128", "8x128", "32x128"))
 
-#: What "best" means, by the figure that is compared; each is a ratio to PyTorch, combined over the shapes by the
-#: geometric mean. `p50`: median latency; `p90`: its tail; `memory`: peak memory; `size`: bytes on disk.
+#: The figure by which the best engine is chosen: the median latency (`p50`), the 90th percentile of latency (`p90`),
+#: the peak memory (`memory`) or the bytes on disk (`size`). Each is compared as a ratio to PyTorch, and the ratios of
+#: all shapes are combined by the geometric mean.
 Objective = Literal["p50", "p90", "memory", "size"]
 
 
 class Strict(BaseModel):
+    """A base for models that are frozen, convert no types, and refuse unknown fields, infinity and NaN."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class BenchmarkSettings(Strict):
-    """How long and with what each candidate is timed."""
+    """The time and the threads for the benchmark of each candidate."""
 
     seconds: float = Field(default=45.0, gt=0, le=3600, description="Bound for one candidate, all in all.")
     threads: int | None = Field(
@@ -67,14 +74,17 @@ class BenchmarkSettings(Strict):
 
 
 class LadderSettings(Strict):
-    """How much a builder may try to rescue a reduced-precision engine that misses a gate."""
+    """The number of trials and the time in which a builder tries to rescue a reduced-precision engine.
+
+    A rescue begins when the engine misses an accuracy gate.
+    """
 
     trials: int = Field(default=48, ge=0, le=1000, description="Of engines, beyond the first; 0: no rescue.")
     seconds: float = Field(default=300.0, gt=0, le=36000, description="Bound for all trials of one engine.")
 
 
 class TensorRtSettings(Strict):
-    """How TensorRT builds its engines, and how much it may take for that."""
+    """The settings with which TensorRT builds its engines, and the memory that it may use."""
 
     optimization_level: int = Field(
         default=3, ge=0, le=5, description="0: the first kernels that run, and no timing cache; 5: every kernel tried."
@@ -84,7 +94,10 @@ class TensorRtSettings(Strict):
 
 
 class RateLimiter(Strict):
-    """What an engine's instance takes of Triton's rate limiter, which works across the models of a server."""
+    """The resources and the priority of an engine's instances in Triton's rate limiter.
+
+    The rate limiter works across all models of a server.
+    """
 
     resources: dict[str, Annotated[int, Field(ge=1, le=10**6)]] = Field(
         default_factory=dict, description="Copies that one execution holds, by name."
@@ -95,7 +108,7 @@ class RateLimiter(Strict):
 
 
 class ServingSettings(Strict):
-    """How the release is served, and what may be spent on finding that out on a real server."""
+    """The settings with which the release is served, and the time for finding them on a real server."""
 
     p99_ms: float | None = Field(default=None, gt=0, description="Limit of latency under that load.")
     clients: int = Field(default=16, ge=1, le=1024, description="Of the load; each asks when it has its answer.")
@@ -110,12 +123,12 @@ class ServingSettings(Strict):
 
 
 class LimitSettings(Strict):
-    """What one request may ask for. One that asks for more is refused, and nothing else is.
+    """The largest request that a release answers. A larger request is refused, and other requests are unaffected.
 
-    resources.pipelines.limits has the same fields, for the released models, and a test compares them.
+    resources.pipelines.limits has the same fields, for the released models. A test compares the two.
     """
 
-    # The least is what a release is proven with.
+    # No limit can be set lower than the requests that prove a release need.
     text_bytes: int = Field(default=4 * 2**20, ge=4096, le=2**30, description="Of one text, in UTF-8.")
     request_bytes: int = Field(default=32 * 2**20, ge=2**17, le=2**30, description="Of all its texts together.")
     labels: int = Field(default=1000, ge=10, le=1000, description="Of one row (zero-shot classification).")
@@ -186,11 +199,15 @@ class ModelEntry(Strict):
 
     @property
     def trust(self) -> Trust:
-        """What loading its checkpoint may do."""
+        """The permissions for loading the entry's checkpoint."""
         return Trust(self.allow_pickle, self.trust_remote_code, self.unused_weights == "allow")
 
     def accuracy_gates(self) -> Gates:
-        """The task's gates, with this entry's own values in place of the defaults. Raises ValueError."""
+        """Return the task's gates, with this entry's own values in place of the defaults.
+
+        Raises:
+            ValueError: The entry has a gate that the task does not have, or a wrong value.
+        """
         gates = TASKS[self.task].gates
         try:
             return gates.model_validate(self.gates)
@@ -198,7 +215,11 @@ class ModelEntry(Strict):
             raise ValueError(explain(error, gates, prefix="gates.")) from None
 
     def task_options(self) -> Options:
-        """The task's options, with this entry's own values in place of the defaults. Raises ValueError."""
+        """Return the task's options, with this entry's own values in place of the defaults.
+
+        Raises:
+            ValueError: The entry has an option that the task does not have, or a wrong value.
+        """
         options = TASKS[self.task].options
         try:
             return options.model_validate(self.options)
@@ -206,18 +227,18 @@ class ModelEntry(Strict):
             raise ValueError(explain(error, options, prefix="options.")) from None
 
     def fields(self) -> dict[str, Any]:
-        """What a models file would say of it, defaults left out: the same entry, once it is read again."""
+        """Return the entry as the fields of a models file, without defaults. Reading them gives the same entry."""
         data = self.model_dump(mode="json", exclude_defaults=True)
         if self.shapes is not None:
             data["shapes"] = [str(shape) for shape in self.shapes]
         return data
 
     def competes(self, engine: str) -> bool:
-        """Whether the engine of that name is a candidate here. The PyTorch baseline is always measured."""
+        """Return whether the engine of that name is a candidate. The PyTorch baseline always is."""
         return self.engines is None or engine in self.engines or engine == "torch"
 
 
-#: Fields of an entry that have fields of their own.
+#: The fields of an entry that have fields of their own, and their models.
 _PARTS: dict[str, type[BaseModel]] = {
     "benchmark": BenchmarkSettings,
     "ladder": LadderSettings,
@@ -229,7 +250,11 @@ _PARTS: dict[str, type[BaseModel]] = {
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError where Triton or Dagster could not take the name."""
+    """Check that Triton and Dagster accept a model's name.
+
+    Raises:
+        ValueError: One of them does not.
+    """
     if not NAME_PATTERN.fullmatch(name) or RESERVED_NAME.search(name):
         raise ValueError(
             f"name: {name!r} cannot be used by Triton and Dagster; use up to 100 of A-Z a-z 0-9 . _ - beginning "
@@ -238,13 +263,16 @@ def check_name(name: str) -> None:
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line a mistake in a `model`: the field, what was given, what is right."""
+    """Describe the mistakes in the fields of a `model` in one line.
+
+    Each mistake names the field, the given value and the right form. The mistakes are joined by semicolons.
+    """
     lines: list[str] = []
     for item in error.errors():
         field = prefix + ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "too_short" and lines:
-            continue  # a list is short because what was in it was wrong, and that is said
+            continue  # pydantic drops wrong items before it counts, and those mistakes are in the list already
         if item["type"] == "extra_forbidden":
             there = model
             for part in item["loc"][:-1]:

@@ -17,21 +17,32 @@ from resources.storage.atomic import write_whole
 
 
 class Catalog(Strict):
-    """All models, by name. refused: why an addition was not read, by its file's name without `.yaml`."""
+    """All models of the models file and of the additions to it.
+
+    Args:
+        models: The entries.
+        refused: Why an addition could not be used, by the name of its file without `.yaml`.
+    """
 
     models: Annotated[tuple[ModelEntry, ...], Field(strict=False)] = ()
     refused: dict[str, str] = Field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
+        """The names of all models."""
         return [entry.name for entry in self.models]
 
     def get(self, name: str) -> ModelEntry:
-        """The entry of that name. Raises CatalogError with the names there are."""
+        """Return the entry of that name.
+
+        Raises:
+            CatalogError: There is none, or its addition was refused. The error lists the names of all models, or says
+                why the addition was refused.
+        """
         for entry in self.models:
             if entry.name == name:
                 return entry
-        if name in self.refused:  # `write_entry` names files as their models
+        if name in self.refused:  # `write_entry` names a file after its model
             raise CatalogError(self.refused[name])
         known = ", ".join(self.names) or "none"
         raise CatalogError(
@@ -52,12 +63,15 @@ def _parse_entry(data: Any, path: Path, position: int) -> ModelEntry:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's own loader takes the last of two equal keys in silence; one of them is a mistake."""
+    """A YAML loader that refuses a mapping in which a key is there twice.
+
+    PyYAML's own loader silently takes the last of two equal keys, and one of them is a mistake.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            # As written, before `<<` brings in another mapping's fields: those may be given anew.
+            # The keys are checked as written, before `<<` merges another mapping. Merged fields may be overridden.
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
@@ -67,7 +81,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-#: Of a models file; thousands of models take less.
+#: The most bytes of a models file. Thousands of models take less.
 _MOST_BYTES = 16 * 2**20
 
 
@@ -81,7 +95,10 @@ def _read(path: Path) -> tuple[ModelEntry, ...]:
 
 @lru_cache(maxsize=1024)
 def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
-    """Return the entries of the file. The signature makes the cache forget them when the file changes."""
+    """Return the entries of the file.
+
+    The signature is part of the cache's key, so a file that has changed is read again.
+    """
     try:
         with open_regular(path) as stream:
             text = read_whole(stream, _MOST_BYTES)
@@ -93,7 +110,8 @@ def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise CatalogError(f"{path}{line}: {error.problem}. Mend that line or the one before it.") from None
-    # ValueError: what looks like a date or a number and is none, such as 2026-13-01; and text that is not UTF-8.
+    # PyYAML raises ValueError for a text such as 2026-13-01, which looks like a date and is none. Text that is not
+    # UTF-8 raises it too.
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CatalogError(f"The models file {path} cannot be read: {error}. Write it as YAML in UTF-8.") from None
     except ForeignError as error:
@@ -107,16 +125,16 @@ def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
 
 
 def _anchored(entry: ModelEntry, path: Path) -> ModelEntry:
-    """The entry with its paths made absolute: `./x` in a models file means beside that file."""
+    """Make the entry's paths absolute. They are relative to the folder of the models file."""
     changed = {}
     for field in ("source", "evaluation", "sample"):
         value = getattr(entry, field)
-        # What begins otherwise may be a Hub id; the others are always files.
+        # A source that does not begin with `.` or `~` may be a Hub id. The other two fields always name files.
         if value is None or not (field != "source" or value.startswith((".", "~"))):
             continue
         try:
             changed[field] = str((path.resolve().parent / Path(value).expanduser()).resolve())
-        except RuntimeError as error:  # ~nobody
+        except RuntimeError as error:  # expanduser raises it for a user that does not exist
             raise CatalogError(
                 f"{path}: model {entry.name!r}: {field}: {value!r}: {error}; write the whole path"
             ) from None
@@ -124,10 +142,16 @@ def _anchored(entry: ModelEntry, path: Path) -> ModelEntry:
 
 
 def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
-    """Read the models file, and what the command line added beside it (`additions`, a folder of models files).
+    """Read the models file and the additions of the command line.
 
-    Raises CatalogError with file, model, field and remedy for a mistake in the models file. An addition that cannot be
-    used costs its own models alone: see Catalog.refused.
+    A mistake in an addition affects only the models of that addition; see `Catalog.refused`.
+
+    Args:
+        path: The models file.
+        additions: The folder with the models files that the command line wrote.
+
+    Raises:
+        CatalogError: The models file has a mistake. The error names the file, the model, the field and the remedy.
     """
     models: dict[str, tuple[ModelEntry, Path]] = {}
     refused: dict[str, str] = {}
@@ -141,10 +165,14 @@ def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
 
 
 def _add(file: Path, entries: tuple[ModelEntry, ...], models: dict[str, tuple[ModelEntry, Path]]) -> None:
-    """Add the file's entries by name, all or none. Raises CatalogError where a name is there already."""
+    """Add all entries of a file to `models`, or none of them.
+
+    Raises:
+        CatalogError: A name is there already.
+    """
     fresh: dict[str, tuple[ModelEntry, Path]] = {}
     for entry in entries:
-        # Names become folders, and on some disks `M` and `m` are one.
+        # Names become folders, and some file systems do not distinguish `M` from `m`.
         key = entry.name.casefold()
         known, first = models.get(key) or fresh.get(key) or (None, None)
         if known is not None:
@@ -157,12 +185,12 @@ def _add(file: Path, entries: tuple[ModelEntry, ...], models: dict[str, tuple[Mo
 
 
 def entry_text(entry: ModelEntry) -> str:
-    """What `write_entry` writes. A file with any other text has been edited."""
+    """Return the text that `write_entry` writes. A file with any other text has been edited."""
     return yaml.safe_dump({"models": [entry.fields()]}, sort_keys=False)
 
 
 def write_entry(entry: ModelEntry, folder: Path) -> Path:
-    """Write one entry as a models file of its own, named as the model; whole or not at all."""
+    """Write one entry as a models file of its own that is named after the model. The write is atomic."""
     path = folder / f"{entry.name}.yaml"
     write_whole(path, entry_text(entry))
     return path

@@ -1,1 +1,1 @@
-"""Where checkpoints come from, and what must hold before one is used."""
+"""Checkpoints: the sources that hold them, and the checks before one is used."""

@@ -1,7 +1,7 @@
-"""config.json and tokenizer_config.json: what they may say.
+"""Checks of config.json and tokenizer_config.json.
 
-transformers takes both at their word. Some of their fields make it run code or fetch some, read other files than those
-that were checked, or allocate whatever they name. docs/security.md, "Checkpoints", lists them.
+transformers trusts both files. Some of their fields make it run or fetch code, read other files than those that were
+checked, or allocate as much memory as they name. docs/security.md, "Checkpoints", lists these fields.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from resources.checkpoints.reading import TOKENIZER, has_file, read_object, refu
 from resources.tasks.base import MOST_LABELS
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-#: Attention and experts as transformers itself computes them. Every other name makes it look for a package, or for
-#: native code on the Hub: with a slash the repository that is named, and without one its own for flash attention.
+#: The implementations of attention and experts that are part of transformers. Every other name makes it look for a
+#: package or for native code on the Hub. A name with a slash means that repository. Without a slash, transformers takes
+#: its own repository for flash attention.
 _OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 #: Fields that make transformers read other files of the folder than those that are checked here.
 _OTHER_FILES = ("configuration_files", "fast_tokenizer_files", "transformers_weights", "gguf_file")
-#: Fields of quantized weights. Their loaders fetch native code from the Hub.
+#: Fields that describe quantized weights. The loaders of such weights fetch native code from the Hub.
 _QUANTIZED = ("quantization_config", "compression_config")
 #: Fields that name a second model, which transformers or timm fetches.
 _SECOND_MODEL = ("backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone")
 _TIMM = ("timm_wrapper", "timm_backbone")
-#: Paths of the machine where a tokenizer was saved. transformers ignores these whatever they say.
+#: Paths on the machine where a tokenizer was saved. transformers ignores their values.
 _STALE_PATHS = ("special_tokens_map_file", "tokenizer_file", "added_tokens_file")
-#: transformers takes nothing from these but labels.
+#: transformers reads only labels from these tables.
 _LABEL_TABLES = ("id2label", "label2id")
-#: What torch calls the numbers that weights may have.
+#: Torch's names of the number types that weights may have.
 _DTYPE = re.compile(r"(torch\.)?(auto|float|half|double|b?float16|float32|float64)")
 
 _MOST_LABEL_CHARACTERS = 1000
-#: Far beyond any real model, and little enough for a count of modules or a length. The first that fits a field's name.
+#: The largest numbers for fields, by patterns of their names. The first pattern that fits a name counts. The bounds are
+#: far beyond any real model, and small enough for a number of modules or a length.
 _MOST = (
-    # transformers takes 3 ms to make a layer, even without weights. Where several of these are multiplied (ALBERT's
-    # groups and their layers), the limits of the child process are what bounds them.
+    # transformers takes 3 ms to make a layer, even without weights. If several of these numbers are multiplied, such as
+    # ALBERT's groups and their layers, the limits of the child process bound the product.
     (re.compile("(^|_)(layers?|groups?|group_num|blocks?|networks)$"), 512),
     (re.compile("layer|depth|group|block"), 10_000),
     (re.compile("size|dim|hidden|head|position|length"), 2**24),
@@ -47,17 +49,21 @@ _MOST_ANYWHERE = 10**15
 
 
 def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
-    """Read config.json. Raises CheckpointError where it asks for what is never done, or says what cannot be."""
+    """Read and check config.json.
+
+    Raises:
+        CheckpointError: A field asks for something that is not allowed, or has an impossible value.
+    """
     config = read_object(entry, folder, CONFIG)
     for _ in _values(entry, folder / CONFIG, config):
-        pass  # raises where it is nested too deeply
+        pass  # the iteration raises if the document is nested too deeply
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise refuse(entry, f"{folder / CONFIG} has no model_type", "Give the folder that transformers saved, whole")
     architectures = config.get("architectures")
     if architectures is not None and not _is_texts(architectures):
         raise refuse(entry, f"{CONFIG}, architectures: it is no list of names", "Copy the checkpoint again")
-    # A label may be called as a field is.
+    # The tables of labels are left out, because a label may have the name of a field.
     for key, value in values_of({name: value for name, value in config.items() if name not in _LABEL_TABLES}):
         _refuse_number(entry, key, value)
         _refuse_code(entry, CONFIG, key, value)
@@ -69,7 +75,11 @@ def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
 
 
 def check_tokenizer_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
-    """The same of tokenizer_config.json; empty where there is none."""
+    """Read and check tokenizer_config.json. The result is empty if there is none.
+
+    Raises:
+        CheckpointError: A field asks for something that is not allowed.
+    """
     if not has_file(entry, folder, TOKENIZER_CONFIG):
         return {}
     config = read_object(entry, folder, TOKENIZER_CONFIG)
@@ -77,7 +87,7 @@ def check_tokenizer_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
         _refuse_code(entry, TOKENIZER_CONFIG, key, value)
     if has_file(entry, folder, TOKENIZER):
         return config
-    # Without tokenizer.json, transformers would make one from whatever file such a field names.
+    # Without tokenizer.json, transformers would make a tokenizer from the file that such a field names.
     for key, value in config.items():
         if key.endswith("_file") and key not in _STALE_PATHS and isinstance(value, str) and "/" in value:
             raise refuse(
@@ -94,7 +104,11 @@ def _values(entry: ModelEntry, path: Path, config: dict[str, Any]) -> Iterator[t
 
 
 def _refuse_code(entry: ModelEntry, file: str, key: str, value: Any) -> None:
-    """Raise CheckpointError for a field that leads transformers to code or files beyond those that are checked."""
+    """Check that a field does not lead transformers to code or files that are not checked.
+
+    Raises:
+        CheckpointError: It does.
+    """
     if not value:
         return
     if key == "auto_map" and not entry.trust_remote_code:
@@ -138,7 +152,7 @@ def _refuse_number(entry: ModelEntry, key: str, value: Any) -> None:
         return
     most = next((most for names, most in _MOST if names.search(key)), _MOST_ANYWHERE)
     size = abs(value)
-    # A mask's value may be minus infinity; no size is.
+    # The value of an attention mask may be minus infinity, but a size may not.
     if size <= most or (most == _MOST_ANYWHERE and isinstance(value, float)):
         return
     shown = repr(value) if isinstance(value, float) or size < 10**20 else "a number of more than 20 digits"
@@ -172,10 +186,13 @@ def _check_labels(entry: ModelEntry, config: dict[str, Any]) -> None:
 
 
 def length_of(value: Any, most: int) -> int | None:
-    """A length from 1 to `most`; None for all else. transformers writes some as floats, and "no limit" as 1e30."""
+    """Return the value as a length if it is a number from 1 to `most`, or None otherwise.
+
+    transformers writes some lengths as floats, and "no limit" as 1e30.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # Neither NaN nor an integer beyond what a float holds gets through the comparison.
+    # The comparison is false for NaN and for integers that are too large for a float.
     return int(value) if 1 <= value <= most else None
 
 

@@ -1,4 +1,4 @@
-"""Requests from a user's file, or the task's own."""
+"""The requests for evaluation and for length profiles, from a user's file or from the task itself."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from resources.tasks import TASKS
 if TYPE_CHECKING:
     from resources.pipelines.base import Item, Pipeline
 
-#: Fewer are no sample of anything: of 20, one alone that differs misses every rate of .98.
+#: Fewer requests are too few for a rate. Even of 20, a single one that differs misses every rate of .98.
 FEWEST_ITEMS = 20
 
 
 def evaluation_requests(entry: ModelEntry, settings: dict[str, Any], max_tokens: int) -> tuple[list[Item], list[Any]]:
-    """The user's evaluation requests with their right answers, or the task's own. Raises CatalogError.
+    """Return the user's evaluation requests with their right answers, or else the task's own requests.
 
-    settings, max_tokens: the checkpoint's, for its pipeline.
+    The task's own requests have None in place of each right answer.
+
+    Args:
+        entry: The entry that may name a file of requests.
+        settings: The checkpoint's settings for its pipeline.
+        max_tokens: The checkpoint's limit of tokens for a text.
+
+    Raises:
+        CatalogError: The user's file cannot be read or has a mistake.
     """
     if entry.evaluation is None:
         items = TASKS[entry.task].items(settings, max_tokens)
@@ -30,13 +38,21 @@ def evaluation_requests(entry: ModelEntry, settings: dict[str, Any], max_tokens:
 
 
 def sampled_requests(entry: ModelEntry, settings: dict[str, Any], most: int) -> list[Item]:
-    """The first requests of the user's sample. Raises CatalogError."""
+    """Return the requests of the first `most` lines of the user's sample.
+
+    Raises:
+        CatalogError: The sample cannot be read or has a mistake.
+    """
     assert entry.sample is not None, "there is a sample only where the catalog names one"
     return [item for item, _ in _read(entry, "sample", entry.sample, settings, most)]
 
 
 def require_answers(model: str, field: str, pipeline: Pipeline, items: list[Item]) -> None:
-    """Raise CatalogError for a request of the user's that the model's releases would refuse, however it is asked."""
+    """Check that the model's releases would answer each of the user's requests.
+
+    Raises:
+        CatalogError: The releases would refuse one. The error names its number.
+    """
     from resources.pipelines.limits import RefusedError
 
     for number, item in enumerate(items, start=1):
@@ -51,11 +67,16 @@ def require_answers(model: str, field: str, pipeline: Pipeline, items: list[Item
 def _read(
     entry: ModelEntry, field: str, file: str, settings: dict[str, Any], most: int | None = None
 ) -> list[tuple[Item, Any]]:
-    """Each line's requests with the right answer or None. Raises CatalogError naming model, field, file and line."""
+    """Return the requests of each line, each with its right answer or None.
+
+    Raises:
+        CatalogError: The file cannot be read, has a mistake, or holds fewer than FEWEST_ITEMS requests. The error names
+            the model, the field, the file and the line.
+    """
     path, task = Path(file), TASKS[entry.task]
     where = f"{entry.name}: {field}: {path}"
     try:
-        # Not splitlines: a text may hold a line separator of Unicode, which JSON does not escape.
+        # splitlines would also split at Unicode's line separators, which a JSON string may hold unescaped.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CatalogError(f"{where} cannot be read: {error}. Give a JSON Lines file in UTF-8.") from None

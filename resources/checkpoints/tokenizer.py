@@ -1,4 +1,4 @@
-"""What transformers and tokenizers make of a checkpoint's copy, found out in a child process."""
+"""The reading of a checkpoint's copy with transformers and tokenizers, in a child process."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from resources.checkpoints.validation import ONLY_IN_PYTHON_REMEDY, only_in_pyth
 from resources.errors import CheckpointError, first_line
 from resources.tasks import SpecialTokens
 
-#: Of parameters beyond one for each byte of the stored weights: heads and poolers that a checkpoint may lack.
+#: A model may have one parameter for each byte of the stored weights, and this many more. The additional ones are those
+#: of heads and poolers that a checkpoint may lack.
 _SPARE_PARAMETERS = 2**24
-#: Any text will do: whether a tokenizer works at all.
+#: A text that shows whether a tokenizer works at all. Any other text would do.
 _TEXT = "Does it work?"
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The arrays that the model takes, and what the tokenizer is like. frame: see `frame_of`.
+    """The arrays that the model takes, and the properties of the tokenizer.
 
-    truncation_side: `right`, or `left` where the end of a text is kept.
+    Args:
+        inputs: The names of the arrays, in their usual order.
+        pad_id: The id that pads.
+        vocabulary_size: The number of tokens, added ones included.
+        tokens: The special tokens.
+        frame: The ids around a text and between two texts; see `frame_of`.
+        truncation_side: The side at which a long text is cut: `right`, or `left` to keep its end.
     """
 
     inputs: tuple[str, ...]
@@ -36,9 +43,17 @@ class Signature:
 
 
 def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int) -> Signature:
-    """Write tokenizer.json where only older files are there, and find which arrays the model takes.
+    """Write tokenizer.json if the folder has only older files, and find which arrays the model takes.
 
-    stored_bytes: of the weights. Raises CheckpointError.
+    Args:
+        folder: The copy of the checkpoint.
+        model: The model's name, for messages.
+        trust_remote_code: Whether transformers may run the checkpoint's own code.
+        stored_bytes: The size of the weights in bytes.
+
+    Raises:
+        CheckpointError: transformers cannot read the configuration or the tokenizer, or one of them does not match the
+            weights.
     """
     from tokenizers import Tokenizer
 
@@ -48,7 +63,7 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         tokenizer = _tokenizer(folder, trust_remote_code, convert=file != TOKENIZER)
         # DeBERTa's tokenizers make segment ids although most of its models have no table for them (type_vocab_size 0).
         segments = "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 1) != 0
-        # Of byte-pair encodings transformers never removes spaces, whatever their configuration says.
+        # transformers never removes spaces from the texts of byte-pair encodings, whatever their configuration says.
         pieces = type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
         tokens = SpecialTokens(
             pad_id=tokenizer.pad_token_id,
@@ -58,14 +73,14 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
             mask_token=tokenizer.mask_token,
         )
         vocabulary_size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-        # Padding and truncation are whatever the last training run left there.
+        # The file still has the padding and truncation of the last training run.
         plain = Tokenizer.from_file(str(folder / TOKENIZER))
         plain.no_padding()
         plain.no_truncation()
         frame = frame_of(plain)
     except CheckpointError as error:
         raise CheckpointError(f"{model}: {error}") from error
-    except BaseException as error:  # a panic of the library in Rust is no Exception
+    except BaseException as error:  # a panic of the Rust library is a BaseException
         raise CheckpointError(
             f"{model}: transformers cannot read its tokenizer ({file}): {first_line(error)}. Give the checkpoint with "
             f"a {TOKENIZER} that its author made."
@@ -86,7 +101,14 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
 
 
 def frame_of(tokenizer: Any) -> dict[str, Any]:
-    """Find what a tokenizer (of the `tokenizers` library) puts around a text and between two: see TextEncoder."""
+    """Find the ids that a tokenizer puts around a text and between two texts.
+
+    Args:
+        tokenizer: A tokenizer of the `tokenizers` library.
+
+    Returns:
+        The fields that TextEncoder reads.
+    """
     row, pair = tokenizer.encode(_TEXT), tokenizer.encode(_TEXT, _TEXT)
     inside = [place for place, special in enumerate(row.special_tokens_mask) if not special]
     ends = max(place for place, number in enumerate(pair.sequence_ids) if number == 0)
@@ -101,14 +123,18 @@ def frame_of(tokenizer: Any) -> dict[str, Any]:
 
 
 def _model(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int) -> tuple[Any, set[str]]:
-    """The model's configuration, and the arguments that its forward takes. Raises CheckpointError."""
+    """Return the model's configuration and the names of the arguments of its `forward`.
+
+    Raises:
+        CheckpointError: transformers cannot make the model, or config.json describes another model than the weights.
+    """
     import torch
     from transformers import AutoConfig, AutoModel
 
     trust = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
-        # On the meta device nothing is allocated: only the signature and the sizes are wanted.
+        # Only the signature and the sizes are needed, and the meta device allocates no memory for weights.
         with torch.device("meta"):
             made = AutoModel.from_config(config, **trust)
         parameters = sum(parameter.numel() for parameter in made.parameters())
@@ -127,7 +153,11 @@ def _model(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int)
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool, *, convert: bool) -> Any:
-    """The tokenizer that is served. convert: only older files are there, and tokenizer.json is to be made of them."""
+    """Load the tokenizer that is served.
+
+    Args:
+        convert: Whether to make tokenizer.json from older files first.
+    """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, TokenizersBackend
 
@@ -142,23 +172,26 @@ def _tokenizer(folder: Path, trust_remote_code: bool, *, convert: bool) -> Any:
                 raise
             require_right_conversion(folder, made)
         made.backend_tokenizer.save(str(folder / TOKENIZER))
-    # Releases read that file with tokenizers alone, and transformers takes only parts of it.
+    # Releases read the whole file with the tokenizers library, and transformers reads only parts of it. Both must work.
     Tokenizer.from_file(str(folder / TOKENIZER)).encode(_TEXT)
     return load_tokenizers(folder, trust_remote_code)[1]
 
 
 def load_tokenizers(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load a tokenizer as transformers does by itself, and with tokenizer.json as it was trained.
+    """Load a tokenizer twice: as transformers loads it by default, and as tokenizer.json defines it.
 
-    transformers 5 takes parts of that file alone for some architectures, and makes the others as it thinks they should
-    be: DeBERTa's normalizer of SentencePiece becomes NFC. Everything that tokenizer.json does not say (names of special
-    tokens, limits, sides, the arrays that the model takes) is the same in both.
+    For some architectures, transformers 5 reads only parts of that file and replaces the others by defaults of its own.
+    For example, it replaces DeBERTa's SentencePiece normalizer by NFC. Both tokenizers share everything that
+    tokenizer.json does not define: the names of special tokens, limits, sides, and the arrays that the model takes.
+
+    Returns:
+        The default tokenizer and that of tokenizer.json.
     """
     from transformers import AutoTokenizer, TokenizersBackend
 
     try:
         own = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception:  # of a class that exists only in Python, say, whose author has made a tokenizer.json
+    except Exception:  # for example, the named class exists only in Python, and the author made a tokenizer.json too
         own = TokenizersBackend.from_pretrained(folder, local_files_only=True)
     trained = TokenizersBackend(
         tokenizer_file=str(folder / TOKENIZER),
@@ -173,7 +206,11 @@ def load_tokenizers(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def _pad_id(model: str, config: Any, tokenizer: Any) -> int:
-    """The id that pads: the model's own, else the tokenizer's, else 0. Raises CheckpointError where it has no row."""
+    """Return the id that pads: the model's own, else the tokenizer's, else 0.
+
+    Raises:
+        CheckpointError: The model's embedding has no row for the id.
+    """
     known = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, 0)
     pad = next(value for value in known if value is not None)
     rows = getattr(config, "vocab_size", None)

@@ -1,1 +1,1 @@
-"""Engines: what competes (`specs`), how a runtime is reached (`interface`), and one folder for each runtime."""
+"""The engines that compete (`specs`), the interface of their runtimes (`interface`), and a folder for each runtime."""

@@ -1,4 +1,4 @@
-"""Whether an engine can be built on this machine."""
+"""Check whether an engine can be built on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resources.machine.targets import device_of
 
 
 def unsupported_reason(spec: EngineSpec, target: str) -> str | None:
-    """Why the engine cannot be built for the target on this machine; None where it can."""
+    """Return why the engine cannot be built for the target on this machine, or None if it can."""
     device = device_of(target)
     if device not in spec.devices:
         where = "an NVIDIA GPU; the target 'cpu' has none" if device == "cpu" else f"a CPU; {target!r} is a GPU"

@@ -1,4 +1,4 @@
-"""Small tools for graphs of onnx_ir, which fusion, quantization and half precision share."""
+"""Small functions on onnx_ir graphs, shared by fusion, quantization and half precision."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import onnx_ir as ir
 
 #: The domain of ONNX Runtime's own operators.
 CONTRIB = "com.microsoft"
-#: Marks a node that is never computed in half precision, with the reason.
+#: The metadata key of nodes that are never computed in half precision. Its value is the reason.
 SINGLE = "refinery.single"
 
 
 def array_of(value: ir.Value) -> np.ndarray:
-    """The numbers of a constant."""
+    """Return the numbers of a constant."""
     assert value.const_value is not None, f"{value.name} is no constant"
     return value.const_value.numpy()
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether the value is a weight or another constant of the graph."""
+    """Return whether the value is a weight or another constant of the graph."""
     return value is not None and value.is_initializer() and value.const_value is not None
 
 
 def scalar_of(value: ir.Value | None) -> float | None:
-    """The number of a constant with one element; None for anything else."""
+    """Return the number of a constant with one element, or None for any other value."""
     if value is None or not is_constant(value):
         return None
     array = array_of(value)
@@ -33,7 +33,7 @@ def scalar_of(value: ir.Value | None) -> float | None:
 
 
 def add_initializer(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
-    """A new constant of the graph."""
+    """Add a constant to the graph and return it."""
     result = ir.Value(name=name, const_value=ir.tensor(value, name=name))
     result.shape, result.type = ir.Shape(value.shape), ir.TensorType(ir.DataType.from_numpy(value.dtype))
     model.graph.register_initializer(result)
@@ -41,18 +41,21 @@ def add_initializer(model: ir.Model, name: str, value: np.ndarray) -> ir.Value:
 
 
 def is_op(node: ir.Node | None, op_type: str, domain: str = "") -> bool:
-    """Whether the node is one of that operator."""
+    """Return whether the node is an operator of that type and domain."""
     return node is not None and node.op_type == op_type and node.domain == domain
 
 
 def made_by(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
-    """The node of that operator that computes the value, if one does."""
+    """Return the node that computes the value if it is an operator of that type and domain, else None."""
     node = value.producer() if value is not None else None
     return node if is_op(node, op_type, domain) else None
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that read the old value read the new one; a graph's output keeps its name, type and shape."""
+    """Make all readers of the old value read the new one.
+
+    If the old value is an output of the graph, the new one takes over its name, type and shape.
+    """
     new.shape, new.type = new.shape or old.shape, new.type or old.type
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}_before"
@@ -61,14 +64,14 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
 
 
 def drop_unused(model: ir.Model) -> None:
-    """Remove nodes and weights that nothing reads any more."""
+    """Remove nodes and weights that no other node reads."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     RemoveUnusedNodesPass()(model)
 
 
 def by_name(model: ir.Model) -> dict[str, ir.Node]:
-    """The nodes that have a name, by it."""
+    """Return the nodes that have a name, by name."""
     return {node.name: node for node in model.graph if node.name}
 
 
@@ -79,9 +82,10 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def module_path(node: ir.Node) -> str:
-    """The module of the checkpoint that the node comes from, as PyTorch names it; else the node's own name.
+    """Return the PyTorch name of the checkpoint's module that the node comes from, else the node's own name.
 
-    The exporter's `namespace`: `path: class` from the outermost module to the operator itself, with slashes between.
+    The exporter writes it into the node's `namespace`: a list of `path: class`, from the outermost module to the
+    operator itself, with slashes between.
     """
     namespace = node.metadata_props.get("namespace", "")
     modules = [part.split(": ", 1)[0] for part in namespace.split("/")[:-1]]
@@ -89,7 +93,7 @@ def module_path(node: ir.Node) -> str:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """The names, those that come more than once numbered."""
+    """Return the names, with a number appended to each one that occurs more than once."""
     counts: dict[str, int] = {}
     result = []
     for name in names:
@@ -99,8 +103,10 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def subgraph_inputs(value: ir.Value) -> tuple[set[str], set[str]]:
-    """Names of the graph's inputs that the value depends on: those whose numbers are read, and those of which only the
-    shape is.
+    """Return the names of the graph inputs that the value depends on.
+
+    Returns:
+        The inputs whose numbers are read, and the inputs of which only the shape is read.
     """
     read: set[str] = set()
     shaped: set[str] = set()
@@ -125,7 +131,10 @@ def subgraph_inputs(value: ir.Value) -> tuple[set[str], set[str]]:
 
 
 def cut(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy that computes the values of those names and nothing else; its inputs are those that it needs."""
+    """Return a copy of the model that computes only the values of those names.
+
+    Its inputs are those that the values need.
+    """
     copy = model.clone()
     values: dict[str, ir.Value] = {str(value.name): value for value in _values(copy)}
     copy.graph.outputs.clear()
@@ -134,7 +143,7 @@ def cut(model: ir.Model, names: Sequence[str]) -> ir.Model:
     for value in list(copy.graph.inputs):
         if not value.uses() and str(value.name) not in names:
             copy.graph.inputs.remove(value)
-    # Small constants may lie in a file as well, and the copy may go where that is not.
+    # Small constants may be stored in a file too. The copy may be used where that file is missing.
     return ir.external_data.load_to_model(copy)
 
 

@@ -1,6 +1,6 @@
-"""What every runtime takes and gives, and the two functions that lead to it.
+"""The interface that every runtime implements, and the two functions that call it.
 
-The module of a runtime is imported by `build` and `load` alone, inside child processes.
+Only `build` and `load` import the module of a runtime, and both run inside child processes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sources:
-    """What engines are built from and run with. Every runtime takes the parts it needs.
+    """The checkpoint and the graph that engines are built from and run with.
 
-    trust: what loading the checkpoint may do. By default it runs no code of the checkpoint's.
+    Every runtime uses the parts that it needs.
+
+    Args:
+        trust: What the loading of the checkpoint may do. By default it runs none of the checkpoint's own code.
     """
 
     checkpoint: Checkpoint
@@ -38,10 +41,17 @@ class Sources:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a reduced-precision engine has to reach, and how much its builder may try for it.
+    """The accuracy that an engine of reduced precision has to reach, and the limits of its builder's search.
 
-    kept_nodes: where it is known already, what to leave in higher precision (see engines.Built): nothing is searched.
-    tuning: of engines that are tuned to shapes.
+    Args:
+        evaluation_folder: The evaluation set that the engine is judged on and calibrated with.
+        gates: The accuracy gates that the engine has to pass.
+        max_batch_size: The largest batch that is served.
+        trials: How many trials the search may run after the first.
+        seconds: How long the search may take.
+        kept_nodes: The nodes to leave in higher precision, if they are known already (see `Built`). The builder then
+            searches for nothing.
+        tuning: The shapes and settings of an engine that is tuned to shapes.
     """
 
     evaluation_folder: Path
@@ -55,11 +65,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build left in its folder.
+    """The result of a build: the files in its folder, and how the builder came to them.
 
-    parameters: the knobs it was built with; operators: nodes by type; kept: operators left in higher precision than the
-    spec's; steps: what was tried to find those, a sentence each. kept_nodes: the nodes of the fused graph that `kept`
-    stands for; given as Goal.kept_nodes they give the same engine without a search. documents: files for people alone.
+    Args:
+        entry_file: The file that `load` opens.
+        parameters: The settings that the engine was built with.
+        operators: The number of nodes of each operator type.
+        kept: The operators that stay in a higher precision than the spec's.
+        steps: The trials that found those operators, one sentence each.
+        kept_nodes: The nodes of the fused graph that `kept` stands for. A builder that gets them as `Goal.kept_nodes`
+            makes the same engine without a search.
+        documents: Files that only people read.
     """
 
     entry_file: str
@@ -72,26 +88,35 @@ class Built:
 
 
 class Runner(Protocol):
-    """An engine, loaded. `run` takes int64 arrays `[batch, sequence]` by input name, and answers fp32 `[batch, width]`,
-    or `[batch, sequence, width]` where the task is one of tokens.
+    """A loaded engine that answers batches.
+
+    `run` takes int64 arrays `[batch, sequence]` by input name. It returns fp32 `[batch, width]`, or
+    `[batch, sequence, width]` if the task answers for each token.
     """
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray: ...
 
 
 def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None = None, device: Device = "cpu") -> Built:
-    """Build an engine for the device into an empty folder. Runs in a child process; raises EngineError.
+    """Build an engine for the device into an empty folder.
 
-    goal: what it has to reach, for specs that are `examined`.
+    The function runs in a child process. Specs that are `examined` need a goal.
+
+    Raises:
+        EngineError: The engine cannot be built.
     """
     built: Built = _module(spec.runtime, spec.provider).build(sources, spec, folder, goal, device)
     return built
 
 
 def load(engine: Engine, folder: Path, sources: Sources, threads: int, *, spinning: bool = True) -> Runner:
-    """Load a built engine to run with so many threads. Runs in a child process; raises EngineError.
+    """Load a built engine that runs with the given number of threads.
 
-    spinning: see ThreadSetting; only runtimes that are among `SPINNING` can do without.
+    The function runs in a child process. Only the runtimes in `SPINNING` accept `spinning=False`; `ThreadSetting` says
+    what it means.
+
+    Raises:
+        EngineError: The engine cannot be loaded.
     """
     choice = {} if spinning else {"spinning": False}
     module = _module(engine.runtime, engine.parameters.get("provider", ""))

@@ -1,8 +1,8 @@
-"""Building one engine again from what it was made of, by the script that lies beside it.
+"""Build one engine again from its sources, with the script that lies beside the engine.
 
-Every engine that is built holds `rebuild.py`: a recipe, and a call of `main` below. It needs this project and the
-artifact store, and neither Dagster, MLflow, the models file nor a benchmark. What the ladder found while the engine was
-built is part of the recipe, so nothing is searched again.
+Every engine holds a `rebuild.py` with a recipe and a call of `main` below. The script needs this project and the
+artifact store. It does not need Dagster, MLflow, the models file or a benchmark. The recipe contains the nodes that the
+precision search kept, so the search does not run again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ R = TypeVar("R", bound=Record)
 
 SCRIPT = "rebuild.py"
 EQUAL, DIFFERENT, IMPOSSIBLE = 0, 1, 2
-#: What an engine's bytes depend on, beside what it was made from.
+#: The packages of code that an engine's bytes depend on, in addition to its sources.
 CODE = ("resources.engines", "resources.tasks")
-#: And what those of reduced precision are judged and calibrated by.
+#: The packages of code that an engine of reduced precision is also judged and calibrated by.
 JUDGING = ("resources.accuracy", "-resources.accuracy.reference", "resources.pipelines")
 _TEMPLATE = '''"""Builds {name} for {target} again: python rebuild.py --artifacts DIR --output DIR
 
@@ -57,7 +57,10 @@ if __name__ == "__main__":
 
 
 class Recipe(BaseModel):
-    """All that an engine was made from. Names no path of the machine that made it."""
+    """Everything that an engine was made from.
+
+    It names no path of the machine that built the engine.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     model: str
@@ -84,7 +87,7 @@ def recipe_of(
     evaluation: EvaluationSet | None,
     goal: Goal | None,
 ) -> Recipe:
-    """The recipe of an engine that has just been built into the folder."""
+    """Return the recipe of an engine that has just been built into the folder."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return Recipe(
@@ -104,16 +107,27 @@ def recipe_of(
 
 
 def write_script(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe as a script. The same recipe is always the same bytes."""
+    """Write the recipe as a script.
+
+    The same recipe always gives the same bytes.
+    """
     text = pformat(recipe.model_dump(), width=110, sort_dicts=False)
     script = _TEMPLATE.format(name=recipe.spec.name, target=recipe.target, recipe=text)
     (folder / SCRIPT).write_text(script, encoding="utf-8")
 
 
 def rebuild(recipe: Recipe, store: ArtifactStore, output: Path, seconds: float | None = None) -> None:
-    """Build the engine into an empty or new folder, in so many seconds. Raises ArtifactError, EngineError.
+    """Build the engine into an empty or new folder.
 
-    seconds: default: those of a step, or more where the builder was given more.
+    Args:
+        recipe: The recipe of the engine.
+        store: The artifact store that holds the engine's sources.
+        output: The folder, which must be empty or not exist.
+        seconds: How long the build may take. The default is the limit of a step, or more if the builder was given more.
+
+    Raises:
+        ArtifactError: A source of the engine is missing from the store or damaged.
+        EngineError: The engine cannot be built here, or the folder is not empty.
     """
     checkpoint = _stored(store, Checkpoint, recipe.checkpoint, recipe)
     graph = _stored(store, OnnxGraph, recipe.graph, recipe)
@@ -143,10 +157,15 @@ def rebuild(recipe: Recipe, store: ArtifactStore, output: Path, seconds: float |
 
 
 def differing_files(recipe: Recipe, rebuilt: Path, artifact: Path) -> list[str]:
-    """Where the files that were built again, or those of the artifact today, are not what was built, as sentences."""
+    """Return a sentence for each file that is not what was built.
+
+    The function compares the rebuilt files, and the files that the artifact holds today, with the digests in the
+    recipe.
+    """
     found = []
     for name, sha256 in recipe.files.items():
-        # Without its record the script was taken elsewhere, and there is no artifact to look at.
+        # A script without the artifact's record beside it has been copied elsewhere, so there is no artifact to
+        # compare.
         if (artifact / RECORD_FILE).is_file() and _sha256(artifact / name) != sha256:
             found.append(f"{name} beside this script is not what was built: it was changed, or is gone.")
         again = _sha256(rebuilt / name)
@@ -158,7 +177,7 @@ def differing_files(recipe: Recipe, rebuilt: Path, artifact: Path) -> list[str]:
 
 
 def changes(recipe: Recipe) -> list[str]:
-    """What is another than when the engine was built, and may be why it differs, as sentences."""
+    """Return a sentence for each thing that has changed since the engine was built and may explain a difference."""
     now = library_versions(*recipe.libraries)
     found = [
         f"{name} is {now[name]} here; the engine was built with {version}."
@@ -173,7 +192,12 @@ def changes(recipe: Recipe) -> list[str]:
 
 
 def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None = None) -> int:
-    """What the script does: build, compare, say so. 0: equal, 1: different, 2: nothing could be built."""
+    """Run the script: build the engine, compare its files and print the result.
+
+    Returns:
+        The exit code: 0 if all files are equal, 1 if one differs, 2 if nothing could be built, 130 if the user
+        interrupts.
+    """
     name = recipe.get("spec", {}).get("name", "engine")
     parser = argparse.ArgumentParser(prog=SCRIPT, description=f"Build {name} of {recipe.get('model')} again.")
     parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the artifact store (default: this script's)")
@@ -185,7 +209,7 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
         known = _read_recipe(recipe)
         for change in changes(known):
             print(f"note: {change}")
-        # Below the store, by kind and digest.
+        # The script's path is <store>/<kind>/<digest>/rebuild.py.
         artifacts = Path(script).resolve().parents[2] if options.artifacts is None else options.artifacts.resolve()
         rebuild(known, ArtifactStore(artifacts), output, options.seconds)
     except (RefineryError, OSError) as error:
@@ -205,12 +229,15 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
 
 
 def _code(*, judged: bool) -> str:
-    """The version of what builds, and where engines are judged, of what judges."""
+    """Return the version of the code that builds engines.
+
+    For engines that were judged, it covers the code that judges them too.
+    """
     return code_version(*CODE, *(JUDGING if judged else ()))
 
 
 def _written(goal: Goal, kept_nodes: Sequence[str]) -> dict[str, Any]:
-    """Every field of a goal but its folders, as plain values."""
+    """Return the fields of a goal as plain values, without its folders."""
     values = {field.name: getattr(goal, field.name) for field in fields(goal) if field.name != "evaluation_folder"}
     tuning = None if goal.tuning is None else TypeAdapter(Tuning).dump_python(goal.tuning, exclude={"caches"})
     return {**values, "gates": goal.gates.model_dump(), "kept_nodes": tuple(kept_nodes), "tuning": tuning}
@@ -236,7 +263,11 @@ def _read_goal(recipe: Recipe, task: str, evaluation_folder: Path, caches: Path)
 
 
 def _stored(store: ArtifactStore, kind: type[R], digest: str, recipe: Recipe) -> R:
-    """What the engine was made from. Raises ArtifactError where it is not there, byte for byte."""
+    """Return the record of one source of the engine.
+
+    Raises:
+        ArtifactError: The store does not hold the source, or one of its bytes has changed.
+    """
     what = f"{recipe.model}: the {kind.kind.replace('_', ' ')} {digest[:32]} (revision {recipe.revision})"
     record, damaged = store.look(kind, digest)
     if record is not None:

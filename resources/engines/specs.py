@@ -1,6 +1,6 @@
-"""The engines that compete: their names and properties, and nothing else.
+"""The names and properties of the engines that compete.
 
-This module imports next to nothing, because the lineage is made from it and definitions are loaded for every step.
+This module imports next to nothing, because the asset graph is made from it and every step loads the definitions.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from resources.machine.targets import Device
 Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
-#: What candidates are compared with: PyTorch as transformers loads it, fp32. Measured like them, never eligible.
+#: The engine that candidates are compared with: PyTorch in fp32, as transformers loads it. It is measured like a
+#: candidate and is never eligible for a release.
 BASELINE = "torch"
-#: What serves now, measured again beside the candidates: the name of that benchmark, and of the engine while it stays.
+#: The name of the benchmark of the engine that serves now, which is measured again beside the candidates. It is also
+#: the name of that engine as long as it stays the best.
 SERVED = "served"
-#: Runtimes whose threads can be told to sleep while they wait for the next operator.
+#: Runtimes whose threads can sleep while they wait for the next operator.
 SPINNING: tuple[Runtime, ...] = ("onnxruntime",)
 
 
-#: The distributions that engines of a runtime are built and run with.
+#: The distributions that the engines of each runtime are built and run with.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("torch", "transformers"),
     "onnxruntime": ("onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime"),
@@ -33,10 +35,12 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One way to run a model. `devices`: what it can run on.
+    """One way to run a model.
 
-    quantization: whether the scales of int8 activations are computed as they come (dynamic) or beforehand (static).
-    provider: what computes inside ONNX Runtime, where that is neither the processor nor CUDA.
+    Args:
+        devices: The devices that the engine can run on.
+        quantization: When the scales of int8 activations are computed: for each batch (dynamic) or beforehand (static).
+        provider: The execution provider of ONNX Runtime, if it is neither the CPU's nor CUDA's.
     """
 
     name: str
@@ -49,12 +53,12 @@ class EngineSpec:
 
     @property
     def examined(self) -> bool:
-        """Whether its builder has to know the accuracy gates: it leaves in fp32 what would miss them otherwise."""
+        """Whether the builder needs the accuracy gates, to leave in fp32 the operators that would miss them."""
         return self.precision != "fp32"
 
     @property
     def tuned(self) -> bool:
-        """Whether its builder has to know the shapes that are served: TensorRT tunes an engine to them."""
+        """Whether the builder needs the shapes that are served, because TensorRT tunes an engine to them."""
         return "tensorrt" in (self.runtime, self.provider)
 
 
@@ -114,7 +118,11 @@ ENGINES: tuple[EngineSpec, ...] = (
 
 
 def engine_spec(name: str) -> EngineSpec:
-    """The engine of that name. Raises EngineError."""
+    """Return the engine of that name.
+
+    Raises:
+        EngineError: There is no such engine.
+    """
     for spec in ENGINES:
         if spec.name == name:
             return spec

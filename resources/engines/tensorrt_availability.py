@@ -1,4 +1,4 @@
-"""Whether TensorRT is on this machine, found out without importing it: a Dagster process asks."""
+"""Find out whether TensorRT is on this machine, without importing it, because a Dagster process asks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from resources.engines.specs import EngineSpec
 
 _REMEDY = "Install it: pip install 'transformer-refinery[tensorrt]'."
-#: The GPUs of TensorRT-RTX 1.7; on one of 9.0 it refuses its own plans.
+#: The GPUs of TensorRT-RTX 1.7. On a GPU of 9.0 it refuses its own plans.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-#: Packages of the vendor that no engine is built or run with.
+#: NVIDIA's packages that no engine is built or run with.
 _NO_TOOLKIT = ("nvidia-pytriton",)
-#: The first GPUs whose tensor cores know the format.
+#: The first GPUs whose tensor cores support the format.
 _FIRST = {"bf16": (8, 0), "fp8": (8, 9)}
 
 
 def why_no_tensorrt(spec: EngineSpec, target: str) -> str | None:
-    """Why an engine of TensorRT cannot be built here, on a machine with the target's GPU; None where it can."""
+    """Return why an engine of TensorRT cannot be built here, or None if it can.
+
+    The machine is taken to have the GPU of the target.
+    """
     capability = capability_of(target)
     first = _FIRST.get(spec.precision, (0, 0))
     if tuple(map(int, capability.split("."))) < first:
@@ -49,8 +52,10 @@ def why_no_tensorrt(spec: EngineSpec, target: str) -> str | None:
 
 
 def tensorrt_packages() -> dict[str, str]:
-    """What TensorRT is here, by name and version: the packages that hold its modules, whatever they are called (one is
-    `tensorrt-cu12`, say), and the library that ONNX Runtime's provider would load.
+    """Return the names and versions of the TensorRT that is installed here.
+
+    These are the packages that hold TensorRT's modules under any name (for example `tensorrt-cu12`), and the library
+    that ONNX Runtime's provider would load.
     """
     held = sorted({name for module in ("tensorrt", "tensorrt_rtx") for name in _holders(module)})
     library = _provider_library()
@@ -60,7 +65,7 @@ def tensorrt_packages() -> dict[str, str]:
 
 @functools.cache
 def cuda_packages() -> dict[str, str]:
-    """The CUDA toolkit's libraries (cuBLAS, cuDNN), as far as they are Python packages, by name and version."""
+    """Return the names and versions of the CUDA libraries (cuBLAS, cuDNN) that are installed as Python packages."""
     found = ((str(one.metadata["Name"]), one.version) for one in metadata.distributions())
     return {name: version for name, version in sorted(found) if name.startswith("nvidia-") and name not in _NO_TOOLKIT}
 
@@ -69,18 +74,25 @@ def _holders(module: str) -> list[str]:
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         return []
-    # pip renames a folder here whenever it installs, upgrades or removes anything.
+    # The folder's modification time changes whenever pip installs, upgrades or removes a package, because pip renames a
+    # folder in it.
     return _packages(Path(spec.origin).parents[1].stat().st_mtime_ns).get(module, [])
 
 
 @functools.lru_cache(maxsize=1)
 def _packages(_changed_ns: int) -> Mapping[str, list[str]]:
-    """All modules with their packages, as they were at that time: finding out takes a third of a second."""
+    """Return all modules with their packages.
+
+    The call takes a third of a second, so its result is cached for the given modification time.
+    """
     return metadata.packages_distributions()
 
 
 def _provider_library() -> Path | None:
-    """libnvinfer.so.10, of the Python package or of the system; its name alone where the system does not say where."""
+    """Return the path of libnvinfer.so.10, from the Python package or from the system.
+
+    If the system knows the library but the usual folders do not hold it, the path is the name alone.
+    """
     libraries = find_spec("tensorrt_libs")
     folders = [Path(folder) for folder in (libraries.submodule_search_locations or ())] if libraries is not None else []
     for path in (folder / "libnvinfer.so.10" for folder in folders):
@@ -93,7 +105,11 @@ def _provider_library() -> Path | None:
 
 
 def _why_no_provider(spec: EngineSpec) -> str | None:
-    """ONNX Runtime lists its provider wherever it was compiled with it, and runs on the CPU where it does not load."""
+    """Return why ONNX Runtime's TensorRT provider does not load here, or None if it does.
+
+    ONNX Runtime cannot be asked: it lists the provider wherever it was compiled with it, and runs on the CPU if the
+    provider does not load.
+    """
     if _provider_library() is not None:
         return None
     return f"{spec.name} needs the libraries of TensorRT 10 (libnvinfer.so.10), which are not here. {_REMEDY}"

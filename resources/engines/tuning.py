@@ -1,4 +1,4 @@
-"""What TensorRT tunes an engine for: optimization profiles by the lengths and batches that are served."""
+"""The lengths and batches that TensorRT tunes an engine for, as optimization profiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resources.errors import EngineError
 
 @dataclass(frozen=True)
 class Profile:
-    """Batches of 1 to `batch` rows, of `shortest` to `longest` tokens each, fastest at `best`."""
+    """Batches of 1 to `batch` rows of `shortest` to `longest` tokens each, which run fastest at the shape `best`."""
 
     shortest: int
     longest: int
@@ -26,10 +26,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How an engine is built that is tuned to shapes.
+    """The settings of an engine that is tuned to shapes.
 
-    caches: a folder for what builds have timed, kept from build to build. seconds: when to give up, so that what was
-    timed until then is kept; a builder that is killed loses it.
+    Args:
+        caches: The folder of the timings that builders share from build to build.
+        seconds: How long a build may take. The builder then gives up and keeps its timings; a builder that is killed
+            loses them.
     """
 
     profiles: tuple[Profile, ...]
@@ -39,11 +41,18 @@ class Tuning:
 
 
 def profiles_of(buckets: Sequence[int], shapes: Sequence[Shape], max_batch_size: int, most: int) -> tuple[Profile, ...]:
-    """Profiles that hold every length up to the last bucket, each length in one of them alone; at most `most`.
+    """Return at most `most` profiles that hold every length up to the last bucket, each length in one profile.
 
-    buckets: what rows are padded to, in order. Where there are more of them than profiles, those that the shapes fall
-    into end a profile first, and then those that halve the widest one. Each is tuned for the middle one of the shapes
-    within it, by tokens: tuned for the smallest the largest would suffer, and the other way round.
+    If there are more buckets than profiles, a profile ends first at each bucket that one of the shapes falls into, and
+    then at the buckets that best divide the widest profile. Each profile is tuned for the middle one, by tokens, of the
+    shapes within it. A profile that is tuned for its smallest shape slows the largest one down, and the other way
+    round.
+
+    Args:
+        buckets: The lengths that rows are padded to, in ascending order.
+        shapes: The shapes that are served.
+        max_batch_size: The largest batch of every profile.
+        most: The largest number of profiles.
     """
     ends = [buckets[-1]]
     for shape in shapes:
@@ -61,7 +70,13 @@ def profiles_of(buckets: Sequence[int], shapes: Sequence[Shape], max_batch_size:
 
 
 def check_profiles(model: str, profiles: Sequence[Profile], max_tokens: int) -> None:
-    """Raise EngineError for a profile longer than the model takes: TensorRT builds it, and reads beyond a table."""
+    """Check that no profile is longer than the model accepts.
+
+    TensorRT builds such a profile, and the engine then reads beyond the end of a table.
+
+    Raises:
+        EngineError: A profile is too long.
+    """
     for profile in profiles:
         if profile.longest > max_tokens:
             raise EngineError(
@@ -71,14 +86,17 @@ def check_profiles(model: str, profiles: Sequence[Profile], max_tokens: int) -> 
 
 
 def _widest(ends: Sequence[int]) -> float:
-    """The largest ratio between the ends of neighbouring profiles; of the first, from the shortest bucket on."""
+    """Return the largest ratio between two neighbouring ends.
+
+    The caller passes the shortest bucket as an end, so the first profile counts from there.
+    """
     inner = sorted(set(ends))
     return max((high / low for low, high in pairwise(inner)), default=1.0)
 
 
 def _best(shapes: Sequence[Shape], shortest: int, longest: int, max_batch_size: int) -> Shape:
     inside = [shape for shape in shapes if shortest <= shape.sequence <= longest]
-    if not inside:  # nobody asked for these lengths: the longest of them, in a batch of the usual size
+    if not inside:  # no served shape has such a length: take the longest, with the median batch size
         batches = sorted(shape.batch for shape in shapes) or [1]
         return Shape(batch=min(batches[len(batches) // 2], max_batch_size), sequence=longest)
     inside.sort(key=lambda shape: (shape.batch * shape.sequence, shape.sequence))

@@ -1,1 +1,1 @@
-"""PyTorch to ONNX."""
+"""The export from PyTorch to ONNX."""

@@ -1,4 +1,4 @@
-"""What an export gives. Light: the exporter itself imports torch."""
+"""The result of an export. It has a module of its own because the exporter imports torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from resources.artifacts.records import ParityCase
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left in its folder; the fields are those of resources.artifacts.records.OnnxGraph."""
+    """The result of an export, which left its graph in a folder.
+
+    The fields have the meaning of those of resources.artifacts.records.OnnxGraph.
+    """
 
     opset: int
     nodes: int

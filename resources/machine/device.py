@@ -1,4 +1,7 @@
-"""What a benchmark ran on. Figures of one device say nothing about another, so it is part of every report's digest."""
+"""The device that a benchmark runs on.
+
+The figures of one device say nothing about another, so the device is part of every report's digest.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,11 @@ class Gpu:
 
 @cache
 def describe_device(target: str) -> str:
-    """The processor's name and the cores we may use; for a CUDA target the GPU's and its driver."""
+    """Return a description of the device that the target's engines run on.
+
+    It has the processor's name and the number of cores that we may use. For a CUDA target it has the name of the GPU
+    and the version of its driver.
+    """
     if device_of(target) == "cuda":
         gpu = first_gpu()
         return f"{gpu.name}, driver {gpu.driver}" if gpu is not None else "no GPU"
@@ -45,7 +52,10 @@ def describe_device(target: str) -> str:
 
 @cache
 def physical_cores() -> int:
-    """Physical cores among those that we may use; where the kernel does not say, all of them."""
+    """Return the number of physical cores among those that we may use.
+
+    If the kernel does not say which cores share a physical core, all of them count.
+    """
     siblings = set()
     for core in os.sched_getaffinity(0):
         try:
@@ -57,18 +67,18 @@ def physical_cores() -> int:
 
 @cache
 def first_gpu() -> Gpu | None:
-    """The first GPU of this machine, which is the one that is used; None where there is none.
+    """Return the first GPU of this machine, which is the one that is used, or None if there is none.
 
-    Asked of the driver's own tool: initializing CUDA here would take a second and hundreds of megabytes.
+    The driver's own tool is asked, because initializing CUDA here would take a second and hundreds of megabytes.
     """
     said = ask_driver(("name", "compute_cap", "driver_version"), "csv,noheader", seconds=_QUERY_SECONDS)
     return parse_gpu(said) if said is not None else None
 
 
 def ask_driver(fields: Sequence[str], form: str, *, seconds: float) -> str | None:
-    """Return the fields of all GPUs, a line each, as nvidia-smi prints them in that form.
+    """Return the fields of all GPUs, one line for each GPU, as nvidia-smi prints them in that form.
 
-    None where there is no driver, or where it does not answer in time.
+    The result is None if there is no driver, or if it fails or does not answer in time.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -88,13 +98,13 @@ def ask_driver(fields: Sequence[str], form: str, *, seconds: float) -> str | Non
 
 
 def parse_gpu(text: str) -> Gpu | None:
-    """The first line of what nvidia-smi answers; None where that is something else."""
+    """Return the GPU in the first line of nvidia-smi's answer, or None if the line has another form."""
     parts = [part.strip() for part in text.strip().split("\n")[0].split(",")]
     return Gpu(*parts) if len(parts) == 3 and parts[1].replace(".", "").isdigit() else None
 
 
 def why_not_here(target: str) -> str | None:
-    """Why engines of the target can be neither built nor measured on this machine; None where they can."""
+    """Return why this machine can neither build nor measure engines of the target, or None if it can."""
     if device_of(target) == "cpu":
         return None
     gpu, wanted = first_gpu(), capability_of(target)

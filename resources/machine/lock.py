@@ -1,4 +1,4 @@
-"""The machine's lock, which keeps benchmarks apart from everything else that computes."""
+"""The machine's lock, which keeps benchmarks apart from all other work that computes."""
 
 from __future__ import annotations
 
@@ -12,36 +12,45 @@ from pathlib import Path
 from resources.errors import LockError
 from resources.storage.locks import file_lock, open_lock
 
-#: One a machine, not one a project folder: two projects on one machine disturb each other's timing just the same.
-#: Nor does it follow TMPDIR, which differs between users and jobs.
+#: The machine has one lock, and not one for each project folder: two projects on one machine disturb each other's
+#: timing just the same. The path does not follow TMPDIR, which differs between users and jobs.
 MACHINE_LOCK = Path("/tmp/transformer-refinery.lock")  # noqa: S108
 _LOG = logging.getLogger(__name__)
-#: Locks that were taken in place of the machine's, of which this process has said so.
+#: The locks that this process uses in place of the machine's, and has already warned about.
 _TOLD: set[Path] = set()
 
 
 def building(waiting: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
-    """Several builds may work at once, but never beside a benchmark. Raises LockError."""
+    """Hold the machine's lock together with other builds, but never beside a benchmark.
+
+    Raises:
+        LockError: The lock cannot be held.
+    """
     return _at_the_machine(waiting, shared=True)
 
 
 def benchmarking(waiting: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
-    """A benchmark is alone on its machine: beside one busy neighbour latencies were seen to rise fortyfold.
+    """Hold the machine's lock alone, for a benchmark.
 
-    Raises LockError.
+    Beside one busy neighbour, latencies were seen to rise fortyfold.
+
+    Raises:
+        LockError: The lock cannot be held.
     """
     return _at_the_machine(waiting, shared=False)
 
 
 @contextmanager
 def _at_the_machine(waiting: Callable[[str], None] | None, *, shared: bool) -> Iterator[None]:
-    """Hold the machine's lock. Everyone passes a gate on the way to it, and who waits for the lock keeps the gate: or
-    builds that overlap, one after the other, would keep a benchmark waiting for ever.
+    """Hold the machine's lock.
+
+    Each process takes a second lock, the gate, on its way to the machine's lock, and keeps the gate while it waits.
+    Without the gate, builds that overlap one after the other would keep a benchmark waiting for ever.
     """
     unsaid = [waiting or _say_work]
 
     def announce(who: str) -> None:
-        if unsaid:  # at the gate or at the lock, once
+        if unsaid:  # one announcement is enough for both locks
             unsaid.pop()(who)
 
     with ExitStack() as held:
@@ -66,10 +75,11 @@ def _gate_of(lock: Path) -> Path:
 
 
 def _usable_machine_lock() -> Path:
-    """The machine's lock, or one of this user's own where somebody has put something else in the place of that one.
+    """Return the machine's lock, or a lock of this user's own if the machine's lock cannot be opened.
 
-    Everybody may write in its folder, so whoever comes first may make a link, a folder or a file that nobody else may
-    open. That must not stop the work of others: what is lost is that their benchmarks are kept apart from ours.
+    Everybody may write in the folder of the machine's lock, so the first user may put a link, a folder or a file there
+    that nobody else may open. That must not stop the work of others. The lock of the user's own no longer keeps their
+    benchmarks apart from ours.
     """
     for path in (MACHINE_LOCK, _gate_of(MACHINE_LOCK)):
         try:

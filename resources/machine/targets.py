@@ -1,4 +1,4 @@
-"""Deployment targets: `cpu`, or the NVIDIA GPUs of one compute capability, as `cuda_sm90`."""
+"""Deployment targets: `cpu`, or the NVIDIA GPUs of one compute capability, such as `cuda_sm90`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ _CUDA = re.compile(r"cuda_sm([1-9]\d{1,2})")
 
 
 def check_target(name: str) -> str:
-    """The name. Raises ValueError where it is none of a target."""
+    """Return the name if it is that of a target.
+
+    Raises:
+        ValueError: The name is not that of a target.
+    """
     if name != "cpu" and not _CUDA.fullmatch(name):
         raise ValueError(
             f"{name!r} is no target; use cpu, or cuda_sm and the compute capability of the GPUs that serve, without "
@@ -20,12 +24,12 @@ def check_target(name: str) -> str:
 
 
 def device_of(target: str) -> Device:
-    """What engines of the target run on."""
+    """Return the device that the target's engines run on."""
     return "cpu" if target == "cpu" else "cuda"
 
 
 def capability_of(target: str) -> str:
-    """The compute capability of a CUDA target, as `9.0`."""
+    """Return the compute capability of a CUDA target, such as `9.0`."""
     match = _CUDA.fullmatch(target)
     assert match is not None, f"{target} is no CUDA target"
     return f"{match[1][:-1]}.{match[1][-1]}"

@@ -1,11 +1,12 @@
-"""How busy a machine is while something is built on it: processor, memory and GPUs, under MLflow's names.
+"""The usage of a machine while something is built on it: processor, memory and GPUs, under MLflow's names.
 
-Not mlflow.system_metrics: that writes to a run while it samples, and there is none yet when a graph is exported and
-engines are built (a run that turns out to change nothing must not leave one), nor has every machine that builds a
-connection to MLflow. So the samples are part of the record of what was built, travel with it, and are written with the
-first run that it is part of: see resources.tracking.system_metrics.
+mlflow.system_metrics cannot be used, because it writes to a run while it samples. There is no run yet when a graph is
+exported and engines are built, since a run that turns out to change nothing must not leave one. In addition, some
+machines that build have no connection to MLflow. The samples are therefore part of the record of the artifact that was built,
+and travel with it. They are written with the first run that the artifact is part of: see
+resources.tracking.system_metrics.
 
-Only builds are watched. A benchmark is alone on its machine for the sake of its figures, and asking the GPU's driver
+Only builds are watched. A benchmark is alone on its machine for the sake of its figures. A query of the GPU's driver
 takes a lock there and, on the processor, as long as many requests.
 """
 
@@ -21,11 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from resources.machine.device import ask_driver
 
-#: Between two samples. A sample of a processor takes a fifth of a millisecond, one of an H100 30 milliseconds.
+#: The time between two samples. A sample of a processor takes a fifth of a millisecond, one of an H100 takes 30
+#: milliseconds.
 INTERVAL_SECONDS = 5.0
-#: When the first is taken: most builds end before the second.
+#: The time before the first sample. Most builds end before the second.
 FIRST_SECONDS = 1.0
-#: When there are more, every other goes, and from then on there are half as many: a record is there to be read.
+#: If there are more samples, every other one is dropped and the interval doubles, because people read the record.
 MOST_SAMPLES = 240
 _QUERY_SECONDS = 10
 _QUERY = ("utilization.gpu", "memory.used", "memory.total", "power.draw", "enforced.power.limit")
@@ -33,7 +35,11 @@ _MEBIBYTE = 2**20 / 1e6
 
 
 class UsageSample(BaseModel):
-    """One look at how busy the machine was. `values` has MLflow's names of system metrics, without `system/`."""
+    """One sample of the machine's usage.
+
+    Args:
+        values: The figures under MLflow's names of system metrics, without `system/`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
     time_s: float = Field(description="Since the epoch.")
@@ -41,7 +47,11 @@ class UsageSample(BaseModel):
 
 
 class Usage(BaseModel):
-    """How busy the machine was while an artifact was made there. `node` is its host name."""
+    """The machine's usage while an artifact was made there.
+
+    Args:
+        node: The machine's host name.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
     node: str
@@ -49,8 +59,9 @@ class Usage(BaseModel):
 
 
 class Watch:
-    """Samples from entering to leaving, in a thread of this process; `usage` is what was seen. Nothing it meets makes
-    what it watches fail.
+    """A context whose thread samples the machine's usage from its beginning to its end.
+
+    An error in the thread does not make the watched work fail.
     """
 
     def __init__(self) -> None:
@@ -61,7 +72,7 @@ class Watch:
 
     @property
     def usage(self) -> Usage | None:
-        """What was seen so far, the oldest first."""
+        """The samples so far, the oldest first, or None if there are none."""
         return Usage(node=platform.node(), samples=tuple(self._samples)) if self._samples else None
 
     def __enter__(self) -> Self:
@@ -75,9 +86,9 @@ class Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        import psutil  # here, because definitions are loaded for every step
+        import psutil  # imported here, because every step loads the definitions
 
-        psutil.cpu_percent()  # what it answers is the mean since it was asked before, by this thread
+        psutil.cpu_percent()  # each answer is the mean since this thread's last call
         wait_s = FIRST_SECONDS
         while not self._ended.wait(wait_s):
             self._samples.append(UsageSample(time_s=time.time(), values={**machine_usage(), **gpu_usage()}))
@@ -85,12 +96,12 @@ class Watch:
             if len(self._samples) > MOST_SAMPLES:
                 self._samples = self._samples[1::2]
                 self._interval_s *= 2
-        if not self._samples:  # all of it was shorter; the memory of what was built is free again, its time is known
+        if not self._samples:  # the build was shorter. Its memory is free again, but its time is known.
             self._samples.append(UsageSample(time_s=time.time(), values=machine_usage()))
 
 
 def machine_usage() -> dict[str, float]:
-    """Processor since this thread asked before, and memory, of the whole machine."""
+    """Return the machine's memory usage, and its processor usage since this thread's last call."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -102,16 +113,20 @@ def machine_usage() -> dict[str, float]:
 
 
 def gpu_usage() -> dict[str, float]:
-    """All GPUs of NVIDIA's that this machine has; nothing where it has none, or does not answer in time.
+    """Return the usage of all NVIDIA GPUs of this machine.
 
-    Asked of the driver's own tool, because pynvml would be one more dependency.
+    The result is empty if there is none, or if the driver does not answer in time. The driver's own tool is asked,
+    because pynvml would be one more dependency.
     """
     said = ask_driver(_QUERY, "csv,noheader,nounits", seconds=_QUERY_SECONDS)
     return parse_gpus(said) if said is not None else {}
 
 
 def parse_gpus(text: str) -> dict[str, float]:
-    """What nvidia-smi answers, a line a GPU; what one of them does not tell (`[N/A]`) is left out."""
+    """Return the usage in nvidia-smi's answer, which has one line for each GPU.
+
+    A figure that a GPU does not report (`[N/A]`) is left out.
+    """
     found = {}
     for number, line in enumerate(text.strip().splitlines()):
         values = dict(zip(_QUERY, map(_number, line.split(",")), strict=False))

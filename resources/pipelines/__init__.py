@@ -1,8 +1,9 @@
-"""What stands before and behind an engine: texts to rows of token ids, the engine's numbers to answers.
+"""The code that runs before and after an engine. It turns texts into rows of token ids, and outputs into answers.
 
-One package for all that ask an engine: the evaluation, the benchmarks, and the released models, which carry a copy
-of it beside their `model.py`. So what is measured is what serves, and the server needs no `transformers`.
-Needs `tokenizers` and numpy (1 or 2), and nothing else of this project; imports inside it are relative for that.
+The evaluation, the benchmarks and the released models use this one package. A released model carries a copy of it
+beside its `model.py`. So the code that is measured is the code that serves, and the server needs no `transformers`.
+The package needs `tokenizers` and numpy (1 or 2), and nothing else of this project. Its imports of its own modules are
+relative, so that the copy works.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .base import Pipeline
 
 PIPELINE_FILE = "pipeline.json"
-#: By task: module and class.
+#: The module and the class of each task's pipeline.
 _PIPELINES = {
     "embedding": ("numbers", "TextPipeline"),
     "classification": ("numbers", "ClassifyingPipeline"),
@@ -29,14 +30,17 @@ _PIPELINES = {
 
 
 def pipeline_class(task: str) -> type[Pipeline]:
-    """The pipeline of a task. Imported when asked for: definitions are loaded without numpy."""
+    """Return the class of a task's pipeline.
+
+    The class is imported on demand, because Dagster's definitions must load without numpy.
+    """
     module, name = _PIPELINES[task]
     found: type[Pipeline] = getattr(import_module(f"{__name__}.{module}"), name)
     return found
 
 
 def open_pipeline(folder: str) -> Pipeline:
-    """The pipeline described by `pipeline.json`, `encoder.json` and `tokenizer.json` in a folder."""
+    """Return the pipeline that a folder's `pipeline.json`, `encoder.json` and `tokenizer.json` describe."""
     from .tokenization import TextEncoder
 
     described = json.loads((Path(folder) / PIPELINE_FILE).read_text(encoding="utf-8"))

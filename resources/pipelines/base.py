@@ -1,4 +1,4 @@
-"""From a request's texts to rows of an engine's input, and from the engine's answers to the request's."""
+"""The base of the pipelines, which turn a request's texts into an engine's rows and its outputs into answers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .limits import RefusedError, RequestLimits
 from .names import TOKEN_IDS
 from .tokenization import TextEncoder
 
-#: One request, by the name of its input: {"QUESTION": ..., "CONTEXT": ...}; token ids in place of texts are a list.
+#: The values of one request by the names of its inputs: {"QUESTION": ..., "CONTEXT": ...}. A value is a text, or a list
+#: of token ids that a client sent in place of texts.
 Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class GivenTokens:
-    """What a client cut text into by itself, in place of a `tokenizers.Encoding`."""
+    """The tokens of a row that a client tokenized by itself. They take the place of a `tokenizers.Encoding`."""
 
     ids: tuple[int, ...]
     type_ids: tuple[int, ...]
@@ -30,26 +31,36 @@ class GivenTokens:
 
 @dataclass(frozen=True)
 class Row:
-    """One row for the engine: a `tokenizers.Encoding`, and the model's inputs that are one number a row."""
+    """One row for the engine.
+
+    Args:
+        encoding: A `tokenizers.Encoding`, or the `GivenTokens` of a client.
+        extra: The model's inputs that are one number a row, by name.
+    """
 
     encoding: Any
     extra: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        """Its length without padding, special tokens included."""
+        """The row's length in tokens, without padding and with special tokens."""
         return len(self.encoding)
 
 
 class Pipeline:
-    """What stands before and behind the engine of one task.
+    """The code of one task that runs before and after its engine.
 
-    `inputs`: the names of a request's texts. `optional`: of further ones. `from_ids`: of those that token ids may stand
-    for. `strategy`: which of two texts is cut where both together are too long.
-    `windowed`: a text that is too long becomes several rows that overlap, up to `windows` of them, and is not cut.
-    `structured`: an answer is a JSON document; else it is the engine's own numbers.
-    `offsets`: the answer says where in the text something stands.
-    Holds no state between requests, so that one instance may be used by several threads. `limits`: of one request.
+    A pipeline holds no state between requests, so several threads may use one instance.
+
+    Attributes:
+        inputs: The names of the texts that a request has.
+        optional: The names of the texts that a request may have as well.
+        from_ids: The names of the texts that token ids may replace.
+        strategy: Which of two texts is cut if both together are too long.
+        windowed: Whether a text that is too long becomes up to `windows` rows that overlap. Otherwise it is cut.
+        structured: Whether an answer is a JSON document. Otherwise it is the engine's own numbers.
+        offsets: Whether the answer needs the tokens' places in the text.
+        limits: The limits of one request.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("TEXT",)
@@ -65,14 +76,21 @@ class Pipeline:
         self.limits = RequestLimits()
 
     def segments(self, item: Item) -> list[tuple[str, ...]]:
-        """What is tokenized for the request, one or two texts each. Raises RefusedError where it has no answer."""
+        """Return the texts that are tokenized for the request, one or two texts for each row.
+
+        Raises:
+            RefusedError: The request has no answer.
+        """
         return [self.encoder.enough(tuple(item[name] for name in self.inputs), windows=self.windows)]
 
     def given(self, ids: Sequence[int]) -> Item:
-        """The texts that token ids stand for, special tokens around them included. Raises RefusedError.
+        """Return the texts that a client's token ids, with the special tokens around them, stand for.
 
-        Answers that say where in a text something stands are about the text that the tokens are decoded to. Ids are
-        refused that the tokenizer would not make of that text: they would be answered as other ids.
+        The ids are decoded, and the offsets in an answer refer to the decoded text. That text must encode to the same
+        ids again, because the engine would otherwise answer other ids than the client sent.
+
+        Raises:
+            RefusedError: The ids do not pass that check, are too many, or stand for too many or too few texts.
         """
         parts = self.encoder.parts(self.encoder.given(ids))
         self.require_texts(parts)
@@ -85,17 +103,21 @@ class Pipeline:
         return dict(zip(self.from_ids, texts, strict=True))
 
     def require_texts(self, parts: Sequence[list[int]]) -> None:
-        """Raise RefusedError where token ids are not of as many texts as a request has."""
+        """Raise RefusedError unless the token ids hold as many texts as they replace."""
         if len(parts) != len(self.from_ids):
             raise RefusedError(f"{TOKEN_IDS} holds {len(parts)} texts; this model takes {len(self.from_ids)}")
 
     def prepare(self, item: Item) -> Any:
-        """What `tokenize` takes for the request. Raises RefusedError where the request has no answer."""
+        """Return the request in the form that `tokenize` takes.
+
+        Raises:
+            RefusedError: The request has no answer.
+        """
         return self.segments(item)
 
     def tokenize(self, prepared: Sequence[Any]) -> list[list[Row]]:
-        """The engine's rows for each request."""
-        # In one call, which uses all cores.
+        """Return the engine's rows for each prepared request."""
+        # One call for all texts uses all cores.
         texts = [segment for group in prepared for segment in group if not isinstance(segment, Row)]
         encodings = iter(self.encoder.tokens(texts, offsets=self.offsets))
         return [
@@ -108,23 +130,33 @@ class Pipeline:
         ]
 
     def rows(self, items: Sequence[Item]) -> list[list[Row]]:
-        """The engine's rows for each request. Raises RefusedError where one has no answer."""
+        """Return the engine's rows for each request.
+
+        Raises:
+            RefusedError: One of the requests has no answer.
+        """
         return self.tokenize([self.prepare(item) for item in items])
 
     @property
     def windows(self) -> int:
-        """The most rows that a text becomes."""
+        """The largest number of rows that one text can become."""
         return int(self.settings["windows"]) if self.windowed else 1
 
     def arrays(self, rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:
-        """The engine's int64 inputs: `[rows, length]`, padded on the right, and `[rows, 1]` for the extra ones."""
+        """Return the engine's int64 inputs.
+
+        The tokenizer's inputs are `[rows, length]`, padded on the right, and the extra inputs are `[rows, 1]`.
+        """
         arrays = self.encoder.pad([row.encoding for row in rows], length)
         for name in rows[0].extra if rows else ():
             arrays[name] = np.array([[row.extra[name]] for row in rows], dtype=np.int64)
         return arrays
 
     def answer(self, item: Item, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> Any:
-        """The request's answer. outputs: one a row, fp32 `[width]` or `[tokens, width]`, without padding."""
+        """Return the request's answer.
+
+        The engine gives one output for each row, fp32 `[width]` or `[tokens, width]`, without padding.
+        """
         raise NotImplementedError
 
     def _windows(self, encoding: Any) -> list[Row]:
@@ -133,7 +165,7 @@ class Pipeline:
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Return the softmax over the last axis."""
     powers = np.exp(values - values.max(axis=-1, keepdims=True))
     result: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
     return result

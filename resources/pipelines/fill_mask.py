@@ -1,4 +1,4 @@
-"""What a masked language model would write in place of each mask, as transformers' fill-mask pipeline says it."""
+"""The candidates of a masked language model for each mask, in the form of transformers' fill-mask pipeline."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from .base import Item, Pipeline, Row
 from .limits import RefusedError
 
-#: The model's input that says which position of a row is asked for: only there is the large head computed.
+#: The model's input that holds the position of the mask in a row. The large head is computed at that position only.
 POSITION = "mask_position"
-#: What may be tokenized of a long text for all of its masks, as a multiple of the longest text that is read whole.
+#: The most text that is tokenized for all masks of a long text, as a multiple of the longest text that is read whole.
 _LONGEST_READS = 16
 
-#: What transformers' `clean_up_tokenization` replaces.
+#: The replacements of transformers' `clean_up_tokenization`.
 _CLEANING = (
     *((f" {mark}", mark) for mark in ".?!,"),
     (" ' ", "'"),
@@ -24,11 +24,12 @@ _CLEANING = (
 
 
 class FillMaskPipeline(Pipeline):
-    """A text with the tokenizer's mask token in it to candidates: `score`, `token`, `token_str`, `sequence`.
+    """The pipeline that turns a text with mask tokens into candidates: `score`, `token`, `token_str`, `sequence`.
 
-    One list of candidates for one mask, a list of such lists for several. A text that is too long is cut around each
-    mask. settings: `mask_id`, `mask_token`, `pad_id`, `top_k`; `clean_up`: no space is left before punctuation.
-    outputs: probabilities `[vocabulary]`, one row a mask.
+    The answer is one list of candidates for one mask, and a list of such lists for several masks. A text that is too
+    long is cut around each mask. Each mask has its own row, and the engine's output for it is probabilities
+    `[vocabulary]`. The settings are `mask_id`, `mask_token`, `pad_id`, `top_k` and `clean_up`, which removes spaces
+    before punctuation.
     """
 
     def prepare(self, item: Item) -> list[Row]:
@@ -51,11 +52,14 @@ class FillMaskPipeline(Pipeline):
         return [self._around(text, encoding, place) for place in masks]
 
     def _rows_of_long(self, text: str) -> list[Row]:
-        """From what is near each mask: tokens depend on what is near them, and a row shows no more."""
+        """Return a row for each mask of a long text, made from the text near the mask.
+
+        A token depends only on nearby text, and a row has no room for more.
+        """
         mask = self.settings["mask_token"]
         masks = text.count(mask)
         self._require(masks)
-        # For all masks together, so that many of them cost no more than a few.
+        # The masks share one budget, so that many of them cost no more than a few.
         longest = self.encoder.longest_read()
         most = min(longest // 2, _LONGEST_READS * longest // (2 * masks))
         rows, place = [], text.find(mask)
@@ -65,7 +69,7 @@ class FillMaskPipeline(Pipeline):
         return rows
 
     def _row_of_long(self, text: str, place: int, stop: int, most: int) -> Row:
-        """The row of the mask at `place`. most: characters that are looked at on either side."""
+        """Return the row of the mask at `place`, made from at most `most` characters on either side."""
         tokens = self.encoder.max_tokens + self.encoder.margin
         reach = min(8 * self.encoder.max_tokens, most)
         while True:
@@ -89,12 +93,13 @@ class FillMaskPipeline(Pipeline):
             raise RefusedError(f"TEXT holds {masks} masks; give at most {self.limits.masks}")
 
     def _around(self, text: str, encoding: Any, place: int) -> Row:
-        """As much of the text on both sides of a mask as the model takes."""
+        """Return a row with as much text on both sides of the mask as the model takes."""
         room = self.encoder.max_tokens - self.encoder.special_tokens()
         start = max(0, min(place - room // 2, len(encoding.ids) - room))
         offsets = [offset for offset in encoding.offsets[start : start + room] if offset != (0, 0)]
         begin, end, mask = offsets[0][0], offsets[-1][1], encoding.offsets[place][0]
-        # Cut there, the text may fall into more tokens than it did: halve what is before the mask until it is inside.
+        # The cut text may have more tokens than before, which can push the mask out of the row. So the text before the
+        # mask is halved until the row contains the mask.
         while True:
             piece = self.encoder.tokens([text[begin:end]])[0]
             for number, offset in enumerate(piece.offsets):

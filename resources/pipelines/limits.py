@@ -1,4 +1,4 @@
-"""How much one request may ask for, and the error for one that asks for too much."""
+"""The limits of one request, and the error for a request that has no answer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 
 class RefusedError(ValueError):
-    """A request that has no answer, through its own fault. The message is for the client who sent it."""
+    """A request has no answer, and its client is at fault. The message is written for that client."""
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may ask for. The catalog's field `limits` has the same fields, with their meaning."""
+    """The limits of one request. The catalog's field `limits` has the same fields and explains them."""
 
     text_bytes: int = 4 * 2**20
     request_bytes: int = 32 * 2**20

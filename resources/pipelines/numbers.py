@@ -1,4 +1,4 @@
-"""Tasks whose answer is what the engine says: embedding, classification, reranking."""
+"""The pipelines of embedding, classification and reranking, whose answers are the engine's own numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .names import TOKEN_IDS
 
 
 class TextPipeline(Pipeline):
-    """One text to one row of numbers fp32 `[width]`."""
+    """The pipeline that turns one text into one row of numbers, fp32 `[width]`."""
 
     #: Whether a row may hold two texts.
     pairs: ClassVar[bool] = False
@@ -34,7 +34,10 @@ class TextPipeline(Pipeline):
 
 
 class ClassifyingPipeline(TextPipeline):
-    """One text, or a pair of them, to one row of numbers. The longer of the two is cut first, as transformers does."""
+    """The pipeline that turns one text or a pair into one row of numbers.
+
+    The longer text of a pair is cut first, as transformers does.
+    """
 
     pairs: ClassVar[bool] = True
     optional: ClassVar[tuple[str, ...]] = ("TEXT_PAIR",)
@@ -45,7 +48,10 @@ class ClassifyingPipeline(TextPipeline):
 
 
 class PairPipeline(TextPipeline):
-    """A query and a text to one row of numbers. The longer of the two is cut first, as sentence-transformers does."""
+    """The pipeline that turns a query and a text into one row of numbers.
+
+    The longer of the two is cut first, as sentence-transformers does.
+    """
 
     pairs: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ("QUERY", "TEXT")

@@ -1,7 +1,7 @@
-"""The span of a context that answers a question, chosen as transformers' question-answering pipeline chose it.
+"""The choice of the span that answers a question, as transformers' question-answering pipeline made it.
 
-That pipeline left transformers with version 5; this is the arithmetic of its last version, 4.57.3: the best spans of
-every window, widened to whole words, the scores of equal answers added up.
+Version 5 of transformers removed that pipeline. This module has the arithmetic of its last version, 4.57.3: it takes
+the best spans of every window, widens them to whole words, and adds up the scores of equal answers.
 Method: Chen et al., "Reading Wikipedia to Answer Open-Domain Questions" (2017), section 3.2.
 """
 
@@ -14,20 +14,20 @@ import numpy as np
 
 from .base import Item, Pipeline, Row, softmax
 
-#: Spans of a window that are looked at, as transformers took them, where they are widened to words: twice the answers
-#: that are wanted, and ten. Several of them may become one answer.
+#: The number of spans of a window that are considered if spans are widened to words, because several of them may become
+#: one answer. As in transformers it is twice the number of wanted answers, plus ten.
 _SPANS = 12
-#: More than any probability: no window was looked at.
+#: The score of "no answer" before any window was read. It is larger than any probability.
 _NO_WINDOW = 2.0
 _NOTHING = {"answer": "", "score": 0.0, "start": 0, "end": 0}
 
 
 class QuestionAnsweringPipeline(Pipeline):
-    """A question and a context to `answer`, `score`, `start`, `end` (characters of the context).
+    """The pipeline that turns a question and a context into `answer`, `score`, `start` and `end`.
 
-    settings: `max_answer_tokens`; `handle_impossible_answer`: an empty answer is one of the answers; `align_to_words`:
-    answers are widened to whole words.
-    outputs: logits of start and end `[tokens, 2]`.
+    `start` and `end` count characters of the context. The engine's outputs are the logits of start and end,
+    `[tokens, 2]`. The settings are `max_answer_tokens`, `handle_impossible_answer`, which allows the empty answer, and
+    `align_to_words`, which widens answers to whole words.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("QUESTION", "CONTEXT")
@@ -39,7 +39,7 @@ class QuestionAnsweringPipeline(Pipeline):
         question, context = item["QUESTION"], item["CONTEXT"]
         room = self.encoder.max_tokens - self.encoder.special_tokens(pair=True)
         tokens = self.encoder.count(question, room + 1)
-        # Windows need more room beside the question than they share; a pair that fits needs none.
+        # The room beside the question must exceed the tokens that windows share. A pair that fits in one row is exempt.
         if tokens + self.encoder.stride >= room and tokens + self.encoder.count(context, room + 1) > room:
             question = self.encoder.cut(question, max(1, 2 * (room - self.encoder.stride) // 3))
         return [self.encoder.enough((question, context), windows=self.windows)]
@@ -52,7 +52,7 @@ class QuestionAnsweringPipeline(Pipeline):
             allowed = np.array([number == 1 for number in row.encoding.sequence_ids])
             if not allowed.any():
                 continue
-            # The first token stands for "no answer": it takes part in the softmax and is no answer itself.
+            # The first token stands for "no answer". It takes part in the softmax and cannot be part of an answer.
             allowed[0] = True
             start, end = softmax(np.where(allowed[:, None], output, -np.inf).T)
             nothing = min(nothing, float(start[0] * end[0]))
@@ -62,7 +62,7 @@ class QuestionAnsweringPipeline(Pipeline):
                     continue
                 begin, stop = _characters(row.encoding, first, last, words=words)
                 text = item["CONTEXT"][begin:stop]
-                # The same words at another place, in another window or as other tokens of them: one answer.
+                # Equal texts are one answer, even from another place, another window or other tokens of the words.
                 known = found.setdefault(text.lower(), {"answer": text, "score": 0.0, "start": begin, "end": stop})
                 known["score"] += score
         answers = list(found.values())
@@ -72,20 +72,26 @@ class QuestionAnsweringPipeline(Pipeline):
 
 
 def _best_spans(start: np.ndarray, end: np.ndarray, longest: int, count: int) -> list[tuple[int, int, float]]:
-    """So many spans of at most `longest` tokens with the largest products of both probabilities, the largest first."""
+    """Return the best `count` spans of at most `longest` tokens, best first.
+
+    The score of a span is the product of the probabilities of its start and its end.
+    """
     longest = min(longest, len(start))
     padded = np.concatenate([end, np.zeros(longest - 1, dtype=end.dtype)])
     products = (start[:, None] * np.lib.stride_tricks.sliding_window_view(padded, longest)).ravel()
     count = min(count, len(products))
     best = np.argpartition(-products, count - 1)[:count]
     best = best[np.argsort(-products[best], kind="stable")]
-    # Beyond the last token there is none: those of probability zero only fill the list up.
+    # Spans that reach beyond the last token come from the padding with probability zero, and are dropped.
     spans = ((int(place // longest), int(place // longest + place % longest), float(products[place])) for place in best)
     return [(first, last, score) for first, last, score in spans if last < len(start)]
 
 
 def _characters(encoding: Any, first: int, last: int, *, words: bool) -> tuple[int, int]:
-    """From the beginning of the first token to the end of the last one; words: of their words, where they have any."""
+    """Return where the first token begins and where the last token ends, in characters.
+
+    With `words`, the tokens' words count in place of the tokens, if both tokens belong to words.
+    """
     begin, stop = encoding.token_to_word(first), encoding.token_to_word(last)
     if not words or begin is None or stop is None:
         return encoding.offsets[first][0], encoding.offsets[last][1]

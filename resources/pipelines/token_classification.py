@@ -1,6 +1,6 @@
-"""Entities with character offsets, grouped as transformers' token-classification pipeline groups them.
+"""The grouping of tokens into entities with character offsets, as transformers' token-classification pipeline does it.
 
-Strategies and their names are documented at
+The strategies and their names are documented at
 https://huggingface.co/docs/transformers/main_classes/pipelines#transformers.TokenClassificationPipeline
 """
 
@@ -18,10 +18,11 @@ Entity = dict[str, Any]
 
 
 class TokenClassificationPipeline(Pipeline):
-    """A text to a list of entities: `entity_group` (`entity` without aggregation), score, word, start, end.
+    """The pipeline that turns a text into a list of entities.
 
-    settings: `labels`, `ignore_labels`, `aggregation_strategy` (none, simple, first, average, max), `unknown_id`.
-    outputs: probabilities `[tokens, labels]`.
+    An entity has `entity_group` (`entity` without aggregation), `score`, `word`, `start` and `end`. The engine's
+    outputs are probabilities `[tokens, labels]`. The settings are `labels`, `ignore_labels`, `unknown_id`, `windows`
+    and `aggregation_strategy` (none, simple, first, average, max).
     """
 
     windowed: ClassVar[bool] = True
@@ -43,9 +44,9 @@ class TokenClassificationPipeline(Pipeline):
         return _without_overlaps(entities) if len(rows) > 1 else entities
 
     def _tokens(self, text: str, encoding: Any, scores: np.ndarray) -> list[Entity]:
-        """Every token of the text, special ones left out."""
+        """Return every token of the text without the special tokens."""
         tokens = []
-        # Once: the library makes a new list of all tokens whenever one of these is asked for.
+        # The library builds a new list of all tokens at every access, so each attribute is read once.
         words, ids, special = encoding.tokens, encoding.ids, encoding.special_tokens_mask
         for index, (start, end) in enumerate(encoding.offsets):
             if special[index]:
@@ -53,7 +54,7 @@ class TokenClassificationPipeline(Pipeline):
             word, written = words[index], text[start:end]
             if self.encoder.subword_prefix:
                 subword = len(word) != len(written)
-            else:  # the tokenizer does not mark what goes on; a space before it does
+            else:  # the tokenizer has no mark for subwords, so a token without a space before it is one
                 subword = start > 0 and " " not in text[start - 1 : start + 1]
             if ids[index] == self.settings["unknown_id"]:
                 word, subword = written, False
@@ -75,7 +76,7 @@ class TokenClassificationPipeline(Pipeline):
         return {"entity": self.settings["labels"][best], "score": float(scores[best]), **kept}
 
     def _word(self, tokens: list[Entity], strategy: str) -> Entity:
-        """One word, whose tokens may disagree."""
+        """Return one word as an entity. The strategy decides what happens when its tokens disagree."""
         if strategy == "first":
             scores = tokens[0]["scores"]
         elif strategy == "max":
@@ -106,7 +107,11 @@ def _words(tokens: Sequence[Entity]) -> list[list[Entity]]:
 
 
 def _groups(entities: Sequence[Entity]) -> list[list[Entity]]:
-    """Neighbours of one kind; B- begins a new entity, and a label without a prefix goes on with the last."""
+    """Group neighbours of one kind.
+
+    A label with the prefix B- begins a new entity. A label with the prefix I- or without a prefix continues the entity
+    before it if both are of one kind.
+    """
     groups: list[list[Entity]] = []
     for entity in entities:
         begins, kind = _parts(entity["entity"])
@@ -118,12 +123,16 @@ def _groups(entities: Sequence[Entity]) -> list[list[Entity]]:
 
 
 def _parts(label: str) -> tuple[bool, str]:
-    """Whether it begins an entity, and of which kind."""
+    """Return whether the label begins an entity, and the entity's kind."""
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
 def _without_overlaps(entities: list[Entity]) -> list[Entity]:
-    """Where windows overlap an entity is found twice: the longer stays, then the surer."""
+    """Return the entities without those that overlap.
+
+    An entity is found twice where windows overlap. The longer one stays. Of equally long ones, the one with the higher
+    score stays.
+    """
     kept: list[Entity] = []
     for entity in sorted(entities, key=lambda entity: int(entity["start"])):
         if not kept or not kept[-1]["start"] <= entity["start"] < kept[-1]["end"]:

@@ -1,6 +1,8 @@
-"""Labels given with the request, judged by a model of natural language inference: does the text entail "this is ..."?
+"""Zero-shot classification: a model of natural language inference judges the labels of a request.
 
-Method: Yin, Hay and Roth, "Benchmarking Zero-shot Text Classification" (2019); arithmetic as transformers' pipeline.
+The model decides for each label whether the text entails a hypothesis such as "this is ...".
+Method: Yin, Hay and Roth, "Benchmarking Zero-shot Text Classification" (2019). The arithmetic is that of transformers'
+pipeline.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ from .base import Item, Pipeline, Row, softmax
 from .limits import RefusedError
 from .unicode import is_unicode
 
-#: How much of a label is tokenized at least, in characters for each token of a row, and how much of all labels together
-#: may be, as a multiple of the longest text that is read whole.
+#: A label counts with its length, but with at most this many characters for each token of a row. All labels together
+#: may count as this multiple of the longest text that is read whole.
 _READ_PER_TOKEN = 8
 _LONGEST_READS = 16
 
 
 class ZeroShotClassificationPipeline(Pipeline):
-    """A text and labels (a JSON list) to `labels` and `scores`, best first.
+    """The pipeline that turns a text and labels (a JSON list) into `labels` and `scores`, best first.
 
-    settings: `hypothesis_template`, `multi_label`, `entailment_id`, `contradiction_id`. outputs: logits `[classes]`.
+    The engine's outputs are logits `[classes]`. The settings are `hypothesis_template`, `multi_label`, `entailment_id`
+    and `contradiction_id`.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("TEXT", "LABELS")
@@ -35,7 +38,7 @@ class ZeroShotClassificationPipeline(Pipeline):
         labels, template = self._labels(item["LABELS"]), self.settings["hypothesis_template"]
         text = item["TEXT"]
         if len(text) > self.encoder.max_tokens:
-            # Once, and not once a label: what is beyond is never seen.
+            # The rest of the text never reaches the model. Cutting it here costs once, and not once for each label.
             text = self.encoder.cut(text, self.encoder.max_tokens)
         return [(text, self._hypothesis(template.format(label))) for label in labels]
 
@@ -58,9 +61,12 @@ class ZeroShotClassificationPipeline(Pipeline):
         return labels
 
     def _hypothesis(self, text: str) -> str:
-        """The hypothesis, cut to half of a row where it would leave no room for a single token of the text."""
+        """Return the hypothesis.
+
+        If it would leave no room for a single token of the text, it is cut to half of a row.
+        """
         room = self.encoder.max_tokens - self.encoder.special_tokens(pair=True)
-        # A token is at least one character, or one byte of it. Normalization may lengthen any but those of ASCII.
+        # A token is at least one character, or one byte of a character. Normalization cannot lengthen ASCII characters.
         if text.isascii() and len(text) < room - 1:
             return text
         return text if self.encoder.count(text, room) < room else self.encoder.cut(text, max(1, room // 2))

@@ -1,4 +1,4 @@
-"""What optimizing a model would do now, and why."""
+"""The plan of an optimization: the steps that a run would take now, and the reasons."""
 
 from resources.plan.model_plan import ModelPlan, PlannedStep, State
 from resources.plan.planner import plan_model

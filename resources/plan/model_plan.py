@@ -1,4 +1,4 @@
-"""A plan: the steps of one model, each with what would become of it and why."""
+"""The plan of one model: its steps, each with its state and the reasons for that state."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from typing import Literal
 
 from resources.artifacts.fingerprint import fingerprint
 
-#: `reused`: it is there, and current. `found`: it is there, and something else is current, so that a run takes it up in
-#: milliseconds. `run`: it would be made. `follows`: whether it would be is known once something else is made.
-#: `retry`: it failed with just these inputs before; a run tries again, and is not made for that alone.
-#: `elsewhere`: it was made on a machine with another device than this one, which alone can tell.
+#: `reused`: the step's artifact exists and is current.
+#: `found`: the artifact exists, but another one is current. A run makes it the current one in milliseconds.
+#: `run`: a run would make the artifact.
+#: `follows`: whether a run would make the artifact is known only after another step.
+#: `retry`: the step failed before with the same inputs. A run tries again, but is not started for that alone.
+#: `elsewhere`: the artifact was made on a machine with another device, and only that machine can tell its state.
 State = Literal["reused", "found", "run", "follows", "retry", "elsewhere"]
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step of the pipeline: an asset, by its name in Dagster, with `/` between the parts.
+    """One step of the pipeline, with its state.
 
-    reasons: why it is not reused, each in a few words. seconds: what making the one that is there now took; 0: unknown.
+    Args:
+        step: The name of the step's asset in Dagster, with `/` between the parts.
+        state: What a run would do with the step.
+        reasons: The reasons why the step is not reused, each in a few words.
+        digest: The digest of the artifact; empty if it is not known yet.
+        seconds: How long the last artifact of the step took to make. 0 means unknown.
     """
 
     step: str
@@ -30,8 +37,12 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a run of one model would do. error: where it would fail, as far as that can be known; no later step is
-    among the steps then.
+    """The plan of a run of one model.
+
+    Args:
+        model: The model's name.
+        steps: The steps in the order of the run.
+        error: The error with which the run would fail, as far as that can be known. The steps then end before it.
     """
 
     model: str
@@ -40,10 +51,10 @@ class ModelPlan:
 
     @property
     def differing(self) -> tuple[PlannedStep, ...]:
-        """The steps of which something may be another afterwards; none: there is no reason for a run."""
+        """The steps whose artifacts a run may change. If there are none, there is no reason for a run."""
         return tuple(step for step in self.steps if step.state in ("found", "run", "follows"))
 
     @property
     def digest(self) -> str:
-        """Of all that a run would begin from: the same digest, the same run."""
+        """The digest of the differing steps. Two plans with the same digest describe the same run."""
         return fingerprint("plan", model=self.model, steps=self.differing)

@@ -1,7 +1,7 @@
-"""Tell what optimizing a model would do now, and why, without doing it.
+"""The planner, which tells what an optimization of a model would do now, and why, without doing it.
 
-The planner walks the steps of a run, asks each what it would make, and looks whether the store has that. What follows
-from an artifact that is yet to be made is told as far as it is known.
+The planner walks through the steps of a run, asks each step what it would make, and looks for that in the artifact
+store. A step that depends on an artifact that does not exist yet is planned as far as its inputs are known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ R = TypeVar("R", bound=Record)
 
 
 def plan_model(workspace: Workspace, entry: ModelEntry) -> ModelPlan:
-    """Plan what optimizing the entry's model for the workspace's targets would do. Builds and downloads nothing."""
+    """Plan the optimization of the entry's model for the workspace's targets, without building or downloading."""
     planner = _Planner(workspace, entry)
     error = ""
     try:
@@ -47,7 +47,11 @@ class _Planner:
         self.steps: list[PlannedStep] = []
 
     def plan(self) -> None:
-        """Fill `steps`. Raises RefineryError where a run would fail."""
+        """Fill `steps`.
+
+        Raises:
+            RefineryError: A run would fail with this error.
+        """
         if not self._checkpoint():
             self._whole_run()
             return
@@ -57,7 +61,7 @@ class _Planner:
             self._target(target)
 
     def _checkpoint(self) -> bool:
-        """Plan the checkpoint. Returns whether anything is known of what it will be."""
+        """Plan the checkpoint step, and return whether its artifact is known well enough to plan the other steps."""
         try:
             self._step(CHECKPOINT)
         except UnfetchedError as error:
@@ -70,7 +74,7 @@ class _Planner:
         return True
 
     def _whole_run(self) -> None:
-        """Plan all other steps where nothing is known but that there is another checkpoint."""
+        """Plan all other steps where only the fact of a new checkpoint is known."""
         first = self.steps[0].reasons == (NEVER,)
         of_targets = [node for target in self._work.workspace.targets for node in steps_of(target)]
         for node in (*COMMON[1:], *of_targets):
@@ -89,7 +93,7 @@ class _Planner:
             self._ask(node)
 
     def _ask(self, node: Node) -> None:
-        """Plan a step, or say after which others it will be known."""
+        """Plan a step, or note the other steps that must run before its plan is known."""
         try:
             if isinstance(node, ReleaseStep):
                 self._release(node)
@@ -137,7 +141,7 @@ class _Planner:
             self._note(step, "reused", (), found, found.digest)
 
     def _release(self, step: ReleaseStep) -> None:
-        """Plan a release: whether what serves, or waits, is what would be released."""
+        """Plan a release, by comparison with the release that serves or waits."""
         plan, triton = step.plan(self._work), self._work.workspace.triton
         content = step.content(plan)
         if content.awaits:

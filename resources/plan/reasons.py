@@ -1,4 +1,4 @@
-"""Why what is there is not what is wanted, in a few words for people."""
+"""The reasons why a current artifact is not the wanted one, in a few words for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resources.artifacts.records import Record
 from resources.engines.specs import BASELINE
 
 NEVER = "it was never made"
-#: How parts of fingerprints are called, where their names do not say it.
+#: Names for people of the parts of a fingerprint whose own names are unclear.
 _WORDS = {
     "weights": "the weights or their configuration",
     "tokenizer": "the tokenizer",
@@ -27,24 +27,33 @@ _WORDS = {
     "engine": "the engine",
     "profiles": "the lengths that engines are tuned to",
 }
-#: What the tokenizer's files are called, by how their names begin.
+#: The beginnings of the names of a tokenizer's files.
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
 _LONGEST_VALUE = 60
 
 
 def after(*steps: str) -> tuple[str, ...]:
+    """Return the reason of a step whose plan is known only once the other steps have run."""
     others = len(steps) - 1
     more = "" if not others else f" and {others} other{'' if others == 1 else 's'}"
     return (f"once {steps[0]}{more} {'are' if others else 'is'} made",)
 
 
 def failure_of(record: Record) -> str:
-    """The reason of what failed: an engine's or report's own, or what is wrong with a graph."""
+    """Return why the record's step failed: the reason of an engine or report, or the problems of a graph."""
     return str(getattr(record, "reason", "") or " ".join(getattr(record, "problems", ())))
 
 
 def reasons_of(now: Record | None, made_of: Fingerprint, damaged: tuple[str, ...]) -> Iterator[str]:
-    """Why what is current is not what is wanted. None where all that may differ is not known yet."""
+    """Yield the reasons why the current artifact is not the wanted one.
+
+    It yields none if every part that may differ is not known yet.
+
+    Args:
+        now: The record of the current artifact, or None if there is none.
+        made_of: The fingerprint of the wanted artifact.
+        damaged: The names of the wanted artifact's files that are damaged.
+    """
     if damaged:
         yield f"{', '.join(damaged)} is damaged"
         return
@@ -59,7 +68,10 @@ def reasons_of(now: Record | None, made_of: Fingerprint, damaged: tuple[str, ...
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What is another in a fingerprint's parts, each in a few words. What is not known yet is not told."""
+    """Yield the differences between the parts of two fingerprints, each in a few words.
+
+    Parts that are not known yet are left out.
+    """
     for name in sorted({*before, *now}, key=lambda part: (part == "code", part)):
         old, new = before.get(name), now.get(name)
         if old == new:
@@ -115,7 +127,7 @@ def _text(value: Any) -> str:
 
 
 def _device_difference(old: str, new: str) -> str:
-    """Of a description's parts (name, driver or cores) only those that differ."""
+    """Describe a change of device by those parts of its description (name, driver or cores) that differ."""
     was, will = old.split(", "), new.split(", ")
     if len(was) == len(will):
         both = [pair for pair in zip(was, will, strict=True) if pair[0] != pair[1]]

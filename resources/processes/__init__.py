@@ -1,0 +1,1 @@
+"""Child processes, with limits for their time, memory and environment variables."""

@@ -1,7 +1,7 @@
-"""Run downloads of libraries that have no overall time limit, each in a process that can be ended.
+"""Downloads by libraries that have no overall time limit, each in a process that can be ended.
 
-A thread cannot be ended, and the program waits for the threads of huggingface_hub when it ends. `python -m
-resources.processes.downloads` is the process. Its job comes on its standard input, passwords included, so that they are
+A thread cannot be ended, and the program waits for the threads of huggingface_hub when it ends. The process runs
+`python -m resources.processes.downloads`. It gets its job on its standard input, passwords included, so that they are
 neither on its command line nor in its environment.
 """
 
@@ -26,7 +26,7 @@ from resources.storage.atomic import write_whole
 
 T = TypeVar("T")
 
-#: Of any download, however fast it is.
+#: The limit for any download, however fast it is.
 LONGEST_SECONDS = 24 * 3600.0
 _POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -36,13 +36,16 @@ def download_apart(function: Callable[..., T], *args: Any, folder: Path, variabl
     """Run a module-level function in a process of its own, and return what it returns.
 
     Args:
-        folder: Where what it downloads arrives. It is ended where too little does; see resources.boundary.deadlines.
+        function: The function, which downloads into `folder`.
+        args: The function's arguments. They are pickled.
+        folder: The folder that receives the download. The process is ended if too little arrives; see
+            resources.boundary.deadlines.
         variables: The environment of the process.
 
     Raises:
         RefineryError: The function raised it.
-        TimeoutError: It was too slow.
-        ConnectionError: It ended without an answer, or raised something else.
+        TimeoutError: The download was too slow.
+        ConnectionError: The process ended without an answer, or the function raised another error.
     """
     with tempfile.TemporaryDirectory(prefix="refinery-download-") as scratch:
         answer = Path(scratch) / "answer"
@@ -82,17 +85,17 @@ def _watch(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below it, those on their way in included."""
+    """Return the bytes of all files below the folder, unfinished ones included."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            with suppress(FileNotFoundError):  # renamed
+            with suppress(FileNotFoundError):  # it was renamed meanwhile
                 total += (Path(root) / name).lstat().st_size
     return total
 
 
 def _has_descriptor(stream: Any) -> bool:
-    """Whether it is a real file: tests and notebooks put others there."""
+    """Return whether the stream is a real file. Tests and notebooks replace it with other objects."""
     try:
         stream.fileno()
     except (OSError, AttributeError, ValueError):
@@ -101,7 +104,7 @@ def _has_descriptor(stream: Any) -> bool:
 
 
 def main() -> None:
-    """The process: one job, one answer."""
+    """Run the one job that standard input holds, and write its answer to the file that the command line names."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     data = sys.stdin.buffer.read()
     answer: tuple[bool, Any]

@@ -1,9 +1,9 @@
-"""Running untrustworthy work (exporters, builders, runtimes) in a child process with a time and a memory limit.
+"""Untrustworthy work (exporters, builders, runtimes) in child processes with a time and a memory limit.
 
 A segmentation fault, an out-of-memory kill or an endless loop in a native library then costs one result, not the run.
-Children are forked from a server that has imported the heavy modules already, so that each starts in milliseconds
-instead of the ten seconds that torch, transformers and onnxscript take to import. The server is a fresh process: it
-has nothing of the parent's state, and no thread of ours.
+Children are forked from a server that has already imported the heavy modules. Each child therefore starts in
+milliseconds, instead of the ten seconds that the imports of torch, transformers and onnxscript take. The server is a
+fresh process: it has nothing of the parent's state, and no thread of ours.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from resources.processes.variables import COMPUTE, HUGGING_FACE, PROGRAM, PYTHON
 
 T = TypeVar("T")
 
-#: Imported once, by the server, before it forks. Modules that children import anyway.
+#: The server imports this once, before it forks. It imports the modules that children import anyway.
 PRELOAD = ("resources.processes.preload",)
-#: How often the parent looks at a child's memory. A child can overshoot its limit for this long.
+#: How often the parent checks a child's memory. A child can exceed its limit for this long.
 POLL_SECONDS = 0.1
-#: How often it looks at those that the child has started, which takes longer.
+#: How often the parent checks the processes that the child has started, too, which takes longer.
 _TREE_POLL_SECONDS = 1.0
 _MEMORY_SHARE = 0.8
 _PR_SET_PDEATHSIG = 1
-#: proc_pid_oom_score_adj(5): its largest value.
+#: The largest value that proc_pid_oom_score_adj(5) allows.
 _FIRST_VICTIM = "1000"
 _main_lock = threading.Lock()
 _start_lock = threading.Lock()
@@ -51,16 +51,17 @@ _SERVERS: list[subprocess.Popen[bytes]] = []
 
 
 def default_memory_bytes() -> int:
-    """Return what a child may take where nobody says otherwise: most of what there is, and not the last of it."""
+    """Return the memory that a child may take by default: most of the memory there is, but not all of it."""
     return int(_MEMORY_SHARE * available_bytes())
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one child process may take.
+    """The time and memory that one child process may take.
 
-    `timeout_s` bounds one call; `memory_bytes` the resident memory of the child, modules included, and of the processes
-    that it starts.
+    Args:
+        timeout_s: The longest time of one call.
+        memory_bytes: The largest resident memory of the child, modules included, and of the processes that it starts.
     """
 
     timeout_s: float = 1800.0
@@ -68,11 +69,13 @@ class Limits:
 
 
 class Worker:
-    """One child process that holds one object, made there by `factory(*args)`; `call` runs its methods, one at a time.
+    """One child process that holds one object, made there by `factory(*args)`.
 
-    While no call is under way the child is blocked on a pipe and takes no processor time. Arguments and results are
-    pickled, so functions and classes must be importable: nothing defined in the script that was started. What the child
-    prints is added to `log`. A context manager: leaving it ends the child.
+    `call` runs the object's methods, one at a time. While no call is under way, the child is blocked on a pipe and
+    takes no processor time. Arguments and results are pickled, so functions and classes must be importable. They cannot
+    be defined in the script that was started. The child's output is added to `log`. A worker is a context manager:
+    leaving it ends the child.
+
     Every error is an IsolationError, the RefineryError that was raised in the child, or the OSError of a log that
     cannot be written.
     """
@@ -92,7 +95,7 @@ class Worker:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         self._connection, theirs = context.Pipe()
-        # Nothing is ever sent through it: the child ends when its other end does. See _end_with.
+        # Nothing is ever sent through this pipe. The child ends when the parent's end is closed; see _end_with.
         their_lifeline, self._lifeline = context.Pipe(duplex=False)
         arguments = (theirs, their_lifeline, str(log or os.devnull))
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
@@ -117,16 +120,17 @@ class Worker:
 
     @property
     def pid(self) -> int:
+        """The child's process id."""
         assert self._process.pid is not None
         return self._process.pid
 
     def call(self, method: str, *args: Any) -> Any:
-        """Run a method of the held object and return what it returns."""
+        """Run a method of the held object, and return what it returns."""
         return self._request(method, args)
 
     def close(self) -> None:
-        """End the child, whatever it is doing, and what it has started."""
-        # The number of a child that has ended may be another process's by now.
+        """End the child, whatever it is doing, and the processes that it has started."""
+        # The id of a child that has ended may belong to another process by now.
         if self._process.is_alive() and descendants(self.pid):
             self._kill()
         self._connection.close()
@@ -137,11 +141,14 @@ class Worker:
         self._lifeline.close()
 
     def _kill(self) -> None:
-        """End the child with all that it started: the process group that it leads, and who left that."""
+        """Kill the child and all processes that it has started.
+
+        These are the process group that the child leads, and the descendants that left the group.
+        """
         for pid in descendants(self.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with suppress(ProcessLookupError):  # it does not lead one yet
+        with suppress(ProcessLookupError):  # the child does not lead a group yet
             os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
 
@@ -171,7 +178,7 @@ class Worker:
         raise IsolationError(f"{self._what}: {value}")
 
     def _wait(self) -> tuple[bool, Any, int]:
-        import psutil  # here, because definitions are loaded for every step
+        import psutil  # imported here, because every step loads the definitions
 
         deadline = time.monotonic() + self._limits.timeout_s
         tree_at = 0.0
@@ -205,7 +212,7 @@ class Worker:
     def _receive(self) -> tuple[bool, Any, int]:
         try:
             data = self._connection.recv_bytes()
-        except (EOFError, OSError):  # OSError: it ended in the middle of its answer
+        except (EOFError, OSError):  # OSError: the child ended in the middle of its answer
             raise self._died() from None
         try:
             answer: tuple[bool, Any, int] = pickle.loads(data)  # noqa: S301 - from our own child
@@ -215,7 +222,7 @@ class Worker:
 
     def _died(self) -> IsolationError:
         self._process.join(timeout=5)
-        # What it has started is left in its group, whose number is free again once nobody is in it.
+        # The processes that the child has started stay in its group. The group's id is free again once they have ended.
         import psutil
 
         if self._process.exitcode is not None and not psutil.pid_exists(self.pid):
@@ -232,7 +239,7 @@ class Worker:
 def run_isolated(
     function: Callable[..., T], *args: Any, limits: Limits, what: str, log: Path | None = None
 ) -> tuple[T, int]:
-    """Run one module-level function in a child; return its result and the child's peak memory in bytes."""
+    """Run one module-level function in a child, and return its result and the child's peak memory in bytes."""
     with Worker(_Once, function, args, limits=limits, what=what, log=log) as worker:
         return worker.call("run"), worker.peak_memory_bytes
 
@@ -246,16 +253,16 @@ class _Once:
 
 
 def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
-    """The child's loop: an object first, then calls of its methods, until the pipe closes."""
-    os.setpgid(0, 0)  # with all that it starts, so that they end together
-    with suppress(OSError):  # it is the first that the kernel takes where memory runs out, before what serves
+    """Run the child's loop: make an object, then call its methods until the pipe closes."""
+    os.setpgid(0, 0)  # a group of this process and all that it starts, so that they end together
+    with suppress(OSError):  # if memory runs out, the kernel ends this process before those that serve
         Path("/proc/self/oom_score_adj").write_text(_FIRST_VICTIM)
     _end_with(lifeline)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:  # a full disk, say, which is the parent's to tell, and no failure of what was asked
+    except OSError as error:  # a full disk, for instance. The parent reports it, because the work did not fail.
         with suppress(EOFError, OSError):
             connection.recv_bytes()
             connection.send_bytes(ForkingPickler.dumps((False, error, peak_memory_bytes())))
@@ -282,7 +289,7 @@ def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
         sys.stderr.flush()
         try:
             data = ForkingPickler.dumps(answer)
-        except Exception as error:  # the result cannot travel
+        except Exception as error:  # the result cannot be pickled
             data = ForkingPickler.dumps((False, _portable(error), peak_memory_bytes()))
         try:
             connection.send_bytes(data)
@@ -291,29 +298,29 @@ def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
 
 
 def _end_with(lifeline: Connection) -> None:
-    """Have the kernel kill this process's group when the one that wanted it is gone, and its end of the pipe with it.
+    """Have the kernel kill this process's group when the process that started it ends, and so closes its end of the pipe.
 
-    The kernel (fcntl(2), O_ASYNC), because no thread of ours would run while native code holds the interpreter.
-    PR_SET_PDEATHSIG is for when the server is killed. Alone it would not do: the server is the parent of all children,
-    and lives as long as any of them.
+    The kernel has to do it (fcntl(2), O_ASYNC), because no thread of ours would run while native code holds the
+    interpreter. PR_SET_PDEATHSIG is for the case that the server is killed. Alone it would not be enough: the server is
+    the parent of all children, and lives as long as any of them.
     """
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if lifeline.poll():  # it was gone before we asked
+    if lifeline.poll():  # that process had ended before the lines above
         os.killpg(0, signal.SIGKILL)
 
 
 @contextmanager
 def _server_of_children() -> Iterator[None]:
-    """Have the server run that children are forked from, deaf to Ctrl-C and its children with it.
+    """Ensure that the server runs that children are forked from, and that neither it nor its children react to Ctrl-C.
 
-    Ctrl-C reaches the whole group, and multiprocessing's server ignores it only once it has imported what it preloads;
-    until then, for up to ten seconds, it would answer with the traceback of an import.
+    Ctrl-C reaches the whole process group. multiprocessing's server ignores it only after it has imported the preloaded
+    modules. Until then, for up to ten seconds, the server would answer it with the traceback of an import.
     """
     with _only_what_children_need():
-        resource_tracker.ensure_running()  # the server starts it otherwise, and that ends with SIGINT let through again
+        resource_tracker.ensure_running()  # otherwise the server starts it, which unblocks SIGINT
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -325,9 +332,9 @@ def _server_of_children() -> Iterator[None]:
 
 @contextmanager
 def _only_what_children_need() -> Iterator[None]:
-    """Give the server, should it be started by this thread now, the variables that its children need and no others.
+    """Give the server only the environment variables that its children need, if this thread starts the server now.
 
-    Children load the checkpoints of others. multiprocessing hands on all of this process's environment, and has no
+    Children load the checkpoints of others. multiprocessing passes on all of this process's environment, and has no
     setting for that.
     """
     thread = threading.get_ident()
@@ -340,7 +347,7 @@ def _only_what_children_need() -> Iterator[None]:
         process = subprocess.Popen(
             names, executable=os.fsdecode(path), pass_fds=passfds, env=variables, restore_signals=False
         )
-        _SERVERS.append(process)  # multiprocessing waits for it; a Popen that is forgotten would, too
+        _SERVERS.append(process)  # multiprocessing waits for it. A Popen without a reference would, too.
         return process.pid
 
     with _start_lock:
@@ -356,8 +363,9 @@ def _only_what_children_need() -> Iterator[None]:
 def _no_main_module() -> Iterator[None]:
     """Start a child that does not run the parent's script again.
 
-    multiprocessing has every child import the parent's `__main__`: under the `dagster` command that is a second a child
-    (0.07 s without), and a script without `if __name__ == "__main__"` would start children of its own.
+    multiprocessing makes every child import the parent's `__main__`. Under the `dagster` command that takes a second
+    for each child (0.07 s without the import), and a script without `if __name__ == "__main__"` would start children of
+    its own.
     """
     with _main_lock:
         main = sys.modules["__main__"]
@@ -369,7 +377,7 @@ def _no_main_module() -> Iterator[None]:
 
 
 def _portable(error: BaseException) -> RefineryError | str:
-    """The error itself where the parent can understand it, else its type and text."""
+    """Return the error itself if the parent can unpickle it, else its type and text."""
     if isinstance(error, RefineryError):
         try:
             pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
@@ -382,13 +390,13 @@ def _portable(error: BaseException) -> RefineryError | str:
 
 
 def _text(error: BaseException) -> str:
-    """The type and the first line; libraries put whole graphs into the others."""
+    """Return the error's type and its first line, because libraries put whole graphs into the other lines."""
     name, said = type(error).__name__, first_line(error, 500)
     return name if said == name else f"{name}: {said}"
 
 
 def peak_memory_bytes() -> int:
-    """This process's peak resident memory (`VmHWM`) since its start or the last `reset_peak_memory`."""
+    """Return this process's peak resident memory (`VmHWM`) since its start or the last `reset_peak_memory`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -396,5 +404,5 @@ def peak_memory_bytes() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak begin again at what is resident now (Linux, proc(5), clear_refs)."""
+    """Reset the peak to the memory that is resident now (Linux, proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")

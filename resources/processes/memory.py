@@ -1,4 +1,4 @@
-"""How much memory this machine, or the container that a process runs in, has; and what a tree of processes takes."""
+"""The memory of this machine or of a process's container, and the memory that a tree of processes takes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 _PROC = Path("/proc")
-#: Of cgroups in version 2 and version 1.
+#: The names of the files with the memory limit, for cgroups of version 2 and version 1.
 _LIMIT_FILES = {"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}
 
 
 def available_bytes(proc: Path = _PROC) -> int:
-    """Return the machine's memory, or less where a cgroup of this process, or one around that, has a limit."""
+    """Return the machine's memory, or less if this process's cgroup, or one around it, has a limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder, file, top in _cgroups(proc):
         while True:
-            with suppress(OSError, ValueError):  # `max`: no limit
+            with suppress(OSError, ValueError):  # `max` means that there is no limit
                 limits.append(int((folder / file).read_text()))
             if folder == top:
                 break
@@ -26,10 +26,10 @@ def available_bytes(proc: Path = _PROC) -> int:
 
 
 def _cgroups(proc: Path) -> Iterator[tuple[Path, str, Path]]:
-    """Find the folder of each cgroup that bounds this process's memory, its limit's file, and where it is mounted.
+    """Yield the folder, limit file and mount point of each cgroup that bounds this process's memory.
 
-    cgroups(7), proc_pid_mountinfo(5). A container sees its own cgroup as the top of the mount, whatever path it has
-    outside.
+    The sources are cgroups(7) and proc_pid_mountinfo(5). A container sees its own cgroup as the top of the mount,
+    whatever path the cgroup has outside.
     """
     paths: dict[str, PurePosixPath] = {}
     with suppress(OSError):
@@ -50,10 +50,13 @@ def _cgroups(proc: Path) -> Iterator[tuple[Path, str, Path]]:
 
 
 def tree_bytes(pid: int, limit: int) -> int:
-    """Return the memory that a process and all its descendants take. Raises psutil.NoSuchProcess.
+    """Return the memory that a process and all its descendants take.
 
-    That is the sum of their resident memory, which counts pages that several of them share several times. Where that
+    The result is the sum of their resident memory, which counts a page once for each process that shares it. If that
     exceeds `limit`, each page is counted once, which takes the kernel longer.
+
+    Raises:
+        psutil.NoSuchProcess: The process has ended.
     """
     import psutil
 
@@ -66,9 +69,9 @@ def tree_bytes(pid: int, limit: int) -> int:
 
 
 def descendants(pid: int) -> list[int]:
-    """List the children of a process, their children, and so on; without those that have just ended.
+    """Return the children of a process, their children, and so on, without those that have just ended.
 
-    psutil reads the state of every process of the machine for that, which would disturb what is being measured.
+    psutil would read the state of every process of the machine for that, which would disturb a measurement.
     """
     found, waiting = list[int](), [pid]
     while waiting:
@@ -89,7 +92,7 @@ def _resident(pid: int) -> int:
 
 
 def _proportional(pid: int) -> int:
-    """The memory of a process, of each page that it shares only its part."""
+    """Return the memory of a process, with only its part of each page that it shares."""
     with suppress(OSError):
         for line in (_PROC / str(pid) / "smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

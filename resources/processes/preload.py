@@ -1,4 +1,7 @@
-"""What the server of resources.processes.isolation imports before it forks; see there. Import it nowhere else."""
+"""The modules that the server of resources.processes.isolation imports before it forks.
+
+Import this module nowhere else.
+"""
 
 import errno
 import os
@@ -7,10 +10,11 @@ import sys
 from multiprocessing import reduction
 from types import TracebackType
 
-# Tokenizers warns, and turns itself single-threaded, when a process forks after using it; the server never uses it.
+# If a process forks after it has used tokenizers, that library warns and becomes single-threaded. The server never
+# uses it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# Children read checkpoints that were fetched before. Whatever a checkpoint's files ask for, they fetch nothing more: no
+# Children read checkpoints that were fetched before. They fetch nothing more, whatever a checkpoint's files ask for: no
 # second model, no configuration, and no native code for attention (transformers' "kernels").
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_HUB_KERNELS"] = "NO"
@@ -31,8 +35,10 @@ _recvfds = reduction.recvfds
 
 
 def _recvfds_or_aborted(sock: socket.socket, size: int) -> list[int]:
-    """What multiprocessing's server reads a request with. A parent that was interrupted after it connected, and before
-    it sent anything, would end the server, and every child with it; of an aborted connection the server says nothing.
+    """Read a request for multiprocessing's server, and raise ConnectionAbortedError if the parent has gone.
+
+    A parent may be interrupted after it has connected and before it has sent anything. The EOFError would end the
+    server, and every child with it. The server ignores an aborted connection.
     """
     try:
         return _recvfds(sock, size)
@@ -44,11 +50,11 @@ reduction.recvfds = _recvfds_or_aborted
 
 
 def _without_orphans(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say nothing of a child whose parent was interrupted before it had sent what the child is to do."""
+    """Print an uncaught error, except that of a child whose parent was interrupted before it had sent the child's work."""
     if kind is not EOFError or os.getpid() == _server:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _without_orphans  # multiprocessing calls it for what fails in a child before our own code runs
+sys.excepthook = _without_orphans  # multiprocessing calls it for an error in a child before our code runs
 
 __all__ = ["onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"]

@@ -1,7 +1,7 @@
-"""Which environment variables a process that we start is given: those that it needs, and nobody's passwords.
+"""The environment variables of a process that we start: those that it needs, and no passwords.
 
-Whoever started us has cloud keys, tokens and passwords of databases in its environment. Served models, children that
-read foreign checkpoints, and tools have no use for them.
+The environment of this program holds cloud keys, tokens and passwords of databases. Served models, children that read
+foreign checkpoints, and tools have no use for them.
 """
 
 from __future__ import annotations
@@ -10,35 +10,35 @@ import os
 import re
 from collections.abc import Sequence
 
-#: Of any program: where programs, files and libraries lie, and how text is written.
+#: For any program: the places of programs, files and libraries, and the form of text.
 PROGRAM = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LANGUAGE", "LC_*", "TERM", "NO_COLOR"),
     *("LD_LIBRARY_PATH", "LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_*", "XDG_*", "VIRTUAL_ENV"),
 )
-#: Of what computes: devices, threads, compilers and the settings of numerical libraries.
+#: For programs that compute: devices, threads, compilers and the settings of numerical libraries.
 COMPUTE = (
     *("CUDA_*", "NVIDIA_*", "NCCL_*", "CUDNN_*", "CUBLAS_*", "TENSORRT_*", "TRT_*", "ORT_*", "OV_*", "OPENVINO_*"),
     *("OMP_*", "GOMP_*", "KMP_*", "MKL_*", "DNNL_*", "ONEDNN_*", "OPENBLAS_*", "GOTO_*", "BLIS_*", "NUMEXPR_*"),
     *("TORCH*", "PYTORCH_*", "TRITON_CACHE_DIR", "TOKENIZERS_*", "RAYON_*", "CC", "CXX", "CPATH", "LIBRARY_PATH"),
 )
-#: Of Python with this project and its libraries.
+#: For Python with this project and its libraries.
 PYTHON = ("PYTHON*", "MPLCONFIGDIR")
-#: Of transformers and huggingface_hub: where their caches lie, and whether they may use the network.
+#: For transformers and huggingface_hub: the places of their caches, and whether they may use the network.
 HUGGING_FACE = ("HF_*", "HUGGINGFACE_*", "TRANSFORMERS_*")
-#: Of what asks servers elsewhere.
+#: For programs that ask servers elsewhere.
 NETWORK = (
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE"),
 )
-#: Of MLflow's client and server. Its databases' drivers read variables of their own.
+#: For MLflow's client and server. The drivers of its databases read variables of their own.
 MLFLOW = ("MLFLOW_*",)
 DATABASE = ("PG*", "MYSQL_*")
-#: Of clouds' object storage: keys and where they lie.
+#: For the object storage of clouds: keys and their places.
 CLOUD = ("AWS_*", "BOTO_*", "GOOGLE_*", "GCLOUD_*", "CLOUDSDK_*", "AZURE_*")
-#: Of pip.
+#: For pip.
 PIP = ("PIP_*", "NETRC")
 
-#: Names that hold a secret although a pattern above has them, such as HF_TOKEN and NVIDIA_API_KEY.
+#: Names of variables that hold a secret although a pattern above matches them, such as HF_TOKEN and NVIDIA_API_KEY.
 _SECRET = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASS|CREDENTIAL|LOGIN|AUTH(?!OR)")
 
 
@@ -46,9 +46,9 @@ def inherited(*needs: Sequence[str], secrets: Sequence[str] = (), **more: str) -
     """Return the environment of a process that has these needs.
 
     Args:
-        needs: names, or beginnings of names with a star, such as PROGRAM and COMPUTE.
-        secrets: the same, for variables that the process needs although they hold a password.
-        more: further variables.
+        needs: Names, or beginnings of names with a star, such as PROGRAM and COMPUTE.
+        secrets: Names of the same form, for variables that the process needs although they hold a password.
+        more: Further variables.
     """
     wanted, allowed = _pattern([name for need in needs for name in need]), _pattern(secrets)
     return {
@@ -67,6 +67,9 @@ def _pattern(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def _has_login(value: str, name: str) -> bool:
-    """Whether the value is an address with a password. Those of proxies and of package indexes need it."""
+    """Return whether the value is an address with a password that the process does not need.
+
+    The addresses of proxies and of package indexes need theirs.
+    """
     needed = name.upper().endswith("_PROXY") or name.startswith("PIP_")
     return not needed and bool(re.search(r"://[^/\s]*@", value))

@@ -1,1 +1,1 @@
-"""The report of one optimization: a page and its pictures, for people who were not there."""
+"""The report of one optimization: a page and its pictures, for people who did not follow the run."""

@@ -1,4 +1,4 @@
-"""What changed between two optimizations of a model for one target: what was given, and what came of it."""
+"""The differences between two optimizations of a model for one target, in inputs and in results."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from resources.benchmark.ranking import margin
 from resources.report.optimization import Changes, OptimizationReport
 
 _NONE = "–"
-#: Differences of a metric below this are not shown: tables have four digits.
+#: Differences of a metric below this are not shown, because tables have four digits.
 _SEEN = 5e-5
 
 
 def changes(before: OptimizationReport, now: OptimizationReport) -> Changes:
-    """inputs: what differs, before and now. candidates: of every engine that was measured in either, its name, its
-    score before and now, what that means, and what became of its accuracy.
+    """Return the differences between an earlier optimization and the current one.
+
+    The result's inputs are those that differ, with their values before and now. Its candidates are all engines that
+    were measured in either optimization: the name, the score before and now, the meaning of the score's change, and the
+    change in accuracy.
     """
     names = [report.engine for report in now.reports] + [report.engine for report in before.reports]
     rows = (_candidate(name, before, now) for name in dict.fromkeys(names))
@@ -26,7 +29,8 @@ def _inputs(before: OptimizationReport, now: OptimizationReport) -> tuple[tuple[
     found = []
     for name in ("revision", "source", "task", "device", "evaluation_items"):
         found.append((name.replace("_", " "), str(getattr(before, name)), str(getattr(now, name))))
-    if before.revision == now.revision:  # else PyTorch's answers, which are part of it, are others anyway
+    # With another revision, PyTorch's answers differ, and they are part of the evaluation set's digest.
+    if before.revision == now.revision:
         first, second = before.champion.evaluation_digest, now.champion.evaluation_digest
         found.append(("evaluation set", first[:12], second[:12]))
     found += _pairs("", before.libraries, now.libraries)
@@ -64,7 +68,7 @@ def _score(report: OptimizationReport, name: str) -> str:
 def _meaning(
     name: str, old: BenchmarkReport, new: BenchmarkReport, before: OptimizationReport, now: OptimizationReport
 ) -> str:
-    """Whether the score's change is more than noise, where that can be said."""
+    """Say whether the score's change is more than noise, or why the two scores cannot be compared."""
     if old.digest == new.digest:
         return "not measured again"
     first, second = before.scores.get(name), now.scores.get(name)

@@ -1,5 +1,7 @@
-"""All that the report of an optimization is made from. Kept beside it, so that what is served later can be added, and
-so that the next optimization can say what changed.
+"""The data of an optimization's report.
+
+The data is kept beside the report, so that facts about serving can be added later, and so that the next optimization
+can show the changes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", 
 
 
 class Gate(BaseModel):
-    """One accuracy gate: the metric of that name has to be at least, or at most, the limit."""
+    """One accuracy gate: the metric of that name must be at least, or at most, the limit."""
 
     model_config = _CONFIG
     name: str
@@ -39,11 +41,11 @@ class Gate(BaseModel):
 
     @property
     def best(self) -> float:
-        """What the metric is where the answers are PyTorch's own."""
+        """The metric's value when the answers equal PyTorch's."""
         return 1.0 if self.bound == "least" else 0.0
 
     def kept_by(self, value: float) -> bool:
-        """NaN keeps no gate."""
+        """Return whether the value keeps the gate. NaN keeps no gate."""
         return value >= self.limit if self.bound == "least" else value <= self.limit
 
     def __str__(self) -> str:
@@ -51,8 +53,11 @@ class Gate(BaseModel):
 
 
 class Changes(BaseModel):
-    """What is otherwise than in an earlier optimization. inputs: what was given, before and now. candidates: see
-    resources.report.changes.
+    """The differences from an earlier optimization.
+
+    Args:
+        inputs: The inputs that differ, each with its name and its values before and now.
+        candidates: One row for each engine, see resources.report.changes.
     """
 
     model_config = _CONFIG
@@ -61,8 +66,12 @@ class Changes(BaseModel):
 
 
 class Before(BaseModel):
-    """The optimization of the same model and target that was finished last. changes: None where it left no report
-    that can be read.
+    """The latest finished optimization of the same model and target.
+
+    Args:
+        run_id: The id of its MLflow run.
+        url: The address of that run's page.
+        changes: The differences from it, or None if it left no readable report.
     """
 
     model_config = _CONFIG
@@ -72,7 +81,11 @@ class Before(BaseModel):
 
 
 class OptimizationReport(BaseModel):
-    """One optimization of one model for one target. reports: the champion's and those it was chosen among."""
+    """One optimization of one model for one target.
+
+    Args:
+        reports: The champion's report, and the reports on the engines that it was chosen from.
+    """
 
     model_config = _CONFIG
     model: str
@@ -98,18 +111,19 @@ class OptimizationReport(BaseModel):
 
     @property
     def title(self) -> str:
+        """The title of the report's plots."""
         return f"{self.model} on {self.target}: {self.device}"
 
     @property
     def inaccurate(self) -> frozenset[str]:
-        """Engines that were measured and miss a gate. PyTorch is what the others are compared with."""
+        """The engines that were measured and miss a gate, without PyTorch, which is the baseline."""
         eligible = {verdict.engine for verdict in self.champion.verdicts if verdict.eligible}
         measured = {report.engine for report in self.reports if report.status == "measured"}
         return frozenset(measured - eligible - {BASELINE})
 
     @property
     def scores(self) -> dict[str, float]:
-        """By engine, times better than PyTorch by the objective."""
+        """Each engine's score: how many times better than PyTorch it is by the objective."""
         return {verdict.engine: verdict.score for verdict in self.champion.verdicts if verdict.score is not None}
 
 
@@ -122,7 +136,10 @@ def make_report(
     reports: Sequence[BenchmarkReport],
     engines: Sequence[Engine],
 ) -> OptimizationReport:
-    """What is known once the champion is chosen. engines: those that were measured. Costs no heavy import."""
+    """Make the report of an optimization whose champion has just been chosen.
+
+    This function imports no heavy library. `engines` are the engines that were measured.
+    """
     gates, task = entry.accuracy_gates(), TASKS[entry.task]
     gated = {name for report in reports if report.accuracy for name in report.accuracy.gated}
     runtimes = {engine.runtime for engine in engines if engine.status == "built"}
@@ -148,7 +165,7 @@ def make_report(
             if name in gated
         ),
         champion=champion,
-        # What a digest is of, part by part, says nothing to the reader of a report.
+        # The parts of a fingerprint and the digests of files do not help the reader of a report.
         reports=tuple(report.model_copy(update={"made_of": {}, "files": {}}) for report in reports),
         lengths=checkpoint.lengths,
     )

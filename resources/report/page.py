@@ -1,4 +1,7 @@
-"""The report as a page: one file with its pictures in it and no script. MLflow shows it in a frame without rights."""
+"""The report as an HTML page: one file that contains its pictures.
+
+The page has no script, because MLflow shows it in a frame without rights.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from resources.report.plots import latency_plot, length_plot, load_plot
 from resources.report.tables import candidate_table, load_table, markdown, milliseconds, tail, trial_table
 
 PAGE = "report.html"
-#: What the page is made from; see resources.report.optimization.
+#: The data of the page, see resources.report.optimization.
 DATA = "report.json"
 PARETO, LATENCY, LENGTHS, LOAD = "pareto.png", "latency.png", "lengths.png", "load.png"
-#: Cells of so many characters are not broken into lines.
+#: A cell of at most this many characters is not broken into lines.
 _SHORT = 24
-#: As part of their own width, how small pictures may become before one has to scroll: their labels have to be read.
+#: A picture is shown at no less than this share of its own width, and scrolls below that. Its labels must stay
+#: readable.
 _SMALLEST = 0.65
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 1.5em auto; padding: 0 1em; }
@@ -33,9 +37,11 @@ td { font-variant-numeric: tabular-nums; } .figure { white-space: nowrap; }
 
 
 def render(report: OptimizationReport, known: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of a report, by name: the page, its pictures, its tables as text, and what it was made from.
+    """Return the files of a report by name: the page, its pictures, the table of candidates as text, and the data.
 
-    known: pictures that are drawn already; drawing one takes as long as all else of a report.
+    Args:
+        report: The data of the report.
+        known: Pictures that are drawn already, by name. Drawing one picture takes as long as the rest of a report.
     """
     draw: dict[str, Callable[[], bytes | None]] = {
         LATENCY: lambda: latency_plot(report.reports, report.title, report.inaccurate),
@@ -54,7 +60,12 @@ def render(report: OptimizationReport, known: Mapping[str, bytes]) -> dict[str, 
 
 
 def page(report: OptimizationReport, pictures: dict[str, bytes]) -> str:
-    """The page alone. pictures: PNGs by name, as `render` draws them."""
+    """Return the page as HTML.
+
+    Args:
+        report: The data of the report.
+        pictures: The PNG pictures by name, as `render` draws them.
+    """
     body = "\n".join(_sections(report, pictures))
     title = escape(f"{report.model} on {report.target}, revision {report.revision[:12]}")
     return (
@@ -101,14 +112,14 @@ def _facts(report: OptimizationReport) -> str:
         "device": report.device,
         "objective": OBJECTIVES[report.objective],
         "Triton release": str(report.release) if report.release is not None else "",
-        # As text: the frame that MLflow shows this in opens no other page.
+        # The address is text and not a link, because MLflow's frame opens no other page.
         "Dagster run": report.dagster_url or report.dagster_run,
     }
     return _table(["", ""], [[name, value] for name, value in facts.items() if value])
 
 
 def _latency_rows(report: OptimizationReport) -> tuple[list[str], list[list[str]]]:
-    """A row a shape and engine, the shapes in their order."""
+    """Return the header and one row for each shape and engine, with the shapes in the order of the reports."""
     rows = []
     shapes = dict.fromkeys(timing.shape for one in report.reports for timing in one.timings)
     for shape in shapes:
@@ -150,7 +161,7 @@ def _accuracy(report: OptimizationReport) -> str:
     unmeasured = [[one.engine, one.reason] for one in report.reports if one.accuracy is None]
     if not unmeasured:
         return table
-    # Closed: most of them are of another kind of device.
+    # The list is collapsed at first, because most of these engines are for another kind of device.
     return (
         f"{table}\n<details><summary>{len(unmeasured)} not measured</summary>{_table(['', ''], unmeasured)}</details>"
     )
@@ -214,7 +225,7 @@ def _picture(pictures: dict[str, bytes], name: str, caption: str) -> str:
     if name not in pictures:
         return ""
     png = pictures[name]
-    # A PNG's width is in its header (ISO/IEC 15948, 11.2.2).
+    # The header of a PNG holds its width (ISO/IEC 15948, 11.2.2).
     least = round(_SMALLEST * int.from_bytes(png[16:20], "big"))
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return f'<div class="picture"><img alt="{escape(caption)}" style="min-width: {least}px" src="{source}"></div>'

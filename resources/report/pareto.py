@@ -1,4 +1,4 @@
-"""Speed against accuracy: which engines are beaten by none in both."""
+"""The plot of speed against accuracy, with the engines that no other engine beats in both."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: One for each engine, so that colours are never all that tells them apart.
+#: Each engine has its own marker, so that colour is never the only difference between two engines.
 _MARKERS = "osD^vPXhp<>d"
-#: How far below its gate a metric is shown, in distances from the gate to perfect answers. What lies further out is
-#: drawn at the edge: one broken engine would press all others into a line.
+#: How far below its gate a metric is shown, in distances from the gate to perfect answers. Values further out are drawn
+#: at the edge, because one broken engine would otherwise press all others into a line.
 _SHOWN = 2.0
 _PANELS = 4
-#: In which accuracies differ: the rest is how a sum was rounded, and no reason to be slower.
+#: Accuracies are compared to this many digits. Smaller differences come from the rounding of sums, and do not justify a
+#: slower engine.
 _DIGITS = 5
 _LINES = "#444444"
 _COLUMNS = 2
@@ -31,7 +32,13 @@ _COLUMNS = 2
 
 @dataclass(frozen=True)
 class Point:
-    """One engine. accuracy: a metric's value, oriented so that more is better; score: times better than PyTorch."""
+    """One engine in the plot.
+
+    Args:
+        engine: The engine's name.
+        accuracy: A metric's value, negated for errors so that more is better.
+        score: How many times better than PyTorch the engine is.
+    """
 
     engine: str
     accuracy: float
@@ -39,7 +46,10 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other is at least as good as in both and better than in one; the most accurate first."""
+    """Return the points that no other point beats, the most accurate first.
+
+    A point beats another if it is at least as good in accuracy and score, and better in one of them.
+    """
     best = sorted(points, key=lambda point: (-point.accuracy, -point.score))
     found: list[Point] = []
     for point in best:
@@ -49,7 +59,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def pareto_plot(report: OptimizationReport) -> bytes | None:
-    """A PNG of `pareto_figure`; None where there is none."""
+    """Draw `pareto_figure` as a PNG. The result is None if there is no figure."""
     figure = pareto_figure(report)
     if figure is None:
         return None
@@ -59,8 +69,10 @@ def pareto_plot(report: OptimizationReport) -> bytes | None:
 
 
 def pareto_figure(report: OptimizationReport) -> Figure | None:
-    """Score by accuracy, a panel for each gated metric, better always up and to the right. The gate is a line, engines
-    that miss any gate are hollow, the champion has a ring. None where nothing can be drawn.
+    """Draw the score against the accuracy, with one panel for each of the first four gated metrics.
+
+    Better engines are always further up and to the right. The gate is a line, engines that miss any gate are hollow,
+    and the champion has a ring. The result is None if no engine or no gate can be drawn.
     """
     measured = [
         one
@@ -78,7 +90,7 @@ def pareto_figure(report: OptimizationReport) -> Figure | None:
     width = 4.4 * columns + 2.4
     figure = Figure(figsize=(width, 3.1 * lines + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]  # of a constrained layout
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]  # A constrained layout takes it.
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     engines = [one.engine for one in measured if one.engine != BASELINE]
     markers = {engine: _MARKERS[place % len(_MARKERS)] for place, engine in enumerate(engines)}
@@ -108,7 +120,11 @@ def pareto_figure(report: OptimizationReport) -> Figure | None:
 def _draw(
     axes: Axes, gate: Gate, points: Sequence[Point], report: OptimizationReport, markers: Mapping[str, str]
 ) -> None:
-    """One panel. Errors, which a gate bounds from above, run backwards: better is to the right. markers: by engine."""
+    """Draw one panel.
+
+    An error has a gate that bounds it from above. Its axis runs backwards, so that better values are to the right.
+    `markers` holds each engine's marker by the engine's name.
+    """
     from matplotlib.ticker import MaxNLocator
 
     turned = 1 if gate.bound == "least" else -1
@@ -122,7 +138,7 @@ def _draw(
     axes.set_xlim(turned * left, turned * right)
     axes.axvline(gate.limit, color=_LINES, linewidth=1, linestyle="--")
     steps = [(turned * max(point.accuracy, lowest), point.score) for point in front(points)]
-    if steps:  # a metric may be NaN of all engines
+    if steps:  # There are no steps if the metric is NaN for all engines.
         steps.append((turned * left, steps[-1][1]))
         axes.step(*zip(*steps, strict=True), where="post", color="#bbbbbb", zorder=1, label="beaten by none")
         axes.set_ylim(0, 1.15 * max(point.score for point in points))

@@ -1,4 +1,4 @@
-"""Plots of the measurements, as PNG files, the same in Dagster, in MLflow and in the report."""
+"""Plots of the measurements as PNG files. Dagster, MLflow and the report show the same plots."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from resources.storage.atomic import write_whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Okabe and Ito's ("Color Universal Design", 2008), which the colour-blind can tell apart; of one target no two are
-#: alike.
+#: The colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind people can tell apart. No
+#: two engines of one target have the same colour.
 _COLOURS = {
     "torch": "#8c8c8c",
     "onnxruntime_fp32": "#0072b2",
@@ -36,19 +36,19 @@ _COLOURS = {
 }
 
 
-#: A bar's figures have to fit above it, and a page's width has to hold a row of bars; more shapes make more rows.
+#: A bar's figures must fit above it, and a row of bars must fit the width of a page. More shapes make more rows.
 _BAR_INCHES, _WIDEST_INCHES = 0.4, 12.0
 _LEGEND_COLUMNS = 4
 _LETTERS_AN_INCH = 11
 
 
 def colour_of(engine: str) -> str:
-    """Of an engine, the same in every plot."""
+    """Return the engine's colour, which is the same in every plot."""
     return _COLOURS.get(engine, "#000000")
 
 
 def load_plot(report: ServingReport, title: str) -> bytes:
-    """A PNG: latency by throughput, a point for each number of clients, the median and the 99th percentile."""
+    """Draw latency by throughput as a PNG, with a median and a 99th percentile for each number of clients."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,8 +83,15 @@ def load_plot(report: ServingReport, title: str) -> bytes:
 
 
 def remembered(caches: Path, digest: str, draw: Callable[[], bytes | None], what: str = "plot") -> bytes | None:
-    """The plot of the record of that digest, drawn once: importing what draws takes longer than all else of a run that
-    changes nothing. what: which, where there are several. None where there is nothing to draw.
+    """Return the plot of the record with that digest, and draw it only once.
+
+    The import of matplotlib takes longer than the rest of a run that changes nothing, so the plot is kept in a file.
+
+    Args:
+        caches: The workspace's folder for caches.
+        digest: The digest of the record.
+        draw: Draws the plot, or returns None if there is nothing to draw.
+        what: The name of the plot, where a record has several.
     """
     code = code_version("resources.report")
     path = caches / "plots" / f"{fingerprint(what, record=digest, code=code)[:32]}.png"
@@ -97,23 +104,28 @@ def remembered(caches: Path, digest: str, draw: Callable[[], bytes | None], what
 
 
 def latency_plot(reports: Sequence[BenchmarkReport], title: str, inaccurate: Collection[str] = ()) -> bytes | None:
-    """A PNG: median latency by shape, logarithmic, the 90th percentile as whisker. None without timings.
+    """Draw the median latency by shape as a PNG, or return None without timings.
 
-    inaccurate: engines that are marked as such: being fast is then worth nothing.
+    The scale is logarithmic, and the whiskers reach to the 90th percentile.
+
+    Args:
+        reports: The reports on the engines.
+        title: The title of the plot.
+        inaccurate: The engines that are marked as not accurate, because their speed is then worth nothing.
     """
     measured = [report for report in reports if report.timings]
     if not measured:
         return None
-    # The object interface: pyplot keeps figures and a backend of its own for ever.
+    # The object interface is used because pyplot never releases its figures and its backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Reports may have the same shapes in another order.
+    # Different reports may have the same shapes in a different order.
     shapes = list(dict.fromkeys(timing.shape for report in measured for timing in report.timings))
     in_a_row = max(1, int((_WIDEST_INCHES - 1.0) / (_BAR_INCHES * len(measured))))
     parts = [shapes[start : start + in_a_row] for start in range(0, len(shapes), in_a_row)]
     inches = max(8.0, 1.0 + _BAR_INCHES * len(measured) * len(parts[0]))
-    # The legend stands below them all: above the bars of one part it would hide another's figures.
+    # The legend is below all panels. Above the bars of one panel it would hide another panel's figures.
     legend_lines = -(-len(measured) // _LEGEND_COLUMNS)
     height = 3.4 * len(parts) + 0.25 * legend_lines
     figure = Figure(figsize=(inches, height), dpi=110, layout="constrained")
@@ -133,13 +145,13 @@ def latency_plot(reports: Sequence[BenchmarkReport], title: str, inaccurate: Col
 def _draw_bars(
     axes: Axes, shapes: Sequence[str], measured: Sequence[BenchmarkReport], inaccurate: Collection[str]
 ) -> None:
-    """One row of shapes, a bar for each engine that was measured there."""
+    """Draw one row of shapes, with a bar for each engine that was measured at a shape."""
     from matplotlib.ticker import LogFormatter
 
     width = 0.8 / len(measured)
     axes.set_yscale("log")
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatted(LogFormatter())  # 6, where the usual one has 6 x 10^0
+        formatted(LogFormatter())  # It writes 6 where the default formatter writes 6 x 10^0.
     for number, report in enumerate(measured):
         timings = [timing for timing in report.timings if timing.shape in shapes]
         offset = (number - (len(measured) - 1) / 2) * width
@@ -169,12 +181,15 @@ def _draw_bars(
 
 
 def wrapped(title: str, inches: float) -> str:
-    """A title of ten points in lines that a figure of that width has room for: names of models and devices are long."""
+    """Break a title of ten points into lines that fit a figure of that width.
+
+    Titles need this because the names of models and devices are long.
+    """
     return textwrap.fill(title, int(inches * _LETTERS_AN_INCH))
 
 
 def length_plot(lengths: LengthProfile, title: str) -> bytes:
-    """A PNG: how many rows have how many tokens, with the buckets that they are padded to."""
+    """Draw the distribution of the rows' lengths in tokens as a PNG, with the buckets that rows are padded to."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Write the comparison of several engines as a table, a plot and JSON."""
+"""The comparison of several engines as a table, a plot and JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ JSON_FILE, TABLE_FILE, PLOT_FILE = "bench.json", "bench.md", "bench.png"
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write `bench.json`, `bench.md` and `bench.png`, each whole or not at all; what a comparison before left goes."""
+    """Write `bench.json`, `bench.md` and `bench.png` into the folder, and return their paths.
+
+    Each file is written whole or not at all, and replaces the one of an earlier comparison.
+    """
     accurate = {verdict.engine for verdict in comparison.verdicts if verdict.eligible}
     judged = {report.engine for report in comparison.reports if report.accuracy is not None} - {BASELINE}
     plot = latency_plot(comparison.reports, title_of(comparison), judged - accurate)
@@ -30,15 +33,17 @@ def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def title_of(comparison: Comparison) -> str:
-    """What was measured where, in one line."""
+    """Return the model, the target, the device and the number of threads in one line."""
     threads = f"{comparison.threads} thread{'s' if comparison.threads > 1 else ''}"
     return f"{comparison.model} on {comparison.target} ({comparison.device}; {threads})"
 
 
 def ratio_table(comparison: Comparison, shape: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: how many times faster the engine of the row is than that of the column.
+    """Return the header and rows of the table that tells how many times faster each row's engine is than each column's.
 
-    At one shape, or as the geometric mean over all.
+    Args:
+        comparison: The comparison.
+        shape: The shape of the figures. None: the figures are the geometric mean over all shapes.
     """
     names = comparison.measured
 
@@ -51,7 +56,7 @@ def ratio_table(comparison: Comparison, shape: str | None = None) -> tuple[list[
 
 
 def report_text(comparison: Comparison) -> str:
-    """Everything in Markdown but the raw samples."""
+    """Return the whole comparison as Markdown, without the raw samples."""
     rounds = ", ".join(
         f"{timing.shape}: {timing.pairs}{'' if timing.agreed else ' (the time was over before windows agreed)'}"
         for timing in comparison.reports[0].timings

@@ -1,10 +1,9 @@
-"""Tables of the measurements, the same in Dagster, in MLflow, in the report and on the terminal."""
+"""Tables of the measurements. Dagster, MLflow, the report and the terminal show the same tables."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from resources.artifacts.records import (
     BenchmarkReport,
@@ -16,17 +15,14 @@ from resources.artifacts.records import (
 )
 from resources.engines.specs import BASELINE
 
-if TYPE_CHECKING:
-    pass
-
 
 def milliseconds(value_ms: float) -> str:
-    """As many digits as tell engines apart: on a GPU all of them are below one."""
+    """Format a time with enough digits to tell engines apart. On a GPU, times are often below one millisecond."""
     return f"{value_ms:.1f}" if value_ms >= 1 else f"{value_ms:.3f}"
 
 
 def tail(latency: Latency) -> str:
-    """The 99th percentile where there are samples enough for one, else the maximum, and of how many samples."""
+    """Return the 99th percentile, or the maximum and the number of samples if those are too few for a percentile."""
     if latency.p99_ms is not None:
         return milliseconds(latency.p99_ms)
     return f"≤{milliseconds(latency.max_ms)} (n={latency.count})"
@@ -35,9 +31,10 @@ def tail(latency: Latency) -> str:
 def candidate_table(
     reports: Sequence[BenchmarkReport], verdicts: Sequence[CandidateVerdict]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: p50 / p99 in ms and times faster than PyTorch at each shape, accuracy, size, verdict.
+    """Return the header and rows of the table of candidates.
 
-    What was not measured comes last, with its reason for a verdict.
+    A row has p50 / p99 in ms and the speedup over PyTorch at each shape, the accuracy, the size and the verdict.
+    Engines that were not measured come last, with their reason as the verdict.
     """
     said = {verdict.engine: verdict.verdict for verdict in verdicts}
     shapes = list(dict.fromkeys(timing.shape for report in reports for timing in report.timings))
@@ -64,24 +61,27 @@ def _measured_row(report: BenchmarkReport, shapes: Sequence[str], verdict: str) 
 
 
 def accuracy_text(report: BenchmarkReport) -> str:
-    """The task's metrics in one line."""
+    """Return the first two of the task's metrics in one line, or the reason why the answers are broken."""
     if report.accuracy is None:
         return "–"
     if report.accuracy.broken:
         return report.accuracy.broken
-    # The two that every task's gates begin with; all of them are in the report.
+    # Every task's gates begin with these two metrics. The report has all of them.
     return ", ".join(
         f"{name.replace('_', ' ')} {value:.4f}" for name, value in list(report.accuracy.metrics.items())[:2]
     )
 
 
 def size_text(size_bytes: int) -> str:
-    """Megabytes, as disks count them."""
+    """Format a size in megabytes of a million bytes, as disk vendors count them."""
     return f"{size_bytes / 1e6:.1f} MB"
 
 
 def trial_table(configuration: ServingConfiguration) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what each setting did under load, stage by stage; the last stage's figures decide."""
+    """Return the header and rows of the table of each setting's figures under load, one row for each stage.
+
+    The figures of the last stage decide which setting is taken.
+    """
     header = ["setting", "stage", "requests/s", "p50 ms", "p99 ms", "rows a batch", ""]
     rows = []
     for trial in configuration.trials:
@@ -93,7 +93,7 @@ def trial_table(configuration: ServingConfiguration) -> tuple[list[str], list[li
 
 
 def load_table(levels: Sequence[LoadLevel]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: throughput and latency by the number of clients."""
+    """Return the header and rows of the table of throughput and latency by the number of clients."""
     header = [
         "clients",
         "by",
@@ -121,14 +121,14 @@ def load_table(levels: Sequence[LoadLevel]) -> tuple[list[str], list[list[str]]]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; cells keep their bars and line breaks out of its way."""
+    """Format a Markdown table. Bars in cells are escaped, and line breaks become spaces."""
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     lines += [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
 def padding_table(lengths: LengthProfile) -> str:
-    """Markdown: what share of an engine's tokens would be padding, by what rows are padded to."""
+    """Return, as Markdown, the share of padding among an engine's tokens for each choice of padded lengths."""
     rows = [
         ["its own buckets: " + ", ".join(map(str, lengths.buckets)), f"{lengths.padding:.1%}"],
         ["the usual buckets", f"{lengths.padding_of_standard_buckets:.1%}"],
@@ -138,5 +138,5 @@ def padding_table(lengths: LengthProfile) -> str:
 
 
 def markdown_image(png: bytes, caption: str) -> str:
-    """The picture inside Markdown, which is how Dagster shows one."""
+    """Embed the picture in Markdown, which is how Dagster shows pictures."""
     return f"![{caption}](data:image/png;base64,{base64.b64encode(png).decode()})"

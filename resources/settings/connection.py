@@ -1,4 +1,4 @@
-"""How a Triton server is spoken to, beside its address: the key of its restricted APIs, other headers, and TLS."""
+"""Connections to Triton servers, beside their addresses: the key of the restricted APIs, other headers, and TLS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from resources.errors import ServerError
 
 Protocol = Literal["grpc", "http"]
-#: The header that holds the key. Triton's gRPC side wants a prefix of its own before the name.
+#: The header that holds the key. Triton's gRPC endpoint expects a prefix of its own before the name.
 KEY_HEADER = "refinery-key"
 _GRPC_PREFIX = "triton-grpc-protocol-"
 #: The APIs that need the key: they run code from a request, name memory of the machine, or write files. Triton's
@@ -25,14 +25,14 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class Connection:
-    """What a client sends to a server beside the request, and how the channel is protected.
+    """The headers that a client sends to a server with each request, and the protection of the channel.
 
     Args:
         key: The key of the server's restricted APIs.
         headers: Further headers as pairs of a name and a value, such as `authorization`.
         tls: Whether the channel is TLS. The files are in PEM format.
-        ca: The certificate authorities to trust; None: those that the client library trusts by default.
-        certificate: The certificate that the client shows, with `private_key`.
+        ca: The certificate authorities to trust. None means those that the client library trusts by default.
+        certificate: The certificate that the client presents. It is used with `private_key`.
     """
 
     key: str | None = field(default=None, repr=False)
@@ -54,7 +54,9 @@ class Connection:
 
         Args:
             api: `tritonclient.grpc`, `tritonclient.grpc.aio` or `tritonclient.http`.
-            options: Further options of its client.
+            address: The server's host and port.
+            protocol: The protocol of `api`.
+            **options: Further options of the client that `api` makes.
         """
         client = api.InferenceServerClient(address, **self._tls(protocol), **options)
         if headers := self.sent(protocol):
@@ -80,7 +82,7 @@ def _adding(headers: dict[str, str]) -> Callable[[Any], None]:
     return add
 
 
-#: Nothing is sent beside the request, and the channel is plain.
+#: A connection without further headers and without TLS.
 PLAIN = Connection()
 
 
@@ -100,8 +102,12 @@ def kept_key(folder: Path, port: int, key: str) -> Iterator[None]:
     """Keep the key of a running server where `held_key` finds it, for this user alone, while the context lasts.
 
     Args:
-        folder: Where the files of keys lie.
+        folder: The folder with the key files.
         port: The server's gRPC port.
+        key: The server's key.
+
+    Raises:
+        ServerError: The key file cannot be written, or another server of this folder has the port.
     """
     path = _file(folder, port)
     try:
@@ -113,7 +119,7 @@ def kept_key(folder: Path, port: int, key: str) -> Iterator[None]:
             "writable, or have REFINERY_HOME name another."
         ) from error
     with os.fdopen(descriptor, "r+") as file:
-        try:  # the kernel drops the lock with the process, so a key that is left over is told from one in use
+        try:  # the kernel drops the lock when the process ends, so a leftover key differs from a key in use
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ServerError(
@@ -132,7 +138,7 @@ def kept_key(folder: Path, port: int, key: str) -> Iterator[None]:
 
 
 def held_key(folder: Path, address: str) -> str | None:
-    """Return the key of the `refinery serve` that runs at the address; None where none of this user's does."""
+    """Return the key of this user's `refinery serve` at the address, or None if none runs there."""
     host, _, port = address.rpartition(":")
     if host not in ("127.0.0.1", "localhost") or not port.isdigit():
         return None

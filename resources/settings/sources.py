@@ -1,4 +1,4 @@
-"""Whom sources are asked of, and as whom."""
+"""Addresses of the services that hold checkpoints, and the credentials for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _OWN_STORE = Address("sqlite:///.refinery/mlflow.db")
 
 @dataclass(frozen=True)
 class Access:
-    """Addresses and credentials of services that hold checkpoints. None: asked as nobody."""
+    """Addresses and credentials of services that hold checkpoints.
+
+    A credential that is None is not sent.
+    """
 
     hub_endpoint: Address = HUB
     hub_token: str | None = field(default=None, repr=False)
@@ -28,15 +31,19 @@ class Access:
 
     @property
     def hub_headers(self) -> dict[str, str]:
-        """Who asks the Hub: by a token, or by the name and password of a mirror's address."""
+        """The Hub's authorization header, from the token or from the name and password in a mirror's address."""
         return {"Authorization": f"Bearer {self.hub_token}"} if self.hub_token else self.hub_endpoint.authorization
 
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """folder: where copies of what a registry or an object store holds lie, and what was found out about sources.
+    """The local folder, the registry and the credentials that are used to find and fetch sources.
 
-    tracking_uri: of the MLflow whose registry `models:/` means.
+    Args:
+        folder: The folder with the copies of registry versions and of object storage, and with the answers about
+            sources.
+        tracking_uri: The address of the MLflow whose registry holds the `models:/` sources.
+        access: The addresses and credentials of the services.
     """
 
     folder: Path = Path(".refinery/sources")
@@ -45,14 +52,14 @@ class SourceSettings:
 
     @property
     def mlflow_login(self) -> tuple[str, str] | None:
-        """The name and password for the tracking server: its address's, or those of MLflow's variables."""
+        """The name and password for the tracking server, from its address or from MLflow's variables."""
         name, password = self.access.mlflow_username, self.access.mlflow_password
         given = (name, password) if name is not None and password is not None else None
         return self.tracking_uri.login or given
 
     @property
     def mlflow_headers(self) -> dict[str, str]:
-        """As MLflow's client sends it: a name and password before a token."""
+        """The tracking server's authorization header. As in MLflow's client, a login is preferred to a token."""
         if self.mlflow_login is not None:
             return authorization(*self.mlflow_login)
         return {"Authorization": f"Bearer {self.access.mlflow_token}"} if self.access.mlflow_token else {}

@@ -1,4 +1,7 @@
-"""Where everything lies and what a step may take: the one object that assets get, made by orchestration.definitions."""
+"""The workspace: the paths, limits and settings that every asset gets.
+
+orchestration.definitions makes the one workspace object.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,22 @@ from resources.storage.locations import Location
 from resources.storage.objects import RemotePath
 
 #: Protobuf cannot serialize a message of 2 GiB or more, so larger graphs keep their weights in a file beside them.
-#: A little below, because the graph itself takes room too.
+#: The threshold is 64 MiB lower, because the graph itself takes room too.
 EXTERNAL_DATA_THRESHOLD_BYTES = 2**31 - 64 * 2**20
-#: Between two looks of the sensor at the same source, and how long a folder must have been still.
+#: The time between two looks of the sensor at the same source, and the time that a folder must have been unchanged.
 WATCH_SECONDS = 30
 
 
-#: What this process read last: by the catalog's files, and the model.
+#: The entries that this process read last, by the catalog's paths and the model's name.
 _ENTRIES: dict[tuple[Path, Path, str], ModelEntry] = {}
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """All mutable state lies below `home`, each part of it movable by a field of its own."""
+    """The folders, limits and settings of one installation.
+
+    By default all mutable state lies below `home`. A field of its own can move each part elsewhere.
+    """
 
     home: Path
     catalog_path: Path
@@ -49,11 +55,12 @@ class Workspace:
 
     @property
     def sources(self) -> SourceSettings:
-        """How checkpoints are looked for and fetched."""
+        """The settings for finding and fetching checkpoints."""
         return SourceSettings(self.home / "sources", self.mlflow_uri(), self.access)
 
     @property
     def store(self) -> ArtifactStore:
+        """The artifact store, in a folder or in object storage."""
         folder = self.home / "artifacts"
         if isinstance(self.artifacts, RemotePath):
             return ArtifactStore(folder, RemoteArtifacts(self.artifacts))
@@ -61,16 +68,26 @@ class Workspace:
 
     @property
     def additions(self) -> Path:
-        """Models files that the command line added."""
+        """The folder with the models files that the command line added."""
         return self.home / "models.d"
 
     def catalog(self) -> Catalog:
-        """Read anew at each call: a long-lived Dagster process must see what was added since. Raises CatalogError."""
+        """Read the catalog anew, because a long-lived Dagster process must see later additions.
+
+        Raises:
+            CatalogError: The models file cannot be read or has a mistake.
+        """
         return load_catalog(self.catalog_path, self.additions)
 
     def entry(self, model: str) -> ModelEntry:
-        """The model's entry. Where the catalog cannot be read at the moment, somebody is editing it, and a run that is
-        under way goes on with what this process read last. Raises CatalogError where it has read nothing.
+        """Return the model's catalog entry.
+
+        If the catalog cannot be read at the moment, a user is probably editing it. A run that is under way then
+        continues with the entry that this process read last.
+
+        Raises:
+            CatalogError: The catalog has no such model, or it cannot be read and this process has not read the entry
+                before.
         """
         key = (self.catalog_path, self.additions, model)
         unreadable = True
@@ -85,36 +102,40 @@ class Workspace:
 
     @property
     def scratch(self) -> Path:
-        """Where releases are made that go to object storage, and looked at when they come from there."""
+        """The folder in which releases for object storage are made, and releases from object storage are inspected."""
         return self.home / "staging"
 
     @property
     def copies(self) -> Path:
-        """Where lies what the embedded server serves of repositories in object storage."""
+        """The folder with local copies of repositories in object storage, for the embedded server."""
         return self.home / "served"
 
     def repository(self, target: str) -> Location:
-        """The Triton model repository of a target."""
+        """Return the Triton model repository of a target."""
         return self.repositories / target
 
     @property
     def repositories(self) -> Location:
-        """Where the repositories of all targets lie."""
+        """The folder or prefix that holds the repositories of all targets."""
         return self.triton.repositories or self.home / "triton_models"
 
     def mlflow_uri(self) -> Address:
+        """Return the address of MLflow: the configured one, or else a SQLite file below `home`."""
         return Address(self.tracking_uri or f"sqlite:///{self.home.resolve() / 'mlflow.db'}")
 
     def log(self, model: str, step: str) -> Path:
-        """Where the children of a step write what their libraries print."""
+        """Return the file for the output of a step's child processes, and create its folder."""
         path = self.home / "logs" / model / f"{step}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def threads(self, entry: ModelEntry) -> int:
-        """The most threads that an engine may have: the models file's number, or the cores we may use."""
+        """Return the most threads that an engine may use: the models file's number, or the cores we may use."""
         return entry.benchmark.threads or len(os.sched_getaffinity(0))
 
     def baseline_threads(self, entry: ModelEntry) -> int:
-        """Threads of PyTorch: the models file's number, or what its users get, one for each physical core."""
+        """Return the number of threads of PyTorch.
+
+        It is the models file's number, or else PyTorch's own default, which is one for each physical core.
+        """
         return entry.benchmark.threads or min(self.threads(entry), physical_cores())

@@ -55,8 +55,7 @@ class BenchmarkStep(Step[BenchmarkReport]):
     def _of(self, work: Work, engine: Engine | Expected, beside: Sequence[str] = ()) -> Recipe[BenchmarkReport]:
         """Return the recipe of the report on one engine.
 
-        Args:
-            beside: Digests of the engines that it is compared with. It is measured again when they are others.
+        `beside` has the digests of the engines that it is compared with. It is measured again when they are others.
         """
         entry, workspace, checkpoint = work.entry, work.workspace, work.get(CHECKPOINT)
         baseline, evaluation = work.expected(self.baseline), work.expected(EVALUATION_SET)

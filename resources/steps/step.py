@@ -109,6 +109,7 @@ class Step(Node, ABC, Generic[R]):
         """Return what is known of the record before it is made.
 
         Args:
+            made_of: The fingerprint of the new record.
             digest: The fingerprint's digest, or `fingerprint.pending` of this step.
             now: The record that the step made last.
         """
@@ -215,6 +216,8 @@ class Work:
         """Run a function in a child process with the workspace's limits, beside no benchmark.
 
         Args:
+            function: A function of a module; its arguments and its result can be pickled.
+            *arguments: What it is called with.
             what: What is done, for errors.
             log: The step's name in the names of log files.
 

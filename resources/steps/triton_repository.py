@@ -40,8 +40,7 @@ class ReleaseStep(Node):
     def plan(self, work: Work, lineage: dict[str, str] | None = None) -> ReleasePlan:
         """Return what the release is to hold. Raises NotYetKnownError in a plan.
 
-        Args:
-            lineage: What the public model's configuration says of where it comes from.
+        `lineage` is what the public model's configuration says of where it comes from.
         """
         champion = work.get(self.champion)
         configuration, checkpoint = work.get(self.configuration), work.get(CHECKPOINT)

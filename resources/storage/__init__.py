@@ -1,0 +1,1 @@
+"""Safe writes, locks, staging folders and object storage."""

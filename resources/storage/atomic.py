@@ -1,4 +1,4 @@
-"""Writing files and folders so that they are there whole, or not at all, also after a power failure."""
+"""Writes of files and folders that are whole or absent afterwards, also after a power failure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of the system that names none: writing and syncing know a descriptor alone."""
+    """Add the file's name to a system error that has none.
+
+    Writing and syncing know only a descriptor, so their errors have no name.
+    """
     try:
         yield
     except OSError as error:
@@ -21,7 +24,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, reach the disk."""
+    """Flush a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with naming(path):
@@ -31,7 +34,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Make a whole folder reach the disk: files first, then folders from the deepest up."""
+    """Flush a whole folder to the disk, the contents of every folder before the folder itself."""
     for path in sorted(root.rglob("*"), reverse=True):
         if not path.is_symlink():
             sync(path)
@@ -39,10 +42,11 @@ def sync_tree(root: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file so that readers see all of it or what was there before. Text is written as UTF-8.
+    """Write a file so that readers see all of it or its previous content.
 
-    The bytes reach the disk before the name does, and the name before this returns: a file system may otherwise keep
-    the name after a power failure, and lose the bytes. A draft that could not be written is removed.
+    Text is written as UTF-8. The bytes reach the disk before the name does, and the name reaches it before the function
+    returns. Otherwise a file system may keep the name after a power failure and lose the bytes. A draft that could not
+    be written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -58,7 +62,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def move_whole(folder: Path, place: Path) -> None:
-    """Move a folder that was just filled to its place on the same file system, all of it on the disk first."""
+    """Flush a newly filled folder to the disk, then move it to its place on the same file system."""
     sync_tree(folder)
     folder.rename(place)
     sync(place.parent)

@@ -1,14 +1,16 @@
-"""Hold a lease on what lies in object storage, where no kernel keeps locks.
+"""A lease on a repository in object storage, where no kernel keeps locks.
 
 Each process that wants the lease writes a claim of its own beside the repository and looks again. If it sees no other
 living claim, it has the lease. Otherwise it takes its claim back and waits. Two processes cannot both see no other
-claim, because stores list what was written before (S3, Google and Azure promise that). Conditional writes are not
-needed: fsspec offers them for some stores only, and taking over from a dead holder would need a claim all the same.
+claim, because a store's listing holds everything that was written before (S3, Google and Azure promise that).
+Conditional writes are not needed: fsspec offers them for some stores only, and taking over from a dead holder would
+need a claim all the same.
 
-A claim lives while its text changes, so its holder rewrites it all the time. A process that sees a claim unchanged for
-`LeaseTimes.life`, by its own clock, takes the holder for dead. A holder that could not rewrite its claim for that time
-less `LeaseTimes.margin`, by its own clock, stops changing anything. One case stays open: a holder that is suspended for
-that long, with its machine for instance, between its last look at the clock and the request that it then sends.
+A claim lives while its text changes, so its holder keeps rewriting it. A process that sees a claim unchanged for
+`LeaseTimes.life`, by its own clock, takes the holder for dead. A holder that could not rewrite its claim for
+`LeaseTimes.life` less `LeaseTimes.margin`, by its own clock, stops changing anything. One case stays open: a holder may
+be suspended for that long, for instance with its machine, between its last look at the clock and the request that it
+then sends.
 """
 
 from __future__ import annotations
@@ -34,19 +36,22 @@ _LOG = logging.getLogger(__name__)
 
 
 def _now() -> float:
-    """Seconds. This clock goes on while the machine sleeps, when nothing is written."""
+    """Return the seconds of a clock that goes on while the machine sleeps, because no claim is rewritten meanwhile."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Lease:
-    """One claim. `require` costs no request."""
+    """One process's claim to the lease on a repository.
+
+    `require` sends no request to the store.
+    """
 
     def __init__(self, folder: RemotePath) -> None:
         self.times = folder.store.lease_times
-        # A store of its own: claims are written without asking whoever holds the other's lease.
+        # Claims are written through a store without leases, because writing one must not ask for the lease itself.
         self._folder = RemotePath(replace(folder.store, leases={}), folder.key)
         self._own = self._folder / uuid.uuid4().hex
-        self._written: float | None = None  # when the claim that lies there was
+        self._written: float | None = None  # when the current claim was written
         self._count = 0
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._seen: dict[str, tuple[bytes, float]] = {}
@@ -54,7 +59,11 @@ class Lease:
         self._keeper = threading.Thread(target=self._keep, daemon=True, name=f"lease of {folder}")
 
     def acquire(self) -> None:
-        """Wait until nobody else has it. Raises StorageError after `LeaseTimes.patience`, naming the holder."""
+        """Wait until no other process has the lease, and take it.
+
+        Raises:
+            StorageError: Another process still has the lease after `LeaseTimes.patience`. The message names the holder.
+        """
         begun, said = _now(), False
         while True:
             holder = self._living()
@@ -78,17 +87,24 @@ class Lease:
         self._folder.remove([name for name in self._seen if name != self._own.name])
 
     def write(self) -> None:
-        """Say that the holder lives. Raises StorageError, also where that came too late."""
+        """Rewrite the claim, which shows that its holder lives.
+
+        Raises:
+            StorageError: The claim could not be written, or was written too late.
+        """
         self.require()
         begun = _now()
         who = f"{_user()}@{socket.gethostname()}, process {os.getpid()}, since {self._since}"
         self._own.write_bytes(json.dumps({"holder": who, "renewed": self._count}).encode())
         self.require()
-        # From its beginning on: whoever looked before it arrived has seen the one before.
+        # The time when the write began counts, because a process that looked before it arrived saw the previous claim.
         self._count, self._written = self._count + 1, begun
 
     def keep(self) -> None:
-        """Have it written anew until `release`. A store that is away for a while costs nothing."""
+        """Start the thread that rewrites the claim until `release`.
+
+        The thread tolerates a store that does not answer for a while.
+        """
         self._keeper.start()
 
     def _keep(self) -> None:
@@ -97,7 +113,11 @@ class Lease:
                 self.write()
 
     def require(self) -> None:
-        """Raise StorageError where another may have it by now."""
+        """Check that no other process can have the lease by now.
+
+        Raises:
+            StorageError: The claim is too old, so another process may have the lease.
+        """
         limit = self.times.life - self.times.margin
         if self._written is not None and _now() - self._written > limit:
             raise StorageError(
@@ -106,15 +126,19 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let the next one in at once."""
+        """Give the lease up, so that the next process can take it at once."""
         self._ended.set()
         if self._keeper.is_alive():
-            self._keeper.join(ANSWER_SECONDS)  # what it is just writing would be there again
-        with suppress(StorageError):  # then it dies by itself
+            self._keeper.join(ANSWER_SECONDS)  # a write under way would bring the claim back
+        with suppress(StorageError):  # a claim that is not removed dies by itself
             self._folder.remove([self._own.name])
 
     def _living(self) -> str | None:
-        """Who else lives, of those who can be read; whom nobody has seen change is in `_seen` alone."""
+        """Return the holder of another claim that lives, or None.
+
+        A claim that cannot be read any more is skipped. A claim that has not changed for `LeaseTimes.life` does not
+        count, and stays in `_seen` alone.
+        """
         there = {path.name: path for path in self._folder.iterdir() if path != self._own}
         self._seen = {name: seen for name, seen in self._seen.items() if name in there}
         living = None
@@ -135,7 +159,7 @@ class Lease:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
+    except (KeyError, OSError):  # a container's user may have no name
         return str(os.getuid())
 
 
@@ -148,8 +172,9 @@ def _holder(claim: bytes) -> str:
 
 @contextmanager
 def leased(folder: RemotePath, places: Sequence[RemotePath]) -> Iterator[None]:
-    """Hold the lease whose claims lie in that folder; all that its store is told to change at or below the places asks
-    it first.
+    """Hold the lease whose claims lie in `folder`.
+
+    While the lease is held, the folder's store asks it before every change at or below one of the `places`.
     """
     lease, store = Lease(folder), folder.store
     keys = [place.key for place in places]

@@ -1,4 +1,4 @@
-"""Places by their names: folders, and prefixes in object storage as Triton writes them."""
+"""Locations by their names: local folders, and prefixes in object storage as Triton writes them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from resources.boundary.addresses import holds_login
 from resources.storage.objects import TRIES, RemotePath, Store
 
 _CONNECT_SECONDS = 3.0
-#: Of whole uploads of gigabytes, how long one part may be waited for.
+#: The longest wait for one part of an upload, which may have gigabytes in all.
 _READ_SECONDS = 60.0
 #: `s3://http://host:port/bucket/prefix` and `s3://host:port/bucket/prefix`, as Triton reads them (docs/user_guide/
-#: model_repository.md of triton-inference-server): without a protocol it speaks HTTP.
+#: model_repository.md of triton-inference-server). Without a protocol, Triton uses HTTP.
 _S3_SERVER = re.compile(r"(https?://)?([0-9A-Za-z.-]+:[0-9]+)/(.+)")
 
 Location = Path | RemotePath
 
 
 def contents(folder: Location) -> list[Location]:
-    """What lies right below, by name."""
+    """Return the entries directly below the folder, sorted by name."""
     found: list[Location] = [*folder.iterdir()]
     return sorted(found, key=lambda path: path.name)
 
@@ -29,10 +29,16 @@ def contents(folder: Location) -> list[Location]:
 def parse_location(
     text: str, scratch: Path, environment: Mapping[str, str], variable: str = "REFINERY_TRITON_REPOSITORIES"
 ) -> Location:
-    """The folder or the place in object storage that the text names. scratch: see Store. Raises ValueError.
+    """Return the folder or the place in object storage that the text names.
 
-    environment: for the credentials that the store's package does not look for where Triton does. variable: which
-    says so, named where it is wrong.
+    Args:
+        text: A path, or an `s3://`, `gs://` or `as://` address.
+        scratch: The store's folder on this machine; see `Store`.
+        environment: The variables with those credentials that the store's package does not look for where Triton does.
+        variable: The variable that holds the address. The store's errors name it if the address is wrong.
+
+    Raises:
+        ValueError: The text names no such place, or its address holds a name or password.
     """
     scheme, separator, rest = text.partition("://")
     if not separator:

@@ -1,4 +1,4 @@
-"""Advisory file locks, released by the kernel however their holder ends."""
+"""Advisory file locks, which the kernel releases however their holder ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Who waits longer than that is told for whom, unless the caller says so by itself.
+#: After this long a warning names the holder, unless the caller announces the wait itself.
 _PATIENCE_SECONDS = 2.0
-#: Of a holder's command, which may be anybody's: so many words, and letters of each.
+#: The number of words shown of a holder's command, and of letters of each word. The command may be anybody's.
 _WORDS, _LETTERS = 4, 40
 _LOG = logging.getLogger(__name__)
 
@@ -27,11 +27,20 @@ def file_lock(
     timeout_s: float | None = None,
     waiting: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Hold the lock at `path`; many holders may share it, or one have it alone.
+    """Hold the lock at `path`, alone or together with other holders.
 
-    Polls, so that Ctrl-C works while waiting. `waiting` is called once if the lock is not free at once, with who holds
-    it; without it a warning is logged after some seconds. Raises TimeoutError after `timeout_s`, and OSError where
-    there can be no lock.
+    The function polls, so that Ctrl-C works while it waits.
+
+    Args:
+        path: The lock's file, which is created if it is missing.
+        shared: Whether many holders may share the lock.
+        timeout_s: The longest wait. Without it, the wait has no limit.
+        waiting: A function that is called once with a description of the holders if the lock is not free at once.
+            Without it, a warning is logged after some seconds.
+
+    Raises:
+        TimeoutError: The lock was not free within `timeout_s`.
+        OSError: There can be no lock at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
@@ -44,7 +53,7 @@ def file_lock(
                 fcntl.flock(descriptor, operation)
                 if _is_at(descriptor, path):
                     break
-                # Whoever tidied up removed the file while we waited: others lock the one that is there now.
+                # Another process removed the file during the wait. Others now lock the file that took its place.
                 stale, descriptor = descriptor, open_lock(path)
                 os.close(stale)
                 continue
@@ -63,7 +72,10 @@ def file_lock(
 
 
 def holders(path: Path) -> str:
-    """Say who holds the lock at `path`: process, user and command, as far as the system tells (proc(5), locks)."""
+    """Return the process, user and command of the holders of the lock at `path`, as far as the system tells.
+
+    The system lists the holders in `/proc/locks` (proc(5)).
+    """
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
@@ -72,21 +84,21 @@ def holders(path: Path) -> str:
     found = dict.fromkeys(
         int(fields[4])
         for fields in (line.split() for line in lines)
-        # The device is not compared: file systems that lie over others name the one below.
+        # The device is not compared, because a file system that lies over another names the lower one's device.
         if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(f":{inode}") and fields[4].isdigit()
     )
     return ", ".join(filter(None, map(_described, found))) or "another process"
 
 
 def _described(pid: int) -> str:
-    import psutil  # here, because definitions are loaded for every step
+    import psutil  # imported here, because every step loads the definitions
 
     try:
         process = psutil.Process(pid)
         user, words = process.username(), process.cmdline()
     except psutil.Error:
         return ""
-    # Neither options nor addresses, which may hold secrets.
+    # Options and addresses are left out, because they may hold secrets.
     plain = [word for word in words if not word.startswith("-") and "=" not in word and "://" not in word]
     command = " ".join(Path(word).name[:_LETTERS] for word in plain[:_WORDS]) or process.name()
     readable = "".join(letter if letter.isprintable() else "?" for letter in command)
@@ -98,16 +110,19 @@ def _say(path: Path) -> Callable[[str], None]:
 
 
 def open_lock(path: Path) -> int:
-    """The file's descriptor; made if it is not there, and then for every user: who came first locks nobody out."""
+    """Return a descriptor of the lock's file, and create the file if it is missing.
+
+    Every user may open a new file, so that the first user does not lock the others out.
+    """
     flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        # Without O_CREAT, which Linux refuses for another user's file in /tmp (proc_sys_fs(5), protected_regular).
+        # O_CREAT is left out: Linux refuses it for another user's file in /tmp (proc_sys_fs(5), protected_regular).
         return _checked(os.open(path, flags | os.O_RDWR), path)
     except PermissionError:
-        return _checked(os.open(path, flags | os.O_RDONLY), path)  # enough for a lock
+        return _checked(os.open(path, flags | os.O_RDONLY), path)  # a lock needs no more
     except FileNotFoundError:
         descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
-    with suppress(PermissionError):  # another user made it in the meantime, and did the same
+    with suppress(PermissionError):  # another user created the file in the meantime, and set its mode
         os.fchmod(descriptor, 0o666)
     return _checked(descriptor, path)
 

@@ -1,8 +1,8 @@
-"""Read and change object storage (`s3://`, `gs://`, `as://`) by paths that behave as `pathlib.Path` does.
+"""Paths in object storage (`s3://`, `gs://`, `as://`) that behave as those of `pathlib.Path` do.
 
 `RemotePath` has the part of `Path` that this project uses, over fsspec. universal_pathlib's UPath would not do:
-fsspec's `isfile` and `exists` answer False when the store cannot be asked, and folders are removed here on the strength
-of that answer. Nothing is cached between two requests, so changes of other processes are seen.
+fsspec's `isfile` and `exists` answer False if the store cannot be asked, and this project removes folders on the
+strength of that answer. Nothing is cached between two requests, so the changes of other processes are seen.
 """
 
 from __future__ import annotations
@@ -26,38 +26,42 @@ from resources.errors import StorageError, first_line
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-#: For one question or small file; a store that does not answer is said to be dead after about as long.
+#: The limit for one question or small file. A store that does not answer is reported as dead after about this time.
 ANSWER_SECONDS = 15.0
-#: For the names of all that lies below a place, however much: a thousand come at a time, some ten times a second.
+#: The limit for the names of everything below a place. A thousand names come at a time, about ten times a second.
 LISTING_SECONDS = 3600.0
 TRIES = 2
-#: For a whole file of any size, from any store: it must not take for ever, and a slow line is none of a dead store.
+#: The limits for a whole file of any size, from any store. A transfer must not take for ever, but a slow line does not
+#: mean that the store is dead.
 _POLL_SECONDS = 0.2
 _FILE_SECONDS = 60.0
 _FILE_BYTES_PER_SECOND = 1e6
 
-#: By fsspec's protocol: the extra of this project that brings it, and the variables that Triton reads too.
+#: For each protocol of fsspec, the extra of this project that installs it, and the variables that Triton reads too.
 _EXTRAS = {
     "s3": ("s3", "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION"),
     "gs": ("gs", "GOOGLE_APPLICATION_CREDENTIALS"),
     "abfs": ("as", "AZURE_STORAGE_KEY"),
 }
-#: As S3, Google's and Azure's answers put it.
+#: The wording of S3's, Google's and Azure's answers.
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified (bucket|container) does not exist")
 _REFUSED = re.compile(
     r"\b40[13]\b|AccessDenied|Access Denied|Forbidden|Unauthorized|AuthorizationFailure|AuthenticationFailed|"
     r"InvalidAccessKeyId|SignatureDoesNotMatch|[Cc]redentials"
 )
-#: HTTP's status 416.
+#: The wording of HTTP's status 416.
 _NO_RANGE = re.compile(r"InvalidRange|\b416\b|[Rr]ange [Nn]ot [Ss]atisfiable")
-#: Of the disk on this side, which resources.triton.files explains.
+#: Errors of the disk on this machine, which resources.triton.files explains.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Listed:
-    """What a store says of an object. tag: its ETag, another one for other bytes. modified: seconds since 1970, 0 where
-    it does not say.
+    """A store's description of an object.
+
+    Args:
+        tag: The object's ETag, which differs if the bytes differ.
+        modified: The time of the last change in seconds since 1970, or 0 if the store does not say.
     """
 
     size_bytes: int
@@ -66,7 +70,7 @@ class Listed:
 
 
 class RefusedError(StorageError):
-    """The store answers, and that this user may not."""
+    """The store answers that this user lacks the permission."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ class LeaseTimes:
 
     Args:
         life: How long a claim may stay unchanged and still counts as alive.
-        margin: How much sooner its holder stops: for the answer to the change that it has just begun, and as long again
-            for a store that carries out a change after nobody waits for the answer any more.
-        renewal: How often the holder writes its claim anew: several times in what is left of its life, or one lost
-            write would end it.
+        margin: How much sooner its holder stops. The margin covers the answer to the change that the holder has just
+            begun, and as long again for a store that carries out a change after the caller has stopped waiting for the
+            answer.
+        renewal: How often the holder rewrites its claim. It does so several times in the rest of the claim's life,
+            because otherwise one lost write would end the lease.
         look: How often a waiting process looks, on average.
         patience: How long a process waits. Several releases are published in that time.
     """
@@ -91,31 +96,45 @@ class LeaseTimes:
 
 
 class Held(Protocol):
-    """What a lease does for who changes the repository under it."""
+    """The part of a lease that a store asks before it changes the repository."""
 
     def require(self) -> None:
-        """Raise StorageError where it may be another's by now."""
+        """Check that no other process can have the lease by now.
+
+        Raises:
+            StorageError: Another process may have the lease.
+        """
 
 
 @dataclass(eq=False)
 class Store:
-    """One service with its buckets. scratch: a folder on this machine where releases are made and looked at.
+    """One object storage service with its buckets.
 
-    shown: what comes before the bucket's name in a path as a person writes it. leases: of who changes what lies at or
-    below a key right now. setting, rights: where the address stands, and what its credentials have to allow.
+    Args:
+        protocol: fsspec's name of the service.
+        shown: The part before the bucket's name in a path as a person writes it.
+        scratch: A folder on this machine where releases are made and inspected.
+        options: The options of fsspec's file system. They may hold keys.
+        leases: The leases that are held at the moment, each by the key at or below which its holder changes objects.
+        setting: The setting that holds the address, for error messages.
+        rights: The rights that the credentials have to grant, for error messages.
     """
 
     protocol: str
     shown: str
     scratch: Path
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # keys among them
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # it may hold keys
     leases: dict[str, Held] = field(default_factory=dict)
     setting: str = "REFINERY_TRITON_REPOSITORIES"
     rights: str = "list, read, write and delete"
     lease_times: LeaseTimes = LeaseTimes()
 
     def filesystem(self) -> AbstractFileSystem:
-        """fsspec's, which it keeps by process and thread. Raises StorageError where its package is missing."""
+        """Return fsspec's file system, which fsspec keeps for each process and thread.
+
+        Raises:
+            StorageError: The package for the protocol is missing.
+        """
         extra, _ = _EXTRAS.get(self.protocol, (self.protocol, ""))
         try:
             import fsspec
@@ -125,19 +144,24 @@ class Store:
             remedy = f"Run: pip install 'transformer-refinery[{extra}]'."
             raise StorageError(f"{self.shown}... cannot be used: {first_line(error)}. {remedy}") from error
         if self.protocol == "s3":
-            files.retries = TRIES  # its own, around botocore's
-        files.invalidate_cache()  # adlfs keeps listings whatever it is told
+            files.retries = TRIES  # s3fs retries by itself, around botocore's retries
+        files.invalidate_cache()  # adlfs keeps listings whatever its options say
         return files
 
     @property
     def variables(self) -> str:
-        """Where credentials are looked for."""
+        """The environment variables in which credentials are looked for."""
         return _EXTRAS.get(self.protocol, ("", "the store's variables"))[1]
 
 
 class RemotePath:
-    """A place in a bucket, whether or not anything is there. `key`: from the bucket's name on, without a slash at its
-    ends. Everything that asks the store raises StorageError where it does not answer or refuses.
+    """A place in a bucket, whether or not anything is there.
+
+    Every method that asks the store raises StorageError if the store does not answer or refuses.
+
+    Args:
+        store: The service that has the bucket.
+        key: The path from the bucket's name on, without a slash at either end.
     """
 
     def __init__(self, store: Store, key: str) -> None:
@@ -163,27 +187,32 @@ class RemotePath:
 
     @property
     def name(self) -> str:
+        """The last part of the key."""
         return PurePosixPath(self.key).name
 
     @property
     def parent(self) -> RemotePath:
+        """The place one level up."""
         return RemotePath(self.store, str(PurePosixPath(self.key).parent))
 
     def relative_to(self, other: RemotePath) -> PurePosixPath:
+        """Return the key relative to that of another place."""
         return PurePosixPath(self.key).relative_to(other.key)
 
     def exists(self) -> bool:
+        """Return whether an object is there, or any object lies below."""
         return self._kind() != ""
 
     def is_file(self) -> bool:
+        """Return whether an object is there."""
         return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Whether anything lies below it: stores know no empty folders."""
+        """Return whether any object lies below, because stores know no empty folders."""
         return self._kind() == "directory"
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What lies right below; nothing where nothing is there."""
+        """Yield the places directly below. If the place does not exist, yield nothing."""
         try:
             with self._asking("list") as (files, bound):
                 found = files.ls(self.key, detail=True, **bound)
@@ -193,19 +222,25 @@ class RemotePath:
             yield RemotePath(self.store, name)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Files alone, by a pattern whose stars hold no slash."""
+        """Yield the files, but not the folders, that match a pattern whose stars do not match a slash."""
         depth = pattern.count("/")
         for name in self.sizes():
             if name.count("/") == depth and PurePosixPath(name).match(pattern):
                 yield self / name
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file below, by its path from here. One question, however many there are."""
+        """Return the size in bytes of every file below, by its path from here.
+
+        The store is asked once, however many files there are.
+        """
         return {name: one.size_bytes for name, one in self.listing().items()}
 
     def listing(self, *, timeout_s: float | None = None) -> dict[str, Listed]:
-        """The same, with what tells one content from another. timeout_s: of the whole answer; default: of any other
-        question's, enough for about a hundred thousand files.
+        """Return the size, tag and time of every file below, by its path from here.
+
+        Args:
+            timeout_s: The limit for the whole answer. The default is the limit of any other question, which is enough
+                for about a hundred thousand files.
         """
         try:
             with self._asking("list") as (files, bound):
@@ -213,7 +248,7 @@ class RemotePath:
                 found = files.find(self.key, detail=True, **given)
         except FileNotFoundError:
             return {}
-        # Some tools make an object of no bytes stand for a folder.
+        # Some tools create an empty object that stands for a folder.
         names = {name.strip("/").removeprefix(f"{self.key}/"): one for name, one in found.items()}
         return {
             name: Listed(int(one["size"]), _tag(one), _modified(one))
@@ -222,7 +257,12 @@ class RemotePath:
         }
 
     def read_bytes(self) -> bytes:
-        """Read a document; larger files are for `download`. Raises FileNotFoundError too."""
+        """Return the bytes of a document. `download` gets larger files.
+
+        Raises:
+            FileNotFoundError: No object is there.
+            StorageError: The object has more than `MOST_DOCUMENT_BYTES`, or the store does not answer or refuses.
+        """
         with self._asking("read") as (files, bound):
             try:
                 data = bytes(files.cat_file(self.key, start=0, end=MOST_DOCUMENT_BYTES + 1, **bound))
@@ -238,27 +278,40 @@ class RemotePath:
         return data
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """Raises FileNotFoundError and UnicodeDecodeError too."""
+        """Return the text of a document.
+
+        Raises:
+            FileNotFoundError: No object is there.
+            UnicodeDecodeError: The bytes are no text in this encoding.
+        """
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> None:
-        """Readers see all of it or what was there before."""
+        """Write the object so that readers see all of it or its previous content."""
         with self._changing("write") as (files, bound):
             files.pipe_file(self.key, data, **bound)
 
     def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
-        """Make sure that the bucket is there and answers: folders need not be made."""
+        """Check that the bucket is there and answers, because folders need not be made."""
         del parents, exist_ok
         list(self.iterdir())
 
     def upload(self, source: Path) -> None:
-        """Put a local file there, whole or not at all."""
+        """Upload a local file, whole or not at all."""
         with self._changing("write", source) as (files, _):
             files.put_file(str(source), self.key, **_whole(files, source.stat().st_size))
-        self._require_lease()  # it may have taken long
+        self._require_lease()  # the upload may have outlasted the lease
 
     def download(self, target: Path, size_bytes: int) -> None:
-        """Get a file. Raises FileNotFoundError too."""
+        """Download the file.
+
+        Args:
+            target: The local file. Its folder is created.
+            size_bytes: The file's size, which sets the time limit.
+
+        Raises:
+            FileNotFoundError: No object is there.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._asking("read", target) as (files, _):
             if files.async_impl:
@@ -267,7 +320,10 @@ class RemotePath:
                 files.get_file(self.key, str(target))
 
     def _download_apace(self, files: AbstractFileSystem, target: Path, seconds: float) -> None:
-        """As fsspec's `get_file`, which has a limit for the whole alone: gigabytes may drip for hours before that."""
+        """Download as fsspec's `get_file` does, and also require a minimum speed.
+
+        `get_file` limits the whole transfer alone, so gigabytes may drip for hours before it ends.
+        """
         pace, deadline = Pace(), time.monotonic() + seconds
         future = asyncio.run_coroutine_threadsafe(files._get_file(self.key, str(target)), files.loop)
         try:
@@ -280,10 +336,10 @@ class RemotePath:
             future.cancel()
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove the named files below it, in their order. Those that are gone already are no error.
+        """Remove the named files below, in their order, and ignore those that are already gone.
 
-        One by one: fsspec's `rm` takes stars and brackets in a key for a pattern, and s3fs's does not look at the
-        errors that S3 answers many removals at once with.
+        The files are removed one by one. fsspec's `rm` takes stars and brackets in a key for a pattern, and that of
+        s3fs does not check the errors in S3's answer to the removal of many objects.
         """
         for name in names:
             with suppress(FileNotFoundError), (self / name)._changing("remove") as (files, bound):
@@ -309,8 +365,10 @@ class RemotePath:
 
     @contextmanager
     def _asking(self, what: str, local: Path | None = None) -> Iterator[tuple[AbstractFileSystem, dict[str, float]]]:
-        """fsspec's file system, and what bounds one of its answers; its errors as ours, but FileNotFoundError, and
-        those of the file on this machine.
+        """Yield fsspec's file system and the time limit of one of its answers, and raise its errors as StorageError.
+
+        FileNotFoundError is raised unchanged, unless it means that the bucket is missing. Errors of the file or the
+        disk on this machine are raised unchanged, too.
         """
         try:
             files = self.store.filesystem()
@@ -346,12 +404,12 @@ class RemotePath:
 
 
 def _whole(files: AbstractFileSystem, size_bytes: int) -> dict[str, float]:
-    """What bounds a whole file's way."""
+    """Return the time limit for the transfer of a whole file."""
     return {"timeout": _FILE_SECONDS + size_bytes / _FILE_BYTES_PER_SECOND} if files.async_impl else {}
 
 
 def _tag(one: Mapping[str, Any]) -> str:
-    """As S3's, Google's and Azure's file systems call it."""
+    """Return the ETag, under the names that the file systems of S3, Google and Azure use for it."""
     return str(one.get("ETag") or one.get("etag") or one.get("md5Hash") or "").strip('"')
 
 

@@ -1,9 +1,9 @@
-"""Folders for work under way, each locked by the process that fills it.
+"""Folders for work in progress, each locked by the process that fills it.
 
-The kernel lets go of a lock when its holder ends, however that ends, so a folder whose lock is free is what a killed
-process left. Clocks are not asked: one that is set ahead would make a folder look old in which a step is at work. On a
-file system that machines share, its locks have to work between them (NFS since version 4; not the mount options
-`nolock` and `local_lock`).
+The kernel releases a lock when its holder ends, however it ends. A folder whose lock is free is therefore a leftover of
+a killed process. Clocks do not decide this, because a clock that is set ahead would make a folder look old while a step
+works in it. On a file system that machines share, locks have to work between the machines. NFS supports that since
+version 4, but not with the mount options `nolock` and `local_lock`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from pathlib import Path
 
 from resources.storage.locks import file_lock
 
-#: Folders without a lock are an earlier version's, whose steps may take a day.
+#: Folders without a lock were made by an earlier version, whose steps may take a day.
 WITHOUT_LOCK_SECONDS = 24 * 3600
 _LOCK = ".lock"
 
 
 @contextmanager
 def staging_folder(parent: Path) -> Iterator[Path]:
-    """Give an empty folder below `parent`, removed at the end whatever happens. What killed processes left goes too."""
+    """Yield an empty folder below `parent`, and remove it at the end, whatever happens.
+
+    The leftovers of killed processes are removed first.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     for path in leftovers(parent):
         discard(path)
@@ -35,7 +38,10 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed(parent: Path) -> Iterator[Path]:
-    """Give a name below `parent` that nobody else uses or removes. What is there at the end is removed."""
+    """Yield a path below `parent` that no other process uses or removes.
+
+    If the path exists at the end, it is removed.
+    """
     path = parent / uuid.uuid4().hex
     with file_lock(_lock_of(path)):
         try:
@@ -46,7 +52,7 @@ def claimed(parent: Path) -> Iterator[Path]:
 
 
 def leftovers(parent: Path) -> Iterator[Path]:
-    """Find what killed processes left below `parent`: folders, and locks of folders that were never made."""
+    """Yield the leftovers of killed processes below `parent`: folders, and locks of folders that were never made."""
     names = {path.name for path in parent.iterdir()} if parent.is_dir() else set()
     for name in sorted(names):
         path = parent / name

@@ -1,5 +1,6 @@
-"""The tasks that can be served, by name. A new one is a module here, a pipeline in resources.pipelines, and a line in
-each of the two lists.
+"""The tasks that can be served, by name.
+
+A new task needs a module here, a pipeline in resources.pipelines, and a line in each of the two lists.
 """
 
 from resources.tasks.base import CheckpointFiles, Gates, Metrics, Options, SpecialTokens, Task

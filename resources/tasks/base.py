@@ -1,4 +1,4 @@
-"""What a task is: the exportable module, the checks of a checkpoint, and what "the same answer" means."""
+"""The interface of a task: the module to export, the checks of a checkpoint, and the comparison of answers."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 
-#: Of one classifier.
+#: The largest number of labels that one classifier may have.
 MOST_LABELS = 100_000
 
 
 class Gates(BaseModel):
-    """Thresholds a candidate must keep to be eligible. Every task has its own; the models file can change them.
+    """The thresholds that an engine must keep to be eligible.
 
-    A gate has the name of the metric that it bounds.
+    Every task has its own gates, and the models file can change them. A gate has the name of the metric that it bounds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     def tightened(self, share: float) -> Self:
-        """These gates moved by that share of the way to perfect answers."""
+        """Return these gates, each moved by `share` of the way to perfect answers."""
         values = {}
         for name, info in type(self).model_fields.items():
             value, best = getattr(self, name), 1.0 if bound_of(info) == "least" else 0.0
@@ -44,11 +44,14 @@ class Gates(BaseModel):
         return self.model_copy(update=values)
 
     def for_some(self, share: float, chance: float = 0.0) -> Self:
-        """These gates for a part of the items, as large a share of them all.
+        """Return these gates for a part of the items.
 
-        All that an engine may get wrong can be among them: a rate of .99 allows 3 of 320, and 3 of 96 are one of .97.
-        Means and rates are bounded by that; what the worst item has to reach stays. chance: a further share of all
-        items that may be wrong; a mean has no such items.
+        All wrong answers that a gate allows may lie in that part. A rate of .99 allows 3 wrong answers of 320, and 3 of
+        96 are a rate of .97. So the gates of means and rates are lowered, and the gates of the worst item stay.
+
+        Args:
+            share: The part's share of all items.
+            chance: A further share of all items that may be wrong. It does not apply to means.
         """
         values = {
             name: 1 - (1 - getattr(self, name) + (0.0 if info.json_schema_extra["mean"] else chance)) / share
@@ -59,34 +62,41 @@ class Gates(BaseModel):
 
     @classmethod
     def is_worst(cls, name: str) -> bool:
-        """Whether the gate's metric is that of the worst item, and not a mean or a rate over all of them."""
+        """Return whether the gate's metric is that of the worst item, and not a mean or a rate over all items."""
         extra = cls.model_fields[name].json_schema_extra
         assert isinstance(extra, dict), "every gate is made by at_least or at_most"
         return extra["bound"] == "most" or bool(extra["worst"])
 
 
 def bound_of(info: FieldInfo) -> str:
-    """`least` or `most`: on which side of a gate its metric has to be."""
+    """Return `least` if a metric must reach the gate, and `most` if it must not exceed the gate."""
     extra = info.json_schema_extra
     assert isinstance(extra, dict), "every gate is made by at_least or at_most"
     return str(extra["bound"])
 
 
 def at_least(value: float, low: float = 0.0, *, worst: bool = False, mean: bool = False) -> Any:
-    """A gate that a metric must reach. At best the metric is 1.
+    """Declare a gate that a metric must reach. The best value of the metric is 1.
 
-    worst: the metric is that of the worst item; mean: it is a mean over all; else a rate, the share that is right.
+    The metric is a rate, which is the share of right answers, unless `worst` or `mean` is set. With `worst` it is the
+    metric of the worst item, and with `mean` it is a mean over all items. `low` is the lowest gate that can be set.
     """
     return Field(default=value, ge=low, le=1.0, json_schema_extra={"bound": "least", "worst": worst, "mean": mean})
 
 
 def at_most(value: float, high: float | None = None) -> Any:
-    """A gate that a metric, which is that of the worst item, must not exceed. At best the metric is 0."""
+    """Declare a gate that the metric of the worst item must not exceed. The best value of the metric is 0.
+
+    `high` is the highest gate that can be set.
+    """
     return Field(default=value, ge=0.0, le=high, json_schema_extra={"bound": "most"})
 
 
 class Options(BaseModel):
-    """What a task's answers look like, where that is a matter of choice. Part of the release, not of the engine."""
+    """The choices about its answers that a task leaves to the user.
+
+    They belong to the release and not to the engine.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -95,7 +105,12 @@ class Options(BaseModel):
 class CheckpointFiles:
     """The parts of a checkpoint that tasks read without loading it.
 
-    settings: the pipeline's, once they are known. allow_unused: weights that nothing reads are no reason to refuse it.
+    Args:
+        name: The model's name.
+        folder: The checkpoint's folder.
+        config: The content of config.json.
+        settings: The pipeline's settings, once they are known.
+        allow_unused: Accept a checkpoint with weights that nothing reads.
     """
 
     name: str
@@ -106,13 +121,16 @@ class CheckpointFiles:
 
     @property
     def architecture(self) -> str:
-        """The class transformers saved it from, `BertForSequenceClassification` say; empty where not recorded."""
+        """The class that transformers saved it from, such as `BertForSequenceClassification`.
+
+        It is empty if the checkpoint does not record it.
+        """
         named = self.config.get("architectures")
         return str(named[0]) if isinstance(named, list) and named else ""
 
     def refuse(self, why: str, remedy: str) -> CheckpointError:
-        """The error for a checkpoint that the task cannot take."""
-        # What a foreign file says may be as long as the file.
+        """Return the error for a checkpoint that the task cannot take."""
+        # The reason may quote a foreign file, and be as long as that file.
         return CheckpointError(f"{self.name}: {why:.1000}. {remedy}")
 
     def require_head(self, task: str, head: str, what: str) -> None:
@@ -128,8 +146,10 @@ class CheckpointFiles:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer calls the tokens that pipelines ask for; None where it has none. clean_up: whether it removes
-    spaces before punctuation when it makes text of tokens.
+    """The tokenizer's special tokens that pipelines need. A token that the tokenizer does not have is None.
+
+    Args:
+        clean_up: Whether the tokenizer removes spaces before punctuation when it turns tokens into text.
     """
 
     pad_id: int | None = None
@@ -141,38 +161,50 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Library:
-    """A library that users would have used, with the checkpoint loaded.
+    """The library that users would otherwise run, with the checkpoint loaded.
 
-    answer: what it says to one request, in the form of the task's pipeline; None: it takes no such request.
+    Args:
+        name: The library's name and version, and the function in use.
+        answer: The function that returns the library's answer to one request, in the form of the task's pipeline. It
+            returns None if the library does not take the request.
     """
 
     name: str
     answer: Callable[[Item], Any]
 
 
-#: For weights that nothing reads.
+#: The remedy for a checkpoint with weights that nothing reads.
 UNUSED_REMEDY = (
     "If they do not matter, write unused_weights: allow into its entry of the models file, or of the file below "
     "REFINERY_HOME/models.d that is called as the model"
 )
 
-#: How far a number may lie from the library's: both compute in fp32, in another order. Numbers beyond 1 are compared
-#: relative to their size.
+#: The largest distance of a number from the library's. Both compute in fp32, but in a different order. Numbers beyond 1
+#: are compared relative to their size.
 TOLERANCE = 1e-4
 
 
 def is_near(expected: float, found: float) -> bool:
-    """Whether a number is the library's, but for the order in which fp32 was added up. NaN never is."""
+    """Return whether a number equals the library's, apart from the order in which fp32 was added up.
+
+    NaN equals no number.
+    """
     return abs(expected - found) <= TOLERANCE * max(1.0, abs(expected))
 
 
 class Task(ABC):
-    """One task. Instances hold no state; heavy libraries are imported inside the methods that need them.
+    """One task. Instances hold no state, and the methods import the heavy libraries that they need.
 
-    `per_token`: the engine answers each token, fp32 `[batch, sequence, width]`, and not each row `[batch, width]`.
-    `extra_inputs`: inputs of the engine beside the tokenizer's, int64 `[batch, 1]`.
-    `fields`: what a line of a user's file may hold.
-    `computing`: the options that decide what the engine computes. The others decide how its numbers become answers.
+    Attributes:
+        name: The task's name in the models file.
+        gates: The class of the task's gates.
+        options: The class of the task's options.
+        per_token: Whether the engine answers each token, fp32 `[batch, sequence, width]`, and not each row, fp32
+            `[batch, width]`.
+        extra_inputs: The engine's inputs beside those of the tokenizer, int64 `[batch, 1]`.
+        fields: The fields that a line of a user's evaluation file may have.
+        computing: The options that change what the engine computes. The other options change how its numbers become
+            answers.
     """
 
     name: ClassVar[str]
@@ -185,106 +217,123 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, files: CheckpointFiles) -> None:
-        """Raise CheckpointError where the checkpoint cannot do this task. Reads no weights."""
+        """Raise CheckpointError if the checkpoint cannot do this task. The check reads no weights."""
 
     def example(self, settings: dict[str, Any]) -> str:
-        """What `refinery query` is given for a model of this task, as it is typed into a shell."""
+        """Return example arguments of `refinery query` for a model of this task, as a user types them into a shell."""
         return '"any text"'
 
     @abstractmethod
     def output(self, files: CheckpointFiles) -> str:
-        """The name of the engine's output."""
+        """Return the name of the engine's output."""
 
     def labels(self, files: CheckpointFiles) -> tuple[str, ...]:
-        """What the columns of the engine's output are called, in order; empty where they have no names."""
+        """Return the names of the columns of the engine's output, in order, or nothing if they have no names."""
         return ()
 
     @abstractmethod
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
-        """The module that is exported: token ids in, what the pipeline needs out, in fp32.
+        """Return the module to export, which turns token ids into the numbers that the pipeline needs, in fp32.
 
-        `load` goes to `from_pretrained`. Pooling, normalization and softmax are part of the module and stay in fp32:
-        in half precision `clamp(min=1e-9)` is 0 and a row of padding alone becomes NaN.
-        Its `forward` takes `input_ids`, `attention_mask`, where the model knows them `token_type_ids`, and the
+        `load` is passed to `from_pretrained`. Pooling, normalization and softmax are part of the module and stay in
+        fp32, because in half precision `clamp(min=1e-9)` is 0 and a row of only padding becomes NaN.
+        The module's `forward` takes `input_ids`, `attention_mask`, `token_type_ids` if the model knows them, and the
         `extra_inputs`.
         """
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
-        """What the task's pipeline (resources.pipelines) is made with. Raises CheckpointError."""
+        """Return the settings of the task's pipeline in resources.pipelines.
+
+        Raises:
+            CheckpointError: The checkpoint lacks something that the pipeline needs.
+        """
         return options.model_dump()
 
     def assumed(self, files: CheckpointFiles, options: Options) -> tuple[str, ...]:
-        """Name the choices that neither the checkpoint nor the models file makes, as a models file would write them."""
+        """Return the choices that neither the checkpoint nor the models file makes, written as in a models file."""
         return ()
 
     def max_tokens(self, limit: int, options: Options) -> int:
-        """Tokens of one row, where the checkpoint takes at most `limit`."""
+        """Return the largest number of tokens of one row, for a checkpoint that takes at most `limit`."""
         return limit
 
     def stride(self, max_tokens: int, options: Options) -> int:
-        """Tokens that neighbouring windows of a long text have in common."""
+        """Return the number of tokens that neighbouring windows of a long text have in common."""
         return 0
 
     @abstractmethod
     def library(
         self, files: CheckpointFiles, settings: dict[str, Any], tokenizer: Any, encoder: TextEncoder, **load: Any
     ) -> Library:
-        """The library that answers are to equal, used as its documentation says.
+        """Return the library whose answers the task's answers must equal, used as its documentation says.
 
-        It reads the checkpoint's configuration by itself. Nothing of ours but the choices of the models file may reach
-        it, or it shares our mistakes.
+        The library reads the checkpoint's configuration by itself. Only the choices of the models file may be passed to
+        it. With anything else of this project it would share the project's mistakes.
 
         Args:
-            tokenizer: transformers' class of it, with tokenizer.json as it was trained.
-            encoder: Where the models file's choices are: lengths, strides.
+            files: The checkpoint.
+            settings: The pipeline's settings, which hold choices of the models file.
+            tokenizer: An instance of transformers' tokenizer class, with tokenizer.json as it was trained.
+            encoder: The encoder, which holds the models file's choices of lengths and strides.
+            **load: Arguments for `from_pretrained`.
         """
 
     @abstractmethod
     def difference(self, settings: dict[str, Any], expected: Any, found: Any) -> str:
-        """Say how an answer differs from the library's, `expected`. Returns an empty text where it does not."""
+        """Return how an answer differs from the library's answer `expected`, or an empty text if it does not."""
 
     @abstractmethod
     def items(self, settings: dict[str, Any], max_tokens: int) -> list[Item]:
-        """The evaluation items where the user gives none. max_tokens: of one row."""
+        """Return the evaluation items for a user who gives none. A row has at most `max_tokens` tokens."""
 
     @abstractmethod
     def read(self, settings: dict[str, Any], line: dict[str, Any]) -> list[tuple[Item, Any]]:
-        """The items of one line of a user's evaluation file, each with its right answer or None. Raises ValueError."""
+        """Return the items of one line of a user's evaluation file, each with its right answer or None.
+
+        Raises:
+            ValueError: A field is missing or has a wrong value.
+        """
 
     @abstractmethod
     def grade(
         self, settings: dict[str, Any], items: Sequence[Item], right: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
-        """The task's usual metrics of answers against the right ones; no metric where none are known."""
+        """Return the task's usual metrics of answers against the right ones, or none if no right answer is known."""
 
     def too_little(self, settings: dict[str, Any], baseline: Sequence[Any]) -> str:
-        """Why PyTorch's answers to the items say too little about an engine; empty: they say enough."""
+        """Return why PyTorch's answers say too little to judge an engine, or an empty text if they suffice."""
         return ""
 
     def odd_items(self, settings: dict[str, Any], text: str) -> list[Item]:
-        """Requests with an odd text in every place where a user may write one; each has an answer."""
+        """Return requests with an odd text in every place where a user may write a text. Each request has an answer."""
         return [dict.fromkeys(pipeline_class(self.name).inputs, text)]
 
     def refused_items(self, settings: dict[str, Any]) -> list[Item]:
-        """Requests that have no answer and are refused, each for itself."""
+        """Return requests that have no answer. Each of them is refused on its own."""
         return []
 
     @abstractmethod
     def scores(self, settings: dict[str, Any], baseline: Sequence[Any], answers: Sequence[Any]) -> np.ndarray:
-        """How alike two answers to each item are, fp64 `[items]`; 1 is equal, lower is worse. For finding the worst."""
+        """Return how alike the two answers to each item are, fp64 `[items]`.
+
+        A score of 1 means equal, and lower is worse. Callers use the scores to find the worst items.
+        """
 
     @abstractmethod
     def compare(
         self, settings: dict[str, Any], items: Sequence[Item], baseline: Sequence[Any], answers: Sequence[Any]
     ) -> Metrics:
-        """The task's metrics of `answers` against PyTorch's, one answer an item."""
+        """Return the task's metrics of `answers` against PyTorch's answers, with one answer for each item."""
 
     def gate_names(self, settings: dict[str, Any]) -> tuple[str, ...]:
-        """The gates that apply to such a checkpoint; its metrics hold every one of them."""
+        """Return the names of the gates that apply to a checkpoint with these settings.
+
+        The metrics of its answers include every one of them.
+        """
         return tuple(self.gates.model_fields)
 
     def misses(self, names: Sequence[str], metrics: Metrics, gates: Gates) -> list[str]:
-        """The gates of those names that the metrics miss, each as a sentence. NaN misses every gate."""
+        """Return the named gates that the metrics miss, each as a sentence. NaN misses every gate."""
         found = []
         for name in names:
             limit, value = getattr(gates, name), metrics[name]
@@ -296,7 +345,10 @@ class Task(ABC):
         return found
 
     def worse(self, name: str, values: Sequence[float]) -> float:
-        """The worst of several values of a metric: the lowest, but of errors the highest. NaN is worse than any."""
+        """Return the worst of several values of a metric.
+
+        It is the highest value of an error, and the lowest value of any other metric. NaN is worse than any value.
+        """
         import numpy as np
 
         info = self.gates.model_fields.get(name)
@@ -305,7 +357,10 @@ class Task(ABC):
 
 
 def broken_answers(baseline: Sequence[Any], answers: Sequence[Any]) -> str:
-    """Why answers, one an item, cannot be compared at all (wrong shape, NaN, infinity); empty where they can."""
+    """Return why the answers cannot be compared with the baseline, or an empty text if they can.
+
+    Reasons are a wrong number or shape of answers, NaN and infinity. There is one answer for each item.
+    """
     import numpy as np
 
     if len(answers) != len(baseline):
@@ -334,7 +389,7 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 
 def stacked(answers: Sequence[Any]) -> np.ndarray:
-    """Answers that are numbers as fp64 `[items, width]`."""
+    """Return answers that are numbers as one fp64 array `[items, width]`."""
     import numpy as np
 
     return np.stack([np.asarray(answer) for answer in answers]).astype(np.float64)
@@ -343,10 +398,14 @@ def stacked(answers: Sequence[Any]) -> np.ndarray:
 def load_pretrained(
     auto_class: Any, files: CheckpointFiles, *, unread: tuple[str, ...] = (), **load: Any
 ) -> torch.nn.Module:
-    """`from_pretrained` as fp32 in evaluation mode, refusing a checkpoint that lacks weights of the model.
+    """Load a checkpoint with `from_pretrained`, in fp32 and in evaluation mode.
 
-    transformers fills missing weights with random numbers and a warning. `unread`: the beginnings of names of weights
-    that the task never reads, and that may be missing. Raises CheckpointError.
+    Missing weights are refused here, because transformers fills them with random numbers and only warns. `unread` has
+    the beginnings of the names of weights that the task never reads. These may be missing.
+
+    Raises:
+        CheckpointError: transformers cannot load the checkpoint, or its weights do not fit the model: some are missing,
+            have a wrong shape, or have no place in the model.
     """
     import torch
 
@@ -355,7 +414,7 @@ def load_pretrained(
             files.folder,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name: transformers' own error names none
+            ignore_mismatched_sizes=True,  # the error below names the weights, and transformers' own error does not
             local_files_only=True,
             **load,
         )
@@ -390,10 +449,10 @@ def load_pretrained(
 
 
 def _unused(files: CheckpointFiles, model: Any, names: Iterable[str]) -> list[str]:
-    """The weights that nothing reads, and that were trained to be read by somebody who asks for this task.
+    """Return the names of the weights that nothing reads, although the task's answers may depend on them.
 
-    Not poolers, not the head of a model that was trained to fill in masks where another head or none is wanted, and not
-    tables that transformers computes by itself.
+    Poolers and tables that transformers computes by itself are left out. So is the head of a model that was trained to
+    fill in masks, because the task then wants another head or none.
     """
     if files.allow_unused:
         return []
@@ -409,9 +468,13 @@ def _unused(files: CheckpointFiles, model: Any, names: Iterable[str]) -> list[st
 
 
 def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
-    """`id2label` of config.json in order; `LABEL_0` and so on where it has none. Raises CheckpointError.
+    """Return the labels in `id2label` of config.json, in order. A label without a name is `LABEL_0` and so on.
 
-    As transformers counts them: a whole table says how many there are, and `num_labels` only where it has gaps.
+    The labels are counted as transformers counts them: a table without gaps gives the number of labels, and
+    `num_labels` is only read if there are gaps or no table.
+
+    Raises:
+        CheckpointError: `id2label` or `num_labels` is invalid.
     """
     table, count = files.config.get("id2label"), files.config.get("num_labels")
     if count is not None and (type(count) is not int or not 0 <= count <= MOST_LABELS):
@@ -426,7 +489,7 @@ def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
             'Write it as {"0": "the first label", "1": ...}',
         ) from None
     whole = bool(names) and names.keys() == {*range(len(names))}
-    total = len(names) if whole else count or len(names) or 2  # transformers' own default
+    total = len(names) if whole else count or len(names) or 2  # transformers' own default is 2
     if names and max(names) >= total:
         raise files.refuse(
             f"config.json, id2label: it names label {max(names)}, and there are {total}",
@@ -436,7 +499,7 @@ def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
 
 
 def _label_number(text: str) -> int:
-    """Raises ValueError where that is none."""
+    """Return the number of a label. Raise ValueError if the text is no such number."""
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_LABELS))):
         raise ValueError(text)
     return int(text)

@@ -1,4 +1,4 @@
-"""Sequence classification: one probability a label, or the numbers that a regression model predicts."""
+"""Sequence classification: one probability for each label, or the numbers that a regression model predicts."""
 
 from __future__ import annotations
 
@@ -36,9 +36,12 @@ HEAD = "ForSequenceClassification"
 
 
 class ClassificationGates(Gates):
-    """Share of texts with the same labels as PyTorch gives, and the largest difference of one probability.
+    """The gates of classification.
 
-    Regression: the largest error of a value, in standard deviations of PyTorch's.
+    Args:
+        label_agreement: The share of texts with the same labels as PyTorch gives.
+        probability_error: The largest difference of one probability.
+        value_error: The largest error of a regression model's value, in standard deviations of PyTorch's values.
     """
 
     label_agreement: float = at_least(0.99)
@@ -47,7 +50,7 @@ class ClassificationGates(Gates):
 
 
 def activation(files: CheckpointFiles) -> Activation:
-    """What makes answers of logits, as transformers' pipeline chooses it."""
+    """Return the activation that turns logits into answers, chosen as transformers' pipeline chooses it."""
     problem = files.config.get("problem_type")
     if problem == "regression":
         return "identity"
@@ -55,13 +58,21 @@ def activation(files: CheckpointFiles) -> Activation:
 
 
 class ClassificationOptions(Options):
-    """`function_to_apply`: as transformers' pipeline names it; default: what it chooses by the checkpoint."""
+    """The options of classification.
+
+    Args:
+        function_to_apply: The activation, as transformers' pipeline names it. By default it is the one that the
+            pipeline chooses for the checkpoint.
+    """
 
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
 
 
 class ClassificationTask(Task):
-    """TEXT in, `probabilities` FP32 `[batch, labels]` out, named in Triton's label file; regression: `values`."""
+    """The task with input TEXT and output `probabilities`, FP32 `[batch, labels]`.
+
+    Triton's label file names the labels. A regression model's output is named `values`.
+    """
 
     name: ClassVar[str] = "classification"
     gates: ClassVar[type[Gates]] = ClassificationGates
@@ -152,7 +163,7 @@ class ClassificationTask(Task):
         values, expected = stacked(answers)[known], [right[place] for place in known]
         labels = settings["labels"]
         if settings["activation"] == "identity":
-            # A line has one right number, so with several outputs it is not known which of them it is of.
+            # A line has one right number. With several outputs it is not known which of them the number belongs to.
             return {"spearman": spearman(expected, values[:, 0].tolist())} if values.shape[1] == 1 else {}
         if settings["activation"] == "softmax":
             best = [labels[place] for place in values.argmax(axis=1)]
@@ -188,7 +199,10 @@ class ClassificationTask(Task):
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
-    """Standard deviation of each column over all texts; where it always says the same, the size of what it says."""
+    """Return the standard deviation of each column over all texts.
+
+    A column whose values are all equal has the size of that value in its place, or 1 if the value is 0.
+    """
     import numpy as np
 
     size = np.abs(values).max(axis=0)

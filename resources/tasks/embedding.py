@@ -1,4 +1,4 @@
-"""Sentence embeddings: one vector a text, pooled and normalized as the checkpoint's own configuration says."""
+"""Sentence embeddings: one vector for each text, pooled and normalized as the checkpoint's configuration says."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
-#: The flags of sentence-transformers' `1_Pooling/config.json` before version 6, in the order in which it concatenates
-#: their results.
+#: The flags in `1_Pooling/config.json` of sentence-transformers before version 6. The library concatenates the results
+#: in this order.
 _POOLING_FLAGS: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -59,16 +59,21 @@ _POOLING_FLAGS: dict[str, PoolingMode] = {
 #: The other fields of that file, in any version.
 _POOLING_FIELDS = ("embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt")
 
-#: The cosine that our vector of a text has to reach with the library's.
+#: The cosine similarity that a served vector must reach with the library's vector of the same text.
 LEAST_COSINE = 0.99999
 _MOST_DIMENSIONS = 2**20
-#: Neighbours of a text that are looked at. What retrieval serves from.
+#: The number of a text's nearest neighbours that are compared. Retrieval serves its results from these.
 NEIGHBOURS = 10
 
 
 class EmbeddingGates(Gates):
-    """Cosine similarity with PyTorch's vector of the same text, the share of its ten nearest texts that stay the same,
-    and the largest relative error of the norm.
+    """The gates of embedding.
+
+    Args:
+        cosine_mean: The mean cosine similarity with PyTorch's vector of the same text.
+        cosine_worst: The lowest of these cosine similarities.
+        neighbours: The share of a text's ten nearest texts that stay the same.
+        norm_error: The largest relative error of the norm.
     """
 
     cosine_mean: float = at_least(0.995, low=-1.0, mean=True)
@@ -79,8 +84,12 @@ class EmbeddingGates(Gates):
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token vectors become one: `modes` are concatenated, then normalized to length 1 or not, and then cut to the
-    first `dimensions`, where there are any.
+    """The way in which a text's token vectors become one vector.
+
+    Args:
+        modes: The pooling modes. Their results are concatenated.
+        normalize: Whether the concatenated vector is then normalized to length 1.
+        dimensions: The number of first dimensions that are kept after that, or None for all.
     """
 
     modes: tuple[str, ...] = ("mean",)
@@ -89,9 +98,16 @@ class Pooling:
 
 
 class EmbeddingOptions(Options):
-    """For checkpoints that sentence-transformers did not save, which say nothing of it. `pooling`, `normalize`: how
-    token vectors become one; default: the mean, not normalized, as sentence-transformers has it. `max_tokens`: longer
-    texts are cut; default: what the tokenizer's files say, for any checkpoint.
+    """The options of embedding.
+
+    `pooling` and `normalize` are for checkpoints that sentence-transformers did not save, because these do not record
+    them. The defaults are those of sentence-transformers.
+
+    Args:
+        pooling: The pooling mode. The default is the mean.
+        normalize: Whether the vector is normalized. The default is no.
+        max_tokens: The length to which longer texts are cut, for any checkpoint. The default is the
+            checkpoint's own limit, see resources.checkpoints.validation.
     """
 
     pooling: PoolingMode | None = None
@@ -100,9 +116,12 @@ class EmbeddingOptions(Options):
 
 
 def read_pooling(files: CheckpointFiles, options: EmbeddingOptions | None = None) -> Pooling:
-    """What sentence-transformers' files say; the options' or mean pooling where it saved none, as that library does.
+    """Return the pooling that sentence-transformers' files describe.
 
-    Raises CheckpointError for modules and modes that are not served.
+    A checkpoint without these files gets the pooling of the options, or mean pooling as in that library.
+
+    Raises:
+        CheckpointError: The files ask for modules or modes that are not served, or the options repeat their choices.
     """
     options = options or EmbeddingOptions()
     modules = read_modules(files, ("Transformer", "Pooling", "Normalize"))
@@ -166,7 +185,7 @@ def _read_modes(files: CheckpointFiles, path: str) -> tuple[str, ...]:
 
 
 class EmbeddingTask(Task):
-    """Text in, `sentence_embedding` FP32 `[batch, width]` out."""
+    """The task with input TEXT and output `sentence_embedding`, FP32 `[batch, width]`."""
 
     name: ClassVar[str] = "embedding"
     gates: ClassVar[type[Gates]] = EmbeddingGates
@@ -189,20 +208,20 @@ class EmbeddingTask(Task):
             )
 
     def output(self, files: CheckpointFiles) -> str:
-        # Not `embedding`: the exporter gives that name to an inner value too, and the graph is then invalid.
+        # The name `embedding` would make the graph invalid, because the exporter gives it to an inner value too.
         return "sentence_embedding"
 
     def module(self, files: CheckpointFiles, **load: Any) -> torch.nn.Module:
         from transformers import AutoModel
 
-        # Most checkpoints for sentences were saved without BERT's pooler, which only BERT's own heads read.
+        # Most checkpoints for sentences were saved without BERT's pooler. Only BERT's own heads read the pooler.
         pooling = pooling_of(files.settings) if files.settings else read_pooling(files)
         return _embedder(load_pretrained(AutoModel, files, unread=("pooler.",), **load), pooling)
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         assert isinstance(options, EmbeddingOptions)
         pooling = read_pooling(files, options)
-        # As a record of JSON gives it back.
+        # The modes are a list, because a JSON record returns a list.
         return {**asdict(pooling), "modes": [*pooling.modes], "max_tokens": options.max_tokens}
 
     def max_tokens(self, limit: int, options: Options) -> int:
@@ -264,7 +283,7 @@ class EmbeddingTask(Task):
                 raise ValueError("'score' says how alike two texts are, and there is no 'pair'")
             return [({"TEXT": text}, None)]
         (pair,) = require(line, "pair")
-        # The right answer of the second is how alike it is to the one before it.
+        # The right answer of the second item is its similarity to the item before it.
         return [({"TEXT": text}, None), ({"TEXT": pair}, number(line, "score") if "score" in line else None)]
 
     def grade(
@@ -297,7 +316,7 @@ class EmbeddingTask(Task):
         first, second = stacked(baseline), stacked(answers)
         norms = np.linalg.norm(first, axis=1)
         ratios = np.linalg.norm(second, axis=1) / np.where(norms > 0, norms, 1.0)
-        # Each text once: a batch that is filled up with texts again would make them their own neighbours.
+        # Each text counts once. A text that fills up a batch a second time would be its own neighbour.
         once = list({item["TEXT"]: number for number, item in enumerate(items)}.values())
         return {
             "cosine_mean": float(cosine.mean()),
@@ -309,15 +328,16 @@ class EmbeddingTask(Task):
 
 
 def pooling_of(settings: dict[str, Any]) -> Pooling:
-    """The pooling of a pipeline's settings."""
+    """Return the pooling in a pipeline's settings."""
     return Pooling(tuple(settings["modes"]), settings["normalize"], settings["dimensions"])
 
 
 def neighbour_agreement(baseline: np.ndarray, answers: np.ndarray, count: int = NEIGHBOURS) -> float:
-    """Share of each vector's nearest others, by cosine, that are among its nearest in the baseline too.
+    """Return the share of each vector's nearest neighbours, by cosine, that are among its nearest in the baseline too.
 
-    Both fp64 `[texts, width]`. Others as near as the last of the baseline's nearest, to a millionth, count as nearest:
-    texts that are equal but for punctuation have no order. 1 for a single text.
+    Both arrays are fp64 `[texts, width]`. A vector that is as near as the last of the baseline's nearest, to within a
+    millionth, also counts as nearest, because texts that differ only in punctuation have no order. The share is 1 for a
+    single text.
     """
     import numpy as np
 
@@ -329,7 +349,7 @@ def neighbour_agreement(baseline: np.ndarray, answers: np.ndarray, count: int = 
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit = vectors / np.where(norms > 0, norms, 1.0)
         found: np.ndarray = unit @ unit.T
-        np.fill_diagonal(found, -np.inf)  # nobody is his own neighbour
+        np.fill_diagonal(found, -np.inf)  # a text is not its own neighbour
         return found
 
     true, found = similarities(baseline), similarities(answers)
@@ -342,7 +362,7 @@ def _embedder(encoder: torch.nn.Module, pooling: Pooling) -> torch.nn.Module:
     import torch
 
     class Embedder(torch.nn.Module):
-        """The arithmetic of sentence-transformers' Pooling and Normalize modules."""
+        """The encoder, with the arithmetic of sentence-transformers' Pooling and Normalize modules."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -367,7 +387,7 @@ def _embedder(encoder: torch.nn.Module, pooling: Pooling) -> torch.nn.Module:
 
 
 def _pooled(mode: str, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """One vector a row, `[batch, width]`, of token vectors that are padded on the right."""
+    """Pool token vectors that are padded on the right into one vector for each row, `[batch, width]`."""
     import torch
 
     mask = attention_mask.unsqueeze(-1).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""Fill-mask: what a masked language model would write in place of a mask."""
+"""Fill-mask: the tokens that a masked language model would write in place of a mask."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ _TIE = 1e-3
 
 
 class FillMaskGates(Gates):
-    """Share of masks for which PyTorch's best token comes first, and the largest error of the score of a token that
-    both list.
+    """The gates of fill-mask.
+
+    Args:
+        token_agreement: The share of masks for which PyTorch's best token comes first.
+        score_error: The largest error of the score of a token that both list.
     """
 
     token_agreement: float = at_least(0.98)
@@ -50,13 +53,20 @@ class FillMaskGates(Gates):
 
 
 class FillMaskOptions(Options):
-    """`top_k`: candidates for each mask."""
+    """The options of fill-mask.
+
+    Args:
+        top_k: The number of candidates for each mask.
+    """
 
     top_k: int = Field(default=5, ge=1, le=1000)
 
 
 class FillMaskTask(Task):
-    """TEXT with masks in, RESULT out: a JSON list of candidates, or one such list for each mask."""
+    """The task with input TEXT, which holds masks, and output RESULT.
+
+    RESULT is a JSON list of candidates for one mask, and a list of such lists for several masks.
+    """
 
     name: ClassVar[str] = "fill-mask"
     gates: ClassVar[type[Gates]] = FillMaskGates
@@ -65,11 +75,11 @@ class FillMaskTask(Task):
     fields: ClassVar[tuple[str, ...]] = ("text", "answer")
 
     def example(self, settings: dict[str, Any]) -> str:
-        # The token is the checkpoint's, and people paste the line into a shell.
+        # The checkpoint chooses the token, and users paste the line into a shell.
         return shlex.quote(f"any text with a {settings['mask_token']}")
 
     def check(self, files: CheckpointFiles) -> None:
-        if not files.architecture.endswith("ForPreTraining"):  # BERT's holds the same head and one more
+        if not files.architecture.endswith("ForPreTraining"):  # BERT's class has the same head and one more
             files.require_head(self.name, "ForMaskedLM", "a masked language model's head")
 
     def output(self, files: CheckpointFiles) -> str:
@@ -100,7 +110,7 @@ class FillMaskTask(Task):
         fill = transformers_pipeline(self.name, files, AutoModelForMaskedLM, tokenizer, encoder.max_tokens, **load)
 
         def answer(item: Item) -> Any:
-            # The pipeline does not cut a text that is too long, and the model cannot take it.
+            # The pipeline does not truncate, and the model cannot take a text that is too long.
             if len(fill.tokenizer(item["TEXT"])["input_ids"]) > encoder.max_tokens:
                 return None
             return fill(item["TEXT"], top_k=settings["top_k"])
@@ -168,9 +178,9 @@ class FillMaskTask(Task):
 
 
 def _unlike(wanted: list[dict[str, Any]], given: list[dict[str, Any]]) -> str:
-    """Say how the candidates for a mask differ from the library's; nothing where they are the same.
+    """Return how the candidates for a mask differ from the library's, or an empty text if they are the same.
 
-    A candidate may be missing only if it is as likely as the last one that is given.
+    A candidate may be missing only if it is as likely as the last given candidate.
     """
     if len(wanted) != len(given):
         return f"{len(given)} candidates, and not {len(wanted)}"
@@ -200,7 +210,10 @@ def _by_mask(answer: list[Any]) -> list[list[dict[str, Any]]]:
 
 
 def _error(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> float:
-    """Largest difference of a score of the tokens that both list. That they list none is for the agreement to say."""
+    """Return the largest difference of the scores of a token that both list, or 0 if they have no token in common.
+
+    The gate `token_agreement` covers that last case.
+    """
     found = {candidate["token"]: candidate["score"] for candidate in second}
     return max(
         (abs(item["score"] - found[item["token"]]) for item in first if item["token"] in found),

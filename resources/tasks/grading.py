@@ -1,4 +1,4 @@
-"""The usual metrics of answers against the right ones, where the user gives those."""
+"""The usual metrics of answers against the right answers that a user gives, and the reading of a line's fields."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from resources.pipelines.unicode import is_unicode
 
 
 def micro_f1(expected: Sequence[set[Hashable]], found: Sequence[set[Hashable]]) -> float:
-    """Harmonic mean of precision and recall over all items' members; 1 where there are none at all."""
+    """Return the harmonic mean of precision and recall over the members of all items, or 1 if there are no members."""
     both = sum(len(first & second) for first, second in zip(expected, found, strict=True))
     members = sum(map(len, expected)) + sum(map(len, found))
     return 2 * both / members if members else 1.0
 
 
 def spearman(expected: Sequence[float], found: Sequence[float]) -> float:
-    """Rank correlation; NaN where one side does not vary."""
+    """Return the rank correlation, or NaN if one side does not vary."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(expected, found).statistic)
 
 
 def ndcg_at_10(queries: Sequence[str], relevance: Sequence[float], scores: Sequence[float]) -> float:
-    """Mean over the queries of the normalized discounted cumulative gain of their ten best texts.
+    """Return the mean over the queries of the normalized discounted cumulative gain of their ten best texts.
 
-    Queries with a single text, or with none that is relevant, have no ranking to be right or wrong and are left out.
+    A query with a single text, or without a relevant text, is left out, because no ranking of it is right or wrong. The
+    mean is NaN if no query is left.
     """
     from sklearn.metrics import ndcg_score
 
@@ -43,12 +44,15 @@ def ndcg_at_10(queries: Sequence[str], relevance: Sequence[float], scores: Seque
 
 
 def exact_match(answers: Sequence[str], found: str) -> bool:
-    """Whether it is one of the right answers, but for case, punctuation and articles (SQuAD's own evaluation)."""
+    """Return whether the found answer is a right one, apart from case, punctuation and articles.
+
+    This is SQuAD's own evaluation.
+    """
     return any(_normal(found) == _normal(answer) for answer in answers)
 
 
 def word_f1(answers: Sequence[str], found: str) -> float:
-    """The best overlap in words with one of the right answers (SQuAD's own evaluation)."""
+    """Return the best F1 of the words with one of the right answers, as in SQuAD's own evaluation."""
     best = 0.0
     for answer in answers:
         expected, words = _normal(answer).split(), _normal(found).split()
@@ -66,7 +70,11 @@ def _normal(text: str) -> str:
 
 
 def require(line: dict[str, Any], *fields: str) -> list[str]:
-    """The values of text fields of one line. Raises ValueError naming the one that is not there."""
+    """Return the values of text fields of one line.
+
+    Raises:
+        ValueError: A field is missing or holds no valid text. The message names the field.
+    """
     values = []
     for field in fields:
         if not isinstance(line.get(field), str):
@@ -78,7 +86,7 @@ def require(line: dict[str, Any], *fields: str) -> list[str]:
 
 
 def number(line: dict[str, Any], field: str) -> float:
-    """The value of a number field. Raises ValueError."""
+    """Return the value of a number field. Raise ValueError if it is no finite number."""
     value = line[field]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{field!r} is no finite number: {value!r}")
@@ -86,7 +94,7 @@ def number(line: dict[str, Any], field: str) -> float:
 
 
 def one_of(value: Any, labels: Sequence[str], field: str) -> str:
-    """A label that there is. Raises ValueError."""
+    """Return the value as one of the labels. Raise ValueError if it is none of them."""
     if value not in labels:
         raise ValueError(f"{field!r} is {value!r}, and the labels are {', '.join(labels[:20])}")
     return str(value)

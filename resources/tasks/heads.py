@@ -1,4 +1,4 @@
-"""Modules around a transformers model, as they are exported: logits to what pipelines take, in fp32."""
+"""The modules that wrap a transformers model for export. They turn logits into the pipelines' numbers, in fp32."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ Activation = Literal["identity", "sigmoid", "softmax"]
 
 
 def classifier(model: torch.nn.Module, activation: Activation) -> torch.nn.Module:
-    """The activation over the last axis of the model's logits: `[batch, width]` or `[batch, sequence, width]`."""
+    """Return a module that applies the activation over the last axis of the model's logits.
+
+    The logits are `[batch, width]` or `[batch, sequence, width]`.
+    """
     import torch
 
     class Classifier(torch.nn.Module):
-        """Token ids to activated logits."""
+        """The module that turns token ids into activated logits."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -36,11 +39,11 @@ def classifier(model: torch.nn.Module, activation: Activation) -> torch.nn.Modul
 
 
 def span_finder(model: torch.nn.Module) -> torch.nn.Module:
-    """Logits of start and end, `[batch, sequence, 2]`."""
+    """Return a module that computes the logits of start and end, `[batch, sequence, 2]`."""
     import torch
 
     class SpanFinder(torch.nn.Module):
-        """Token ids to two logits a token."""
+        """The module that turns token ids into two logits for each token."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -59,15 +62,15 @@ def span_finder(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def mask_filler(model: torch.nn.Module) -> torch.nn.Module:
-    """Probabilities over the vocabulary at one position a row, `[batch, vocabulary]`.
+    """Return a module that computes probabilities over the vocabulary at one position a row, `[batch, vocabulary]`.
 
-    The head is as wide as the vocabulary and costs as much as several layers, so the encoder's other positions are
-    dropped before it; heads work on each position alone.
+    The head is as wide as the vocabulary and costs as much as several layers. It works on each position alone, so the
+    encoder's other positions are dropped before it.
     """
     import torch
 
     class MaskFiller(torch.nn.Module):
-        """Token ids and `mask_position` `[batch, 1]` to probabilities."""
+        """The module that turns token ids and `mask_position` `[batch, 1]` into probabilities."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -102,7 +105,7 @@ def _logits(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the classifier's logits.
 
     BART and its relatives classify by the last end token of a row. transformers takes only batches whose rows have
-    equally many of them, and a pair has more than a text. So the last one is looked up here, row by row.
+    equally many end tokens, and a pair has more of them than a text. So this function finds the last one in each row.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Loading the libraries that answers are to equal. See Task.library."""
+"""The loading of the libraries whose answers a task's answers must equal. See Task.library."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from resources.tasks.sentence_transformers import MODULES
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
-#: transformers writes "no limit" as 1e30.
+#: transformers writes "no limit" as 1e30. Any length above this one means that there is no limit.
 _NO_LIMIT = 10**6
 
 
 def transformers_name(task: str) -> str:
-    """What users call a pipeline of transformers."""
+    """Return the name and version under which users know a pipeline of transformers."""
     return f"transformers {version('transformers')}, pipeline({task!r})"
 
 
 def sentence_transformers_name(kind: str) -> str:
-    """What users call a class of sentence-transformers."""
+    """Return the name and version under which users know a class of sentence-transformers."""
     return f"sentence-transformers {version('sentence-transformers')}, {kind}"
 
 
 def transformers_pipeline(
     task: str, files: CheckpointFiles, auto_class: Any, tokenizer: Any, most_tokens: int, **load: Any
 ) -> Any:
-    """transformers' pipeline of that name, in fp32.
+    """Load the pipeline of transformers for a task, in fp32.
 
-    most_tokens: where the tokenizer's own files name no limit.
+    If the tokenizer's own files name no limit, the tokenizer truncates to `most_tokens`.
     """
     import torch
     from transformers import pipeline
@@ -53,7 +53,8 @@ def sentence_transformer(
 ) -> SentenceTransformer:
     """Load sentence-transformers' embedder in fp32, with the given tokenizer in place of its own. See `_served`.
 
-    pooling, normalize: the models file's choice for a checkpoint without modules.json; with it they are not looked at.
+    `pooling` and `normalize` are the models file's choices for a checkpoint without modules.json. They are ignored for
+    a checkpoint with modules.json.
     """
     import torch
     from sentence_transformers import SentenceTransformer
@@ -68,7 +69,7 @@ def sentence_transformer(
 
 
 def cross_encoder(files: CheckpointFiles, tokenizer: Any, most_tokens: int, **load: Any) -> CrossEncoder:
-    """sentence-transformers' reranker, in fp32, with the given tokenizer in place of its own. See `_served`."""
+    """Load sentence-transformers' reranker in fp32, with the given tokenizer in place of its own. See `_served`."""
     import torch
     from sentence_transformers import CrossEncoder
 
@@ -77,7 +78,7 @@ def cross_encoder(files: CheckpointFiles, tokenizer: Any, most_tokens: int, **lo
 
 
 def _given(load: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """What `from_pretrained` is given, as sentence-transformers passes it on."""
+    """Return arguments of `from_pretrained` in the form in which sentence-transformers passes them on."""
     inside = {name: value for name, value in load.items() if name != "trust_remote_code"}
     return {"trust_remote_code": load["trust_remote_code"], "model_kwargs": {"dtype": dtype, **inside}}
 
@@ -85,7 +86,11 @@ def _given(load: dict[str, Any], dtype: Any) -> dict[str, Any]:
 def _served(model: Any, tokenizer: Any, most_tokens: int, chosen: int | None) -> Any:
     """Give the model the tokenizer that is served, which truncates where the library itself would.
 
-    most_tokens: what the release reads; it counts where the library knows no limit. chosen: the models file's limit.
+    Args:
+        model: The model of sentence-transformers.
+        tokenizer: The tokenizer that is served.
+        most_tokens: The release's limit, which applies if neither the library nor the models file has one.
+        chosen: The models file's limit.
     """
     limits = [limit for limit in (model.max_seq_length, chosen) if limit]
     tokenizer.model_max_length = min(limits, default=most_tokens)

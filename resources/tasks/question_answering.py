@@ -32,17 +32,29 @@ if TYPE_CHECKING:
 
 
 class QuestionAnsweringGates(Gates):
-    """Share of questions with exactly PyTorch's span, and the largest error of a score of those."""
+    """The gates of question answering.
+
+    Args:
+        span_agreement: The share of questions with exactly PyTorch's span.
+        score_error: The largest error of the score of a question with the same span.
+    """
 
     span_agreement: float = at_least(0.98)
     score_error: float = at_most(0.05, high=1.0)
 
 
 class QuestionAnsweringOptions(Options):
-    """As transformers' pipeline has them: a row of at most `max_tokens`, windows that share `stride` tokens, answers
-    of at most `max_answer_tokens`. `handle_impossible_answer`: for models trained to say that there is no answer.
-    `align_to_words`: answers are widened to whole words, which languages without spaces do not have. `windows`: the
-    most of them, beyond which a context is cut.
+    """The options of question answering.
+
+    The defaults are those of transformers' pipeline, which has no limit of windows.
+
+    Args:
+        max_tokens: The largest number of tokens of a row.
+        stride: The number of tokens that neighbouring windows share.
+        max_answer_tokens: The largest number of tokens of an answer.
+        handle_impossible_answer: Whether "no answer" is allowed, for models that are trained to give it.
+        align_to_words: Whether answers are widened to whole words. Languages without spaces have no such words.
+        windows: The largest number of windows. A context is cut after them.
     """
 
     max_tokens: int = Field(default=384, ge=16)
@@ -54,7 +66,10 @@ class QuestionAnsweringOptions(Options):
 
 
 class QuestionAnsweringTask(Task):
-    """QUESTION and CONTEXT in, RESULT out: a JSON object with answer, score, start and end."""
+    """The task with inputs QUESTION and CONTEXT and output RESULT.
+
+    RESULT is a JSON object with `answer`, `score`, `start` and `end`.
+    """
 
     name: ClassVar[str] = "question-answering"
     gates: ClassVar[type[Gates]] = QuestionAnsweringGates

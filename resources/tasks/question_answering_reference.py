@@ -1,8 +1,9 @@
-"""Extractive question answering written a second time, plainly, for our own answers to be compared with.
+"""A second, plain implementation of extractive question answering, with which this project's answers are compared.
 
-transformers 5 has no pipeline for it. This follows the documentation and the behaviour of the last one, version 4.57.3,
-with that library's own tokenizer and model, one window and one span after the other. Nothing of resources.pipelines is
-used: a mistake there must not be found here too. Lives in child processes only.
+transformers 5 has no pipeline for this task. This module follows the documentation and the behaviour of the last
+pipeline, in version 4.57.3. It uses that library's own tokenizer and model, and reads one window and one span after the
+other. It uses nothing of resources.pipelines, because it must not repeat a mistake that is made there. Only child
+processes import this module.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any
 
 import torch
 
-#: Spans that are looked at in a window where answers are widened to words; several may become one answer.
+#: The number of spans of a window that are considered if answers are widened to words. Several may become one answer.
 _SPANS = 12
 
 
 class QuestionAnswerer:
-    """`pipeline("question-answering")` with its own names of what can be chosen.
+    """The class that answers as `pipeline("question-answering")` did. Its parameters have that pipeline's names.
 
-    most_windows: beyond it a context is cut where it is served, which the pipeline never did.
+    Only `most_windows` is new. A release cuts a context after this many windows, which the pipeline never did.
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class QuestionAnswerer:
         self._impossible, self._align, self._most = handle_impossible_answer, align_to_words, most_windows
 
     def answer(self, question: str, context: str) -> dict[str, Any] | None:
-        """The best answer; None for a question or a context that the pipeline refused, or of too many windows."""
+        """Return the best answer, or None if there is nothing to compare with.
+
+        The pipeline refused an empty question or context, and a release cuts a context of too many windows.
+        """
         if not question or not context:
             return None
         windows = self._tokenizer(
@@ -76,7 +80,7 @@ class QuestionAnswerer:
 
     @staticmethod
     def _chances(logits: list[float], allowed: list[bool]) -> list[float]:
-        """Softmax over the context's tokens and the first one, which stands for "no answer"."""
+        """Return the softmax over the context's tokens and the first token, which stands for "no answer"."""
         kept = [
             value if inside or place == 0 else -math.inf
             for place, (value, inside) in enumerate(zip(logits, allowed, strict=True))
@@ -104,7 +108,10 @@ class QuestionAnswerer:
 
 
 def _add(found: list[dict[str, Any]], text: str, begin: int, stop: int, score: float) -> None:
-    """The same words, in another window say, are one answer whose scores are added up."""
+    """Add an answer to the found ones.
+
+    Equal texts, for example from another window, are one answer whose scores are added up.
+    """
     for one in found:
         if one["answer"].lower() == text.lower():
             one["score"] += score

@@ -1,4 +1,4 @@
-"""Reranking: how well a text answers a query, by a cross-encoder that reads both at once."""
+"""Reranking: a cross-encoder reads a query and a text at once, and scores how well the text answers the query."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ if TYPE_CHECKING:
     from resources.pipelines.base import Item
     from resources.pipelines.tokenization import TextEncoder
 
-#: Two texts whose scores differ by less than this share of all scores' range have no order.
+#: Two texts have no order if their scores differ by less than this share of the range of all scores.
 _TIE = 1e-4
 _ACTIVATIONS: dict[str, Activation] = {"Identity": "identity", "Sigmoid": "sigmoid"}
 
 
 class RerankingGates(Gates):
-    """Share of pairs of texts of one query that keep PyTorch's order, and the largest error of a score, as a share of
-    the range of all scores.
+    """The gates of reranking.
+
+    Args:
+        order_agreement: The share of pairs of texts of one query that keep PyTorch's order.
+        score_error: The largest error of a score, as a share of the range of all scores.
     """
 
     order_agreement: float = at_least(0.98)
@@ -47,8 +50,13 @@ class RerankingGates(Gates):
 
 
 def activation(files: CheckpointFiles) -> Activation:
-    """As sentence-transformers' CrossEncoder chooses it: that library's own file (since version 6), config.json's
-    section of it (version 4), its field (before), else sigmoid. Raises CheckpointError for one that is not served.
+    """Return the activation that sentence-transformers' CrossEncoder chooses for the checkpoint.
+
+    It is in that library's own file since version 6, in a section of config.json in version 4, and in a field of
+    config.json before. Without any of these it is the sigmoid.
+
+    Raises:
+        CheckpointError: The activation is not served.
     """
     section = files.config.get("sentence_transformers")
     named = {
@@ -67,7 +75,7 @@ def activation(files: CheckpointFiles) -> Activation:
 
 
 class RerankingTask(Task):
-    """QUERY and TEXT in, `score` FP32 `[batch, 1]` out; higher is better."""
+    """The task with inputs QUERY and TEXT and output `score`, FP32 `[batch, 1]`. A higher score is better."""
 
     name: ClassVar[str] = "reranking"
     gates: ClassVar[type[Gates]] = RerankingGates
@@ -152,8 +160,10 @@ class RerankingTask(Task):
 
 
 def order_agreement(queries: Sequence[str], expected: np.ndarray, found: np.ndarray) -> float:
-    """Share of pairs of one query's texts, as far as `expected` orders them, that `found` orders alike; both
-    `[items]`. 1 where nothing is ordered.
+    """Return the share of pairs of one query's texts that `found` orders as `expected` does.
+
+    Both arrays are `[items]`. Only pairs that `expected` orders count. Without such pairs the share is 1, or 0 if
+    `found` holds NaN or infinity.
     """
     import numpy as np
 

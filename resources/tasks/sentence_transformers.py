@@ -1,4 +1,4 @@
-"""What sentence-transformers writes beside a checkpoint, as far as it changes answers."""
+"""The files that sentence-transformers writes beside a checkpoint, as far as they change answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 CONFIG = "config_sentence_transformers.json"
 _TOKENIZER = "tokenizer.json"
 MODULES = "modules.json"
-#: What its first module is configured by: the names that it has given that file, in the order in which it looks.
+#: The names that the library has given to the configuration of its first module, in the order in which it looks.
 TRANSFORMER_CONFIGS = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
@@ -34,8 +34,9 @@ TRANSFORMER_CONFIGS = (
     "sentence_xlm-roberta_config.json",
     "sentence_xlnet_config.json",
 )
-#: What it passes on to transformers, by the names that these have had, and what changes nothing there that is served:
-#: everything runs in fp32, on transformers' own attention, and without code of others.
+#: The prefixes of the tables of arguments that the library passes to transformers, under all names that these have had,
+#: each with the arguments that are accepted in it. These arguments change nothing that is served, because everything
+#: runs in fp32, on transformers' own attention and without foreign code.
 _PASSED_ON = {
     "model": ("dtype", "torch_dtype", "attn_implementation", "add_pooling_layer", "use_safetensors"),
     "tokenizer": ("model_max_length", "use_fast"),
@@ -47,7 +48,10 @@ _HARMLESS = ("trust_remote_code", "local_files_only", "cache_dir", "token", "rev
 
 
 def transformer_config(files: CheckpointFiles) -> tuple[str, dict[str, Any]]:
-    """The first module's file and what it holds, in whichever layout; without modules.json none is read."""
+    """Return the name and the content of the first module's file, in any of its layouts.
+
+    Both are empty if there is no such file, or no modules.json. Without modules.json the library reads none.
+    """
     if not _has(files, MODULES):
         return "", {}
     for name in TRANSFORMER_CONFIGS:
@@ -57,14 +61,17 @@ def transformer_config(files: CheckpointFiles) -> tuple[str, dict[str, Any]]:
 
 
 def length_limits(config: dict[str, Any]) -> tuple[Any, ...]:
-    """What the first module's file says of the longest text, the first that is there."""
+    """Return the limits of a text's length in the first module's file, in the order in which they apply.
+
+    The first one that is present applies.
+    """
     passed = (config.get(f"{part}_{kind}") for part in ("processor", "tokenizer") for kind in ("kwargs", "args"))
     inside = (part.get("model_max_length") for part in passed if isinstance(part, dict))
     return (*inside, config.get("max_seq_length"))
 
 
 def refuse_changed_texts(files: CheckpointFiles) -> None:
-    """Raise CheckpointError where sentence-transformers would change text, tokens or configuration before the model."""
+    """Raise CheckpointError if sentence-transformers would change texts, tokens or configuration before the model."""
     config = optional_json(files, CONFIG)
     default, prompts = config.get("default_prompt_name"), config.get("prompts")
     if prompts and not isinstance(prompts, dict):
@@ -96,14 +103,22 @@ def refuse_changed_texts(files: CheckpointFiles) -> None:
 
 
 def optional_json(files: CheckpointFiles, name: str) -> dict[str, Any]:
-    """A file of the checkpoint that holds an object; empty where there is no such file. Raises CheckpointError."""
+    """Return the object in a JSON file of the checkpoint, or an empty one if there is no such file.
+
+    Raises:
+        CheckpointError: The file is not a regular file inside the checkpoint's folder, or holds no object.
+    """
     return read_json(files, name, dict) if _has(files, name) else {}
 
 
 def read_modules(files: CheckpointFiles, served: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and entry of each module that sentence-transformers runs, in their order; none where it saved none.
+    """Return the kind and the entry of each module that sentence-transformers runs, in their order.
 
-    Raises CheckpointError for one that is not of its own and of a kind that is served.
+    The list is empty if the library saved none.
+
+    Raises:
+        CheckpointError: A module is not the library's own or its kind is not among `served`, or modules.json is
+            invalid.
     """
     if not _has(files, MODULES):
         return []
@@ -131,7 +146,11 @@ def read_modules(files: CheckpointFiles, served: Sequence[str]) -> list[tuple[st
 
 
 def module_file(files: CheckpointFiles, module: dict[str, Any], name: str) -> str:
-    """The path of a module's own file below the checkpoint's folder. Raises CheckpointError."""
+    """Return the path of a module's own file below the checkpoint's folder.
+
+    Raises:
+        CheckpointError: The path leads out of that folder or is invalid.
+    """
     place = module.get("path") or ""
     if place in ("", "."):
         return name
@@ -142,7 +161,7 @@ def module_file(files: CheckpointFiles, module: dict[str, Any], name: str) -> st
 
 
 def _lowers(files: CheckpointFiles) -> bool:
-    """Whether the tokenizer that is served turns text into lower case by itself."""
+    """Return whether the served tokenizer turns text into lower case by itself."""
     if _has(files, _TOKENIZER):
         data = read_below(files.folder, _TOKENIZER, MOST_TOKENIZER_BYTES)
         normalizer = parse_json(data, most_values=MOST_TOKENIZER_VALUES).get("normalizer")
@@ -159,7 +178,11 @@ def _has(files: CheckpointFiles, name: str) -> bool:
 
 
 def read_json(files: CheckpointFiles, name: str, kind: type[T]) -> T:
-    """A file of the checkpoint that holds a value of that kind. Raises CheckpointError."""
+    """Return the value in a JSON file of the checkpoint.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its value is not of the given kind.
+    """
     try:
         data = parse_json(read_below(files.folder, name, MOST_CONFIG_BYTES))
         for _ in values_of(data):

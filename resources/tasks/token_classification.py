@@ -1,4 +1,4 @@
-"""Token classification: entities, with their place in the text."""
+"""Token classification: the entities of a text and their places in it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ if TYPE_CHECKING:
     from resources.pipelines.tokenization import TextEncoder
 
 
-#: In texts without entities an engine that finds none, whatever it is asked, agrees with PyTorch.
+#: An engine that never finds an entity agrees with PyTorch on texts without entities, so a few entities are needed.
 FEWEST_ENTITIES = 20
 
 
 class TokenClassificationGates(Gates):
-    """F1 of the entities against PyTorch's (same characters, same kind), and the largest error of a score of those
-    that both found.
+    """The gates of token classification.
+
+    Args:
+        entity_agreement: The F1 of the entities against PyTorch's. Equal entities have the same characters and kind.
+        score_error: The largest error of the score of an entity that both found.
     """
 
     entity_agreement: float = at_least(0.98)
@@ -50,8 +53,13 @@ class TokenClassificationGates(Gates):
 
 
 class TokenClassificationOptions(Options):
-    """`aggregation_strategy`, `ignore_labels`: as transformers' pipeline names them. `stride`: tokens that neighbouring
-    windows of a long text share; `windows`: the most of them, beyond which a text is cut.
+    """The options of token classification.
+
+    Args:
+        aggregation_strategy: The strategy, as transformers' pipeline names it.
+        ignore_labels: The labels to leave out, as in transformers' pipeline.
+        stride: The number of tokens that neighbouring windows of a long text share.
+        windows: The largest number of windows. A text is cut after them.
     """
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
@@ -61,7 +69,7 @@ class TokenClassificationOptions(Options):
 
 
 class TokenClassificationTask(Task):
-    """TEXT in, RESULT out: a JSON list of entities."""
+    """The task with input TEXT and output RESULT, a JSON list of entities."""
 
     name: ClassVar[str] = "token-classification"
     gates: ClassVar[type[Gates]] = TokenClassificationGates
@@ -87,7 +95,7 @@ class TokenClassificationTask(Task):
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         assert isinstance(options, TokenClassificationOptions)
         labels = read_labels(files)
-        # As the pipeline compares them: whole, and once words are put together without what says where one begins.
+        # The pipeline compares whole labels, and after aggregation labels without the prefix B- or I-.
         known = {*labels, *(label[2:] for label in labels if label.startswith(("B-", "I-")))}
         unknown = [label for label in options.ignore_labels if label not in known]
         if unknown and "ignore_labels" in options.model_fields_set:
@@ -100,7 +108,7 @@ class TokenClassificationTask(Task):
             "ignore_labels": list(options.ignore_labels),
             "labels": list(labels),
             "unknown_id": tokens.unknown_id,
-            # Without aggregation an entity is a token, and tokens of windows that overlap cannot be told apart.
+            # Without aggregation an entity is one token, and the tokens of overlapping windows cannot be told apart.
             "windows": 1 if options.aggregation_strategy == "none" else options.windows,
         }
 
@@ -124,7 +132,7 @@ class TokenClassificationTask(Task):
         def answer(item: Item) -> Any:
             if strategy != "none":
                 cutting = {"truncation": True, "stride": encoder.stride, "return_overflowing_tokens": True}
-                # Beyond so many windows a text is cut where it is served, which the pipeline never does.
+                # A release cuts a text after so many windows, and the pipeline never does.
                 if len(classify.tokenizer(item["TEXT"], **cutting)["input_ids"]) > settings["windows"]:
                     return None
             return [{**entity, "score": float(entity["score"])} for entity in classify(item["TEXT"], **choices)]
@@ -211,12 +219,12 @@ def _kind(entity: dict[str, Any]) -> str:
 
 
 def _named(label: str, settings: dict[str, Any]) -> str:
-    """What answers call an entity of that label: its kind, or without aggregation the label itself."""
+    """Return the name of a label's entities in answers: the kind, or without aggregation the label itself."""
     return label if settings["aggregation_strategy"] == "none" else label.split("-", 1)[-1]
 
 
 def _counts(baseline: Sequence[Any], answers: Sequence[Any]) -> tuple[int, int, int]:
-    """Entities expected, found, and both, over all texts."""
+    """Return the numbers of entities that are expected, found, and both, over all texts."""
     pairs = [(set(_by_place(first)), set(_by_place(second))) for first, second in zip(baseline, answers, strict=True)]
     return (
         sum(len(first) for first, _ in pairs),
@@ -226,5 +234,5 @@ def _counts(baseline: Sequence[Any], answers: Sequence[Any]) -> tuple[int, int, 
 
 
 def _f1(expected: int, found: int, both: int) -> float:
-    """Harmonic mean of precision and recall; 1 where neither has any."""
+    """Return the harmonic mean of precision and recall, or 1 if there are no entities on either side."""
     return 2 * both / (expected + found) if expected + found else 1.0

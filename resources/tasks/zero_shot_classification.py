@@ -1,4 +1,4 @@
-"""Zero-shot classification: labels that come with the request, judged by a model of natural language inference."""
+"""Zero-shot classification: a model of natural language inference judges the labels of each request."""
 
 from __future__ import annotations
 
@@ -38,20 +38,29 @@ if TYPE_CHECKING:
     from resources.pipelines.tokenization import TextEncoder
 
 
-#: Lists of labels that are refused; deep brackets and half of a surrogate pair are valid JSON, as far as bytes go.
+#: Lists of labels that are refused. Half of a surrogate pair is valid JSON, and deep brackets exceed the parser's
+#: stack.
 _NO_LABELS = ("[]", "urgent", "[1]", "{}", '["\\ud800"]', "[" * 100_000)
 
 
 class ZeroShotGates(Gates):
-    """Share of texts whose best label is PyTorch's, and the largest error of one score."""
+    """The gates of zero-shot classification.
+
+    Args:
+        label_agreement: The share of texts whose best label is PyTorch's.
+        score_error: The largest error of one score.
+    """
 
     label_agreement: float = at_least(0.99)
     score_error: float = at_most(0.05, high=1.0)
 
 
 class ZeroShotOptions(Options):
-    """`hypothesis_template`: the sentence that the text is to entail, with {} for the label. `multi_label`: each label
-    is judged for itself.
+    """The options of zero-shot classification.
+
+    Args:
+        hypothesis_template: The sentence that the text should entail, with {} for the label.
+        multi_label: Whether each label is judged on its own.
     """
 
     hypothesis_template: str = "This example is {}."
@@ -70,7 +79,10 @@ class ZeroShotOptions(Options):
 
 
 class ZeroShotClassificationTask(Task):
-    """TEXT and LABELS (a JSON list) in, RESULT out: a JSON object with labels and scores, best first."""
+    """The task with inputs TEXT and LABELS, a JSON list, and output RESULT.
+
+    RESULT is a JSON object with `labels` and `scores`, best first.
+    """
 
     name: ClassVar[str] = "zero-shot-classification"
     gates: ClassVar[type[Gates]] = ZeroShotGates
@@ -97,7 +109,7 @@ class ZeroShotClassificationTask(Task):
 
     def settings(self, files: CheckpointFiles, options: Options, tokens: SpecialTokens) -> dict[str, Any]:
         entailment = _entailment(files)
-        # As transformers' pipeline has it: the first label contradicts, unless that is the one that entails.
+        # As in transformers' pipeline, the first label means contradiction, or the last if the first means entailment.
         contradiction = len(read_labels(files)) - 1 if entailment == 0 else 0
         settings = super().settings(files, options, tokens)
         return {**settings, "entailment_id": entailment, "contradiction_id": contradiction}
@@ -113,7 +125,7 @@ class ZeroShotClassificationTask(Task):
         choices = {name: settings[name] for name in ("hypothesis_template", "multi_label")}
 
         def answer(item: Item) -> Any:
-            if not item["TEXT"]:  # which the pipeline takes for no text
+            if not item["TEXT"]:  # the pipeline takes an empty text for a missing one
                 return None
             found = classify(item["TEXT"], candidate_labels=json.loads(item["LABELS"]), **choices)
             return {"labels": found["labels"], "scores": found["scores"]}
@@ -128,7 +140,7 @@ class ZeroShotClassificationTask(Task):
         for label, score in wanted.items():
             if not is_near(score, given[label]):
                 return f"{label} {given[label]:.6g}, and not {score:.6g}"
-        # Labels that are as likely may change places.
+        # Labels with equal scores may change places.
         for label, score in zip(found["labels"], expected["scores"], strict=True):
             if not is_near(score, wanted[label]):
                 return f"labels in the order {', '.join(found['labels'])[:60]}"

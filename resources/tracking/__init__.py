@@ -1,7 +1,9 @@
-"""MLflow: an experiment a model, a parent run an optimization of it for one target, a child run a candidate.
+"""Tracking in MLflow.
 
-Not dagster-mlflow, which pins an older Dagster; all that is needed is `MlflowClient`.
-A run that changes nothing writes nothing: the parent run is made with its first child.
+Each model has an experiment, each optimization of the model for one target has a parent run, and each candidate has a
+child run. The parent run is made with its first child, so that a run that changes nothing writes nothing.
+
+The project uses `MlflowClient` and not dagster-mlflow, which pins an older Dagster.
 """
 
 from resources.tracking.store import RunLink

@@ -1,32 +1,38 @@
-"""What the run of one candidate says: parameters are the knobs that differ, all that describes is a tag."""
+"""The contents of a candidate's run. Parameters are the settings that differ, and tags hold all descriptions."""
 
 from __future__ import annotations
 
 from resources.artifacts.records import BenchmarkReport, Checkpoint, Engine
 from resources.tracking.names import TAG, checkpoint_tags, run_name, yes
 
-#: Of an engine's parameters: how often each rule fused something. A dozen of them, equal for most engines.
+#: The prefix of those of an engine's parameters that count how often each fusion rule applied. There are a dozen of
+#: them, and they are equal for most engines.
 _FUSED = "fused_"
 
 
 def remembered_as(report: BenchmarkReport) -> str:
-    """What a candidate's run is remembered as. One that failed is measured again under the same digest."""
+    """Return the name under which the link to a candidate's run is kept.
+
+    The name of a failed run has its status in it, because the candidate is measured again under the same digest.
+    """
     return f"candidate-{report.digest}" if report.status == "measured" else f"candidate-{report.digest}-{report.status}"
 
 
 def candidate_run_name(checkpoint: Checkpoint, report: BenchmarkReport) -> str:
-    """By engine, then revision."""
+    """Return the name of a candidate's run, which begins with the engine and then has the revision."""
     return run_name(report.engine, checkpoint.revision, report.target)
 
 
 def candidate_parameters(checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport) -> dict[str, int | str]:
-    """The axes of a comparison, revision and engine, and the knobs of the engine. What is the same for all runs of a
-    model, or says what was found and not what was set, is a tag.
+    """Return a run's parameters: the axes of a comparison, revision and engine, and the engine's settings.
+
+    Values that are the same for all runs of a model are tags. So are values that were found and not set.
     """
     knobs = {name: value for name, value in engine.parameters.items() if not name.startswith(_FUSED)}
     return {
         "revision": checkpoint.revision[:12],
-        # Under the name it was measured by: what serves is measured beside the candidate of the same kind.
+        # This is the name under which the engine was measured, because the served engine is measured beside the
+        # candidate of the same kind.
         "engine": report.engine,
         "runtime": engine.runtime,
         "precision": engine.precision,
@@ -37,7 +43,7 @@ def candidate_parameters(checkpoint: Checkpoint, engine: Engine, report: Benchma
 
 
 def thread_parameters(report: BenchmarkReport) -> dict[str, int | str]:
-    """What the engine was measured with."""
+    """Return the thread setting that the engine was measured with."""
     setting = report.setting
     if setting is None:
         return {"threads": report.threads}
@@ -47,7 +53,7 @@ def thread_parameters(report: BenchmarkReport) -> dict[str, int | str]:
 def candidate_tags(
     checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport, *, accurate: bool
 ) -> dict[str, str]:
-    """What identifies a candidate, and where it was measured."""
+    """Return the tags that identify a candidate and the device that it was measured on."""
     fused = {name.removeprefix(_FUSED): value for name, value in engine.parameters.items() if name.startswith(_FUSED)}
     return {
         **checkpoint_tags(checkpoint),
@@ -65,7 +71,10 @@ def candidate_tags(
 
 
 def candidate_metrics(engine: Engine, report: BenchmarkReport) -> dict[str, float]:
-    """Flat names, latencies in milliseconds by shape: `p50_ms.8x128`, `speedup.8x128`, `accuracy.cosine_mean`."""
+    """Return a candidate's metrics by flat names, with latencies in milliseconds for each shape.
+
+    Examples of names are `p50_ms.8x128`, `speedup.8x128` and `accuracy.cosine_mean`.
+    """
     metrics = {"build_seconds": engine.build_seconds, "size_bytes": float(report.engine_size_bytes)}
     for timing in report.timings:
         latency = timing.candidate
@@ -87,5 +96,5 @@ def candidate_metrics(engine: Engine, report: BenchmarkReport) -> dict[str, floa
 
 
 def speedups(report: BenchmarkReport) -> dict[str, float]:
-    """Times faster than PyTorch, by shape."""
+    """Return how many times faster than PyTorch the engine is, for each shape."""
     return {f"speedup.{timing.shape}": timing.speedup for timing in report.timings}

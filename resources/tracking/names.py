@@ -1,4 +1,7 @@
-"""What runs, tags and aliases are called. MLflow's table shows every tag as a column, and sorts runs by any of them."""
+"""The names of runs, tags and aliases.
+
+MLflow's table shows every tag as a column, and can sort runs by any of them.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,29 @@ if TYPE_CHECKING:
     from resources.artifacts.records import Checkpoint
 
 TAG = "refinery."
-#: MLflow shows it as the run's description, and renders it as Markdown.
+#: MLflow shows this tag as the run's description, and renders it as Markdown.
 NOTE = "mlflow.note.content"
 PARENT = "mlflow.parentRunId"
 ALIAS = "champion"
-#: Of a version: before the number of each release that was made of it.
+#: A version has a tag with this prefix for each release that was made of it, followed by the release's number.
 RELEASES = f"{TAG}release_"
-#: What a run's figures depend on besides the checkpoint: each a tag of its own, so that a comparison that shows
-#: differences alone shows the one that changed.
+#: The libraries that a run's figures depend on. Each version is a tag of its own, so that a comparison in MLflow that
+#: shows only differences shows the library that changed.
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "openvino", "tensorrt")
-#: MLflow's own limit is 8,000 characters, of older servers 5,000.
+#: MLflow's own limit is 8,000 characters. The limit of older servers is 5,000.
 _LONGEST_NOTE = 4000
 
 
 def run_name(what: str, revision: str, target: str) -> str:
-    """`onnxruntime_int8 @ 2e2b8be9b45a (cpu)`: sorted by name, an engine's runs stand together, by revision."""
+    """Return a run's name, such as `onnxruntime_int8 @ 2e2b8be9b45a (cpu)`.
+
+    In a table that is sorted by name, the runs of an engine are together, ordered by revision.
+    """
     return f"{what} @ {revision[:12]} ({target})"
 
 
 def checkpoint_tags(checkpoint: Checkpoint) -> dict[str, str]:
-    """Of every run: what was optimized, and with which libraries."""
+    """Return the tags of every run: the checkpoint that is optimized, and the versions of the libraries."""
     versions = library_versions(*LIBRARIES)
     return {
         f"{TAG}model": checkpoint.model,
@@ -41,10 +47,10 @@ def checkpoint_tags(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def note(*sentences: str) -> dict[str, str]:
-    """The tag that is a description, a paragraph a sentence; empty ones are left out."""
+    """Return the tag of a run's description, with one paragraph for each sentence that is not empty."""
     return {NOTE: "\n\n".join(filter(None, sentences))[:_LONGEST_NOTE]}
 
 
 def yes(value: bool) -> str:
-    """As a tag says it."""
+    """Return a boolean as the text of a tag."""
     return "true" if value else "false"

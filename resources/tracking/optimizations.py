@@ -1,4 +1,4 @@
-"""The parent run of an optimization: made with its first child, closed with its verdict and its report."""
+"""The parent run of an optimization, which is made with its first child and closed with its verdict and report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from resources.tracking.candidates import remembered_as, speedups
 from resources.tracking.names import NOTE, PARENT, TAG, checkpoint_tags, run_name
 from resources.tracking.store import RunLink, TrackingStore
 
-# resources.report is imported where a report is written: definitions are loaded again for every step.
+# resources.report is imported in the functions that write a report, because Dagster loads the definitions, and with
+# them this module, again for every step.
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
@@ -22,13 +23,20 @@ if TYPE_CHECKING:
 
 
 def parent_query(dagster_run: str, target: str | None) -> str:
-    """Finds the parent of that Dagster run's work for that target; without one, of that for all of them."""
+    """Return the query for a Dagster run's parent run for the target, or for its parents of all targets without one."""
     ours = f"tags.`{TAG}parent` = 'true' and tags.`{TAG}dagster_run` = '{dagster_run}'"
     return f"{ours} and tags.`{TAG}target` = '{target}'" if target is not None else ours
 
 
 def begin(store: TrackingStore, checkpoint: Checkpoint, report: BenchmarkReport, tags: Mapping[str, str]) -> RunLink:
-    """Make the parent run. report: its first candidate's. tags: of all runs of that optimization."""
+    """Make the parent run of an optimization.
+
+    Args:
+        store: The tracking store.
+        checkpoint: The checkpoint that is optimized.
+        report: The report on the first candidate.
+        tags: The tags that all runs of the optimization have.
+    """
     from resources.report.page import LENGTHS
 
     said = {
@@ -63,7 +71,7 @@ def begin(store: TrackingStore, checkpoint: Checkpoint, report: BenchmarkReport,
 
 
 def adopt(store: TrackingStore, parent: RunLink, reports: Sequence[BenchmarkReport]) -> None:
-    """Take over the candidates that runs measured which then failed: they compete here."""
+    """Move the candidates' runs from parents that did not finish to this parent, where the candidates now compete."""
     for report in reports:
         link = store.recall(remembered_as(report))
         child = store.run(link.run_id) if link is not None else None
@@ -76,8 +84,10 @@ def adopt(store: TrackingStore, parent: RunLink, reports: Sequence[BenchmarkRepo
 
 
 def unite(store: TrackingStore, parent: RunLink, model: str, query: str) -> None:
-    """One parent of all that the query finds: two machines that begin at once make one each. The others' children are
-    its own then, and the others are deleted.
+    """Merge all parent runs that the query finds into this one.
+
+    Two machines that begin at the same time make one parent run each. The children of the other parents move to this
+    one, and the other parents are deleted.
     """
     for other in store.search(model, query):
         if other.info.run_id != parent.run_id:
@@ -93,7 +103,15 @@ def close(
     pictures: Mapping[str, bytes],
     tags: Mapping[str, str],
 ) -> None:
-    """Write the verdict and the report, and end the parent run. pictures: those that are drawn already."""
+    """Write the verdict and the report, and end the parent run.
+
+    Args:
+        store: The tracking store.
+        parent: The parent run.
+        report: The data of the report.
+        pictures: The pictures of the report that are drawn already, by name.
+        tags: The tags to add to the parent run.
+    """
     from resources.report.page import LENGTHS, render
 
     client, champion = store.client, report.champion
@@ -111,7 +129,13 @@ def close(
 
 
 def amend(store: TrackingStore, parent: RunLink, **known: Any) -> None:
-    """Add what became known later to the report of a run that has one: fields of OptimizationReport."""
+    """Add facts that became known later to the parent's report, if it has one.
+
+    Args:
+        store: The tracking store.
+        parent: The parent run.
+        **known: Fields of OptimizationReport with their new values.
+    """
     from resources.report.page import LATENCY, LENGTHS, LOAD, PARETO, render
 
     report = _read(store, parent.run_id)
@@ -126,15 +150,20 @@ def amend(store: TrackingStore, parent: RunLink, **known: Any) -> None:
 
 
 def report_address(parent: RunLink) -> RunLink:
-    """Where the parent's report is seen."""
+    """Return the link to the page that shows the parent's report."""
     from resources.report.page import PAGE
 
     return RunLink(parent.run_id, f"{parent.url}/artifacts/{PAGE}")
 
 
 def fail(store: TrackingStore, parent: RunLink, note: Mapping[str, str], *, finished: bool) -> None:
-    """Close a parent as failed, with the reason as its description, and its children that nobody writes to any more.
-    finished: also one that is closed already.
+    """Close a parent run as failed, and end those of its children that still run, because nothing writes to them.
+
+    Args:
+        store: The tracking store.
+        parent: The parent run.
+        note: The tag with the reason, which becomes the parent's description.
+        finished: Whether a parent that is closed already becomes failed too.
     """
     run = store.run(parent.run_id)
     if run is None or (run.info.status != "RUNNING" and not finished):
@@ -147,7 +176,10 @@ def fail(store: TrackingStore, parent: RunLink, note: Mapping[str, str], *, fini
 
 
 def reopen(store: TrackingStore, parent: RunLink, note: Mapping[str, str]) -> None:
-    """A parent that has a champion, and failed only after that, is as good as any once a later run comes so far."""
+    """Mark a failed parent run as finished if it has a champion.
+
+    Such a run failed only after its choice. It becomes valid once a later run chooses the same champion.
+    """
     run = store.run(parent.run_id)
     if run is not None and run.info.status == "FAILED" and f"{TAG}champion" in run.data.tags:
         store.client.set_tag(parent.run_id, NOTE, note[NOTE])
@@ -160,7 +192,7 @@ def _children(store: TrackingStore, parent: Run) -> list[Run]:
 
 
 def _before(store: TrackingStore, report: OptimizationReport) -> Before | None:
-    """The parent that was finished last, of the same model and target, and what is otherwise now."""
+    """Return the latest finished parent run of the same model and target, with the differences from it."""
     from resources.report.changes import changes
     from resources.report.optimization import Before
 
@@ -177,7 +209,7 @@ def _before(store: TrackingStore, report: OptimizationReport) -> Before | None:
 
 
 def _read(store: TrackingStore, run_id: str) -> OptimizationReport | None:
-    """What a run's report was made from; None where it has none, or one of another version of this project."""
+    """Return the data of a run's report, or None if it has none or one of another version of this project."""
     from resources.report.optimization import OptimizationReport
     from resources.report.page import DATA
 

@@ -1,4 +1,7 @@
-"""The registered model: a version for each champion, under the alias of its target, with the releases made of it."""
+"""The registered model, with a version for each champion and an alias for each target.
+
+A version's tags name the releases that were made of it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from resources.tracking.store import RunLink, TrackingStore, already_there, exce
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-#: MLflow's codes for something that does not exist.
+#: The error codes of MLflow for something that does not exist.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-#: Of a registered model that this project made: the model of the catalog that it is for.
+#: This tag of a registered model that this project made names the catalog's model that it is for.
 _OF_MODEL = f"{TAG}model"
 _DESCRIPTION = "Engines chosen by transformer-refinery."
-#: Follows the model's name where that is taken. No model of the catalog can be called so.
+#: This suffix follows the model's name if the name alone is taken. No model of the catalog can have such a name.
 _BESIDE = "+engines"
 
 
@@ -34,18 +37,23 @@ def register(
     *,
     sources: Collection[str] = (),
 ) -> ModelVersion:
-    """Give the champion the alias of its target, as a new version unless it has one, and return that version.
+    """Give the alias of the champion's target to the champion's version, and return that version.
+
+    The version is made if the champion has none yet.
 
     Args:
+        store: The tracking store.
+        champion: The champion to register.
         run: The run that measured the champion.
-        chosen_by: The way to Dagster's run, in Markdown; `tags` have the same for programs.
-        sources: See `registered_model`.
+        chosen_by: The link to Dagster's run, in Markdown.
+        tags: The tags of a new version, which name the Dagster run for programs.
+        sources: The registered models that entries of the catalog take checkpoints from.
     """
     client, name = store.client, registered_model(store, champion.model, sources)
     version = version_of(store, champion, name) or client.create_model_version(
         name,
-        # The bytes live in the artifact store and in the Triton repository; this is their address. A tracking server
-        # takes absolute paths alone.
+        # The engine's bytes are in the artifact store and in the Triton repository, and this is their address. A
+        # tracking server takes absolute paths only.
         source=f"refinery:/engine/{champion.engine_digest}",
         run_id=run.run_id,
         tags={
@@ -62,19 +70,21 @@ def register(
 
 
 def registered_model(store: TrackingStore, model: str, sources: Collection[str] = ()) -> str:
-    """Choose the registered model that takes the model's champions, and make it if it is not there.
+    """Return the name of the registered model for the model's champions, and make that registered model if needed.
 
-    It is called as the model, unless a registered model of that name is a source of checkpoints or somebody else's.
-    `models:/NAME/latest` would name an engine from then on, for everybody who reads it. The champions then go to a
-    registered model of their own beside it, which the next champions keep to.
+    It has the model's name, unless a registered model of that name is a source of checkpoints or was made by somebody
+    else. In that case, `models:/NAME/latest` would begin to name an engine for everybody who reads it. The champions
+    then go to a registered model of their own beside it, and later champions stay there.
 
     Args:
+        store: The tracking store.
+        model: The name of the catalog's model.
         sources: The registered models that entries of the catalog take checkpoints from.
 
     Raises:
         TrackingError: Both names are taken.
     """
-    # MySQL takes `Bert` and `bert` for one name.
+    # MySQL does not distinguish the names `Bert` and `bert`.
     taken = {name.casefold() for name in sources}
     names = _names(model)
     there = {name: _find(store, name) for name in names}
@@ -95,7 +105,10 @@ def registered_model(store: TrackingStore, model: str, sources: Collection[str] 
 
 
 def _names(model: str) -> tuple[str, str]:
-    """The names that the model's registered model may have; where both are ours, the first is the one in use."""
+    """Return the names that the model's registered model may have.
+
+    If this project made both registered models, the first name is the one in use.
+    """
     return f"{model}{_BESIDE}", model
 
 
@@ -104,12 +117,12 @@ def _find(store: TrackingStore, name: str) -> RegisteredModel | None:
 
 
 def _is_ours(store: TrackingStore, found: RegisteredModel, model: str) -> bool:
-    """Whether this project made the registered model, for that model of the catalog."""
+    """Return whether this project made the registered model for that model of the catalog."""
     if _OF_MODEL in found.tags:
         return bool(found.tags[_OF_MODEL] == model)
     if found.name != model:
         return False
-    # Earlier versions gave it the description alone, which people may have changed.
+    # Earlier versions of this project set no tag but only the description, which people may have changed.
     versions = store.client.search_model_versions(f"name = '{found.name}'")
     if not all(is_own(str(version.source), version.tags) for version in versions):
         return False
@@ -117,7 +130,13 @@ def _is_ours(store: TrackingStore, found: RegisteredModel, model: str) -> bool:
 
 
 def version_of(store: TrackingStore, champion: Champion, name: str | None = None) -> ModelVersion | None:
-    """Find the version that the champion is, in the registered model of that name or in any of the champion's model."""
+    """Return the champion's version, or None if it has none.
+
+    Args:
+        store: The tracking store.
+        champion: The champion.
+        name: The registered model to search. None: all names that the champion's model may have are searched.
+    """
     for one in (name,) if name is not None else _names(champion.model):
         for version in store.client.search_model_versions(f"name = '{one}'"):
             if version.tags.get(f"{TAG}champion") == champion.digest:
@@ -126,12 +145,12 @@ def version_of(store: TrackingStore, champion: Champion, name: str | None = None
 
 
 def version_address(store: TrackingStore, version: ModelVersion) -> str:
-    """The page of a registered version."""
+    """Return the address of a registered version's page."""
     return store.address(f"models/{quote(version.name)}/versions/{version.version}")
 
 
 def champion_version(store: TrackingStore, model: str, target: str) -> ModelVersion | None:
-    """The version that has the champion's alias; None where there is none."""
+    """Return the version that has the alias of the target's champion, or None if there is none."""
     for name in _names(model):
         try:
             version: ModelVersion = store.client.get_model_version_by_alias(name, f"{ALIAS}-{target}")
@@ -144,14 +163,17 @@ def champion_version(store: TrackingStore, model: str, target: str) -> ModelVers
 
 
 def tag_release(store: TrackingStore, checkpoint: Checkpoint, champion: Champion, number: int) -> RunLink | None:
-    """Write a release's number on the champion's version, on the run that measured it, and on that run's parent; the
-    link to the version. None where the alias is another engine's by now.
+    """Write a release's number on the champion's version and on the run that measured the champion.
+
+    Returns:
+        The link to the version, or None if the alias belongs to another engine by now or the run is gone.
     """
     client = store.client
     version = champion_version(store, champion.model, champion.target)
     if version is None or version.tags.get(f"{TAG}engine") != champion.engine_digest:
         return None
-    # The newest by one name, and all of them: one champion may be released again, served in another way.
+    # One tag has the newest release, and each release has a tag of its own, because a champion may be released again
+    # with another serving configuration.
     tags = {
         f"{TAG}release": str(number),
         f"{RELEASES}{number}": champion.digest,
@@ -160,7 +182,7 @@ def tag_release(store: TrackingStore, checkpoint: Checkpoint, champion: Champion
     for key, value in tags.items():
         client.set_model_version_tag(version.name, version.version, key, value)
     told, said = version.description or "", f"Triton release {number}."
-    if said not in told:  # tags are far down on its page
+    if said not in told:  # The description repeats the number because tags are far down on the version's page.
         client.update_model_version(version.name, version.version, f"{told}\n\n{said}".strip())
     if not version.run_id or store.run(version.run_id) is None:
         return None
@@ -169,9 +191,9 @@ def tag_release(store: TrackingStore, checkpoint: Checkpoint, champion: Champion
 
 
 def release_runs(store: TrackingStore, model: str, target: str) -> dict[int, RunLink]:
-    """The run that measured the engine of each release, by the release's number, as far as MLflow knows them."""
+    """Return the run that measured each release's engine, by the release's number, as far as MLflow knows it."""
     found: dict[int, RunLink] = {}
-    # What is in use comes last, so that its runs are the ones that a number stands for.
+    # The registered model in use comes last, so that its runs win where both have the same number.
     versions = [store.client.search_model_versions(f"name = '{name}'") for name in reversed(_names(model))]
     for version in chain.from_iterable(versions):
         numbers = [key.removeprefix(RELEASES) for key in version.tags if key.startswith(RELEASES)]

@@ -1,4 +1,4 @@
-"""Runs about serving, beside the candidates: the settings that were tried, and the release under load."""
+"""The runs about serving, beside those of the candidates: tried settings, and the release under load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from resources.tracking.store import RunLink, TrackingStore
 def log_trials(
     store: TrackingStore, parent: RunLink, configuration: ServingConfiguration, tags: Mapping[str, str]
 ) -> RunLink:
-    """A child run for each setting. tags: of all runs of that optimization."""
+    """Write a child run for each setting that was tried, and return the parent.
+
+    Args:
+        store: The tracking store.
+        parent: The parent run of the optimization.
+        configuration: The serving configuration with its trials.
+        tags: The tags that all runs of the optimization have.
+    """
     for trial in last_of_each(configuration.trials):
         setting = trial.setting
         taken = setting == configuration.setting
@@ -34,7 +41,7 @@ def log_trials(
 
 
 def log_load(store: TrackingStore, parent: RunLink, report: ServingReport, tags: Mapping[str, str]) -> RunLink:
-    """A child run with what the release did under load, by clients."""
+    """Write a child run with the release's figures under load for each number of clients, and return its link."""
     metrics = {}
     for level in report.levels:
         for key in ("throughput_per_s", "p50_ms", "p99_ms", "batches_per_request", "mean_batch"):
@@ -71,7 +78,7 @@ def _log_child(
 
 
 def last_of_each(trials: Sequence[ServingTrial]) -> list[ServingTrial]:
-    """The longest trial of each setting, which is its last."""
+    """Return the last trial of each setting, which is also its longest."""
     found: dict[ServingSetting, ServingTrial] = {}
     for trial in trials:
         if trial.setting not in found or trial.stage > found[trial.setting].stage:

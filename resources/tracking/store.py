@@ -1,4 +1,4 @@
-"""The connection to MLflow, and what this machine remembers of what it wrote there."""
+"""The connection to MLflow, and this machine's links to the runs that it wrote there."""
 
 from __future__ import annotations
 
@@ -23,26 +23,30 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-#: MLflow cuts parameters there, and refuses longer ones in some stores.
+#: MLflow cuts parameters at this many characters, and refuses longer ones in some stores.
 _LONGEST_PARAMETER = 6000
-#: For one call of a server or of a database elsewhere, its own tries again and the files of a report included.
+#: The time for one call to a server or a remote database. It includes MLflow's own retries and the files of a report.
 ANSWER_SECONDS = 120.0
-#: MLflow's codes: for what is not there, and for what another process made first.
+#: MLflow's error codes for something that does not exist, and for something that another process made first.
 _ABSENT, _THERE = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 
 
 @dataclass(frozen=True)
 class RunLink:
-    """One MLflow run, and where to see it (the tracking server's page, if one is configured)."""
+    """One MLflow run, and the address where people see it: the tracking server's page, if one is configured."""
 
     run_id: str
     url: str
 
 
 class TrackingStore:
-    """One tracking store. uri: its address. ui: that of its pages. folder: keeps the links to runs already written,
-    so that an unchanged optimization neither writes again nor waits for MLflow to be imported, and the artifacts of a
-    store that is a file.
+    """One tracking store.
+
+    Args:
+        uri: The address of the store.
+        ui: The address of the store's pages.
+        folder: The folder for the links to runs that are already written, so that an unchanged optimization neither
+            writes again nor waits for the import of MLflow. It also holds the artifacts of a store that is a file.
     """
 
     def __init__(self, uri: str, *, ui: str | None, folder: Path) -> None:
@@ -52,25 +56,26 @@ class TrackingStore:
 
     @property
     def shared(self) -> bool:
-        """Whether other machines may write to it: a file belongs to one."""
+        """Whether other machines may write to the store. A file belongs to one machine."""
         return self._file is None
 
     @property
     def unmade(self) -> bool:
-        """Whether it is a file that nobody has written yet. Looking into it would make it, with all of its tables."""
+        """Whether the store is a file that does not exist yet. To read it would make it, with all of its tables."""
         return self._file is not None and not self._file.exists()
 
     @property
     def client(self) -> MlflowClient:
+        """The client of the store, which is made if it does not exist."""
         if self._client is None:
-            # Two hundred lines of schema migrations otherwise, on the first use of a store.
+            # The first use of a store would otherwise log two hundred lines of schema migrations.
             for name in ("alembic", "mlflow.store.db.utils"):
                 logging.getLogger(name).setLevel(logging.WARNING)
-            # Every error of the database is raised too.
+            # Errors of the database are raised too, so the log leaves out the records with their tracebacks.
             logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)
             from mlflow import MlflowClient
 
-            # Processes that open a fresh sqlite store at once crash: the first makes it, the others wait.
+            # Processes that open a fresh sqlite store at once crash, so the first one makes it and the others wait.
             with file_lock(self.folder / "store.lock"):
                 fresh = self.unmade
                 try:
@@ -85,47 +90,54 @@ class TrackingStore:
                         f"MLflow at {self.uri} cannot be opened: {first_line(error)}. Install the driver of that "
                         "database, such as psycopg2-binary or PyMySQL."
                     ) from error
-                if fresh:  # what was written to one that lay there before is gone with it
+                if fresh:  # The links may point to the runs of an earlier store at this address, which is gone.
                     self._forget_links()
-            # A database file is on this machine: nobody else's server answers for it.
+            # Calls to a database file need no time limit, because no remote server has to answer them.
             self._client = client if self._file is not None else cast("MlflowClient", _Bounded(client))
         return self._client
 
     def _remove_half_made(self) -> None:
-        """Remove a database that could not be made whole, which MLflow would refuse. The caller holds its lock."""
+        """Remove a database whose creation failed, because MLflow would refuse it. The caller holds its lock."""
         assert self._file is not None
-        for suffix in ("", "-journal", "-wal", "-shm"):  # as SQLite names what lies beside it
+        for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite uses these suffixes for the files beside a database.
             self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
 
     def experiment(self, model: str) -> str:
-        """The id of the model's experiment, made if it is not there."""
+        """Return the id of the model's experiment, and make the experiment if it does not exist."""
         found = self.client.get_experiment_by_name(model)
         if found is None:
-            # A server keeps artifacts itself; beside a database MLflow would take the folder that one stands in.
+            # A server keeps artifacts itself. With a database, MLflow would put them into the current folder.
             served = self.uri.startswith(("http:", "https:", "databricks"))
             location = None if served else (self.folder / "artifacts" / model).resolve().as_uri()
-            # Without the kind, the page opens on traces of language models and not on runs.
+            # Without this kind, the experiment's page opens on traces of language models and not on runs.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             with already_there():
                 return str(self.client.create_experiment(model, artifact_location=location, tags=tags))
             found = self.client.get_experiment_by_name(model)
-        if found.lifecycle_stage == "deleted":  # by a person; MLflow gives its name to no other
+        # A person may have deleted the experiment, and MLflow gives its name to no other experiment.
+        if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
     def find(self, model: str, query: str, *, by: str = "start_time") -> Run | None:
-        """The newest of the model's runs that the query finds."""
+        """Return the newest of the model's runs that the query finds, or None if there is none."""
         return next(iter(self.search(model, query, by=by)), None)
 
     def search(self, model: str, query: str, *, by: str = "start_time") -> list[Run]:
-        """The model's runs that the query finds, the newest first: by the time of that name. Deleted ones are none."""
+        """Return the model's runs that the query finds, the newest first, without deleted ones.
+
+        Args:
+            model: The model's name.
+            query: The filter, in MLflow's syntax.
+            by: The attribute with the time that runs are ordered by.
+        """
         experiment = self.client.get_experiment_by_name(model)
         if experiment is None:
             return []
         return list(self.client.search_runs([experiment.experiment_id], query, order_by=[f"attributes.{by} DESC"]))
 
     def run(self, run_id: str) -> Run | None:
-        """The run, as far as it is still there: a person may have deleted it, or the store may be another one."""
+        """Return the run, or None if it is gone: a person may have deleted it, or the store may be another one."""
         try:
             run = self.client.get_run(run_id)
         except exceptions() as error:
@@ -135,20 +147,20 @@ class TrackingStore:
         return run if run.info.lifecycle_stage == "active" else None
 
     def recall_run(self, name: str) -> RunLink | None:
-        """As `recall`, for what is to be written to: None where that run is not there any more."""
+        """Return the link of that name, as `recall` does, if its run still exists and can be written to."""
         link = self.recall(name)
         return link if link is not None and self.run(link.run_id) is not None else None
 
     def link(self, run: Run) -> RunLink:
-        """The link to a run that MLflow gave."""
+        """Return the link to a run that MLflow returned."""
         return RunLink(run.info.run_id, self.address(f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"))
 
     def address(self, page: str) -> str:
-        """Of one of MLflow's pages."""
+        """Return the address of one of MLflow's pages."""
         return f"{self._ui or ''}/#/{page}"
 
     def log(self, run_id: str, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Parameters, and metrics without a time of their own."""
+        """Write a run's parameters, and its metrics without a time of their own."""
         from mlflow.entities import Metric, Param
 
         self.client.log_batch(
@@ -158,7 +170,7 @@ class TrackingStore:
         )
 
     def log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        """Artifacts of a run, by name; those that are there already are replaced."""
+        """Write a run's artifacts by name, and replace those that exist already."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 path = Path(folder) / name
@@ -166,19 +178,24 @@ class TrackingStore:
                 self.client.log_artifact(run_id, str(path))
 
     def read_file(self, run_id: str, name: str) -> bytes | None:
-        """One artifact of a run; None where it has none of that name."""
+        """Return the content of a run's artifact, or None if the run has no artifact of that name."""
         if name not in {item.path for item in self.client.list_artifacts(run_id)}:
             return None
         with tempfile.TemporaryDirectory() as folder:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
 
     def recall(self, name: str, what: str = "") -> RunLink | None:
-        """The link of that name; `what`: only if it was remembered for that."""
+        """Return the link that was kept under that name, or None if there is none.
+
+        Args:
+            name: The link's name.
+            what: The value that `remember` must have got with the link. Empty accepts any value.
+        """
         try:
             data = json.loads((self.folder / "links" / f"{name}.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
-        if data.get("store") != self.uri:  # written to another server: this one does not know it
+        if data.get("store") != self.uri:  # The run was written to another server, and this one does not know it.
             return None
         if self._file is not None and not self._file.exists():
             return None
@@ -187,18 +204,24 @@ class TrackingStore:
         return RunLink(data["run_id"], f"{self._ui or ''}{data['path']}")
 
     def recall_all(self, prefix: str) -> list[RunLink]:
-        """The links whose names begin so."""
+        """Return the links whose names begin with the prefix."""
         names = sorted(path.name.removesuffix(".json") for path in (self.folder / "links").glob(f"{prefix}*.json"))
         return [link for name in names if (link := self.recall(name)) is not None]
 
     def remember(self, name: str, link: RunLink, what: str = "") -> None:
-        """Keep a link, for the steps and runs that come after."""
+        """Keep a link under that name for later steps and runs.
+
+        Args:
+            name: The link's name.
+            link: The link.
+            what: A value that `recall` can ask for, such as the digest of the champion.
+        """
         path = self.folder / "links" / f"{name}.json"
         where = link.url.removeprefix(self._ui or "")
         write_json(path, {"store": self.uri, "run_id": link.run_id, "path": where, "what": what})
 
     def forget(self, name: str) -> None:
-        """Recall it no more."""
+        """Delete the link that was kept under that name."""
         (self.folder / "links" / f"{name}.json").unlink(missing_ok=True)
 
     def _forget_links(self) -> None:
@@ -208,7 +231,7 @@ class TrackingStore:
 
     @contextlib.contextmanager
     def clear_errors(self) -> Iterator[None]:
-        """MLflow's own errors, and the network's, as one TrackingError that names the store."""
+        """Turn the errors of MLflow and of the network into one TrackingError that names the store."""
         try:
             yield
         except exceptions() as error:
@@ -229,7 +252,10 @@ def _has_no_traceback(record: logging.LogRecord) -> bool:
 
 
 class _Bounded:
-    """A client each of whose calls ends: MLflow's own limits begin anew with each byte of an answer."""
+    """A client whose calls all end within `ANSWER_SECONDS`.
+
+    MLflow's own time limits start again with each byte of an answer.
+    """
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
@@ -241,7 +267,10 @@ class _Bounded:
 
 @contextlib.contextmanager
 def already_there() -> Iterator[None]:
-    """Another process, of another target say, may make the same at the same time; then it is there all the same."""
+    """Ignore the error that something exists already.
+
+    Another process, for example one for another target, may make the same thing at the same time.
+    """
     try:
         yield
     except exceptions() as error:
@@ -250,7 +279,10 @@ def already_there() -> Iterator[None]:
 
 
 def exceptions() -> tuple[type[Exception], ...]:
-    """What MLflow and its stores raise; asked for only once something has been raised."""
+    """Return the exceptions that MLflow and its stores raise.
+
+    The imports are heavy, so callers evaluate this only in an `except` clause, once something has been raised.
+    """
     import requests
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

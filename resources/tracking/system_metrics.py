@@ -1,4 +1,4 @@
-"""What was seen of a machine while it built, as MLflow's system metrics: its page shows them in a tab of their own."""
+"""The usage of a machine during a build, as MLflow's system metrics, which its page shows in a tab of their own."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from resources.machine.usage import Usage
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-#: By which MLflow's page knows them.
+#: MLflow's page recognizes system metrics by this prefix.
 _PREFIX = "system/"
-#: MLflow takes that many metrics at once.
+#: MLflow takes at most this many metrics in one call.
 BATCH = 1000
 
 
 def system_metrics(seen: Iterable[Usage | None], since_s: float = 0.0) -> list[Metric]:
-    """One metric a figure and sample, in the order of time, of what was seen since then (seconds since the epoch).
+    """Return one metric for each figure of each sample, in the order of time.
 
-    Of several machines each figure has the machine's name in it, as MLflow has it for nodes.
+    If the samples come from several machines, a metric's name contains the machine's name, as MLflow's names for nodes
+    do.
+
+    Args:
+        seen: The usages that were recorded.
+        since_s: Samples before this time, in seconds since the epoch, are left out.
     """
     from mlflow.entities import Metric
 

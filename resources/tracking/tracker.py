@@ -1,4 +1,4 @@
-"""All writing to MLflow, as the steps of the pipeline ask for it."""
+"""The tracker, through which the steps of the pipeline write to MLflow."""
 
 from __future__ import annotations
 
@@ -44,9 +44,15 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """uri: the tracking store. ui: the address of its pages. dagster_ui: that of Dagster's, where there is one to link
-    to. folder: see TrackingStore. sources: names the registered models that checkpoints are taken from, which nothing
-    is written to.
+    """The writer of all runs, reports and registered versions of the project in one tracking store.
+
+    Args:
+        uri: The address of the tracking store.
+        ui: The address of the tracking store's pages.
+        folder: The folder for links and artifacts, see TrackingStore.
+        dagster_ui: The address of Dagster's pages, if there is one to link to.
+        sources: Returns the names of the registered models that checkpoints are taken from. The tracker never writes to
+            those.
     """
 
     def __init__(
@@ -63,16 +69,23 @@ class Tracker:
         self._dagster_ui = dagster_ui.rstrip("/") if dagster_ui else None
 
     def prepare(self) -> None:
-        """Make the store if it is not there. Two processes that open a fresh sqlite store at once crash."""
+        """Make the store if it does not exist, because two processes that open a fresh sqlite store at once crash."""
         with self._store.clear_errors():
             assert self._store.client
 
     def candidate(
         self, dagster_run: str, checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport, missed: Sequence[str]
     ) -> RunLink | None:
-        """The child run of a candidate; written, under this Dagster run's parent, unless it was before.
+        """Return the child run of a candidate, and write it under this Dagster run's parent if it does not exist.
 
-        An unsupported engine has none: there is nothing to compare.
+        An unsupported engine has no child run, because there is nothing to compare.
+
+        Args:
+            dagster_run: The id of the Dagster run.
+            checkpoint: The checkpoint's record.
+            engine: The candidate's engine.
+            report: The report on the engine.
+            missed: The accuracy gates that the engine misses, each as a sentence.
         """
         if report.status == "skipped":
             return None
@@ -80,7 +93,7 @@ class Tracker:
         if known is not None and report.status == "measured":
             return known
         with self._store.clear_errors():
-            # Another machine may have measured it, and have written so.
+            # Another machine may have measured the candidate and written its run.
             there = self._measured(report) if report.status == "measured" else None
             link = there or self._log_candidate(dagster_run, checkpoint, engine, report, missed)
         self._store.remember(remembered_as(report), link)
@@ -94,14 +107,22 @@ class Tracker:
         usage: Sequence[Usage | None] = (),
         began_s: float = 0.0,
     ) -> RunLink | None:
-        """Close this Dagster run's parent with its verdict and report. pictures: those of the report that are drawn
-        already, by name. usage: what was seen while the candidates were built; began_s: when the run began, in seconds
-        since the epoch: what was built before does not count as its own.
+        """Close this Dagster run's parent run with its verdict and report, and register the champion.
 
-        The winner becomes a version of the registered model, under the alias `champion-<target>`. Without a parent,
-        nothing was measured anew: where the run that measured it failed before it chose, its parent becomes this one's;
-        else the answer is the run that chose this champion before, or, where a gate or objective was changed, the one
-        that measured it.
+        The champion becomes a version of the registered model, under the alias `champion-<target>`. If this Dagster run
+        has no parent run, it measured nothing new. If the run that measured the champion failed before its choice, that
+        run's parent becomes this run's parent.
+
+        Args:
+            dagster_run: The id of the Dagster run.
+            report: The data of the report.
+            pictures: The pictures of the report that are drawn already, by name.
+            usage: The machines' usage during the builds of the candidates.
+            began_s: When the run began, in seconds since the epoch. Usage before that time belongs to other runs.
+
+        Returns:
+            The parent run. Without one, the run that chose this champion before, or, if a gate or objective was
+            changed, the run that measured it. None if there is no such run.
         """
         store, champion = self._store, report.champion
         name, current = f"champion-{champion.digest}", _current_name(champion.model, champion.target)
@@ -109,7 +130,7 @@ class Tracker:
         known, parent = store.recall(name), store.recall(_parent_name(dagster_run, champion.target))
         with store.clear_errors():
             if parent is None and known is None:
-                # Written by another machine, or by a run that came no further than its candidates.
+                # Another machine may have written the parent, or a run that failed after its candidates.
                 parent = self._find_parent(dagster_run, champion.model, champion.target)
                 parent = parent or self._take_over(dagster_run, best)
             if parent is not None:
@@ -138,23 +159,24 @@ class Tracker:
                 self._register(dagster_run, champion, measured or parent)
                 if known is not None:
                     optimizations.reopen(store, known, note(champion.reason, self._by(dagster_run)))
-                    # Should a later step of this run fail, it is this one's failure.
+                    # If a later step of this Dagster run fails, `abandon` then marks the reopened parent as failed.
                     store.remember(_parent_name(dagster_run, champion.target), known)
         store.remember(name, parent)
         store.remember(current, parent, champion.digest)
         return parent
 
     def chosen_in(self, champion: Champion) -> RunLink | None:
-        """The run that chose that champion, as far as this machine knows."""
+        """Return the run that chose the champion, or None if this machine does not know it."""
         return self._store.recall(f"champion-{champion.digest}")
 
     def report(self, champion: Champion) -> RunLink | None:
-        """Where the report on the choice of that champion is; None where this machine wrote none."""
+        """Return the link to the report on the champion's choice, or None if this machine wrote none."""
         return self._store.recall(f"report-{champion.digest}")
 
     def serving(self, dagster_run: str, champion: Champion, configuration: ServingConfiguration) -> RunLink | None:
-        """A child run for each setting that was tried on a server, beside the candidates of the run that chose it; the
-        link to that run.
+        """Write a child run for each serving setting that was tried on a server, and return the link to the parent.
+
+        The child runs are beside those of the candidates. The result is None if no setting was tried.
         """
         if not configuration.trials:
             return None
@@ -166,7 +188,7 @@ class Tracker:
         return self._once(f"serving-{configuration.digest}", dagster_run, champion, write)
 
     def load(self, dagster_run: str, champion: Champion, report: ServingReport) -> RunLink | None:
-        """A child run with what the published release did under load, by clients; the link to it."""
+        """Write a child run with the release's figures under load for each number of clients, and return its link."""
         if report.status != "measured":
             return None
 
@@ -194,13 +216,15 @@ class Tracker:
         return link
 
     def release_runs(self, model: str, target: str) -> dict[int, RunLink]:
-        """The run that measured the engine of each release, by the release's number, as far as MLflow knows them."""
+        """Return the run that measured each release's engine, by the release's number, as far as MLflow knows it."""
         with self._store.clear_errors():
             return release_runs(self._store, model, target)
 
     def release(self, checkpoint: Checkpoint, champion: Champion, number: int) -> None:
-        """Write its Triton release's number on the champion's registered version, on the run that measured it, and on
-        that run's parent with its report.
+        """Write the number of a champion's Triton release to MLflow.
+
+        The number goes to the champion's registered version, to the run that measured the champion, and to the parent
+        run that chose it, with its report.
         """
         name = _release_name(champion, number)
         if self._store.recall(name) is not None:
@@ -215,11 +239,11 @@ class Tracker:
             self._store.remember(name, link)
 
     def released(self, champion: Champion, number: int) -> RunLink | None:
-        """The page of the registered version that a release was made of; None where this machine wrote none."""
+        """Return the page of the version that a release was made of, or None if this machine did not register it."""
         return self._store.recall(_release_name(champion, number))
 
     def champion_release(self, model: str, target: str) -> int | None:
-        """The Triton release of the version that has the champion's alias; None where there is none."""
+        """Return the Triton release of the version that has the champion's alias, or None if there is none."""
         if self._store.unmade:
             return None
         with self._store.clear_errors():
@@ -228,9 +252,16 @@ class Tracker:
         return int(number) if number.isdigit() else None
 
     def abandon(self, dagster_run: str, model: str, why: str, target: str | None = None) -> None:
-        """Close this Dagster run's parent for that target as failed, if it has one: also where it has its champion,
-        which could not be released then. Without a target, those of all that are not closed. Its children go to the
-        parent of the next run.
+        """Close this Dagster run's parent run as failed, if it has one.
+
+        The next run's parent takes over the children.
+
+        Args:
+            dagster_run: The id of the Dagster run.
+            model: The model's name.
+            why: The reason of the failure.
+            target: The target whose parent run failed. It fails even if it has its champion, which could then not be
+                released. None: the parent runs of all targets that are not closed yet.
         """
         store, name = self._store, _parent_name(dagster_run, target or "")
         known = store.recall_all(name) if target is None else [store.recall(name)]
@@ -243,7 +274,7 @@ class Tracker:
                 why_not = note(f"{model}: {why}", self._by(dagster_run))
                 optimizations.fail(store, parent, why_not, finished=target is not None)
         if target is not None:
-            store.forget(_current_name(model, target))  # so that a run that comes further says so
+            store.forget(_current_name(model, target))  # The next run that gets this far then reopens the parent.
 
     def _log_candidate(
         self, dagster_run: str, checkpoint: Checkpoint, engine: Engine, report: BenchmarkReport, missed: Sequence[str]
@@ -274,11 +305,11 @@ class Tracker:
         return store.link(run)
 
     def _measured(self, report: BenchmarkReport) -> RunLink | None:
-        """The candidate's run; also one that another machine wrote."""
+        """Return the candidate's run, even if another machine wrote it."""
         known = self._store.recall_run(remembered_as(report))
         if known is not None:
             return known
-        # Not one that failed, whose report has the same digest, nor one that is half written.
+        # The status excludes failed runs, whose reports have the same digest, and runs that are half written.
         query = (
             f"tags.`{TAG}kind` = 'candidate' and tags.`{TAG}report` = '{report.digest}' "
             "and attributes.status = 'FINISHED'"
@@ -287,7 +318,7 @@ class Tracker:
         return self._store.link(run) if run is not None else None
 
     def _take_over(self, dagster_run: str, best: BenchmarkReport) -> RunLink | None:
-        """The parent under which that was measured, as this run's own; None where it has its champion."""
+        """Make the parent under which the engine was measured this Dagster run's own, unless it has its champion."""
         measured = self._measured(best)
         child = self._store.run(measured.run_id) if measured is not None else None
         owner = self._store.run(child.data.tags.get(PARENT, "")) if child is not None else None
@@ -300,7 +331,7 @@ class Tracker:
         return parent
 
     def _chosen_in(self, champion: Champion) -> RunLink | None:
-        """The run that chose that champion; also one that another machine wrote."""
+        """Return the run that chose the champion, even if another machine wrote it."""
         known = self._store.recall_run(f"champion-{champion.digest}")
         if known is not None:
             return known
@@ -318,7 +349,10 @@ class Tracker:
         return register(self._store, champion, measured, by, tags, sources=self._sources())
 
     def _parent(self, dagster_run: str, checkpoint: Checkpoint, report: BenchmarkReport) -> RunLink:
-        """This Dagster run's parent. Steps in processes of their own must not make two."""
+        """Return this Dagster run's parent run, and make it if needed.
+
+        A lock keeps steps in different processes from making two.
+        """
         name = _parent_name(dagster_run, report.target)
         with file_lock(self._store.folder / "parent.lock"):
             parent = self._store.recall_run(name) or self._find_parent(dagster_run, checkpoint.model, report.target)
@@ -333,7 +367,7 @@ class Tracker:
         return self._store.link(run) if run is not None else None
 
     def _like(self, parent: RunLink, dagster_run: str) -> dict[str, str]:
-        """What a run beside the candidates has in common with its parent: of which revision it is, and with what."""
+        """Return the tags that a run beside the candidates shares with its parent: revision, libraries, Dagster run."""
         tags = self._store.client.get_run(parent.run_id).data.tags
         shared = (f"{TAG}revision", f"{TAG}version.")
         return {**{name: tags[name] for name in tags if name.startswith(shared)}, **self._dagster_tags(dagster_run)}
@@ -346,18 +380,18 @@ class Tracker:
         return {f"{TAG}dagster_run": dagster_run, **({f"{TAG}dagster_url": page} if page else {})}
 
     def _by(self, dagster_run: str) -> str:
-        """The way to Dagster's run, in Markdown: MLflow shows descriptions with their links."""
+        """Return the link to the Dagster run in Markdown, because MLflow renders descriptions with their links."""
         page = self._dagster_page(dagster_run)
         return f"Dagster run [{dagster_run[:8]}]({page})" if page else f"Dagster run {dagster_run}"
 
 
 def _parent_name(dagster_run: str, target: str) -> str:
-    """What a parent is remembered as."""
+    """Return the name under which the link to a parent run is kept."""
     return f"parent-{dagster_run}-{target}"
 
 
 def _current_name(model: str, target: str) -> str:
-    """What a target's champion is remembered as, while its alias is known to be right."""
+    """Return the name under which a target's champion is kept while its alias is known to be correct."""
     return f"current-{model}-{target}"
 
 

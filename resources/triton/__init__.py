@@ -1,0 +1,1 @@
+"""Releases for NVIDIA Triton: making, proving, publishing, serving and removing them."""

@@ -1,6 +1,7 @@
-"""NVIDIA's perf_analyzer, where it is installed (`pip install perf-analyzer`; it needs glibc 2.38): run, and read.
+"""Run NVIDIA's perf_analyzer where it is installed, and read its reports.
 
-https://github.com/triton-inference-server/perf_analyzer, docs/cli.md and docs/input_data.md.
+`pip install perf-analyzer` installs it; it needs glibc 2.38. It is documented at
+https://github.com/triton-inference-server/perf_analyzer, in docs/cli.md and docs/input_data.md.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from resources.errors import ServerError
 from resources.processes.variables import PROGRAM, inherited
 from resources.settings.connection import PLAIN, Connection
 
-#: A level's figures are those of so many windows, of at most so many.
+#: perf_analyzer computes a level's figures from this many measurement windows, and measures at most this many.
 _WINDOWS, _MOST_WINDOWS = 3, 5
-#: Beyond its windows: for starting, for the last requests, and for writing.
+#: Time that perf_analyzer gets beyond its windows, to start, to finish the last requests, and to write the report.
 _SLACK_SECONDS = 30.0
 
 
 def find_perf_analyzer() -> Path | None:
-    """The program, on the path or beside this Python; None where it is not installed."""
+    """Return the program, on the path or beside this Python, or None if it is not installed."""
     beside = Path(sys.executable).with_name("perf_analyzer")
     found = shutil.which("perf_analyzer") or (str(beside) if beside.is_file() else None)
     return Path(found) if found else None
@@ -42,7 +43,20 @@ def run_perf_analyzer(
     seconds: float,
     connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
-    """Throughput and latency over gRPC with so many requests under way, `seconds` a level. Raises ServerError."""
+    """Measure throughput and latency over gRPC at several numbers of concurrent requests.
+
+    Args:
+        program: The perf_analyzer program.
+        address: The gRPC address of the server.
+        model: The public model.
+        items: The requests to send: the text of each input, by the input's name.
+        levels: The numbers of concurrent requests. Each is measured for `seconds`.
+        seconds: The time to measure each level.
+        connection: TLS settings for the server.
+
+    Raises:
+        ServerError: perf_analyzer could not be run, failed, ran out of time or wrote no report that can be read.
+    """
     found = []
     with tempfile.TemporaryDirectory() as folder:
         data, report = Path(folder) / "requests.json", Path(folder) / "report.csv"
@@ -53,7 +67,8 @@ def run_perf_analyzer(
             command += ["--input-data", str(data), "--concurrency-range", f"{clients}:{clients}", "-f", str(report)]
             command += _tls(connection)
             command += ["--measurement-interval", str(max(200, round(seconds * 1000 / _WINDOWS)))]
-            # Where its windows differ by more than that it gives no figures at all; that of all of them is wanted.
+            # If its windows differ by more than this percentage, perf_analyzer reports no figures at all. At 100, it
+            # reports those of all windows.
             command += ["--max-trials", str(_MOST_WINDOWS), "--stability-percentage", "100"]
             bound = seconds * _MOST_WINDOWS / _WINDOWS + _SLACK_SECONDS
             try:
@@ -80,9 +95,12 @@ def _tls(connection: Connection) -> list[str]:
 
 
 def read_report(text: str) -> list[LoadLevel]:
-    """The levels of a report as perf_analyzer writes it with `-f`, latencies there in microseconds.
+    """Return the levels of a report that perf_analyzer wrote with `-f`.
 
-    Raises ServerError where it is another format than is known.
+    The report states latencies in microseconds.
+
+    Raises:
+        ServerError: The report has a format other than that of version 2.60.
     """
     try:
         return [

@@ -1,4 +1,7 @@
-"""What the public model's configuration, the pointer, is worth: a person may have edited it, or removed its release."""
+"""Check the pointer, which is the public model's configuration.
+
+A person may have edited the pointer, or removed the release that it names.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,11 @@ from resources.triton.release import Release
 
 
 def require_current(repository: Location, model: str) -> Release:
-    """The release that serves, there whole. Raises ReleaseError with what is wrong with it, and the remedy."""
+    """Return the release that serves.
+
+    Raises:
+        ReleaseError: The pointer names no release that is whole. The message states the problem and the remedy.
+    """
     release = current_release(repository, model)
     if release is None or not is_whole(repository, release):
         raise ReleaseError(f"{model}: {current_problem(repository, model)}")
@@ -26,7 +33,10 @@ def require_current(repository: Location, model: str) -> Release:
 
 
 def current_problem(repository: Location, model: str) -> str:
-    """Why nothing of the model can be served, and what to do; empty where its pointer names a release that is whole."""
+    """Return why no release of the model can be served, and the remedy.
+
+    The text is empty if the pointer names a release that is whole.
+    """
     number = current_number(repository, model)
     release = read_release(repository, model, number) if number is not None else None
     if release is not None and is_whole(repository, release):
@@ -43,8 +53,10 @@ def current_problem(repository: Location, model: str) -> str:
 
 
 def points_as_published(repository: Location, release: Release) -> bool:
-    """Whether the public model's configuration is the release's own, byte for byte. Raises OSError where that cannot be
-    read.
+    """Return whether the public model's configuration equals the release's own, byte for byte.
+
+    Raises:
+        OSError: One of the two cannot be read. If one is missing, the result is False instead.
     """
     public = repository / release.model
     try:
@@ -54,7 +66,7 @@ def points_as_published(repository: Location, release: Release) -> bool:
 
 
 def require_own_pointer(repository: Location, release: Release) -> None:
-    """Raise ReleaseError where the public model names the release, but not as that was published."""
+    """Raise ReleaseError if the pointer differs from the configuration that was published with the release."""
     if not points_as_published(repository, release):
         remedy = command("rollback", repository, release.model, f"--to {release.number}")
         raise ReleaseError(
@@ -64,6 +76,9 @@ def require_own_pointer(repository: Location, release: Release) -> None:
 
 
 def command(verb: str, repository: Location, model: str, rest: str = "") -> str:
-    """How to do that with a model of the repository, which is named by its target."""
+    """Return the `refinery` command line that applies the verb to a model of the repository.
+
+    The repository's name is its target; `cpu` is the default and is left out.
+    """
     target = "" if repository.name == "cpu" else f"--target {repository.name}"
     return " ".join(filter(None, ("refinery", verb, model, rest, target)))

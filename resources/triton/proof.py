@@ -1,4 +1,7 @@
-"""Proving a release: a real server must answer real requests as PyTorch does, however they come."""
+"""Prove a release: a real server must answer real requests as PyTorch does.
+
+The requests are sent one by one, in batches and concurrently, over gRPC and HTTP.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,22 @@ from resources.triton.client import Contract, TextClient
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
-#: Requests that are asked one by one and from several threads, spread over all lengths; in batches all of them are.
+#: This many items, spread over all lengths, are sent one by one and from several threads. Batches hold every item.
 ITEMS = 96
 THREADS = 6
 _INVALID = b"\xff\xfe not text"
-#: What a release says of a request that needs more rows of its engine than the catalog's `limits` allow.
+#: Part of a release's answer to a request that needs more rows of its engine than the catalog's `limits` allow.
 TOO_MANY_ROWS = "rows of the engine or more"
-#: Whatever a user may send: each must get a finite answer.
+#: Unusual texts that a user may send. Each must get a finite answer.
 ODD_TEXTS = ("", " ", "\n\t", "🙂🙃", "e\u0301", "word " * 4000, "a" * 10_000, 'quoted "\\', "nul \x00 inside")
 
 
 class Proof(BaseModel):
-    """What a server answered. `failures`: each as a sentence; none: proven."""
+    """The result of proving a release on a server.
+
+    Args:
+        failures: The failures, each as a sentence. A proven release has none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     passed: bool
@@ -43,13 +50,18 @@ class Proof(BaseModel):
     failures: tuple[str, ...] = ()
 
 
-#: Metrics and missed gates of answers to the items of those numbers.
+#: A function that takes indices of items and the answers to them, and returns metrics and a sentence per missed gate.
 Verdict = Callable[[Sequence[int], Sequence[Any]], tuple[dict[str, float], list[str]]]
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What is asked. odd: requests that have an answer all the same; refused: requests that have none."""
+    """The requests of a proof, and how their answers are judged.
+
+    Args:
+        odd: Unusual requests that must be answered.
+        refused: Requests that have no answer and must be refused.
+    """
 
     contract: Contract
     items: Sequence[Item]
@@ -60,7 +72,10 @@ class Exam:
 
 
 def choose_items(items: Sequence[Item], count: int = ITEMS) -> list[int]:
-    """Indices spread evenly over the items in order of length, shortest and longest included, in mixed order."""
+    """Return the indices of up to `count` items that are spread evenly over all lengths.
+
+    The shortest and the longest item are included. The indices are shuffled with a fixed seed.
+    """
     lengths = [sum(map(len, item.values())) for item in items]
     order = sorted(range(len(items)), key=lambda index: (lengths[index], index))
     count = min(count, len(order))
@@ -70,9 +85,9 @@ def choose_items(items: Sequence[Item], count: int = ITEMS) -> list[int]:
 
 
 def make_batches(indices: Sequence[int], largest: int) -> list[list[int]]:
-    """Batches of mixed sizes, the largest among them, that hold every index at least once.
+    """Return batches of mixed sizes, up to `largest`, that hold every index at least once.
 
-    Where one batch takes more than there are, indices come again.
+    Indices are repeated where a batch takes more than there are.
     """
     sizes = list(dict.fromkeys(min(size, largest) for size in (largest, 1, 2, 3, max(1, largest // 2))))
     endless, asked = itertools.cycle(indices), 0
@@ -80,7 +95,7 @@ def make_batches(indices: Sequence[int], largest: int) -> list[list[int]]:
     for size in itertools.cycle(sizes):
         if asked >= len(indices) and len(groups) >= len(sizes):
             return groups
-        # Only the first round of sizes may go beyond the texts.
+        # Only the first round, which has one batch of each size, may repeat indices.
         count = size if len(groups) < len(sizes) else min(size, len(indices) - asked)
         groups.append(list(itertools.islice(endless, count)))
         asked += count
@@ -88,10 +103,14 @@ def make_batches(indices: Sequence[int], largest: int) -> list[list[int]]:
 
 
 def prove(exam: Exam, model: str, *, grpc: str, http: str | None, connection: Connection = PLAIN) -> Proof:
-    """Ask one by one, in batches, and from several threads, over gRPC and, where it has an address, HTTP.
+    """Send the exam's requests one by one, in batches, and from several threads.
 
-    Raises ServerError only where there is no server; a wrong or missing answer is a failure of the proof. Every
-    request has a time limit, and the first that is not answered ends its protocol.
+    They are sent over gRPC and, if `http` is an address, over HTTP. A wrong or missing answer is a failure of the proof
+    and raises nothing. Every request has a time limit, and the first request without an answer ends the examination of
+    its protocol.
+
+    Raises:
+        ServerError: There is no server.
     """
     started = time.monotonic()
     with TextClient(grpc, connection=connection) as client:
@@ -125,17 +144,17 @@ class _Examiner:
         self.failures: list[str] = []
 
     def examine(self, protocol: Protocol, address: str) -> None:
-        """Every way of asking, over one protocol."""
+        """Send all requests of the exam over one protocol."""
         singles = [[index] for index in self.chosen]
         with TextClient(address, protocol, self.connection) as client:
             self._judge(f"{protocol}, one by one", singles, [self._ask(client, group) for group in singles])
-            # All of them: rates of .99 are those of the whole, and of no 96.
+            # Batches hold all items, because a gate such as .99 is a rate over the whole set, and 96 items are too few.
             groups = make_batches(choose_items(self.exam.items, len(self.exam.items)), self.exam.max_batch_size)
             self._judge(f"{protocol}, in batches", groups, [self._ask(client, group) for group in groups])
             self._odd(client)
             self._refused(client)
             self._too_many(client)
-        # Batches of every size at once: where answers are mixed up, it is here.
+        # Concurrent batches of every size are the most likely to reveal a server that mixes up answers.
         shares = _deal(make_batches(self.chosen, min(4, self.exam.max_batch_size)) + singles[::2], THREADS)
         with ThreadPoolExecutor(THREADS) as pool:
             answers = list(pool.map(lambda share: self._ask_many(protocol, address, share), shares))
@@ -148,7 +167,8 @@ class _Examiner:
         try:
             return client.ask(self.model, self.exam.contract, [self.exam.items[index] for index in group])
         except ServerError as error:
-            # Long texts or many labels together: a client has to ask for less at a time, and so does the proof.
+            # Long texts or many labels together need too many rows. A client then has to send smaller batches, and so
+            # does the proof.
             if TOO_MANY_ROWS not in str(error) or len(group) == 1:
                 raise
             half = len(group) // 2
@@ -166,7 +186,7 @@ class _Examiner:
         self.failures += [f"{how}: {sentence}" for sentence in missed]
 
     def _odd(self, client: TextClient) -> None:
-        """Odd texts are answered; over HTTP as plain JSON, the way curl asks."""
+        """Require that odd texts are answered. Over HTTP they are sent as plain JSON, as curl sends them."""
         as_json = client.protocol == "http"
         for item in self.exam.odd:
             self.requests += 1
@@ -180,7 +200,7 @@ class _Examiner:
                 self.failures.append(f"{client.protocol}: {_shown(item)} was answered with {broken}")
 
     def _refused(self, client: TextClient) -> None:
-        """Requests that mean nothing are refused, not answered with something."""
+        """Require that meaningless requests are refused."""
         for item in self.exam.refused:
             self.requests += 1
             try:
@@ -190,7 +210,7 @@ class _Examiner:
             self.failures.append(f"{client.protocol}: {_shown(item)} was not refused but answered: {answers[0]}")
 
     def _too_many(self, client: TextClient) -> None:
-        """A batch beyond the limit is refused, not cut."""
+        """Require that a batch beyond the limit is refused and not truncated."""
         self.requests += 1
         item = self.exam.items[self.chosen[0]]
         try:
@@ -200,9 +220,10 @@ class _Examiner:
         self.failures.append(f"{client.protocol}: a batch of {self.exam.max_batch_size + 1} was not refused")
 
     def _invalid_beside_valid(self, address: str) -> None:
-        """Bytes that are no text are refused, and the requests that arrive with them are answered all the same.
+        """Require that bytes that are not UTF-8 are refused, and that requests arriving with them are still answered.
 
-        Many at once over one open connection, or the server would hardly put any two into one execution.
+        Many requests are sent concurrently over one open connection. Otherwise the server would hardly ever put two
+        of them into one execution.
         """
         valid = [[index] for index in self.chosen[: 8 * THREADS]]
         with TextClient(address, connection=self.connection) as client, ThreadPoolExecutor(2 * THREADS) as pool:

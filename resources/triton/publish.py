@@ -1,8 +1,8 @@
-"""Publishing: stage outside the repository, prove, rename whole folders in, and replace one file last.
+"""Publish a release: stage it outside the repository, prove it, rename whole folders in, and replace the pointer last.
 
-What serves is decided by `<model>/config.pbtxt` alone, and that file is only ever replaced whole. A publisher that is
-killed leaves a staging folder, and perhaps folders in the repository that no public model names; the next one sweeps
-them up, and moves the pointer where that was all that was missing.
+The pointer `<model>/config.pbtxt` alone decides which release serves, and it is only ever replaced whole. A publisher
+that is killed leaves a staging folder, and perhaps folders in the repository that no public model names. The next
+publisher removes them. If only the pointer had not been moved yet, it moves the pointer instead.
 """
 
 from __future__ import annotations
@@ -55,16 +55,20 @@ from resources.triton.proof import Proof
 from resources.triton.release import Release, ReleasePlan, check_plan, content_digest
 from resources.triton.stage import stage
 
-#: In a staging folder whose release is being brought in: the pointer that it is about to replace.
+#: While a release is moved into the repository, its staging folder keeps a copy of the former pointer in this file.
 _REPLACES = "replaces.pbtxt"
 
 
 @dataclass(frozen=True)
 class Published:
-    """The release that serves now, or waits for its proof, and whether it is new.
+    """The result of publishing a plan.
 
-    `current`: it holds what was to be published; False after a rollback, which publishing again does not undo.
-    `advice`: what is left to do.
+    Args:
+        release: The release that serves now, or that waits for its proof.
+        changed: Whether this publish made the release.
+        advice: A sentence that tells the user what is left to do.
+        current: Whether the release holds what was to be published. False after a rollback, because publishing again
+            does not undo a rollback.
     """
 
     release: Release
@@ -75,17 +79,23 @@ class Published:
 
 @dataclass(frozen=True)
 class Steps:
-    """What the publisher needs done by a server. Provers get the repository the release's folders lie in.
+    """The steps of publishing that need a server.
 
-    ready: raises ServerError where what follows could not be done; nothing has been written yet.
-    prove: before anything of the release is visible, on the staging folder alone.
-    prove_inside: after the internals are in the repository, before the public model names them.
-    announce: once the public model names it, also of an unchanged publish: servers have to answer with it, or the
-        pointer is put back.
-    leave: what a server answered with before, and may drop once nobody waits for it.
-    go_back: after that; the servers have to serve what the public model names then, if anything. What failed.
-    retire: names of folders that are in the repository no more; a server may still hold them.
-    Without `prove` and `prove_inside` the release is staged, not published.
+    If both `prove` and `prove_inside` are None, the publisher stages the release and does not publish it.
+
+    Args:
+        prove: Proves the release on the staging folder, before anything of it is visible in the repository. It gets
+            the folder, which is a repository that holds the release alone.
+        prove_inside: Proves the release in the repository, which it gets. It runs after the internal models are there
+            and before the public model names them.
+        announce: Has the servers answer with the release once the public model names it, also if the publish changed
+            nothing. If this fails for a new release, the publisher puts the pointer back.
+        go_back: Has the servers serve what the public model names after the pointer was put back, if it names
+            anything. Returns a sentence for each failure.
+        leave: Gets the names of the internal models that served before. The servers may drop them once the requests
+            under way are answered.
+        ready: Raises ServerError if the other steps could not be done. It runs before anything is written.
+        retire: Gets the names of folders that were removed from the repository and that a server may still hold.
     """
 
     prove: Callable[[Path, Release], Proof] | None = None
@@ -98,20 +108,29 @@ class Steps:
 
     @property
     def provable(self) -> bool:
+        """Whether a server can prove the release."""
         return self.prove is not None or self.prove_inside is not None
 
 
 def unverified_root(repository: Location, model: str) -> Location:
-    """Where a release waits that nobody could prove: a repository of its own, which a person's server can try."""
+    """Return the place where a release waits that no server could prove.
+
+    It is a model repository of its own, which a person can try with a server.
+    """
     return repository.parent / "unverified" / repository.name / model
 
 
 def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
-    """Publish the plan as the next release of its model, unless the repository holds just that already.
+    """Publish the plan as the next release of its model, unless the repository holds the same release already.
 
-    An unchanged plan publishes nothing and moves no pointer, so it never undoes a rollback; servers are told again.
-    Raises ReleaseError or ServerError; then what served before serves on, and nothing of the new release stays in the
-    repository.
+    An unchanged plan publishes nothing and moves no pointer, so it never undoes a rollback. The servers are told of
+    the current release again. After an error, the release that served before serves on, and nothing of the new release
+    stays in the repository, unless the pointer may still name it or a server may still answer with it.
+
+    Raises:
+        ReleaseError: No release can be made of the plan, the proof failed, or the repository could not be written.
+        ServerError: A server does not answer, or did not take up the release.
+        StorageError: Object storage does not answer, or refuses.
     """
     check_plan(plan)
     engine_bytes = plan.engine.size_bytes
@@ -142,16 +161,20 @@ def publish(plan: ReleasePlan, repository: Location, steps: Steps) -> Published:
 def unchanged_release(
     plan: ReleasePlan, repository: Location, waiting: Release | None, *, provable: bool
 ) -> Published | None:
-    """What publishing the plan leaves as it is; None where it would make a release.
+    """Return the result of publishing the plan if that changes nothing, or None if it would make a release.
 
-    waiting: the model's unverified release. provable: whether a server would prove the release.
+    Args:
+        plan: The plan to publish.
+        repository: The repository to publish to.
+        waiting: The model's unverified release, if there is one.
+        provable: Whether a server would prove the release.
     """
     digest = content_digest(plan)
     same = [release.number for release in list_releases(repository, plan.model) if release.content_digest == digest]
     current = current_release(repository, plan.model)
     if same and current is not None:
-        # An older one than what is pointed to: the champion of before is champion again, and is published again. A
-        # newer one: somebody rolled back, and that stays, whatever has become of the newer one.
+        # If the same content is older than the current release, a former champion won again and is published again.
+        # If it is newer, somebody rolled back. The rollback stays, whatever has become of the newer release.
         rolled_back = max(same) > current.number
         if rolled_back or (max(same) == current.number and not _edited(repository, current)):
             return Published(current, changed=False, current=current.content_digest == digest)
@@ -161,10 +184,10 @@ def unchanged_release(
 
 
 def _edited(repository: Location, release: Release) -> bool:
-    """Return whether the release is no longer what was published.
+    """Return whether the release differs from what was published.
 
-    This is `resources.triton.verify.differences_from_manifest`, except that it reads the bytes of those files alone
-    that are younger than the manifest, which was written last.
+    This check equals `resources.triton.verify.differences_from_manifest`, except that it reads only the files that are
+    younger than the manifest. The manifest is written last, so a younger file was changed after publishing.
     """
     public, internals = f"{release.model}/{release.number}", internal_names(release)
     manifest, pointer = f"{public}/{MANIFEST}", f"{public}/{CONFIG}"
@@ -177,7 +200,7 @@ def _edited(repository: Location, release: Release) -> bool:
 
 
 def _times(repository: Location, folders: Sequence[str]) -> dict[str, float]:
-    """When each file of the folders was written, in seconds by its disk's or store's own clock."""
+    """Return when each file of the folders was written, in seconds by the clock of its disk or store."""
     found: dict[str, float] = {}
     for folder in folders:
         place = repository / folder
@@ -209,7 +232,7 @@ def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number:
             _set_aside(release, staged, unverified_root(repository, plan.model))
             return Published(release, changed=True, advice=_advice(repository, plan.model))
         release = _bring_in(plan, release, staged, repository, steps)
-        with suppress(OSError, ReleaseError, StorageError):  # it is published; what waited before is only in the way
+        with suppress(OSError, ReleaseError, StorageError):  # the release is published even if this removal fails
             discard(unverified_root(repository, plan.model), staged.parent)
     return Published(release, changed=True)
 
@@ -217,7 +240,7 @@ def _publish_next(plan: ReleasePlan, repository: Location, steps: Steps, number:
 def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Location, steps: Steps) -> Release:
     public, number = repository / plan.model, str(release.number)
     internals = internal_names(release)
-    told = False  # a store, to move the pointer
+    told = False  # whether an object store was asked to move the pointer
     remember_number(repository, plan.model, release.number)
     try:
         for name in internals:
@@ -243,13 +266,14 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
             told = isinstance(public, RemotePath)
             replace_file(staged / plan.model / CONFIG, public / CONFIG)
         else:
-            # The first release: the whole folder at once, or a server could see a model without a configuration.
+            # The first release comes as one whole folder. Otherwise a server could see a model without a configuration.
             bring_in(staged / plan.model, public)
-        # What follows may put the pointer back, and nobody is to move it again.
+        # A later step may put the pointer back, and the next publisher must not move it again.
         take_note_back(staged, repository)
     except BaseException as error:
         if told:
-            # Without its answer nobody knows: it may even do so later, and must not point to what is gone then.
+            # The store did not confirm the move and may still make it later. The release has to stay, so that the
+            # pointer never names a release that is gone.
             keep_note(staged)
             if isinstance(error, ReleaseError | StorageError):
                 raise ReleaseError(
@@ -257,7 +281,8 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
                     f"next publish points to it if the store did not: refinery optimize {plan.model}."
                 ) from error
         elif not _may_be_pointed_to(repository, release):
-            with suppress(OSError, ReleaseError, StorageError):  # the next one sweeps it up, and what was first is said
+            # If this fails, the next publisher removes the folders, and the first error is the one to report.
+            with suppress(OSError, ReleaseError, StorageError):
                 for folder in (public / number, *(repository / name for name in internals)):
                     discard(folder, staging_root(repository))
             if steps.retire is not None:
@@ -284,12 +309,12 @@ def _bring_in(plan: ReleasePlan, release: Release, staged: Path, repository: Loc
 def _may_be_pointed_to(repository: Location, release: Release) -> bool:
     try:
         return current_number(repository, release.model) == release.number
-    except (ReleaseError, StorageError):  # nobody can tell
+    except (ReleaseError, StorageError):  # the pointer cannot be read, so assume that it names the release
         return True
 
 
 def _take_back(release: Release, staged: Path, repository: Location, steps: Steps) -> list[str]:
-    """Undo a release that the servers did not take up; what could not be undone, a sentence each."""
+    """Undo a release that the servers did not take up, and return a sentence for each part that could not be undone."""
     public, internals = repository / release.model, internal_names(release)
     failed: list[str] = []
     first = not (staged / _REPLACES).exists()
@@ -306,7 +331,7 @@ def _take_back(release: Release, staged: Path, repository: Location, steps: Step
         failed += steps.go_back(release.model) if steps.go_back is not None else []
         if not pointed and not first:
             discard(public / str(release.number), staging_root(repository))
-        if failed:  # they may be what a server still answers with
+        if failed:  # a server may still answer with the internal models
             return failed
         for name in internals:
             discard(repository / name, staging_root(repository))
@@ -331,7 +356,7 @@ def _accept(release: Release, prove: Callable[[], Proof]) -> Release:
 
 
 def _set_aside(release: Release, staged: Path, place: Location) -> None:
-    """Keep the staged repository for a person's own server; the one that waited before goes."""
+    """Keep the staged repository for a person's own server, in place of the one that waited before."""
     _write_manifest(release, staged)
     place.parent.mkdir(parents=True, exist_ok=True)
     discard(place, staged.parent)
@@ -347,7 +372,7 @@ def _write_manifest(release: Release, root: Path) -> None:
 
 
 def waiting_release(repository: Location, model: str) -> Release | None:
-    """The unverified release of a model, if there is one."""
+    """Return the unverified release of a model, or None if there is none."""
     found = list_releases(unverified_root(repository, model), model)
     return found[-1] if found else None
 
@@ -370,10 +395,15 @@ def _require_ours(repository: Location, model: str) -> None:
 
 
 def sweep(repository: Location, *, finish: bool = True, later: bool = False) -> list[str]:
-    """Undo what a killed publisher left, or, with `finish`, finish it where only the pointer was missing; with `later`
-    that is left to the next publisher.
+    """Remove what killed publishers left, and finish releases of which only the pointer had not been moved.
 
-    Returns the names of the folders that are gone from the repository.
+    Args:
+        repository: The repository to clean up. The caller holds its lock.
+        finish: Whether to move the pointer to such an unfinished release.
+        later: Whether to keep an unfinished release for the next publisher. It has no effect with `finish`.
+
+    Returns:
+        The names of the folders that were removed from the repository.
     """
     root = staging_root(repository)
     unfinished = []
@@ -392,9 +422,10 @@ def sweep(repository: Location, *, finish: bool = True, later: bool = False) -> 
         model, number, part = parsed
         if model not in foreign:
             foreign[model] = (repository / model).exists() and not is_published_here(repository, model)
-        if foreign[model]:  # named as ours are, beside a model that is not
+        # The name matches our scheme, but the public model beside it was not published here, so the folder is not ours.
+        if foreign[model]:
             continue
-        # A pinned release serves, whatever happened to its manifest.
+        # A pinned release serves even if its manifest is lost, so it is kept.
         kept = (repository / model / str(number) / MANIFEST).is_file() or current_number(repository, model) == number
         if part == "proof" or not kept:
             discard(path, root)
@@ -404,7 +435,10 @@ def sweep(repository: Location, *, finish: bool = True, later: bool = False) -> 
 
 
 def sweep_public(repository: Location) -> None:
-    """In object storage, where folders come file by file: a release's pointer may have come and its manifest not."""
+    """Remove public release folders in object storage that have a configuration but no manifest.
+
+    Folders are uploaded there file by file, so a killed publisher may have uploaded the one without the other.
+    """
     for public in contents(repository) if isinstance(repository, RemotePath) else []:
         if isinstance(public, RemotePath) and parse_internal(public.name) is None:
             _sweep_public(public, repository)
@@ -430,8 +464,9 @@ def _finish(staged: Location, repository: Location) -> None:
 
 
 def _unfinished(staged: Location, repository: Location) -> Iterator[tuple[Location, Location]]:
-    """Pointers to proven releases that are whole in the repository, each with the one it was to replace, unless
-    somebody has moved that meanwhile.
+    """Yield each staged pointer to a proven release that is whole in the repository, with the pointer to be replaced.
+
+    Pointers that somebody has moved in the meantime are left out.
     """
     for config in staged.glob(f"*/{CONFIG}"):
         public, number = repository / config.parent.name, pinned_number(config.read_text(encoding="utf-8"))

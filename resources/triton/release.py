@@ -1,4 +1,4 @@
-"""One release: what it holds, what it is called by content, and how its folders are written."""
+"""One release: its manifest, the digest of its content, and the writing of its folders."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ _RESOURCES = Path(__file__).resolve().parents[1]
 LABELS_FILE = "labels.txt"
 #: The public output of structured answers.
 RESULT = "RESULT"
-#: A file where Python wants to make a folder, because Triton's stub does not heed PYTHONDONTWRITEBYTECODE: a release
-#: never changes, and compiled modules would carry paths of the machine that first served it.
+#: A file of this name keeps Python from making a folder of this name, because Triton's stub ignores
+#: PYTHONDONTWRITEBYTECODE. A release never changes, and compiled modules would hold paths of the machine that first
+#: served it.
 _NO_CACHE = "__pycache__"
 _TOKENIZER_FILES = ("tokenizer.json", "encoder.json", PIPELINE_FILE)
-#: What every `model.py` needs beside it, and those that answer.
+#: Modules that every `model.py` needs beside it, and further ones for each `model.py` that computes answers.
 _BESIDE = (_PYTHON_MODELS / "aside.py", _PYTHON_MODELS / "reading.py")
 _ANSWERING = (_PYTHON_MODELS / "answering.py", _PYTHON_MODELS / "lane.py")
-#: What every engine of the python flavour needs beside it.
+#: Modules that every engine of the python flavour needs beside it.
 _COMMON = (_PYTHON_MODELS / "neighbours.py",)
-#: What opens an engine, copied beside the `engine.py` that does, by the runtimes that can be released.
+#: Modules that open an engine, by runtime. They are copied beside `engine.py`. Other runtimes cannot be released.
 _SESSIONS = {
     "onnxruntime": ("sessions", "cuda", "tensorrt_provider"),
     "openvino": ("openvino_session",),
     "tensorrt": ("tensorrt_session",),
 }
-#: What a release depends on, beside what it holds and `session_modules`.
+#: Modules whose code determines a release, in addition to the copied files and `session_modules`.
 CODE = ("resources.triton.config", "resources.triton.release", "resources.triton.stage", "resources.triton.layout")
 #: Packages whose files are in every release.
 COPIED = ("resources.triton.python_models", "resources.pipelines")
-#: What Triton's own backends open.
+#: The file that Triton's own backend opens, by runtime.
 _NATIVE_ENTRIES = {"onnxruntime": "model.onnx", "openvino": "model.xml", "tensorrt": "model.plan"}
 
 
 class Release(BaseModel):
-    """The manifest of one release, `<model>/<N>/release.json`. Names no path of the machine that made it."""
+    """The manifest of one release, `<model>/<N>/release.json`. It holds no path of the machine that made it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     number: int
@@ -78,8 +79,12 @@ class Release(BaseModel):
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """What is to be released. `serving`: how the engine runs. `response_cache`: Triton may answer from its cache.
-    `limits`: of one request.
+    """The plan of one release: a checkpoint, an engine, and how Triton serves them.
+
+    Args:
+        serving: The setting that the engine runs with.
+        response_cache: Whether Triton may answer from its response cache.
+        limits: The limits of one request.
     """
 
     model: str
@@ -104,7 +109,7 @@ class ReleasePlan:
 
     @property
     def output(self) -> str:
-        """What the engine's output is called."""
+        """The name of the engine's output."""
         return self.checkpoint.output
 
     @property
@@ -114,7 +119,7 @@ class ReleasePlan:
 
     @property
     def structured(self) -> bool:
-        """Whether answers are JSON documents, and not the engine's own numbers."""
+        """Whether answers are JSON documents instead of the engine's own numbers."""
         return pipeline_class(self.checkpoint.task).structured
 
     @property
@@ -129,7 +134,7 @@ class ReleasePlan:
 
 
 def check_plan(plan: ReleasePlan) -> None:
-    """Raise ReleaseError where no release can be made of the plan."""
+    """Raise ReleaseError if no release can be made of the plan."""
     engine, what = plan.engine, f"{plan.model}: engine {plan.engine.name}"
     if engine.status != "built":
         raise ReleaseError(f"{what} is {engine.status} and cannot be released: {engine.reason}")
@@ -149,7 +154,10 @@ def check_plan(plan: ReleasePlan) -> None:
 
 
 def require_embeddable(release: Release, remedy: str) -> None:
-    """Raise ReleaseError for a release that the embedded server cannot load. remedy: the sentence on what to do."""
+    """Raise ReleaseError if the embedded server cannot load the release.
+
+    The message ends with `remedy`, a sentence without its period.
+    """
     if release.flavour != "python":
         raise ReleaseError(
             f"{release.model}: release {release.number} runs on Triton's own backends, which the embedded server does "
@@ -158,7 +166,7 @@ def require_embeddable(release: Release, remedy: str) -> None:
 
 
 def check_copies(plan: ReleasePlan, files: dict[str, StoredFile]) -> None:
-    """Raise ReleaseError where a copied file of the engine or tokenizer is not what its record says, byte for byte."""
+    """Raise ReleaseError if a copied file of the engine or tokenizer differs from its record, byte for byte."""
     copied = {file.sha256 for file in files.values()}
     records: tuple[Checkpoint | Engine, ...] = (plan.engine, plan.checkpoint)
     for record in records:
@@ -171,7 +179,10 @@ def check_copies(plan: ReleasePlan, files: dict[str, StoredFile]) -> None:
 
 
 def content_of(plan: ReleasePlan) -> Fingerprint:
-    """Everything a server would do differently: not numbers, times, or where the release came from."""
+    """Return the fingerprint of everything in the plan that changes how a server answers.
+
+    It leaves out the release's number, times, and lineage.
+    """
     return Fingerprint.of(
         "release",
         model=plan.model,
@@ -194,7 +205,7 @@ def content_of(plan: ReleasePlan) -> Fingerprint:
 
 
 def session_modules(*runtimes: str) -> tuple[str, ...]:
-    """The modules that open engines of those runtimes inside Triton; none named: of every runtime."""
+    """Return the modules that open engines of the runtimes inside Triton, by default those of every runtime."""
     return tuple(
         f"resources.engines.{runtime}.{module}"
         for runtime in runtimes or _SESSIONS
@@ -203,12 +214,12 @@ def session_modules(*runtimes: str) -> tuple[str, ...]:
 
 
 def content_digest(plan: ReleasePlan) -> str:
-    """The digest of `content_of`."""
+    """Return the digest of `content_of`."""
     return content_of(plan).digest
 
 
 def new_release(plan: ReleasePlan, number: int) -> Release:
-    """The manifest of a release that is about to be staged."""
+    """Return the manifest of a release that is about to be staged."""
     return Release(
         number=number,
         model=plan.model,
@@ -233,7 +244,11 @@ def new_release(plan: ReleasePlan, number: int) -> Release:
 
 
 def write_pipeline(plan: ReleasePlan, folder: Path) -> None:
-    """Everything in the version folder of the model that reads text, but for the engine that it may hold."""
+    """Write the version folder of the model that reads text, without the engine that it may hold.
+
+    Raises:
+        ReleaseError: The package `tokenizers` is not installed.
+    """
     folder.mkdir(parents=True)
     name = "served" if plan.whole else "pipeline" if plan.structured else "tokenizer"
     shutil.copyfile(_PYTHON_MODELS / f"{name}_model.py", folder / "model.py")
@@ -247,21 +262,21 @@ def write_pipeline(plan: ReleasePlan, folder: Path) -> None:
     (folder / "pipelines" / _NO_CACHE).touch()
     for name in _TOKENIZER_FILES:
         shutil.copyfile(plan.checkpoint_folder / name, folder / name)
-    # The package is abi3: one copy serves every Python 3 that a Triton container holds.
+    # The package is built for the stable ABI (abi3), so one copy serves every Python 3 that a Triton container holds.
     spec = find_spec("tokenizers")
     if spec is None or spec.origin is None:
         raise ReleaseError("The package 'tokenizers' is not installed; install transformer-refinery again.")
     package = Path(spec.origin).parent
     for path in sorted(package.rglob("*")):
         place = folder / "tokenizers" / path.relative_to(package)
-        # Not by shutil.copytree: its error does not say that the disk is full.
+        # shutil.copytree is not used, because its error does not say that the disk is full.
         if path.suffix in (".py", ".so") and place.parent.name != "tools":
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
 
 
 def write_engine(plan: ReleasePlan, folder: Path) -> None:
-    """The engine's files, and, beside the `model.py` of the python flavour, what opens them."""
+    """Write the engine's files and, for the python flavour, the modules that open them."""
     if plan.whole:
         shutil.copyfile(_PYTHON_MODELS / f"{plan.engine.runtime}_engine.py", folder / "engine.py")
         runtime = plan.engine.runtime
@@ -270,7 +285,7 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
             shutil.copyfile(module, folder / module.name)
         target = folder
     else:
-        # Triton's backend takes weights beside the graph only where both lie in a folder of the graph's name.
+        # Triton's backend finds external weights only if they and the graph lie in a folder with the graph's name.
         external = f"{plan.engine.entry_file}.data" in plan.engine.content
         target = folder / plan.engine.entry_file if external else folder
     for name in served_files(plan):
@@ -280,18 +295,21 @@ def write_engine(plan: ReleasePlan, folder: Path) -> None:
 
 
 def served_files(plan: ReleasePlan) -> list[str]:
-    """The engine's files that a release holds: natively without what only our own `model.py` reads."""
+    """Return the engine's files that a release holds.
+
+    The native flavour leaves out the files that only this project's own `model.py` reads.
+    """
     stem = Path(plan.engine.entry_file).stem
     return [name for name in plan.engine.content if plan.flavour == "python" or Path(name).name.startswith(f"{stem}.")]
 
 
 def stored(path: Path) -> StoredFile:
-    """A file's digest and size."""
+    """Return the record of a file: its digest and size."""
     return StoredFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
 
 
 def list_files(root: Path, folders: list[str]) -> dict[str, StoredFile]:
-    """Every file of the named folders below `root`, hashed."""
+    """Return the digest and size of every file in the named folders, by path relative to `root`."""
     return {
         path.relative_to(root).as_posix(): stored(path)
         for folder in folders

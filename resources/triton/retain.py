@@ -1,4 +1,4 @@
-"""Cleaning up: old releases go, those that serve or may be wanted back stay."""
+"""Remove old releases, and keep those that serve or that a rollback may need."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ from resources.triton.layout import (
 from resources.triton.pointer import current_problem, require_current, require_own_pointer
 from resources.triton.publish import sweep
 
-#: After the pointer was moved, a server that polls and that nobody named may answer with the release before it for so
-#: long: Triton looks every 15 seconds, unless told otherwise, and has to load.
+#: For this long after the pointer was moved, a polling server that the settings do not name may still answer with the
+#: former release. Triton polls every 15 seconds by default, and then has to load the release.
 FOLLOW_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Retained:
-    """Numbers of the releases that stay, each with the reason, and of those that went."""
+    """The result of a clean-up.
+
+    Args:
+        kept: The numbers of the releases that stay, each with the reason.
+        removed: The numbers of the releases that were removed.
+    """
 
     kept: dict[int, str]
     removed: tuple[int, ...]
@@ -47,13 +52,25 @@ def retain(
     settings: TritonSettings = TritonSettings(),  # noqa: B008 - frozen
     asked: Collection[str] = (),
 ) -> Retained:
-    """Remove all releases of a model but the newest `keep`, what is pointed to, what is `wanted`, and what is served.
+    """Remove the releases of a model, except the newest `keep`, the current one, and those wanted or served.
 
-    wanted: reasons by number. The settings' servers have to answer, and unload what goes. asked: addresses of others
-    that may hold a release; those that do not answer hold none. Where the settings name no server, nothing goes sooner
-    than `FOLLOW_SECONDS` after the pointer was moved; that is waited for. Damaged releases go, and do not count. Killed
-    at any moment, what is left of a release is no release any more and is swept up by whoever changes the repository
-    next. Raises ReleaseError, ServerError.
+    Damaged releases are removed, and do not count towards `keep`. If the settings name no server, the function waits
+    until `FOLLOW_SECONDS` after the last move of the pointer before it removes anything. If the process is killed, a
+    release that is partly removed is no release any more, and the next process that changes the repository removes the
+    rest.
+
+    Args:
+        repository: The repository that holds the model.
+        model: The public model.
+        keep: How many of the newest releases stay, at least 1.
+        wanted: Releases that stay for another reason: the reason, by the release's number.
+        settings: The settings that name the servers. All of them have to answer, and they unload what is removed.
+        asked: Addresses of other servers that may hold a release. A server that does not answer holds none.
+
+    Raises:
+        ReleaseError: `keep` is less than 1, no whole release serves, the pointer was edited, or the repository cannot
+            be written.
+        ServerError: A server of the settings does not answer.
     """
     if keep < 1:
         raise ReleaseError(f"{model}: keep at least 1 release, not {keep}.")
@@ -61,7 +78,7 @@ def retain(
         raise ReleaseError(f"{model}: {current_problem(repository, model)}")
     with clear_disk_errors(model, repository, 0), repository_lock(repository), ExitStack() as stack:
         fleet = stack.enter_context(Fleet(settings))
-        # Where the pointer is not what a release wrote, what it does not name may be what serves.
+        # If the pointer is not as a release wrote it, a release that it does not name may be the one that serves.
         serves = require_current(repository, model)
         require_own_pointer(repository, serves)
         whole, current = [release.number for release in list_releases(repository, model)], serves.number
@@ -76,7 +93,7 @@ def retain(
             if (number := _require_served(address, model, settings)) in whole:
                 kept[number] = f"served at {address}"
         kept[current] = "what is pointed to"
-        # What a killed publisher has proven waits for the next one: a clean-up moves no pointer.
+        # A release that a killed publisher has proven waits for the next publisher. A clean-up never moves a pointer.
         gone = sweep(repository, finish=False, later=True)
         removed = tuple(number for number in release_numbers(repository, model) if number not in kept)
         if removed and not settings.servers:
@@ -88,8 +105,10 @@ def retain(
 
 
 def _let_follow(pointer: Location) -> None:
-    """Sleep until servers that poll have had the time to follow. A rename sets the time of a file's last change; what
-    a store says of it is by a clock of its own, so there it is always slept in full.
+    """Sleep until polling servers have had the time to follow the pointer.
+
+    In a folder, the time of the last move is known, because a rename sets the file's change time. An object store
+    states times by its own clock, so there the function always sleeps for the full `FOLLOW_SECONDS`.
     """
     left = FOLLOW_SECONDS
     if isinstance(pointer, Path):
@@ -101,7 +120,7 @@ def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None
     root = staging_root(repository)
     parsed = {path.name: parse_internal(path.name) for path in contents(repository)}
     internals = [name for name, found in parsed.items() if found is not None and found[:2] == (model, number)]
-    # The manifest first: without it the rest is no release, wherever this ends.
+    # The manifest goes first. Without it the rest is no release, even if this process is killed now.
     discard(repository / model / str(number), root)
     _sync_if_room(repository / model)
     fleet.retire(internals)
@@ -111,7 +130,7 @@ def _remove(repository: Location, model: str, number: int, fleet: Fleet) -> None
 
 
 def _sync_if_room(folder: Location) -> None:
-    """Make removals durable. A disk that is too full for that gets its room by the removals that follow."""
+    """Make removals durable, unless the disk is too full for that. The removals that follow then make room."""
     try:
         sync(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Going back: pointing to a release that the repository still holds, once a real server has answered with it."""
+"""Roll back: point to a release that the repository still holds, after a real server has answered with it."""
 
 from __future__ import annotations
 
@@ -35,26 +35,43 @@ from resources.triton.verify import ask_embedded, find_release, require_unchange
 
 @dataclass(frozen=True)
 class Moved:
-    """The release that is pointed to now, and the number of the one that was; None: the pointer named none."""
+    """The result of a rollback.
+
+    Args:
+        release: The release that the pointer names now.
+        before: The number of the release that it named before. None if it named none.
+    """
 
     release: Release
     before: int | None
 
     @property
     def instead(self) -> str:
-        """What has changed, as the end of a sentence on what is pointed to."""
+        """The change, as the end of a sentence that says where the pointer points."""
         if self.before is None:
             return ""
         return ", as it was published" if self.before == self.release.number else f", not to {self.before} any more"
 
 
 def roll_back(repository: Location, model: str, settings: TritonSettings, *, to: int | None = None, log: Path) -> Moved:
-    """Point the public model to an older release, or to any by its number.
+    """Point the public model to an older release, or to any release by its number.
 
-    to: its number, also that of the one that the pointer names, if somebody has changed the pointer; None: the newest
-    before that one. A server is asked first; where some are configured, they have to take it up and answer with it, or
-    the pointer is put back. Publishing the same again does not undo it. Raises ReleaseError or ServerError; then what
+    A server has to answer with the release first. Configured servers then have to take it up and answer with it, or
+    the pointer is put back. Publishing the same plan again does not undo a rollback. After an error, the release that
     served before serves on.
+
+    Args:
+        repository: The repository that holds the model.
+        model: The public model.
+        settings: The settings that name the servers.
+        to: The number of the release. The current release's number restores a pointer that somebody has edited. None
+            selects the newest release before the current one.
+        log: The log file of the embedded server.
+
+    Raises:
+        ReleaseError: There is no such release, it is not what was published, it serves already, or the pointer cannot
+            be written.
+        ServerError: A server does not answer, or did not take up the release.
     """
     if not is_published_here(repository, model):
         raise ReleaseError(f"{model}: {current_problem(repository, model)}")
@@ -64,7 +81,7 @@ def roll_back(repository: Location, model: str, settings: TritonSettings, *, to:
         with on_this_machine(repository, release) as copy, Fleet(settings) as fleet:
             require_unchanged(copy, release, repository)
             fleet.require_ready()
-            # Not finishing what a killed publisher began: that would go forward.
+            # A killed publisher's release is not finished here, because that would move the pointer forward.
             fleet.retire(sweep(repository, finish=False))
             if fleet:
                 _switch(repository, release, fleet)
@@ -89,14 +106,14 @@ def _target(repository: Location, model: str, current: int | None, to: int | Non
 
 
 def _point(repository: Location, release: Release) -> None:
-    """Replace the pointer by the release's own, whole."""
+    """Replace the pointer, whole, by the configuration that was published with the release."""
     with _prepared(repository, (repository / release.model / str(release.number) / CONFIG).read_bytes()) as new:
         _replace(repository, release.model, new)
 
 
 @contextmanager
 def _prepared(repository: Location, config: bytes) -> Iterator[Path]:
-    """A pointer that is on the disk and only has to be moved to its place."""
+    """Yield a pointer that is durable on the disk and only has to be moved to its place."""
     with staging_folder(repository) as scratch:
         (scratch / CONFIG).write_bytes(config)
         sync(scratch / CONFIG)
@@ -106,7 +123,7 @@ def _prepared(repository: Location, config: bytes) -> Iterator[Path]:
 def _replace(repository: Location, model: str, new: Path) -> None:
     try:
         replace_file(new, repository / model / CONFIG)
-    except StorageError as error:  # a store need not have answered to have done so
+    except StorageError as error:  # the store may have replaced the pointer without confirming it
         raise ReleaseError(
             f"{error} The pointer may have moved all the same, or do so yet: refinery releases {model} shows it."
         ) from error
@@ -114,7 +131,10 @@ def _replace(repository: Location, model: str, new: Path) -> None:
 
 
 def _put_back(repository: Location, model: str, back: Path | None, fleet: Fleet) -> list[str]:
-    """Point to what was pointed to, None: nothing, and have the servers serve that; what failed, a sentence each."""
+    """Restore the former pointer, have the servers serve it, and return a sentence for each failure.
+
+    `back` is the former pointer. If it is None, there was none, and the pointer is removed.
+    """
     failed, pointer = [], repository / model / CONFIG
     try:
         if back is not None:
@@ -132,13 +152,17 @@ def _put_back(repository: Location, model: str, back: Path | None, fleet: Fleet)
 
 
 def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
-    """On running servers: asked under another name first, then pointed to and taken up; what it replaces is left."""
+    """Switch running servers to the release.
+
+    The servers first answer with the release under another name. Then the pointer is moved, the servers take up the
+    release, and at last they drop the release that it replaces.
+    """
     model = release.model
     if points_as_published(repository, release) and {*fleet.served(model)} == {release.number}:
         raise ReleaseError(f"{model}: release {release.number} is what is pointed to and served already.")
     try:
         old = (repository / model / CONFIG).read_bytes()
-    except FileNotFoundError:  # somebody has removed it
+    except FileNotFoundError:  # somebody has removed the pointer
         old = None
     internals = named_internals((repository / model / str(release.number) / CONFIG).read_text(encoding="utf-8"))
     try:
@@ -156,7 +180,7 @@ def _switch(repository: Location, release: Release, fleet: Fleet) -> None:
                     ) from error
                 raise
     except BaseException:
-        # Not what serves: going back may have failed too.
+        # Going back may have failed too, so the release is dropped only if no server answers with it.
         if release.number not in fleet.served(model):
             fleet.retire(internals)
         raise

@@ -1,7 +1,8 @@
-"""How the champion is served best: instances and queue delay, found under load on a real server within a bound.
+"""Search for the number of instances and the queue delay that serve the champion best.
 
-Successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
-2016): all settings are measured shortly and in turns, the better half again for twice as long, until two are left.
+The settings are measured under load on a real server, within a time limit. The method is successive halving (Jamieson
+and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016): all settings are
+measured briefly and in turns, then the better half again for twice as long, until two are left.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from resources.triton.mix import request_mix
 from resources.triton.release import ReleasePlan
 from resources.triton.trials import SHORTEST_SECONDS, Measure, configured_trials, embedded_trials
 
-#: Waiting longer than this for company costs more than any batch wins back at the speeds that engines have here.
+#: Queue delays to try. At the speeds of these engines, a longer wait costs more than a larger batch wins back.
 QUEUE_DELAYS_US = (0, 500, 2000)
-#: More instances than this share the machine's memory bandwidth and the GPU's multiprocessors without winning.
+#: More instances gain nothing, because they share the machine's memory bandwidth and the GPU's multiprocessors.
 MOST_INSTANCES = 4
-#: What all instances on a CPU may hold of weights; each holds the engine's twice.
+#: Upper limit of the weights that all instances on a CPU hold together. A Python model's instance holds them twice.
 MOST_WEIGHTS_BYTES = 2**30
-#: Within this share of the best settings are equal, and the simplest is taken: the same setting, measured twice for
-#: some seconds on a machine that others use too, differed by up to ten percent.
+#: Settings within this share of the best throughput count as equal, and the simplest of them is taken. The same
+#: setting, measured twice for some seconds on a shared machine, differed by up to ten percent.
 NOISE = 0.1
 
 
@@ -50,12 +51,19 @@ def settings_to_try(
     engine_bytes: int,
     flavour: Flavour = "python",
 ) -> tuple[ServingSetting, ...]:
-    """What is worth a try, the default first: numbers of instances, with each queue delay.
+    """Return the settings to try, the default first: several numbers of instances, with each queue delay.
 
-    measured: what the engine was fastest with, alone. cores: that it may use; on a CPU instances share them. What the
-    catalog fixes is not varied. A Python model's first instance takes all cores while it is alone, and holds its
-    weights twice for that, so one instance is its default. An instance on Triton's own backend has its share of the
-    cores and no more, so there the default is an instance a core.
+    A Python model's instance uses all cores while no other instance computes, and holds its weights twice for that, so
+    one instance is its default. An instance on Triton's own backend never uses more than its share of the cores, so
+    there the default is one instance per core.
+
+    Args:
+        measured: The threads with which the engine was fastest alone.
+        serving: The catalog's settings. A value that they fix is not varied.
+        device: The device that the engine runs on.
+        cores: The number of cores that the engine may use. On a CPU, the instances share them.
+        engine_bytes: The size of the engine, which is mostly weights.
+        flavour: Whether a Python model or one of Triton's own backends runs the engine.
     """
     counts = [2**power for power in range(MOST_INSTANCES.bit_length())]
     shared = device == "cpu"
@@ -88,7 +96,11 @@ def settings_to_try(
 
 
 def rank(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> list[ServingTrial]:
-    """Best first: what keeps the limit by throughput, then what does not by latency, then what failed."""
+    """Return the trials, best first.
+
+    Trials that keep the latency limit come first, by throughput. Those that exceed it follow, by latency. Failed trials
+    come last.
+    """
 
     def key(trial: ServingTrial) -> tuple[int, float]:
         if trial.reason:
@@ -101,7 +113,15 @@ def rank(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> list[Ser
 
 
 def choose(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> tuple[ServingSetting, str]:
-    """The setting to serve with, and why. trials: of one stage, the simplest first. Raises ReleaseError for none."""
+    """Return the setting to serve with, and the reason.
+
+    Args:
+        trials: The trials of one stage, the simplest setting first.
+        p99_limit_ms: The limit of the 99th percentile of latency, if there is one.
+
+    Raises:
+        ReleaseError: All trials failed, or there are none.
+    """
     ranked = rank(trials, p99_limit_ms)
     if not ranked or ranked[0].reason:
         raise ReleaseError(f"no setting could be served: {ranked[0].reason if ranked else 'none was tried'}")
@@ -125,18 +145,18 @@ def choose(trials: Sequence[ServingTrial], p99_limit_ms: float | None) -> tuple[
 
 
 def _weight(setting: ServingSetting) -> tuple[int, int]:
-    """How far a setting is from the simplest."""
+    """Return a sort key that puts simpler settings first."""
     return setting.instances, setting.queue_delay_us
 
 
 def successive_halving(
     settings: Sequence[ServingSetting], measure: Measure, seconds: float, p99_limit_ms: float | None
 ) -> list[ServingTrial]:
-    """Trials of all stages that begin within `seconds`. The last stage's decide.
+    """Return the trials of all stages that begin within `seconds`. The last stage decides.
 
-    There the settings are measured twice, the second time in the opposite order: machines have moods. The first of
-    them, the simplest, stays to the end. What the first stage has not come to when half of the time is over is not
-    tried.
+    The last stage measures each setting twice, the second time in the opposite order, because a machine's speed drifts.
+    The first setting, which is the simplest, stays to the end. The first stage ends when half of the time is over;
+    settings that it has not measured by then are not tried.
     """
     left, trials = list(settings), list[ServingTrial]()
     stages = max(1, math.ceil(math.log2(len(left)))) if len(left) > 1 else 1
@@ -160,7 +180,7 @@ def successive_halving(
             found = [_pooled(*pair) for pair in zip(there, reversed(back), strict=True)]
         trials += found
         kept = rank(found, p99_limit_ms)[: max(2, len(found) // 2)]
-        # In their own order again, so that the simplest comes first.
+        # The settings keep their original order, so that the simplest comes first.
         kept_settings = [trial.setting for trial in (*kept, found[0]) if not trial.reason]
         left = [setting for setting in left if setting in kept_settings]
         if not left:
@@ -169,7 +189,7 @@ def successive_halving(
 
 
 def _pooled(first: ServingTrial, second: ServingTrial) -> ServingTrial:
-    """Two trials of one setting as one. A limit of latency has to be kept both times."""
+    """Return two trials of one setting as one, with the larger 99th percentile: both have to keep a latency limit."""
     if first.reason or second.reason:
         return first if first.reason else second
     return first.model_copy(
@@ -184,13 +204,16 @@ def _pooled(first: ServingTrial, second: ServingTrial) -> ServingTrial:
 
 
 def last_stage(trials: Sequence[ServingTrial]) -> list[ServingTrial]:
-    """The trials that decide: those of the last stage, which had the most time, or of the last with any figures."""
+    """Return the trials of the last stage that has figures, or of the last stage if none has any.
+
+    These trials decide, because the last stage had the most time.
+    """
     stages = {trial.stage for trial in trials if not trial.reason} or {trial.stage for trial in trials}
     return [trial for trial in trials if trial.stage == max(stages)]
 
 
 def why_not_measured(settings: TritonSettings, serving: ServingSettings, tried: Sequence[ServingSetting]) -> str:
-    """Why nothing is measured, as the end of a sentence; empty where it is."""
+    """Return why the settings are not measured, as the end of a sentence. The text is empty if they are measured."""
     if len(tried) == 1:
         return "there is nothing to choose"
     if serving.search_seconds == 0:
@@ -216,7 +239,13 @@ def find_setting(
     """Measure the settings on a real server, and choose one.
 
     Args:
-        record: The record, as far as it is known before.
+        workspace: The workspace with the store, the repositories and the Triton settings.
+        entry: The model's catalog entry.
+        checkpoint: The model's checkpoint.
+        engine: The champion.
+        evaluation: The evaluation set whose items are sent as requests.
+        tried: The settings to try, the default first.
+        record: The record, with all fields that are known before the measurement.
 
     Raises:
         ReleaseError: No setting can be served.

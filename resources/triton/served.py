@@ -1,4 +1,4 @@
-"""What serves now, so that it can be measured again beside what was built anew."""
+"""Find the engine that serves now, so that it can be measured again beside newly built engines."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from resources.triton.layout import current_release
 
 @dataclass(frozen=True)
 class Incumbent:
-    """What serves. `served`: its release, and the engine that it is measured by; None: no rival of the candidates.
+    """The release that serves, as a rival of the candidates.
 
-    `engine`: what is to be measured again; None where one of the candidates is the same, or nothing can be measured:
-    then `served` may still be a rival, that nobody can measure.
-    `story`: which it is, or why there is none.
+    Args:
+        served: The release, and the engine that represents it in the measurement. None if there is no rival.
+        engine: The engine to measure again. None if one of the candidates is the same engine, or if the engine cannot
+            be measured. In the latter case, `served` may still be a rival without figures.
+        story: A phrase that names the engine, or says why there is none to measure.
     """
 
     served: Served | None
@@ -30,7 +32,7 @@ class Incumbent:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An engine that competes, by what tells it from others."""
+    """An engine that competes, identified by its name and digests."""
 
     name: str
     digest: str
@@ -45,7 +47,7 @@ def find_incumbent(
     checkpoint: Checkpoint,
     candidates: Sequence[Candidate],
 ) -> Incumbent:
-    """Find what the target's repository points to. A release of another checkpoint is no rival."""
+    """Return the release that the target's repository points to. A release of another checkpoint is no rival."""
     try:
         release = current_release(workspace.repository(target), model)
     except (ReleaseError, StorageError) as error:
@@ -57,7 +59,7 @@ def find_incumbent(
         return Incumbent(None, None, f"{named} serves another checkpoint, revision {release.revision}")
     engine = store.find(Engine, release.engine_digest)
     for one in candidates:
-        # Built by another toolkit, an engine may still be the same, byte for byte.
+        # An engine that another toolkit built may still be the same, byte for byte.
         if one.digest == release.engine_digest or (engine and one.content_digest == engine.content_digest):
             return Incumbent(Served(release.number, one.digest), None, f"{named} serves {one.name}, a candidate")
     if engine is None:

@@ -1,6 +1,7 @@
 """The embedded server: the real `tritonserver` of the nvidia-pytriton wheel, in an environment of its own.
 
-It has the Python and ensemble backends only, and its Python models need numpy below 2 (resources.triton.environment).
+The wheel holds only the Python and ensemble backends, and its Python models need numpy below 2 (see
+resources.triton.environment).
 """
 
 from __future__ import annotations
@@ -27,22 +28,35 @@ from resources.triton.layout import CONFIG, called_internals
 from resources.triton.stubs import signal_text
 
 READY_SECONDS = 120.0
-#: For requests under way, of a server that ends because it is broken.
+#: A broken server that is being ended gets this long to answer the requests under way.
 _SOON_SECONDS = 1.0
-#: Of a log, which may be long.
+#: How much of the log's end is read, because a log may be long.
 _LAST_BYTES = 2**18
-#: More than the server is given to finish what it is at, see launch.EXIT_SECONDS.
+#: This exceeds launch.EXIT_SECONDS, the time that the server itself waits for requests under way.
 STOP_SECONDS = 20.0
 
 
 class EmbeddedServer:
-    """A Triton server of one repository, on loopback, while the context lasts.
+    """A context manager that runs a Triton server of one repository on loopback.
 
-    Explicit model control: it holds the named public models and the releases they are pinned to, and nothing else of
-    the repository; the other modes hold all of it, and `models` are those that are waited for. They may be changed
-    before the next start. Ports left out are free ones. options: further ones of tritonserver. key: of its restricted
-    APIs; None: a random one. It ends when the thread that started it ends, however that is.
-    Raises ServerError with the telling lines of its log where it does not get ready.
+    In explicit model control, the server holds the named public models and the releases that they are pinned to, and
+    nothing else of the repository. In the other modes it holds the whole repository. The server also ends when the
+    thread that started it ends, for whatever reason.
+
+    Args:
+        repository: The model repository.
+        settings: The settings that name the server's environment.
+        models: The public models to wait for. They may be changed before the next start.
+        log: The file for the server's output.
+        http_port: The port for HTTP. A port that is None, here and below, becomes a free one.
+        grpc_port: The port for gRPC.
+        metrics_port: The port for metrics.
+        control: The model control mode.
+        options: Further options of tritonserver.
+        key: The key of the server's restricted APIs. None makes a random one.
+
+    Raises:
+        ServerError: The server did not get ready. The message holds the lines of its log that tell why.
     """
 
     def __init__(
@@ -71,10 +85,12 @@ class EmbeddedServer:
 
     @property
     def grpc_address(self) -> str:
+        """The address of the server's gRPC endpoint."""
         return f"{LOOPBACK}:{self._ports.grpc}"
 
     @property
     def http_address(self) -> str:
+        """The address of the server's HTTP endpoint."""
         return f"{LOOPBACK}:{self._ports.http}"
 
     def client(self, protocol: Protocol = "grpc") -> TextClient:
@@ -83,12 +99,12 @@ class EmbeddedServer:
         return TextClient(address, protocol, self.connection)
 
     def require_free(self) -> None:
-        """Raise ServerError where a port is taken, or given twice."""
+        """Raise ServerError if a port is taken, or given twice."""
         self._ports.require_free()
 
     @property
     def pid(self) -> int:
-        """The leader of the session that the server and its Python models run in."""
+        """The process id of the supervisor, which leads the session of the server and its Python models."""
         assert self._process is not None
         return self._process.pid
 
@@ -100,7 +116,7 @@ class EmbeddedServer:
             backends = Path(starting.enter_context(tempfile.TemporaryDirectory(prefix="refinery-triton-")))
             assemble_backends(environment, backends)
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            # What it said before it died is kept, where it is started again.
+            # A server that is started again appends to the log, so that its last words before it died are kept.
             output = starting.enter_context(self._log.open("ab" if self._lives else "wb"))
             self._lives += 1
             prefix = new_prefix()
@@ -121,11 +137,15 @@ class EmbeddedServer:
         self._stack.close()
 
     def ended(self) -> bool:
-        """Whether the server has ended by itself."""
+        """Return whether the server has ended, or was never started."""
         return self._process is None or self._process.poll() is not None
 
     def death(self) -> str:
-        """How it ended, as the end of a sentence; the supervisor's exit status says that as a shell does."""
+        """Return how the server ended, as the end of a sentence.
+
+        The supervisor's exit status is that of the server; as in a shell, it is 128 plus the signal's number if a
+        signal ended the server.
+        """
         status = self._process.poll() if self._process is not None else None
         if status is None:
             return "has not ended"
@@ -136,7 +156,7 @@ class EmbeddedServer:
         return f"ended by itself with exit status {status}"
 
     def end_soon(self) -> None:
-        """End a server that is broken. By itself it would wait for models whose processes are dead."""
+        """End a broken server. Left to itself, it would wait for models whose processes are dead."""
         with suppress(psutil.Error):
             begun = psutil.Process(self.pid).children()
             for process in begun:
@@ -145,7 +165,7 @@ class EmbeddedServer:
                 process.kill()
 
     def last_words(self) -> str:
-        """The lines of its log that say what went wrong, or its last."""
+        """Return the last lines of the log that report errors, or the log's last lines if none does."""
         with self._log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
             lines = file.read().decode("utf-8", errors="replace").splitlines()
@@ -156,6 +176,7 @@ class EmbeddedServer:
 
     @property
     def metrics_address(self) -> str:
+        """The address of the server's metrics endpoint."""
         return f"{LOOPBACK}:{self._ports.metrics}"
 
     def _command(self, backends: Path, prefix: str) -> list[str]:
@@ -171,15 +192,15 @@ class EmbeddedServer:
         )
 
     def _environment(self) -> dict[str, str]:
-        # Models and what they run come from outside: they get no key, token or address of ours.
+        # Models and the code in them come from outside, so they get no key, token or address of this process.
         given, ours = inherited(PROGRAM, COMPUTE), variables(self._settings.environment)
         return {**given, **ours, "PATH": f"{ours['PATH']}{os.pathsep}{given.get('PATH', '')}"}
 
     def _loaded(self) -> list[str]:
-        """The models, each after those that it calls."""
+        """Return the models to load, each after the internal models that it calls."""
         names: list[str] = []
         for model in self.models:
-            with suppress(OSError):  # the server itself says that it is not there
+            with suppress(OSError):  # the server itself reports a model that is missing
                 names += called_internals((self._repository / model / CONFIG).read_text(encoding="utf-8"))
             names.append(model)
         return names
@@ -196,7 +217,7 @@ class EmbeddedServer:
         raise ServerError(f"The embedded Triton was not ready within {READY_SECONDS:g} s:\n{self.last_words()}")
 
     def _stop(self) -> None:
-        """SIGTERM; resources/triton/supervise.py sees to the rest."""
+        """Send SIGTERM to the supervisor, resources/triton/supervise.py, and wait until it has ended the server."""
         process = self._process
         if process is None:
             return
@@ -209,9 +230,10 @@ class EmbeddedServer:
 
 
 def _plainly_named(repository: Path, folder: Path) -> Path:
-    """The repository, by a name that a shell takes as it is: a link in `folder` where its own is none.
+    """Return a path of the repository that needs no quoting in a shell, if necessary a link in `folder`.
 
-    Triton starts Python models through a shell and does not quote; with a space in a path it waits for them for ever.
+    Triton starts Python models through a shell and does not quote paths. If a path holds a space, it waits for the
+    models for ever.
     """
     if shlex.quote(str(repository)) == str(repository):
         return repository

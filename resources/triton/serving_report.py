@@ -1,4 +1,4 @@
-"""What a published release does under load on a real server, by the number of clients."""
+"""Measure a published release under load on a real server, by the number of clients."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
 _BY_HAND = "measure one of yours with `refinery load --url`"
-#: Of a level's time, what warms it up.
+#: The share of a level's time that warms the server up.
 _WARM_UP_SHARE = 0.15
 
 
 def levels_of(clients: int) -> tuple[int, ...]:
-    """Numbers of clients to measure with: one, the square root, and the whole load."""
+    """Return the numbers of clients to measure with: one, the square root of `clients`, and `clients`."""
     return tuple(sorted({1, round(clients**0.5), clients}))
 
 
@@ -43,9 +43,13 @@ def measure_load(
     seconds: float,
     connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
-    """The model under closed loops of tritonclient's asyncio client over gRPC, one a level, `seconds` in all.
+    """Measure the model at each number of clients, with closed loops of tritonclient's asyncio client over gRPC.
 
-    Raises ServerError; ReleaseError where requests fail.
+    All levels together take `seconds`.
+
+    Raises:
+        ReleaseError: Requests fail.
+        ServerError: The server does not answer.
     """
     with TextClient(address, connection=connection) as client:
         contract, steps = client.contract(model), client.steps(model)
@@ -53,7 +57,7 @@ def measure_load(
     share, found = seconds / len(levels), []
     for clients in levels:
         warm_up = share * _WARM_UP_SHARE
-        # A model that counts is asked before and after; what the warm-up did is in it too, and changes no ratio.
+        # The server's own statistics are read before and after. They include the warm-up, which changes no ratio.
         before = server_statistics(address, [model, *engines], connection)
         result = closed_loop(
             address,
@@ -96,10 +100,16 @@ def measure_with_perf_analyzer(
     seconds: float,
     connection: Connection = PLAIN,
 ) -> list[LoadLevel]:
-    """The same by NVIDIA's perf_analyzer; nothing where it is not installed. Raises ServerError.
+    """Measure the same levels with NVIDIA's perf_analyzer.
 
-    It takes headers by its command line alone, which every user of the machine can read, so it is not asked to
-    measure a server that wants any. It calls no restricted API, so it needs no key.
+    perf_analyzer takes headers only on its command line, which every user of the machine can read, so it is not used
+    for a server that requires headers. It calls no restricted API, so it needs no key.
+
+    Returns:
+        The levels. The list is empty if perf_analyzer is not installed or the server requires headers.
+
+    Raises:
+        ServerError: perf_analyzer could not measure the model.
     """
     program = find_perf_analyzer()
     if program is None or connection.headers:
@@ -116,13 +126,19 @@ def measure_release(
     evaluation: EvaluationSet,
     record: ServingReport,
 ) -> ServingReport:
-    """Measure the release that is pointed to.
+    """Measure the release that the pointer names.
 
-    A release of the `python` flavour is measured on an embedded server of its own, because the configured ones have
-    users. One of the `native` flavour runs nowhere else, so the first of those is asked.
+    A release of the `python` flavour is measured on an embedded server of its own, because the configured servers have
+    users. A release of the `native` flavour needs a configured server, so it is measured on the first of them.
 
     Args:
-        record: The report, as far as it is known before.
+        workspace: The workspace with the store, the repositories and the Triton settings.
+        entry: The model's catalog entry.
+        target: The target whose repository holds the release.
+        release: The release.
+        checkpoint: The model's checkpoint.
+        evaluation: The evaluation set whose items are sent as requests.
+        record: The report, with all fields that are known before the measurement.
 
     Raises:
         ReleaseError: Requests fail.
@@ -136,13 +152,13 @@ def measure_release(
         found = measure_load(client.address, entry.name, items, levels, seconds, client.connection)
         try:
             found += measure_with_perf_analyzer(client.address, entry.name, items, levels, seconds, client.connection)
-        except ServerError as error:  # it is an extra
+        except ServerError as error:  # perf_analyzer's figures are optional
             reason = str(error)
     return record.model_copy(update={"status": "measured", "reason": reason, "server": version, "levels": tuple(found)})
 
 
 def why_not_measured(workspace: Workspace, release: Release | None, seconds: float) -> str:
-    """Why the release cannot be measured; empty where it can."""
+    """Return why the release cannot be measured. The text is empty if it can be measured."""
     if release is None:
         return "no release is published yet"
     if seconds == 0:
@@ -159,7 +175,11 @@ def why_not_measured(workspace: Workspace, release: Release | None, seconds: flo
 
 @contextmanager
 def _server(workspace: Workspace, release: Release, target: str) -> Iterator[TextClient]:
-    """A connection to the server that the release is measured on. Raises ServerError where that serves another."""
+    """Yield a connection to the server that the release is measured on.
+
+    Raises:
+        ServerError: The server serves another release, or does not answer.
+    """
     if release.flavour == "python":
         folder = served_folder(workspace.repository(target), workspace.copies)
         log = workspace.log(release.model, f"load-{target}")

@@ -1,4 +1,4 @@
-"""Writing all folders of a release below an empty root, which is then a model repository of its own."""
+"""Write all folders of a release below an empty root, which is then a model repository of its own."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ from resources.triton.release import (
 
 
 def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
-    """Write the release, all but its manifest, and return that. Raises ReleaseError for damaged sources, OSError."""
+    """Write the folders of the release below `root`, and return its manifest, which is not written.
+
+    Raises:
+        ReleaseError: A file of the engine or tokenizer is damaged in the artifact store.
+        OSError: A file cannot be read or written.
+    """
     front = internal_name(plan.model, number, "pipeline" if plan.whole or plan.structured else "tokenizer")
     engine = front if plan.whole else internal_name(plan.model, number, "engine")
     write_pipeline(plan, root / front / "1")
     write_engine(plan, root / engine / "1")
     if plan.has_label_file:
-        # Triton reads one label a line.
+        # Triton reads one label per line, so a label must not hold a line break.
         lines = (" ".join(label.splitlines()) for label in plan.checkpoint.labels)
         (root / engine / LABELS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_config(front_config(plan, number), root / front / CONFIG)
@@ -44,7 +49,7 @@ def stage(plan: ReleasePlan, number: int, root: Path) -> Release:
 
 
 def stage_alias(plan: ReleasePlan, number: int, name: str, root: Path) -> Path:
-    """Write a second public ensemble of the release, under another name, below `root`; its folder."""
+    """Write a second public ensemble of the release, under another name, below `root`, and return its folder."""
     folder = root / name
     (folder / str(number)).mkdir(parents=True)
     (folder / str(number) / "placeholder").touch()

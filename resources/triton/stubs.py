@@ -1,4 +1,7 @@
-"""The processes that run a server's Python models: Triton starts one for each instance and does not replace it."""
+"""The processes that run a server's Python models.
+
+Triton starts one such process, a stub, for each instance, and does not replace one that dies.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from pathlib import Path
 
 import psutil
 
-#: A look at the processes that are known costs microseconds, one at all of the machine's some milliseconds.
+#: How often new stubs are searched for. A check of the known stubs takes microseconds; a search through all processes
+#: of the machine takes some milliseconds.
 _SEARCH_SECONDS = 5.0
-#: Of a process that no signal ended.
+#: The text for a process that ended without a signal.
 _ENDED = "ended"
 _PROGRAM = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has shared memory
@@ -20,7 +24,12 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has shared memory
 
 @dataclass(frozen=True)
 class Stub:
-    """One of them. `model`: the Triton model that it runs; `region`: the name of its shared memory."""
+    """One stub.
+
+    Args:
+        model: The Triton model that the stub runs.
+        region: The name of the stub's shared memory.
+    """
 
     process: psutil.Process
     model: str
@@ -28,7 +37,11 @@ class Stub:
 
 
 class Stubs:
-    """Those of one server. leader: the process that the server runs below."""
+    """The stubs of one server.
+
+    Args:
+        leader: The id of the process that the server descends from.
+    """
 
     def __init__(self, leader: int) -> None:
         self._leader = leader
@@ -38,7 +51,7 @@ class Stubs:
         self.search()
 
     def search(self) -> None:
-        """Find those that there are now. Those that are known stay known until they have ended, see `lost`."""
+        """Find new stubs. A known stub stays known until it has ended, see `lost`."""
         self._searched = time.monotonic()
         with suppress(psutil.Error):
             for process in psutil.Process(self._leader).children(recursive=True):
@@ -46,10 +59,10 @@ class Stubs:
                     self._known[process] = stub
 
     def lost(self) -> dict[str, str]:
-        """Return the models of which a process has died since the last call, each with how it ended.
+        """Return the models whose stubs have died since the last call, each with how the stub ended.
 
-        Triton waits for the processes that it ends itself, when a model is unloaded, so nothing is left of them. One
-        that died stays a zombie until then.
+        Triton waits for the stubs that it ends itself when it unloads a model, so nothing is left of them. A stub that
+        died by itself stays a zombie until then.
         """
         died = {}
         for process, stub in list(self._known.items()):
@@ -67,7 +80,7 @@ class Stubs:
         return died
 
     def kill(self, model: str) -> None:
-        """End the processes of a model, which do not heed anything else. `lost` does not tell of them."""
+        """Kill the stubs of a model, which may ignore any other signal. `lost` does not report them."""
         for stub in [stub for stub in self._known.values() if stub.model == model]:
             with suppress(psutil.Error):
                 stub.process.kill()
@@ -77,12 +90,15 @@ class Stubs:
     def _forget(self, stub: Stub) -> None:
         del self._known[stub.process]
         self._ending.discard(stub.process)
-        with suppress(OSError):  # Triton does not remove it, as long as it runs
+        with suppress(OSError):  # Triton itself removes the segment only when the server ends
             (_SHARED_MEMORY / stub.region).unlink()
 
 
 def _read(process: psutil.Process) -> Stub | None:
-    """Read a stub's command line: the program, the model's file, the name of its shared memory, sizes and more."""
+    """Return the stub that the process is, or None for any other process.
+
+    A stub's command line holds the program, the model's file, the name of its shared memory, sizes and more.
+    """
     with suppress(psutil.Error, IndexError):
         words = process.cmdline()
         if words and Path(words[0]).name == _PROGRAM:
@@ -97,7 +113,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _how_it_died(process: psutil.Process) -> str | None:
-    """How a child of another process ended, which that has not waited for; None: it has."""
+    """Return how a process ended, or None if its parent has waited for it already and nothing is left of it."""
     with suppress(OSError, ValueError, IndexError):
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()  # proc(5)
         if fields[0] == "Z":
@@ -107,7 +123,7 @@ def _how_it_died(process: psutil.Process) -> str | None:
 
 
 def signal_text(number: int) -> str:
-    """Return a signal's number with its name."""
+    """Return a text with a signal's number and its name."""
     with suppress(ValueError):
         return f"signal {number} ({signal.Signals(number).name})"
     return f"signal {number}"

@@ -1,15 +1,16 @@
-"""A program of its own, started by launch.py: runs a command and lets nothing of it outlive it, or the caller.
+"""A program, started by launch.py, that runs a command and ends all of its processes with it or with the caller.
 
     supervise.py CALLER SECONDS FOLDER PREFIX COMMAND...
 
-Triton's Python models are processes that stay, blocked, when their server is killed, and a server that waits for a
-model that hangs does not heed SIGTERM for ever. So the command's whole process group is killed when the command has
-ended, or has not ended SECONDS after SIGTERM. That signal also comes from the kernel when the process CALLER ends.
-FOLDER is the command's, and is removed at the end.
+The processes of Triton's Python models stay, blocked, when their server is killed. A server that waits for a hanging
+model ignores SIGTERM for ever. So the supervisor kills the command's whole process group when the command has ended,
+or if it has not ended SECONDS after SIGTERM. The kernel also sends that signal when the process CALLER ends. FOLDER
+belongs to the command, and is removed at the end.
 
-PREFIX begins the names of the command's shared memory; empty: it has none. Triton makes such segments readable for all
-users, whatever the umask, and the texts of requests pass through them. So each is closed to others as soon as it is
-there, and what the command leaves behind is removed.
+The names of the command's shared memory segments begin with PREFIX; it is empty if the command has none. Triton makes
+such segments readable for all users, whatever the umask, and the texts of requests pass through them. So the
+supervisor closes each segment to other users as soon as it is there, and removes the segments that the command leaves
+behind.
 """
 
 import ctypes
@@ -29,20 +30,20 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _WATCHED = (signal.SIGTERM, signal.SIGCHLD)
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has shared memory
-#: Beside the segments of a prefix. It is locked as long as their supervisor lives.
+#: Suffix of a file beside the segments of a prefix. The file is locked as long as their supervisor lives.
 _LOCK = ".lock"
 _PRIVATE = 0o600
-#: inotify(7). A segment gets its mode once more just after it was made, so both are watched.
+#: From inotify(7). A segment's mode is set again just after the segment was made, so both events are watched.
 _IN_ATTRIB, _IN_CREATE = 0x4, 0x100
-#: Where the kernel does not say that there is a new segment.
+#: How often new segments are looked for if inotify is not available.
 _LOOK_SECONDS = 0.05
 
 
 def supervise(caller: int, seconds: float, prefix: str, command: list[str]) -> int:
-    """Run the command to its end, or ours; its exit status as a shell has it."""
+    """Run the command until it or its caller ends, and return its exit status as a shell states it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     _end_with_parent()
-    if os.getppid() != caller:  # it ended before the kernel was told
+    if os.getppid() != caller:  # the caller ended before the kernel was asked for the signal
         return 1
     segments = Segments(prefix) if prefix and _SHARED_MEMORY.is_dir() else None
     process = subprocess.Popen(command, preexec_fn=_prepare, process_group=0)
@@ -68,14 +69,14 @@ class Segments:
     def __init__(self, prefix: str) -> None:
         remove_left_over()
         self._prefix = prefix
-        # Under its name only once it is locked, or another supervisor might take it for one left over.
+        # The file gets its name only once it is locked. Otherwise another supervisor might take it for a leftover.
         draft = _SHARED_MEMORY / f"{prefix}.new"
         self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, _PRIVATE)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         draft.rename(_SHARED_MEMORY / f"{prefix}{_LOCK}")
         libc = ctypes.CDLL(None)
         self._events = libc.inotify_init1(os.O_CLOEXEC)
-        # Both fail where the user's inotify instances or watches are used up.
+        # Both calls fail if the user's inotify instances or watches are used up.
         if self._events >= 0:
             watch = libc.inotify_add_watch(self._events, bytes(_SHARED_MEMORY), _IN_CREATE | _IN_ATTRIB)
             if watch < 0:
@@ -96,7 +97,7 @@ class Segments:
 
 
 def _close(path: Path) -> None:
-    # Not through a link, which other users may make under the same prefix.
+    # Links are not followed, because other users may make them under the same prefix.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)
@@ -111,7 +112,10 @@ def _segments(prefix: str) -> list[Path]:
 
 
 def remove_segments(prefix: str) -> None:
-    """Remove the segments of a command that has ended; the lock last, so that a next supervisor would go on."""
+    """Remove the segments of a command that has ended.
+
+    The lock file is removed last, so that another supervisor goes on if this one is killed.
+    """
     for path in sorted(_segments(prefix), key=lambda path: path.suffix == _LOCK):
         with suppress(OSError):
             path.unlink()
@@ -132,7 +136,7 @@ def remove_left_over() -> None:
 
 
 def _prepare() -> None:
-    """In the new process: it ends with us, and hears the signals that we hold back."""
+    """Prepare the new process: it ends with the supervisor, and receives the signals that the supervisor blocks."""
     _end_with_parent()
     # A core file of a server that a request killed would hold the texts of other requests, and the key.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

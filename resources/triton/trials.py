@@ -1,7 +1,8 @@
-"""Measuring settings under load: a real server loads one release again and again, each time with another setting.
+"""Measure settings under load: a real server loads one release again and again, each time with another setting.
 
-A release of the `python` flavour has an embedded server of its own. One of the `native` flavour needs a backend that
-only the configured servers have, so the first of them loads it beside what it serves, under names that no release has.
+A release of the `python` flavour is loaded by an embedded server of its own. A release of the `native` flavour needs a
+backend that only the configured servers have. The first of them loads it in addition to the models that it serves,
+under names that no published release has.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ from resources.triton.stage import stage, stage_alias
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
-#: Fewer requests say nothing about their 99th percentile.
+#: The 99th percentile of fewer requests says nothing.
 FEWEST_REQUESTS = 50
-#: Shorter than this a trial says nothing.
+#: The figures of a shorter trial say nothing.
 SHORTEST_SECONDS = 0.5
-#: Of a release that is there for trials alone; those that are published have numbers from 1.
+#: The number of a release that exists for trials only. Published releases have numbers from 1.
 _NUMBER = 0
 
-#: The figures of a setting under load for so many seconds, at that stage of the search.
+#: A function that takes a setting, the seconds of its trial and the stage of the search, and returns the trial.
 Measure = Callable[[ServingSetting, float, int], ServingTrial]
 
 
@@ -55,7 +56,11 @@ Measure = Callable[[ServingSetting, float, int], ServingTrial]
 def embedded_trials(
     plan: ReleasePlan, settings: TritonSettings, items: Sequence[Item], clients: int, log: Path
 ) -> Iterator[Measure]:
-    """An embedded server of the plan's release alone. Raises ServerError."""
+    """Yield a function that measures settings on an embedded server, which holds only the plan's release.
+
+    Raises:
+        ServerError: The embedded server cannot be started.
+    """
     with tempfile.TemporaryDirectory(prefix="refinery-serving-") as scratch:
         root, pipeline = Path(scratch) / "models", internal_name(plan.model, _NUMBER, "pipeline")
         root.mkdir()
@@ -76,10 +81,14 @@ def embedded_trials(
 def configured_trials(
     plan: ReleasePlan, settings: TritonSettings, repository: Location, items: Sequence[Item], clients: int
 ) -> Iterator[Measure]:
-    """The first of the configured servers, in explicit model control, beside what it serves.
+    """Yield a function that measures settings on the first configured server, which goes on serving its models.
 
-    The repository's lock is held meanwhile, and what is left of a killed search the next publisher sweeps up. Raises
-    ServerError, ReleaseError.
+    The server has to run in explicit model control. The repository's lock is held until the context ends. The next
+    publisher removes what a killed search leaves behind.
+
+    Raises:
+        ReleaseError: No release can be made of the plan, or the repository cannot be written.
+        ServerError: The server does not answer, or cannot load the release.
     """
     check_plan(plan)
     alias, engine = internal_name(plan.model, _NUMBER, "proof"), internal_name(plan.model, _NUMBER, "engine")
@@ -119,9 +128,10 @@ def _measuring(
     clients: int,
     serve_with: Callable[[ServingSetting], None],
 ) -> Measure:
-    """Measure the model on the client's server, which has loaded the plan. counted: the part that runs the engine.
+    """Return a function that measures settings of the model on the client's server, which has loaded the plan.
 
-    serve_with: has the server load that part anew, with another setting.
+    `counted` is the internal model that runs the engine. `serve_with` has the server load that model again, with
+    another setting.
     """
     address, connection = client.address, client.connection
     contract, loaded = client.contract(model), plan.serving
@@ -135,7 +145,7 @@ def _measuring(
                 serve_with(setting)
                 loaded = setting
             before = server_statistics(address, [counted], connection)
-            # What loading took is taken from the trial's own time: the bound is for all of it.
+            # The time of loading is part of the trial's time, because the limit of the search includes it.
             left = seconds - (time.monotonic() - started) - WARM_UP_SECONDS / 2
             result = closed_loop(
                 address,

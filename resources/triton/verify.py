@@ -1,4 +1,7 @@
-"""Whether a release is still what was published: its files against the manifest, and its answers on a real server."""
+"""Verify that a release is still what was published.
+
+Its files are compared with the manifest, and a real server has to answer with it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,11 @@ from resources.triton.server import EmbeddedServer
 
 
 def find_release(repository: Location, model: str, number: int) -> Release:
-    """The manifest of a release. Raises ReleaseError with the releases that there are."""
+    """Return the manifest of a release.
+
+    Raises:
+        ReleaseError: There is no such release. The message lists those that there are.
+    """
     release = read_release(repository, model, number)
     if release is None:
         there = ", ".join(str(other.number) for other in list_releases(repository, model)) or "none"
@@ -41,7 +48,7 @@ def find_release(repository: Location, model: str, number: int) -> Release:
 
 
 def differences_from_manifest(repository: Path, release: Release) -> list[str]:
-    """What is not as it was published, a sentence for each file; every byte is read."""
+    """Return a sentence for each file that differs from what was published. Every byte is read."""
     found = []
     for name, file in release.files.items():
         path = repository / name
@@ -69,8 +76,22 @@ def differences_from_manifest(repository: Path, release: Release) -> list[str]:
 def verify_release(
     repository: Location, model: str, settings: TritonSettings, number: int | None = None, *, log: Path
 ) -> tuple[Release, str]:
-    """The release of that number, or the one that is pointed to, once it is what was published and a server answered
-    with it; and the server. Raises ReleaseError, ServerError."""
+    """Verify a release: its files are those that were published, and a server answers with it.
+
+    Args:
+        repository: The repository that holds the release.
+        model: The public model.
+        settings: The settings that name the servers.
+        number: The release's number. None selects the release that the pointer names.
+        log: The log file of the embedded server.
+
+    Returns:
+        The release, and a phrase that names the server.
+
+    Raises:
+        ReleaseError: There is no such release, it is not what was published, or no server here can load it.
+        ServerError: A server does not answer, or not with the release.
+    """
     with clear_disk_errors(model, repository, 0), lock_to_read(repository) as alone:
         current = current_number(repository, model)
         if number is None and (current is None or read_release(repository, model, current) is None):
@@ -93,7 +114,7 @@ def verify_release(
 
 
 def _ask_aside(repository: Location, release: Release, settings: TritonSettings, *, writable: bool) -> None:
-    """Have the configured servers load and answer with a release that does not serve, under a name of its own."""
+    """Have the configured servers load a release that does not serve, under a name of its own, and answer with it."""
     name = f"{release.model}: release {release.number} does not serve"
     if not settings.driven:
         raise ReleaseError(
@@ -115,12 +136,14 @@ def _ask_aside(repository: Location, release: Release, settings: TritonSettings,
 
 
 def require_unchanged(copy: Path, release: Release, repository: Location) -> None:
-    """Raise ReleaseError where the release is not what was published, naming the files. copy: the repository, or what
-    was downloaded of it.
+    """Raise ReleaseError if the release is not what was published. The message names the files.
+
+    `copy` is the repository itself, or the folder to which the release was downloaded.
     """
     found = differences_from_manifest(copy, release)
     if found:
-        # One that does not serve is not published again by itself: somebody may have rolled back to another.
+        # Publishing again does not replace a release that does not serve, because somebody may have rolled back to
+        # another. Such a release has to be removed first.
         serves = current_number(repository, release.model) == release.number
         first = "" if serves else f"remove {repository / release.model / str(release.number)} and "
         raise ReleaseError(
@@ -130,10 +153,13 @@ def require_unchanged(copy: Path, release: Release, repository: Location) -> Non
 
 
 def ask_embedded(repository: Path, release: Release, settings: TritonSettings, log: Path) -> None:
-    """Have an embedded server of its own answer with the release. The repository and what it serves stay as they are.
+    """Have an embedded server, started for this alone, answer with the release. The repository is not changed.
 
-    For who holds the repository's lock. Raises ReleaseError where its backend is not embedded, ServerError where it
-    does not load or answer.
+    The caller holds the repository's lock.
+
+    Raises:
+        ReleaseError: The release needs a backend that the embedded server does not have.
+        ServerError: The server does not load the release, or does not answer with it.
     """
     require_embeddable(
         release,
@@ -152,7 +178,10 @@ def ask_embedded(repository: Path, release: Release, settings: TritonSettings, l
 
 @contextmanager
 def _room(repository: Path) -> Iterator[Path]:
-    """A folder beside the repository, where files need not be copied; elsewhere where nothing may be written there."""
+    """Yield a folder beside the repository, to which files can be linked.
+
+    The folder is elsewhere if this user may not write beside the repository.
+    """
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(staging_folder(repository))
@@ -164,7 +193,7 @@ def _room(repository: Path) -> Iterator[Path]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Gigabytes need not be copied to be looked at."""
+    """Link a file to another place, and copy it only if that fails, because an engine may have gigabytes."""
     try:
         os.link(source, target)
     except OSError:  # a file system without links

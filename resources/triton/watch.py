@@ -1,4 +1,4 @@
-"""Keeping a running server in step with its repository: new pointers are loaded, releases left behind are unloaded."""
+"""Keep a running server in step with its repository: load new pointers, and unload the releases that they replace."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from resources.errors import ServerError
 from resources.triton.client import TextClient
 from resources.triton.layout import named_internals, pinned_number, public_pointers
 
-#: Requests that were under way in the release before may finish in it.
+#: Requests that were under way in the replaced release get this long to finish in it.
 GRACE_SECONDS = 5.0
 
 
 class Watcher:
-    """Looks at `<model>/config.pbtxt` of every public model when asked to. `serving`: the pointers that are loaded."""
+    """A watcher of the pointer `<model>/config.pbtxt` of every public model. It looks only when `look` is called.
+
+    The attribute `serving` holds the pointers that are loaded, by model.
+    """
 
     def __init__(self, repository: Path, client: TextClient, say: Callable[[str], None]) -> None:
         self._repository, self._client, self._say = repository, client, say
@@ -25,7 +28,10 @@ class Watcher:
         self._left: dict[str, float] = {}
 
     def look(self) -> None:
-        """Load what is new or changed, once; what cannot be loaded is said once, and what served goes on serving."""
+        """Load every new or changed pointer once, and unload models that left the repository.
+
+        A pointer that cannot be loaded is reported once, and the release that served goes on serving.
+        """
         for model, config in public_pointers(self._repository).items():
             if self.serving.get(model) != config and self._refused.get(model) != config:
                 self._load(model, config)
@@ -38,7 +44,7 @@ class Watcher:
 
     def _load(self, model: str, config: str) -> None:
         try:
-            # One after the other, or two at once take the cores from those that are answered.
+            # Models are loaded one after the other, because two loads at once take the cores from running requests.
             self._client.load(model, named_internals(config))
         except ServerError as error:
             self._refused[model] = config
@@ -57,7 +63,11 @@ class Watcher:
             self._left.setdefault(name, time.monotonic())
 
     def _unload_left(self) -> None:
-        """Only what this process loaded once: a publisher may be proving a release on the same server."""
+        """Unload replaced internal models after the grace period.
+
+        Only models that this process has loaded are unloaded, because a publisher may be proving a release on the same
+        server.
+        """
         named = {name for config in self.serving.values() for name in named_internals(config)}
         for name, since in list(self._left.items()):
             if name in named:  # a rollback

@@ -1,1 +1,1 @@
-"""What the sources of the catalog hold now: found out cheaply, again and again, without fetching anything."""
+"""Repeated, cheap looks at the sources of the catalog, which find new revisions without fetching them."""

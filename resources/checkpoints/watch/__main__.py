@@ -1,4 +1,4 @@
-"""The process that looks aside."""
+"""The background process that looks at one source."""
 
 from resources.checkpoints.watch.background import main
 

@@ -1,9 +1,9 @@
-"""Look at sources in a background process, where a look may take longer than a tick of the sensor.
+"""Looks at sources in a background process, for looks that may take longer than a tick of the sensor.
 
-Such a look digests gigabytes, or needs MLflow's client, which alone can read MLflow's databases. `python -m
-resources.checkpoints.watch` is that process. Its job comes on its standard input, and its answer goes to a file below
-the workspace's home, where a later tick finds it. The process waits for benchmarks, as builds do, and outlives the
-process that started it.
+Such a look digests gigabytes, or needs MLflow's client, because no other code can read MLflow's databases. The process
+is `python -m resources.checkpoints.watch`. It reads its job from its standard input and writes its answer to a file
+below the workspace's home, where a later tick finds it. Like a build, the process waits for benchmarks to end. It
+outlives the process that started it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ from resources.settings.sources import SourceSettings
 from resources.storage.atomic import write_whole
 from resources.storage.locks import file_lock
 
-#: At once, of this process: more would only wait for the same disk.
+#: The most background processes that this process starts at once. More would only wait for the same disk.
 _MOST = 2
-#: Processes that ended without an answer before that is said, and how long it is then left alone.
+#: The number of background processes that may end without an answer before an error is raised, and the pause before the
+#: next try.
 _TRIES = 3
 _PAUSE_SECONDS = 3600.0
-#: A problem may have been another's: a database that was locked.
+#: A problem may be temporary, such as a locked database. It is looked at again after this time.
 PROBLEM_SECONDS = 600.0
-#: A new process needs a moment until its lock says that it is there.
+#: A new process needs a moment until it holds its lock.
 _START_SECONDS = 20.0
-#: For gigabytes from a slow disk; MLflow answers or not.
+#: The longest time of a background process, by the kind of its source. Folders and packages get the time for gigabytes
+#: from a slow disk. MLflow answers much sooner, or not at all.
 _LONGEST_SECONDS = {"registry": 120, "folder": 2 * 3600, "package": 2 * 3600}
 
 _NEEDS = (PROGRAM, PYTHON, COMPUTE, HUGGING_FACE)
@@ -56,10 +58,18 @@ _started: list[subprocess.Popen[bytes]] = []
 
 
 class Answer(BaseModel):
-    """The newest answer about one source: to which question (key), and what (revision or problem; neither: none yet).
+    """The newest answer about one source.
 
-    source: whose it is; the entry's may be another by now. asked: the newest question; so many processes (tries) were
-    started for it. at: when one was started last, or has answered, in seconds since 1970.
+    Without a revision and a problem, there is no answer yet.
+
+    Args:
+        source: The source that was looked at. The entry may name another by now.
+        key: The state of the source, as seen from outside, that the answer is about.
+        revision: The revision that the source holds.
+        problem: Why the source has no usable revision.
+        asked: The newest state for which a process was started.
+        tries: The number of processes that were started for `asked`.
+        at: The time of the last start or of the answer, in seconds since 1970.
     """
 
     source: str = ""
@@ -80,23 +90,32 @@ class _Job(BaseModel):
 
 
 def ask(entry: ModelEntry, settings: SourceSettings, key: str, *, now: float, rest_s: float = 0.0) -> Answer | None:
-    """The newest answer about the entry's source; None: there is none yet. A process is started where there is none
-    for `key`, unless the last one was within `rest_s`.
+    """Return the newest answer about the entry's source, or None if there is none yet.
 
-    key: what the source looks like from outside. Raises CheckpointError where processes ended without an answer.
+    If there is no answer for `key`, a background process is started, unless the last one was less than `rest_s` ago.
+
+    Args:
+        entry: The entry whose source is looked at.
+        settings: The folder for answers, and the registry.
+        key: The state of the source as seen from outside, such as a digest of file sizes and times.
+        now: The time in seconds since 1970.
+        rest_s: The least time between two processes for the source, in seconds.
+
+    Raises:
+        CheckpointError: Several processes ended without an answer.
     """
     path = _answer_file(settings, entry)
     last = _read(path)
     if last.source != entry.source:
         last = Answer(source=entry.source)
-    # An answer of time to come was given before the clock was put back.
+    # An answer from the future was given before the clock was set back, and its age is unknown.
     recent_s = now - last.at if last.at <= now + _START_SECONDS else math.inf
     if last.key == key and (last.revision or recent_s < PROBLEM_SECONDS):
         return last
     known = last if last.key else None
     if _is_held(path.with_suffix(".lock")):
         return known
-    # A database looks otherwise each time; what ends there without an answer is one trouble all the same.
+    # A database may have another key at each tick, so its failed processes are counted regardless of the key.
     tries = last.tries if last.asked == key or kind_of(entry.source) == "registry" else 0
     if tries >= _TRIES and _START_SECONDS <= recent_s < _PAUSE_SECONDS:
         raise CheckpointError(
@@ -125,7 +144,7 @@ def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
     with path.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "resources.checkpoints.watch"],
-            # It reads files of others, or asks MLflow's database: it has no use for the rest.
+            # The process reads untrusted files or MLflow's database, so it gets no variables and secrets beyond these.
             env=inherited(*_NEEDS, MLFLOW, secrets=DATABASE) if asks_mlflow else inherited(*_NEEDS),
             stdin=subprocess.PIPE,
             stdout=log,
@@ -133,10 +152,10 @@ def _start(entry: ModelEntry, settings: SourceSettings, key: str) -> None:
             start_new_session=True,
         )
     assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin as stream:  # one that ended at once is said after some tries
+    with suppress(BrokenPipeError), process.stdin as stream:  # `ask` reports processes that end at once, after _TRIES
         stream.write(job.model_dump_json().encode())
     _started.append(process)
-    threading.Thread(target=process.wait, daemon=True).start()  # so that it leaves no zombie
+    threading.Thread(target=process.wait, daemon=True).start()  # waiting for it prevents a zombie
 
 
 def _answer_file(settings: SourceSettings, entry: ModelEntry) -> Path:
@@ -159,14 +178,14 @@ def _is_held(lock: Path) -> bool:
 
 
 def main() -> None:
-    """The process: one job, one answer."""
+    """Read one job from standard input, look at its source, and write the answer."""
     job = _Job.model_validate(json.load(sys.stdin))
     lock.MACHINE_LOCK = job.machine_lock
     entry = ModelEntry.model_validate(job.entry)
     settings = SourceSettings(job.folder, Address(job.tracking_uri))
     path = _answer_file(settings, entry)
     os.nice(10)
-    # Whoever asks whether the lock is held has it for a moment.
+    # Another process that tests whether the lock is held takes it for a moment, so this one waits for up to a second.
     with file_lock(path.with_suffix(".lock"), timeout_s=1.0), building():
         signal.alarm(_LONGEST_SECONDS[kind_of(entry.source)])
         answer = Answer(source=entry.source, key=job.key, asked=job.key, at=time.time())
@@ -179,7 +198,11 @@ def main() -> None:
 
 
 def _revision(entry: ModelEntry, settings: SourceSettings, key: str) -> str:
-    """Empty where the folder is not what was asked about, or changed meanwhile: it will be asked about again."""
+    """Return the revision that the entry's source holds.
+
+    The revision is empty if the folder no longer has the state `key`, or changed while it was read. A later tick then
+    asks about its new state.
+    """
     if kind_of(entry.source) == "registry":
         return find_version(entry.source, settings).revision
     folder = local_folder(entry.source)

@@ -1,4 +1,4 @@
-"""What a folder's directory entries say: enough to know whether its content has to be read."""
+"""The directory entries of a folder, which tell whether its content has to be read again."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from resources.checkpoints.sources.wanted import WANTED, WANTED_PICKLE
 from resources.checkpoints.validation import candidate_files
 from resources.errors import CheckpointError
 
-#: Names of files on their way in, which are renamed once they are whole: rsync's, and those of downloads.
+#: Names of files that are still being copied by rsync or downloaded. Their writers rename them when they are whole.
 _ON_THEIR_WAY = (
     *(f".{pattern}.*" for pattern in (*WANTED, *WANTED_PICKLE)),
     *(f"*.{ending}" for ending in ("incomplete", "part", "partial", "filepart", "crdownload", "tmp")),
 )
-#: Where `hf download --local-dir` has them.
+#: The sub-folder in which `hf download --local-dir` keeps such files.
 _DOWNLOADS = ".cache/huggingface/download"
 
 
 @dataclass(frozen=True)
 class FolderStat:
-    """digest: of names, sizes and times. newest: of the files' times of change, in seconds since 1970.
+    """A summary of a folder's directory entries.
 
-    on_its_way: when a file that is still being copied or downloaded there was written to last; 0: there is none.
-    tokenizer_bytes: of tokenizer.json, 0 where there is none.
+    Args:
+        digest: The digest of names, sizes and times.
+        newest: The newest change time (st_ctime) of the files, in seconds since 1970.
+        on_its_way: The time of the last write to a file that is still being copied or downloaded into the folder, in
+            seconds since 1970. It is 0 if there is no such file.
+        size_bytes: The size of all files.
+        tokenizer_bytes: The size of tokenizer.json, or 0 if there is none.
     """
 
     digest: str
@@ -41,14 +46,18 @@ class FolderStat:
 
 
 def stat_folder(entry: ModelEntry, folder: Path) -> FolderStat:
-    """Of every file that may belong to the checkpoint, none of them opened but modules.json.
+    """Summarize the directory entries of every file that may belong to the checkpoint.
 
-    The times of change (st_ctime) too, which a copy cannot take over from its original. Raises CheckpointError.
+    Only modules.json is opened. The digest includes the change times (st_ctime), because a copy cannot take them over
+    from its original as it can take over modification times.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
     """
     stats = {}
     try:
         for name in candidate_files(entry, folder):
-            with suppress(FileNotFoundError):  # being replaced
+            with suppress(FileNotFoundError):  # the file is being replaced
                 stats[name] = (folder / name).stat()
         newest = max((stat.st_ctime for stat in stats.values()), default=folder.stat().st_ctime)
         on_its_way = _on_its_way(folder)
@@ -58,7 +67,7 @@ def stat_folder(entry: ModelEntry, folder: Path) -> FolderStat:
     digest = fingerprint(
         "stat",
         files=sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats.items()),
-        # What else decides whether it is a whole checkpoint.
+        # These fields too decide whether the folder holds a whole checkpoint.
         entry=[entry.source, entry.task, entry.allow_pickle, entry.trust_remote_code, options],
         version=package_version(entry.source) if entry.source.startswith(PACKAGE_PREFIX) else "",
     )
@@ -71,6 +80,6 @@ def _on_its_way(folder: Path) -> float:
     paths += (folder / _DOWNLOADS).rglob("*.incomplete")
     times = [0.0]
     for path in paths:
-        with suppress(FileNotFoundError):  # it was renamed
+        with suppress(FileNotFoundError):  # the file was renamed meanwhile
             times.append(path.stat().st_mtime)
     return max(times)

@@ -1,4 +1,4 @@
-"""The commit that a branch or tag of a Hub repository is at."""
+"""The commit to which a branch or tag of a Hub repository points."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_pinned(source: str) -> bool:
-    """Whether the source names a commit, which never changes."""
+    """Return whether the source names a commit, which never changes."""
     return _COMMIT.fullmatch(hub_reference(source)[1] or "") is not None
 
 
 def hub_commit(source: str, access: Access) -> str:
-    """One question to the Hub's API; offline, what the cache holds. Raises CheckpointError."""
+    """Return the commit that the source names now, by one request to the Hub's API.
+
+    A source that names a commit needs no request. If the Hub is set to offline, the commit comes from the cache.
+
+    Raises:
+        CheckpointError: The Hub refuses the source or does not answer, or the cache does not have it.
+    """
     repository, revision = hub_reference(source)
     if is_pinned(source):
         return str(revision)
     if access.hub_offline:
         return _cached_commit(source, access)
-    # As huggingface_hub's HfApi.model_info asks, but for the commit alone.
+    # This is the request of huggingface_hub's HfApi.model_info, restricted to the commit.
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     url = f"{access.hub_endpoint}/api/models/{repository}{at}?expand=sha"
     try:
@@ -54,7 +60,7 @@ def _unanswered(source: str, access: Access, error: Exception) -> CheckpointErro
 
 
 def _cached_commit(source: str, access: Access) -> str:
-    """As huggingface_hub keeps it: a file that is called as the branch or tag."""
+    """Read the commit from the Hub cache, where huggingface_hub keeps it in a file named after the branch or tag."""
     repository, revision = hub_reference(source)
     path = access.hub_cache / f"models--{repository.replace('/', '--')}" / "refs" / (revision or "main")
     try:

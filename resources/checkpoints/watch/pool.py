@@ -1,4 +1,4 @@
-"""Many looks at once, of which none is waited for longer than there is time."""
+"""A pool of threads that look at many sources at once, until a deadline."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from resources.checkpoints.watch.probe import Seen
 from resources.errors import CheckpointError, RefineryError, first_line
 
-#: Threads that look. Most of a look is waiting for a server.
+#: The number of threads. There may be many, because a look spends most of its time waiting for a server.
 WORKERS = 16
-#: A look that takes longer than this is said to get no answer; it goes on all the same.
+#: A look that takes longer than this is reported as unanswered. It continues all the same.
 LATE_SECONDS = 30.0
 
 #: A model's name and its source.
@@ -21,10 +21,10 @@ LookResult = Seen | CheckpointError
 
 
 class Looks:
-    """Looks of this process, those that are under way still included.
+    """The looks of this process, including those that are still under way.
 
-    A thread that hangs (in a network file system that is away, say) cannot be ended: its source is not looked at by a
-    second one, and it holds up no other source.
+    A thread that hangs, for example in a network file system that is away, cannot be ended. No second thread looks at
+    its source, and the other sources do not wait for it.
     """
 
     def __init__(self) -> None:
@@ -32,9 +32,14 @@ class Looks:
         self._ended: queue.SimpleQueue[tuple[Key, LookResult]] = queue.SimpleQueue()
 
     def take(self, jobs: Mapping[Key, Callable[[], Seen]], deadline: float) -> dict[Key, LookResult]:
-        """What came of the jobs until the deadline (of time.monotonic), the first ones first.
+        """Run the jobs in their order until the deadline, and return the results that are there by then.
 
-        With what came since the last call of looks that were late then. Those that were not begun are not in it.
+        A result of a look that was late in an earlier call and ended since is included. A job that has not begun or not
+        ended has no result.
+
+        Args:
+            jobs: The looks, by the model's name and its source.
+            deadline: A time of time.monotonic.
         """
         found: dict[Key, LookResult] = {}
         while self._collect(found, block_s=0.0):
@@ -67,7 +72,7 @@ class Looks:
                 outcome = error
             except RefineryError as error:
                 outcome = CheckpointError(str(error))
-            except Exception as error:  # a defect here must not cost the others their look
+            except Exception as error:  # a defect in one look must not end the thread, which has others to do
                 outcome = CheckpointError(f"source: {type(error).__name__}: {first_line(error)} (a defect).")
             self._ended.put((key, outcome))
 

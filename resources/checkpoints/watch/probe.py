@@ -1,4 +1,7 @@
-"""One look at one source: what it holds now, without fetching anything, and without importing what is heavy."""
+"""One look at one source, which finds the revision that it holds now.
+
+A look fetches nothing and imports no heavy libraries.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +25,33 @@ from resources.checkpoints.watch.registry import ask_version
 from resources.errors import CheckpointError, first_line
 from resources.settings.sources import SourceSettings
 
-#: The kinds that somebody else's server is asked about.
+#: The kinds of sources for which a look asks a server.
 REMOTE: tuple[Kind, ...] = ("hub", "registry", "objects")
-#: What is digested at once; more is left to a child process. SHA-256 takes about a second for a gigabyte.
+#: A look digests up to this many bytes itself and leaves larger folders to a background process. SHA-256 takes about a
+#: second for a gigabyte.
 SMALL_BYTES = 128 * 2**20
-#: The same, for a tokenizer, which takes several times its size of memory to read: RoBERTa's has 2 MB, XLM-R's 17.
+#: The same bound for tokenizer.json, because reading it takes several times its size of memory. RoBERTa's has 2 MB,
+#: XLM-R's 17 MB.
 SMALL_TOKENIZER_BYTES = 4 * 2**20
-#: A folder that lacks something is one that is being filled, until it has been still for so many intervals: a download
-#: of several files puts one after the other there.
+#: An incomplete folder counts as still being filled until it has been unchanged for this many intervals, because a
+#: download of several files writes them one after the other.
 INCOMPLETE_INTERVALS = 10
-#: How often a database of MLflow's is read, which takes seconds of a processor: at most, and where nothing says whether
-#: it has changed.
+#: The least time between two reads of an MLflow database, because each takes seconds of processor time. A database that
+#: does not show from outside whether it has changed is read at this interval.
 REGISTRY_SECONDS = 120.0
 
 
 class Seen(BaseModel):
-    """What a look found.
+    """The result of a look.
 
-    stat: what says whether anything has changed. since: when it was first found so, in seconds since 1970.
-    revision: what the source holds, as `Checkpoint.revision` has it; empty while that cannot be said: `waiting` says
-    why it may come by itself, `problem` why it does not, and `refused` when that was found.
+    Args:
+        stat: The state of the source as seen from outside. It changes when the source changes.
+        since: The time when this state was first seen, in seconds since 1970.
+        revision: The revision that the source holds, in the form of `Checkpoint.revision`. It is empty while it cannot
+            be told.
+        waiting: Why there is no revision yet, if one may come without a user's help.
+        problem: Why there is no revision, if a user must act.
+        refused: The time when the problem was found, in seconds since 1970.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,8 +63,9 @@ class Seen(BaseModel):
     refused: float = 0.0
 
     def holds(self, now: float) -> bool:
-        """Whether nobody has to look closer while it looks the same. A problem may have been that of a moment: a disk
-        that was away.
+        """Return whether the result stays valid while the state of the source is the same.
+
+        A problem may be temporary, such as a disk that was away, so it is valid only for PROBLEM_SECONDS.
         """
         return bool(self.revision) or (bool(self.problem) and 0 <= now - self.refused < PROBLEM_SECONDS)
 
@@ -62,10 +73,17 @@ class Seen(BaseModel):
 def look(
     entry: ModelEntry, before: Seen | None, settings: SourceSettings, *, interval_s: float, now: float | None = None
 ) -> Seen:
-    """What the entry's source holds. before: what the last look found. interval_s: how long it has to have been still.
+    """Look at what the entry's source holds.
 
-    now: seconds since 1970, default: the clock's. Raises CheckpointError where the source is not there, does not
-    answer, or cannot be one.
+    Args:
+        entry: The entry whose source is looked at.
+        before: The result of the last look.
+        settings: The addresses and credentials for sources, and the folder for answers.
+        interval_s: The time for which the source must have been unchanged, in seconds.
+        now: The time in seconds since 1970. The default is the clock's.
+
+    Raises:
+        CheckpointError: The source does not exist, does not answer, or cannot be a checkpoint's source.
     """
     now = time.time() if now is None else now
     kind = kind_of(entry.source)
@@ -93,7 +111,7 @@ def _look_at_folder(
     quiet_s = max(now - seen.since, now - stat.newest)
     if quiet_s < interval_s:
         return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
-    # What it lies beside may be of the revision before.
+    # The files beside it may still be those of the previous revision.
     if abs(now - stat.on_its_way) < INCOMPLETE_INTERVALS * interval_s:
         return _waits(seen, "a file is on its way into it")
     if stat.size_bytes > SMALL_BYTES or stat.tokenizer_bytes > SMALL_TOKENIZER_BYTES:
@@ -136,9 +154,9 @@ def _look_at_registry(entry: ModelEntry, before: Seen | None, settings: SourceSe
 
 
 def _store_stat(uri: str, now: float) -> str | None:
-    """What changes when MLflow's database does; None where it is a file that is not there."""
+    """Return a text that changes when MLflow's database changes, or None if its file does not exist."""
     path = uri.removeprefix("sqlite:///")
-    if path == uri:  # nothing says so but the database itself
+    if path == uri:  # a database server does not show from outside whether its content has changed
         return f"{now // REGISTRY_SECONDS:.0f}"
     files = [Path(path), Path(f"{path}-wal")]
     stats = [file.stat() for file in files if file.is_file()]

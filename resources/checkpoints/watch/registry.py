@@ -1,4 +1,4 @@
-"""The version that a registry source names now, asked of a tracking server's REST API.
+"""The version that a registry source names now, from a tracking server's REST API.
 
 MLflow's own client would do the same, but takes seconds and 120 MB to import. Stores that only the client can read are
 looked at in resources.checkpoints.watch.background.
@@ -16,7 +16,11 @@ from resources.settings.sources import SourceSettings
 
 
 def ask_version(source: str, settings: SourceSettings) -> Version:
-    """One question to the server at `settings.tracking_uri`. Raises CheckpointError."""
+    """Return the version that the source names, by one request to the server at `settings.tracking_uri`.
+
+    Raises:
+        CheckpointError: The server does not answer or has no such version, or the version cannot be a checkpoint.
+    """
     reference, uri = parse_reference(source), settings.tracking_uri
     path, query = _question(reference)
     url = f"{uri}/api/2.0/mlflow/{path}?{urlencode(query)}"

@@ -1,9 +1,9 @@
-"""The exported graph in ONNX Runtime's own operators: what no stock rule knows, before and after the stock rules.
+"""Rewrite the exported graph in ONNX Runtime's own operators.
 
-`onnxruntime.transformers.optimizer` knows the patterns of the old exporter only: on the graphs of today's it fuses no
-attention at all. `onnxscript`'s rules fuse most of it, and ours do the rest. A rule of ours that replaces a whole
-subgraph (a mask, positions) recognizes it by what it computes at shapes of all kinds, not by how an exporter spells
-it, so that the next release of an exporter does not silently unfuse it.
+`onnxruntime.transformers.optimizer` knows only the patterns of the old exporter, and fuses no attention in the graphs
+of the current one. The rules of `onnxscript` fuse most of it, and the rules of this package fuse the rest. A rule that
+replaces a whole subgraph (a mask, positions) recognizes the subgraph by the results that it computes at many shapes,
+not by the operators that the exporter chose. A new release of the exporter then does not silently prevent the fusion.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def fuse(source: Path) -> tuple[onnx_ir.Model, dict[str, int]]:
-    """The fused graph, and how often each rule was applied.
+    """Return the fused graph, and how often each rule was applied.
 
-    The result reads its attention mask as lengths: rows must be padded on the right, as the served tokenizer pads.
+    The fused graph reads its attention mask as lengths. Rows must therefore be padded on the right, as the served
+    tokenizer pads them.
     """
     import onnx_ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort

@@ -1,4 +1,4 @@
-"""GELU by tanh (ALBERT's `gelu_new`), which the stock rules leave in eight operators."""
+"""Fuse GELU by tanh (ALBERT's `gelu_new`), which the stock rules leave as eight operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ _ROOT, _CUBIC = 0.7978845608, 0.044715
 
 
 def fuse_fast_gelu(model: ir.Model) -> int:
-    """x/2 (1 + tanh(sqrt(2/pi) (x + .044715 x^3))) as `FastGelu`, with the bias before it. Returns how often."""
+    """Replace x/2 (1 + tanh(sqrt(2/pi) (x + .044715 x^3))) with `FastGelu`, including a bias before it.
+
+    Returns:
+        The number of replacements.
+    """
     count = 0
     for tanh in [node for node in model.graph if node.op_type == "Tanh"]:
         matched = _match(tanh)
@@ -34,7 +38,7 @@ def fuse_fast_gelu(model: ir.Model) -> int:
 
 
 def _match(tanh: ir.Node) -> tuple[ir.Value, ir.Node] | None:
-    """What goes in and the last node, where the tanh is part of such a GELU."""
+    """Return the input and the last node of the GELU that the tanh is part of, or None if it is part of none."""
     scaled = made_by(tanh.inputs[0], "Mul")
     inner = _without(scaled, _ROOT)
     total = made_by(inner, "Add")
@@ -55,7 +59,7 @@ def _match(tanh: ir.Node) -> tuple[ir.Value, ir.Node] | None:
 
 
 def _without(node: ir.Node | None, number: float) -> ir.Value | None:
-    """The other input of a node with two, where one is that number."""
+    """Return the other input of a node that has two inputs if one of them is that number, else None."""
     if node is None or len(node.inputs) != 2:
         return None
     for value, constant in (tuple(node.inputs), tuple(reversed(node.inputs))):

@@ -1,4 +1,4 @@
-"""Attention as ONNX Runtime's kernels take it."""
+"""Pack the weights of fused attention for ONNX Runtime's kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from resources.engines.graphs import CONTRIB, add_initializer, array_of, is_cons
 
 
 def pack_attention(model: ir.Model) -> int:
-    """Fold the three weights of each fused attention into the one that it reads. Returns how many were folded."""
+    """Join the three weights of each fused attention into the single weight that it reads.
+
+    Returns:
+        The number of attentions whose weights were joined.
+    """
     count = 0
     for node in list(model.graph):
         if node.op_type != "Attention" or node.domain != CONTRIB:

@@ -1,7 +1,7 @@
-"""Attention that a model spells out by itself (MPNet, DeBERTa-v2), as one operator.
+"""Fuse attention that a model computes step by step (MPNet, DeBERTa-v2) into one operator.
 
 Such models add positions to the scores between the product of queries and keys and the softmax, which no stock rule
-expects. What is added becomes the operator's bias; where it masks padding it becomes lengths.
+expects. The tensors that are added become the operator's bias. A tensor that masks padding becomes lengths.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from resources.engines.graphs import (
 
 @dataclass(frozen=True)
 class _Heads:
-    """Where the operand of a product comes from: `[batch, sequence, heads * width]`, cut into heads.
+    """The origin of an operand of a product: `[batch, sequence, heads * width]`, cut into heads.
 
-    turned: whether the sequence is its last axis. factor: what it was multiplied by on the way.
+    Args:
+        source: The value before it was cut.
+        heads: The number of heads.
+        width: The width of a head.
+        turned: Whether the sequence is the operand's last axis.
+        factor: The number that it was multiplied by on the way.
     """
 
     source: ir.Value
@@ -39,9 +44,14 @@ class _Heads:
 
 @dataclass
 class _Scores:
-    """What the scores are made of: one product, tensors added to it, and places that are filled with a low number.
+    """The parts of the scores: one product, tensors that are added to it, and places that are filled with a low number.
 
-    merged: for each tensor, the shape that gives it `[batch, heads, ...]` again; None where it has that.
+    Args:
+        product: The product of queries and keys.
+        added: The tensors that are added to it.
+        merged: For each added tensor, the shape that turns it back into `[batch, heads, ...]`, or None if it needs
+            none.
+        filled: The conditions that are true where the scores are filled.
     """
 
     product: ir.Node | None = None
@@ -51,7 +61,11 @@ class _Scores:
 
 
 def fuse_eager_attention(model: ir.Model) -> int:
-    """Fuse what is found around each softmax over keys. Returns how many attentions there were."""
+    """Fuse the attention around each softmax over keys.
+
+    Returns:
+        The number of attentions that were fused.
+    """
     return sum(_fuse(model, node) for node in list(model.graph) if node.op_type == "Softmax" and node.domain == "")
 
 
@@ -88,7 +102,7 @@ def _fuse(model: ir.Model, softmax: ir.Node) -> int:
         inputs = [*sources, None, lengths, bias]
         node = ir.node("MultiHeadAttention", inputs, attributes, domain=CONTRIB, name=f"{softmax.name}_attention")
     node.outputs[0].name = node.name
-    # The module of the products, which the ladder names: the softmax itself is nobody's.
+    # The ladder names the node by its module. The softmax is no module of its own, so it carries the attention's.
     node.metadata_props.update(softmax.metadata_props)
     model.graph.insert_before(last, node)
     replace_value(last.outputs[0], node.outputs[0])
@@ -97,9 +111,9 @@ def _fuse(model: ir.Model, softmax: ir.Node) -> int:
 
 
 def _take_apart(value: ir.Value, scores: _Scores, shape: ir.Value | None) -> bool:
-    """Fill `scores` from the value; whether the product of queries and keys is part of it.
+    """Fill `scores` from the value, and return whether the product of queries and keys is part of it.
 
-    shape: what the parts are reshaped to further on, where they have batch and heads in one axis.
+    `shape` is the shape that the parts are later reshaped to, if they have batch and heads in one axis.
     """
     node = value.producer()
     if node is None:
@@ -127,7 +141,7 @@ def _take_apart(value: ir.Value, scores: _Scores, shape: ir.Value | None) -> boo
 
 
 def _heads_of(value: ir.Value | None) -> _Heads | None:
-    """How the value was made of `[batch, sequence, heads * width]`, if it was."""
+    """Return how the value was made from `[batch, sequence, heads * width]`, or None if it was not."""
     chain: list[ir.Node] = []
     factor = 1.0
     while value is not None:
@@ -161,7 +175,7 @@ def _heads_of(value: ir.Value | None) -> _Heads | None:
 
 
 def _behind(softmax: ir.Node) -> tuple[_Heads, ir.Node] | None:
-    """The values that the weights are multiplied with, and the node that puts the heads together again."""
+    """Return the values that the softmax is multiplied with, and the node that joins the heads again."""
     node = _only_user(softmax.outputs[0])
     if node is not None and node.op_type == "Reshape":
         node = _only_user(node.outputs[0])
@@ -180,7 +194,7 @@ def _behind(softmax: ir.Node) -> tuple[_Heads, ir.Node] | None:
 
 
 def _masks_and_bias(model: ir.Model, scores: _Scores, before: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
-    """Lengths, where something masks padding, and the sum of all else that is added to the scores."""
+    """Return the lengths, if a part of the scores masks padding, and the sum of all other parts that are added."""
     padding, parts = False, []
     for value, shape in zip(scores.added, scores.merged, strict=True):
         if shape is None and masks_padding(model, value):
@@ -188,7 +202,7 @@ def _masks_and_bias(model: ir.Model, scores: _Scores, before: ir.Node) -> tuple[
             continue
         expand = made_by(value, "Expand")
         if expand is not None and _rank(expand.inputs[0]) == 4:
-            value = expand.inputs[0]  # the operator repeats it by itself
+            value = expand.inputs[0]  # the operator broadcasts it by itself
         parts.append(value if shape is None else _add(model, before, "Reshape", [value, shape]))
     for condition in scores.filled:
         if fills_padding(model, condition):
@@ -207,7 +221,10 @@ def _masks_and_bias(model: ir.Model, scores: _Scores, before: ir.Node) -> tuple[
 def _packed(
     model: ir.Model, sources: tuple[ir.Value, ...], name: str
 ) -> tuple[ir.Value | None, ir.Value, ir.Value] | None:
-    """Input, weights and bias of one product, where queries, keys and values are three of the same input."""
+    """Return the input, weights and bias of a single product, or None.
+
+    There is one if queries, keys and values are three products of the same input.
+    """
     inputs, weights, biases = [], [], []
     for source in sources:
         add = made_by(source, "Add")

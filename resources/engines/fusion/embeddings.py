@@ -1,4 +1,4 @@
-"""The three embeddings and their normalization as one operator, `EmbedLayerNormalization`."""
+"""Fuse the three embeddings and their normalization into one operator, `EmbedLayerNormalization`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ _TRIED = ((1, 1), (2, 5), (3, 12))
 
 @dataclass
 class _Tables:
-    """The tables whose rows are added up, with what indexes them. rows: what every token gets alike, `[width]`."""
+    """The tables whose rows are added up.
+
+    Args:
+        word: The table that `input_ids` index.
+        segment: The table that `token_type_ids` index.
+        position: The table that positions index.
+        positions: The indices into `position`, or None if they are 0, 1, 2, ... in every row.
+        rows: The rows `[width]` that are added to every token.
+    """
 
     word: ir.Value | None = None
     segment: ir.Value | None = None
@@ -35,9 +43,12 @@ class _Tables:
 
 
 def fuse_embeddings(model: ir.Model) -> int:
-    """Fuse the embeddings that begin the graph. Returns 1 where that was possible, else 0.
+    """Fuse the embeddings at the beginning of the graph.
 
-    The operator also counts the tokens of each row, so the nodes that did are dropped.
+    The operator also counts the tokens of each row, so the nodes that did so are removed.
+
+    Returns:
+        1 if the embeddings were fused, else 0.
     """
     inputs = {str(value.name): value for value in model.graph.inputs}
     for node in model.graph:
@@ -58,7 +69,7 @@ def fuse_embeddings(model: ir.Model) -> int:
 
 
 def _terms(value: ir.Value | None) -> list[ir.Value | None]:
-    """What is added up to make the value."""
+    """Return the values whose sum is the value."""
     add = made_by(value, "Add")
     return [value] if add is None else [*_terms(add.inputs[0]), *_terms(add.inputs[1])]
 
@@ -89,9 +100,11 @@ def _tables(model: ir.Model, inputs: dict[str, ir.Value], terms: list[ir.Value |
 
 
 def _kind_of_indices(model: ir.Model, inputs: dict[str, ir.Value], indices: ir.Value) -> str:
-    """`zeros`; `positions`: 0, 1, 2, ... in every row; `numbers`: others, `[batch, sequence]`; else nothing.
+    """Return the kind of the indices, which is found by running them at several shapes.
 
-    Tried, not matched, at several shapes.
+    Returns:
+        `zeros`; `positions` if they are 0, 1, 2, ... in every row; `numbers` if they are others, `[batch, sequence]`;
+        or an empty string for anything else.
     """
     read, shaped = subgraph_inputs(indices)
     if not read <= {"input_ids", MASK}:

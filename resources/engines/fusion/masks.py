@@ -1,7 +1,8 @@
-"""The attention mask as one length a row, which ONNX Runtime's attention kernels take as it is.
+"""Replace the attention mask with one length for each row, which ONNX Runtime's attention kernels accept directly.
 
-What an exporter makes of a mask is a tensor `[batch, 1, sequence, sequence]` by thirty operators, and kernels that have
-to read it are slower: on an H200 the fastest attention of ONNX Runtime takes lengths, and no such tensor.
+An exporter turns the mask into a tensor `[batch, 1, sequence, sequence]` with thirty operators, and kernels that have
+to read it are slower. On an H200 the fastest attention kernel of ONNX Runtime accepts lengths and does not accept such
+a tensor.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from resources.engines.graphs import CONTRIB, add_initializer, cut, is_op, subgr
 from resources.engines.onnxruntime.sessions import session_of_bytes
 
 MASK = "attention_mask"
-#: Rows, tokens and the lengths of the rows that a mask is tried at: one row, no padding, one token, all of one length.
+#: The shapes at which a mask is tried: rows, tokens and the lengths of the rows. They cover one row, no padding, a
+#: single token, and rows of the same length.
 _TRIED = ((1, 1, (1,)), (1, 5, (5,)), (3, 7, (7, 1, 4)), (2, 18, (9, 18)), (2, 33, (33, 33)))
-#: What is added to a score to mask it is at least so low.
+#: A number that is added to a score masks it if it is at most this.
 _MASKED = -1e4
-#: Places of the inputs of ONNX Runtime's operators: the lengths, and the tensor that is added to the scores.
+#: The places of two inputs of ONNX Runtime's operators: the lengths, and the tensor that is added to the scores.
 _PLACES = {"Attention": (3, 5), "MultiHeadAttention": (4, 5)}
 
 
 def masks_to_lengths(model: ir.Model) -> int:
-    """Let attention read lengths where the tensor added to its scores masks padding and does nothing else.
+    """Make attention read lengths where the tensor that is added to its scores only masks padding.
 
-    Returns how many attentions do now.
+    Returns:
+        The number of attentions that were changed.
     """
     found: dict[ir.Value, bool] = {}
     count = 0
@@ -48,9 +51,9 @@ def masks_to_lengths(model: ir.Model) -> int:
 
 
 def masks_padding(model: ir.Model, bias: ir.Value) -> bool:
-    """Whether the value is 0 for keys that are text and masks keys that are padding, for all queries and heads.
+    """Return whether the value is 0 for keys that are text and masks keys that are padding, for all queries and heads.
 
-    Tried, not matched: the subgraph is run at masks of several shapes. It may read nothing but the mask and shapes.
+    The subgraph is not matched but run with masks of several shapes. It may read only the mask and shapes.
     """
     for mask, answer in _tries(model, bias):
         keys = mask[:, None, None, :] == 1
@@ -63,9 +66,10 @@ def masks_padding(model: ir.Model, bias: ir.Value) -> bool:
 
 
 def fills_padding(model: ir.Model, condition: ir.Value) -> bool:
-    """Whether the value is true for keys that are padding and false for others, for all queries that are text.
+    """Return whether the value is true for keys that are padding and false for others, for all queries that are text.
 
-    Of queries that are padding nobody reads the answer. Tried as in `masks_padding`.
+    Queries that are padding do not matter, because their answers are not read. The subgraph is run as in
+    `masks_padding`.
     """
     for mask, answer in _tries(model, condition):
         if answer is None:
@@ -78,7 +82,10 @@ def fills_padding(model: ir.Model, condition: ir.Value) -> bool:
 
 
 def _tries(model: ir.Model, value: ir.Value) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Masks `[rows, tokens]`, and what the value is for each, `[rows, heads, queries, keys]`; None: no such thing."""
+    """Yield masks `[rows, tokens]` and the value for each, `[rows, heads, queries, keys]`.
+
+    If the subgraph reads other inputs or its result has another shape, the value is None and nothing follows.
+    """
     read, shaped = subgraph_inputs(value)
     if read != {MASK}:
         yield np.zeros((0, 0)), None
@@ -96,7 +103,10 @@ def _tries(model: ir.Model, value: ir.Value) -> Iterator[tuple[np.ndarray, np.nd
 
 
 def lengths_of(model: ir.Model) -> ir.Value:
-    """int32 `[batch]`: tokens of each row that are text. Computed once."""
+    """Return the number of tokens in each row that are text, int32 `[batch]`.
+
+    The nodes that compute it are added once.
+    """
     known = lengths_node(model)
     if known is not None:
         return known.outputs[0]
@@ -114,5 +124,5 @@ def lengths_of(model: ir.Model) -> ir.Value:
 
 
 def lengths_node(model: ir.Model) -> ir.Node | None:
-    """The node that computes the lengths, where `masks_to_lengths` made one."""
+    """Return the node that computes the lengths, or None if `lengths_of` has not added one."""
     return next((node for node in model.graph if node.name == "lengths" and is_op(node, "ReduceSum")), None)

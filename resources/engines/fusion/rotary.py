@@ -1,7 +1,7 @@
-"""Rotary positions (ModernBERT): from one packed product to attention by `Split` and `RotaryEmbedding`.
+"""Fuse rotary positions (ModernBERT): `Split` and `RotaryEmbedding` between one packed product and attention.
 
-Exported, each of queries and keys is cut out of the product, turned, cut in halves, negated, joined, multiplied twice,
-added and turned back: fourteen passes over memory where one is enough.
+In the exported graph queries and keys are each cut out of the product, transposed, cut in halves, negated, joined,
+multiplied twice, added and transposed back. Those are fourteen passes over memory, and one is enough.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from resources.engines.graphs import CONTRIB, add_initializer, array_of, is_cons
 class _Part:
     """One of the three parts of `linear`, `[batch, sequence, 3 * heads * width]`.
 
-    angles: fp32 `[1, sequence, width / 2]`, for what is turned by its position; None for values.
+    Args:
+        linear: The packed product of queries, keys and values.
+        place: The number of the part: 0 for queries, 1 for keys, 2 for values.
+        heads: The number of heads.
+        width: The width of a head.
+        angles: fp32 `[1, sequence, width / 2]` for parts that are rotated by their position, or None for values.
     """
 
     linear: ir.Value
@@ -29,7 +34,11 @@ class _Part:
 
 
 def fuse_rotary_attention(model: ir.Model) -> int:
-    """Rewrite what lies between the packed product and each attention. Returns how many attentions it was."""
+    """Rewrite the nodes between the packed product and each attention.
+
+    Returns:
+        The number of attentions that were rewritten.
+    """
     count = 0
     caches: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in [node for node in model.graph if node.op_type == "MultiHeadAttention" and node.domain == CONTRIB]:
@@ -73,7 +82,13 @@ def fuse_rotary_attention(model: ir.Model) -> int:
 
 
 def fuse_skip_normalization(model: ir.Model) -> int:
-    """A sum and its normalization without a bias as one operator, which answers both. Returns how many there were."""
+    """Replace a sum and its normalization with one operator that outputs both.
+
+    The rule is for normalizations without a bias.
+
+    Returns:
+        The number of replacements.
+    """
     count = 0
     for node in [node for node in model.graph if node.op_type == "LayerNormalization" and node.domain == ""]:
         add = made_by(node.inputs[0], "Add")
@@ -105,7 +120,10 @@ def fuse_skip_normalization(model: ir.Model) -> int:
 
 
 def _part(value: ir.Value | None) -> _Part | None:
-    """What an input of the attention is, `[batch, sequence, heads * width]`."""
+    """Return which part of the packed product an input of the attention is, or None if it is none.
+
+    The input has the shape `[batch, sequence, heads * width]`.
+    """
     joined = made_by(value, "Reshape")
     inner = joined.inputs[0] if joined is not None else None
     turned = made_by(inner, "Transpose")
@@ -132,7 +150,10 @@ def _part(value: ir.Value | None) -> _Part | None:
 
 
 def _cut(value: ir.Value | None, angles: ir.Value | None) -> _Part | None:
-    """`[batch, sequence, heads, width]` cut out of `[batch, sequence, 3, heads, width]`."""
+    """Return which part of `[batch, sequence, 3, heads, width]` the value is, or None if it is none.
+
+    The value has the shape `[batch, sequence, heads, width]`.
+    """
     squeeze = made_by(value, "Squeeze")
     piece = made_by(squeeze.inputs[0] if squeeze is not None else None, "Slice")
     whole = made_by(piece.inputs[0] if piece is not None else None, "Reshape")
@@ -148,7 +169,10 @@ def _cut(value: ir.Value | None, angles: ir.Value | None) -> _Part | None:
 
 
 def _angles(value: ir.Value | None, op_type: str) -> ir.Value | None:
-    """What the sine or cosine is taken of: the angles of half the width, which are joined with themselves."""
+    """Return the angles that the sine or cosine is taken of, or None.
+
+    They are the angles of half the width, which the graph joins with themselves.
+    """
     spread = made_by(value, "Unsqueeze")
     function = made_by(spread.inputs[0] if spread is not None else None, op_type)
     joined = made_by(function.inputs[0] if function is not None else None, "Concat")
@@ -158,7 +182,7 @@ def _angles(value: ir.Value | None, op_type: str) -> ir.Value | None:
 
 
 def _is_half_turned(value: ir.Value | None, x: ir.Value | None) -> bool:
-    """Whether it is the second half of x, negated, and then the first."""
+    """Return whether the value is the second half of `x`, negated, followed by the first half."""
     joined = made_by(value, "Concat")
     if joined is None or len(joined.inputs) != 2 or x is None or x.shape is None:
         return False
@@ -183,7 +207,10 @@ def _number(value: ir.Value | None) -> int | None:
 
 
 def _caches(model: ir.Model, angles: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Cosine and sine of the angles, fp32 `[sequence, width / 2]`, computed once for all layers that share them."""
+    """Return the cosine and sine of the angles, fp32 `[sequence, width / 2]`.
+
+    They are computed once for all layers that share the angles.
+    """
     axis = add_initializer(model, f"{angles.name}_first", np.zeros(1, np.int64))
     squeeze = ir.node("Squeeze", [angles, axis], name=f"{angles.name}_rows")
     functions = [ir.node(kind, [squeeze.outputs[0]], name=f"{angles.name}_{kind}") for kind in ("Cos", "Sin")]
@@ -196,7 +223,7 @@ def _caches(model: ir.Model, angles: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _tidy(node: ir.Node, width: int) -> None:
-    """Drop two reshapes behind the attention that undo each other, and an expansion of its bias to its own shape."""
+    """Remove two reshapes after the attention that undo each other, and an expansion of its bias to the same shape."""
     users = list(node.outputs[0].consumers())
     if len(users) == 1 and users[0].op_type == "Reshape":
         after = list(users[0].outputs[0].consumers())

@@ -1,4 +1,7 @@
-"""ONNX Runtime: the exported graph fused, in fp32, with matrices in int8 on CPUs, or in half precision on GPUs."""
+"""Build the ONNX Runtime engines: the exported graph, fused.
+
+The engines compute in fp32, with matrices in int8 on CPUs, or in half precision on GPUs.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, device: Device) -> Built:
-    """Fuse, then reduce the precision where the spec says so, and run the result once before it counts as built."""
+    """Fuse the graph, reduce its precision if the spec asks for it, and run the result once as a check."""
     model = folder / MODEL_FILE
     fused, fusions = fuse(sources.graph_folder / MODEL_FILE)
     parameters = {f"fused_{name}": str(n) for name, n in fusions.items()}
@@ -55,8 +58,8 @@ def _quantize(
 ) -> Reduced:
     """Write the fused graph with as many of its matrices in int8 as the accuracy gates allow.
 
-    Where nothing keeps the gates, everything is in int8 and `steps` says so; the benchmark then measures what it would
-    have been worth.
+    If no trial passes the gates, all matrices are in int8 and `steps` says so. The benchmark then measures how fast
+    that engine would have been.
     """
     assert device == "cpu", "GPUs have no kernels for these"
     from resources.engines.precision import quantization
@@ -67,7 +70,8 @@ def _quantize(
         raise EngineError(f"{spec.name}: the graph has no matrix product with a constant weight of 16 columns or more.")
     gate_check = open_gate_check(goal, sources)
     trial = target.with_name("trial.onnx")
-    # Each loaded graph is dropped before the next one: together they would take several times the model's memory.
+    # Each loaded graph is dropped before the next one is loaded. Together they would need several times the model's
+    # memory.
     watching, watched = quantization.watched_graph(fused, operators)
     activations = quantization.watch(
         cpu_runner(watching, trial, sources).outputs, watched, gate_check.calibration_batches()
@@ -101,7 +105,7 @@ def _quantize(
 def _reduce_to_half(
     fused: onnx_ir.Model, spec: EngineSpec, sources: Sources, goal: Goal, target: Path, device: Device
 ) -> Reduced:
-    """Write the fused graph with as much of it in half precision as stays finite and keeps the accuracy gates."""
+    """Write the fused graph with as much of it in half precision as stays finite and passes the accuracy gates."""
     from resources.engines.precision.half_precision import WITHOUT_BF16
     from resources.engines.precision.precision_search import reduce_to_half
 
@@ -111,9 +115,13 @@ def _reduce_to_half(
 
 
 def _try_once(model: Path, sources: Sources, device: Device) -> dict[str, str]:
-    """Raise EngineError where the runtime refuses the graph or answers with anything but finite numbers.
+    """Run the graph once to check that it works.
 
-    Returns what the runtime found out about the graph, as parameters.
+    Returns:
+        The findings of the runtime about the graph, as parameters of the engine.
+
+    Raises:
+        EngineError: The runtime refuses the graph, or its answer fails `check_answer`.
     """
     runner = open_runner(model, sources.graph.output, 1, device)
     check_answer(runner, sources)
@@ -123,6 +131,6 @@ def _try_once(model: Path, sources: Sources, device: Device) -> dict[str, str]:
 def load(
     engine: Engine, folder: Path, sources: Sources, threads: int, *, spinning: bool = True
 ) -> OnnxRuntimeRunner | CudaRunner:
-    """A session over the engine's graph."""
+    """Return a session that runs the engine's graph."""
     del sources
     return open_runner(folder / engine.entry_file, engine.output, threads, device_of(engine.target), spinning=spinning)

@@ -1,7 +1,7 @@
-"""ONNX Runtime on one NVIDIA GPU: bound buffers, and a CUDA graph for every shape that is seen.
+"""Run ONNX Runtime on one NVIDIA GPU, with bound buffers and a CUDA graph for each shape.
 
-One module for what is measured and for what serves: a release carries a copy of this file beside its `model.py`, so it
-needs nothing else of this project.
+The benchmark and the served release use the same module. A release carries a copy of this file beside its `model.py`,
+so the file imports nothing else of this project.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-#: Shapes of more tokens are computing for so long that launching their kernels one by one costs nothing.
+#: Shapes with more tokens compute for so long that launching their kernels one by one costs nothing.
 MOST_TOKENS_OF_A_GRAPH = 16384
-#: Every graph keeps its buffers; what comes after so many shapes runs without one.
+#: Every graph keeps its buffers. Shapes that come after this many run without a graph.
 MOST_GRAPHS = 128
-#: Accuracy first: fp32 is fp32, and the sums of a normalization are fp32 too, which costs under one percent.
+#: Accuracy comes first. Products in fp32 do not use TF32, and a normalization sums in fp32, which costs less than one
+#: percent.
 SETTINGS = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
-#: Graphs are captured for these numbers of rows alone, and fewer rows are filled up: a server that batches has all
-#: numbers sooner or later, and capturing one takes as long as a hundred runs.
+#: Graphs are captured only for these numbers of rows, and smaller batches are filled up to the next of them. A server
+#: that batches sees every number of rows sooner or later, and capturing a graph takes as long as a hundred runs.
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 #: Tells ONNX Runtime to run without capturing.
 _NO_GRAPH = "-1"
 
 
 class CudaSession:
-    """A loaded graph. `run` takes int64 arrays `[batch, ...]` by input name and answers the output as fp32.
+    """A loaded graph that runs on one GPU.
 
-    graphs: whether CUDA graphs are captured. It falls back to running without where a node of the graph has no kernel
-    on the GPU, and `why_no_graphs` then says so.
+    `run` takes int64 arrays `[batch, ...]` by input name and returns the output as fp32.
+
+    Args:
+        graphs: Whether to capture CUDA graphs. If a node of the graph has no kernel on the GPU, the session runs
+            without them and gives the reason in `why_no_graphs`.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class CudaSession:
         self._lock = threading.Lock()
 
     def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The output for one batch, on the host."""
+        """Return the output for one batch, in host memory."""
         given = {name: np.ascontiguousarray(batch[name]) for name in self.inputs}
         rows = len(given[self.inputs[0]])
         filled = fill(given, rows_of_a_graph(rows))
@@ -82,9 +86,15 @@ class CudaSession:
             return found
 
     def warm(self, batches: Iterable[Mapping[str, np.ndarray]], most_rows: int, seconds: float) -> int:
-        """Capture the graphs of every number of rows of each batch, until the time is over; how many.
+        """Capture the CUDA graphs of the batches until the time is over.
 
-        batches: of one row each, a length after the other.
+        Args:
+            batches: Batches of one row each, one for each length. Each is captured with every number of rows in `ROWS`.
+            most_rows: The largest number of rows that will run. Graphs for more rows are not captured.
+            seconds: How long the captures may take. One that has begun is completed.
+
+        Returns:
+            The number of shapes that now have a graph.
         """
         end, made = time.monotonic() + seconds, 0
         for batch in batches:
@@ -97,7 +107,7 @@ class CudaSession:
         return made
 
     def slot(self, batch: Mapping[str, np.ndarray]) -> _Slot | None:
-        """The bound buffers and captured graph of a batch's shapes; None where they run without."""
+        """Return the bound buffers and captured graph of the batch's shapes, or None if they run without a graph."""
         key = tuple(sorted((name, array.shape) for name, array in batch.items()))
         if key in self._slots:
             return self._slots[key]
@@ -109,12 +119,15 @@ class CudaSession:
 
 
 def rows_of_a_graph(rows: int) -> int:
-    """With how many rows so many run: the next number that has a graph, or, beyond them, so many."""
+    """Return the number of rows that a batch of `rows` rows is filled up to.
+
+    It is the next number in `ROWS`, or `rows` itself if that is larger than all of them.
+    """
     return next((size for size in ROWS if size >= rows), rows)
 
 
 def fill(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-    """The arrays with so many rows, the first one repeated at the end."""
+    """Return the arrays with `rows` rows, by repeating the first row at the end."""
     return {
         name: np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)]) if len(array) < rows else array
         for name, array in batch.items()
@@ -122,7 +135,7 @@ def fill(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
 
 
 class _Slot:
-    """Buffers of one shape at addresses that stay, and the graph that reads and writes them."""
+    """The buffers of one shape, at fixed addresses, and the CUDA graph that reads and writes them."""
 
     def __init__(self, session: Any, output: str, batch: Mapping[str, np.ndarray], device: int, number: int) -> None:
         self._session = session
@@ -142,19 +155,19 @@ class _Slot:
         self.run()
 
     def run(self) -> None:
-        """One run on what the inputs hold; the answer is there when it returns."""
+        """Run the graph on the numbers in the inputs, and return when the answer is complete."""
         self._session.run_with_iobinding(self._binding, self._options)
 
 
 def _open(path: object, threads: int, settings: Mapping[str, str]) -> Any:
-    if find_spec("nvidia"):  # CUDA as Python packages, which no loader finds by itself
+    if find_spec("nvidia"):  # no loader finds the CUDA libraries in Python packages by itself
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=[("CUDAExecutionProvider", dict(settings))])
-    # Where the provider cannot be loaded, ONNX Runtime falls back to the CPU in silence.
+    # If the provider cannot be loaded, ONNX Runtime falls back to the CPU without an error.
     if session.get_providers()[0] != "CUDAExecutionProvider":
         raise RuntimeError(
             "ONNX Runtime cannot use CUDA here: its CUDA provider did not load. It needs CUDA 13 and cuDNN 9 on "

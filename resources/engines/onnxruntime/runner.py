@@ -1,4 +1,7 @@
-"""Run graphs with ONNX Runtime, on the processor or on the first GPU. Lives in child processes only."""
+"""Run graphs with ONNX Runtime on the CPU or on the first GPU.
+
+Only child processes import this module.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ MODEL_FILE = "model.onnx"
 
 
 def save_graph(model: onnx_ir.Model, path: Path, *, external: bool) -> None:
-    """Write a graph, its weights in a file beside it where `external`.
+    """Write a graph, with its weights in a file beside it if `external` is set.
 
-    Exporters write down stack traces, and so the folders of the machine; those are left out.
+    The graph's metadata is left out, because exporters write stack traces into it, and with them the folders of the
+    machine.
     """
     import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -35,9 +39,10 @@ def save_graph(model: onnx_ir.Model, path: Path, *, external: bool) -> None:
 
 
 def cpu_runner(model: onnx_ir.Model, path: Path, sources: Sources, *, as_written: bool = False) -> OnnxRuntimeRunner:
-    """The graph, loaded to run on the processor, from a file that is gone again.
+    """Load the graph to run on the CPU, from a file that is deleted again.
 
-    as_written: QuantizeLinear and DequantizeLinear stay what they are, instead of becoming part of a product.
+    With `as_written`, QuantizeLinear and DequantizeLinear run as operators of their own, instead of becoming part of a
+    product.
     """
     runner = trial_runner(model, path, sources, "cpu", as_written=as_written)
     assert isinstance(runner, OnnxRuntimeRunner), "that is what runs on CPUs"
@@ -47,9 +52,12 @@ def cpu_runner(model: onnx_ir.Model, path: Path, sources: Sources, *, as_written
 def trial_runner(
     model: onnx_ir.Model, path: Path, sources: Sources, device: Device, *, as_written: bool = False
 ) -> OnnxRuntimeRunner | CudaRunner:
-    """The graph, loaded from a file that is gone again. With all cores: nothing is measured meanwhile."""
+    """Load the graph from a file that is deleted again.
+
+    It runs with all cores, because nothing is measured during a trial.
+    """
     try:
-        save_graph(model, path, external=True)  # or the runtime would hold every weight twice while it loads
+        save_graph(model, path, external=True)  # otherwise the runtime holds every weight twice while it loads
         return open_runner(
             path, sources.graph.output, len(os.sched_getaffinity(0)), device, graphs=False, as_written=as_written
         )
@@ -59,7 +67,11 @@ def trial_runner(
 
 
 def check_answer(runner: Runner, sources: Sources) -> None:
-    """Raise EngineError where the engine answers a batch of one token with anything but finite numbers."""
+    """Check that the engine answers a small batch with finite numbers of the expected shape.
+
+    Raises:
+        EngineError: The answer has another shape, or one of its numbers is not finite.
+    """
     task = TASKS[sources.checkpoint.task]
     rows, tokens = 2, 8
     encoder = TextEncoder.from_folder(str(sources.checkpoint_folder))
@@ -70,7 +82,7 @@ def check_answer(runner: Runner, sources: Sources) -> None:
 
 
 class OnnxRuntimeRunner:
-    """One session on the CPU."""
+    """An ONNX Runtime session on the CPU."""
 
     def __init__(
         self, model: Path, output: str, threads: int, *, spinning: bool = True, as_written: bool = False
@@ -83,10 +95,11 @@ class OnnxRuntimeRunner:
         self._inputs = {item.name for item in self._session.get_inputs()}
 
     def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the graph's output for one batch."""
         return self.outputs([self._output], batch)[0]
 
     def outputs(self, names: Sequence[str], batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs of those names."""
+        """Return the outputs of those names."""
         answers: list[np.ndarray] = self._session.run(
             list(names), {name: array for name, array in batch.items() if name in self._inputs}
         )
@@ -94,7 +107,7 @@ class OnnxRuntimeRunner:
 
 
 class CudaRunner:
-    """One session on the first GPU."""
+    """An ONNX Runtime session on the first GPU."""
 
     def __init__(self, model: Path, output: str, threads: int, *, graphs: bool = True) -> None:
         from resources.engines.onnxruntime.cuda import CudaSession
@@ -106,10 +119,11 @@ class CudaRunner:
 
     @property
     def why_no_graphs(self) -> str:
-        """Why no CUDA graphs are captured; empty where they are."""
+        """The reason why no CUDA graphs are captured; empty if they are."""
         return self._session.why_no_graphs
 
     def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the graph's output for one batch."""
         return self._session.run(batch)
 
 
@@ -123,6 +137,7 @@ def open_runner(
     spinning: bool = True,
     as_written: bool = False,
 ) -> OnnxRuntimeRunner | CudaRunner:
+    """Load a graph from its file to run on the device."""
     if device == "cuda":
         return CudaRunner(path, output, threads, graphs=graphs)
     return OnnxRuntimeRunner(path, output, threads, spinning=spinning, as_written=as_written)

@@ -1,39 +1,42 @@
-"""Opening an ONNX Runtime session: one module for what is measured and for what serves.
+"""Open ONNX Runtime sessions on the CPU.
 
-A release carries a copy of this file beside its `model.py`, so it needs nothing else of this project.
+The benchmark and the served release use the same module. A release carries a copy of this file beside its `model.py`,
+so the file imports nothing else of this project.
 """
 
 import onnxruntime
 
-#: MiniLM in int8 on two cores: 1x16 in 1.28 ms (as ONNX Runtime likes 1.44), 1x128 in 6.74 (6.75); and two of them side
-#: by side 290 requests a second (220).
+#: Measured with MiniLM in int8 on two cores: 1x16 takes 1.28 ms (1.44 with ONNX Runtime's default), 1x128 takes 6.74 ms
+#: (6.75). Two such sessions side by side answer 290 requests a second (220).
 _SPIN_MICROSECONDS = 100
 
 
 def open_session(
     path: str, threads: int, *, spinning: bool = True, as_written: bool = False
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU with so many threads. Raises what ONNX Runtime raises.
+    """Open a session on the CPU that runs with the given number of threads.
 
-    spinning: whether threads keep their cores while they wait for the next operator of a run. as_written:
-    QuantizeLinear and DequantizeLinear stay operators of their own.
+    Errors of ONNX Runtime are raised unchanged. With `spinning`, threads keep their cores while they wait for the next
+    operator of a run. With `as_written`, QuantizeLinear and DequantizeLinear stay operators of their own.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Idle threads would otherwise spin for a while after each run, on cores that others need by then.
+    # Without this setting idle threads spin for a while after each run, on cores that other work needs by then.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    # Long enough for the gaps between parallel operators; for as long as it likes costs no less time, and others more.
+    # This time covers the gaps between parallel operators. ONNX Runtime's longer default is no faster, and it slows
+    # other work down.
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
     if as_written:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # The provider by name: asking for CUDA where there is none logs an error and falls back in silence.
+    # The CPU's provider is named, because asking for CUDA on a machine without it logs an error and falls back
+    # silently.
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def session_of_bytes(graph: bytes) -> onnxruntime.InferenceSession:
-    """A session over a small graph in memory, to see what it computes."""
+    """Open a session for a small graph in memory, to find out what the graph computes."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -1,8 +1,9 @@
-"""ONNX Runtime over its TensorRT provider: what the direct engines of TensorRT are compared with.
+"""Build the engine of ONNX Runtime's TensorRT provider, with which the direct TensorRT engines are compared.
 
-The provider gets the exported graph in fp32 and chooses what runs in half precision, as its users do. A graph with
-explicit types would gain nothing: the provider builds weakly typed networks, for which types in a graph are hints.
-Nothing is kept in fp32 by us either, but for normalization; where that overflows, the gates say so.
+The provider gets the exported graph in fp32 and chooses what runs in half precision, as it does for its other users. A
+graph with explicit types would gain nothing: the provider builds weakly typed networks, for which the types in a graph
+are hints. Apart from normalization this project keeps nothing in fp32 either. If a value overflows, the accuracy gates
+show it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 
 def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, device: Device) -> Built:
-    """Write the exported graph, and let the provider build its engines beside it. Raises EngineError."""
+    """Write the exported graph, and let the provider build its engines beside it.
+
+    Raises:
+        EngineError: The provider cannot take the graph, or its engine gives wrong answers to a small batch.
+    """
     del spec, device
     import onnx
 
@@ -38,7 +43,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
     check_profiles(sources.checkpoint.model, goal.tuning.profiles, sources.checkpoint.max_tokens)
     from resources.engines.precision.tensorrt_precision import plain_graph
 
-    # Not as it is: exporters write down stack traces, and so the folders of the machine.
+    # The graph is written anew, because exporters write stack traces into it, and with them the folders of the machine.
     save_graph(
         plain_graph(sources.graph_folder / MODEL_FILE), folder / MODEL_FILE, external=sources.graph.external_data
     )
@@ -62,13 +67,13 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
 
 
 def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> _Runner:
-    """A session over the graph, with the engines that were built beside it."""
+    """Return a session that runs the graph with the engines that were built beside it."""
     del sources
     return _Runner(folder / engine.entry_file, engine.output, threads)
 
 
 class _Runner:
-    """One session on the first GPU."""
+    """A session of the TensorRT provider on the first GPU."""
 
     def __init__(self, model: Path, output: str, threads: int) -> None:
         try:
@@ -81,10 +86,11 @@ class _Runner:
 
 
 def provider_settings(inputs: Sequence[str], extra: Sequence[str], tuning: Tuning) -> dict[str, str]:
-    """The provider's options that say what is built.
+    """Return the provider's options that determine what it builds.
 
-    One profile for all shapes: it writes down several, and runs the first alone
-    (https://github.com/microsoft/onnxruntime/pull/31624, open in November 2026). Tuned for the middle one.
+    There is one profile for all shapes, because the provider writes several profiles down but runs only the first
+    (https://github.com/microsoft/onnxruntime/pull/31624, open in November 2026). It is tuned for the best shape of the
+    middle one of the profiles.
     """
     profiles = sorted(tuning.profiles, key=lambda profile: profile.best.batch * profile.best.sequence)
     best = profiles[len(profiles) // 2].best

@@ -1,6 +1,7 @@
-"""ONNX Runtime over its TensorRT provider: one module for what is measured and for what serves.
+"""Run ONNX Runtime with its TensorRT provider.
 
-A release carries a copy of this file beside its `model.py`, so it needs nothing else of this project.
+The benchmark and the served release use the same module. A release carries a copy of this file beside its `model.py`,
+so the file imports nothing else of this project.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-#: Beside the graph: the provider's settings, and what it built and timed.
+#: The file beside the graph that holds the provider's settings. `CACHE_FOLDER`, also beside the graph, holds the
+#: engines that the provider built and its timings.
 SETTINGS_FILE = "provider.json"
-#: The settings that are taken from that file. The provider has others, one of which names libraries to load: a file
-#: that lies where others may write must not choose what code runs.
+#: The settings that are read from that file. The provider has others, and one of them names libraries to load. A file
+#: that others may be able to write must not choose which code runs.
 SETTINGS = (
     "trt_builder_optimization_level",
     "trt_fp16_enable",
@@ -34,10 +36,11 @@ CACHE_FOLDER = "provider_cache"
 
 
 class ProviderSession:
-    """A loaded graph. `run` takes int64 arrays `[batch, ...]` by input name and answers the output as fp32.
+    """A loaded graph that runs with the TensorRT provider.
 
-    The provider writes into its cache what it does not find there. An artifact and a release never change, so it gets
-    a copy, for as long as the session lives.
+    `run` takes int64 arrays `[batch, ...]` by input name and returns the output as fp32. The provider adds to its cache
+    what it does not find there. Artifacts and releases never change, so the provider works on a copy of the cache that
+    exists as long as the session.
     """
 
     def __init__(self, path: str | Path, output: str, *, device: int = 0, threads: int = 1) -> None:
@@ -45,21 +48,25 @@ class ProviderSession:
         settings = read_settings(folder / SETTINGS_FILE)
         self._scratch = tempfile.TemporaryDirectory(prefix="refinery-")
         cache = Path(self._scratch.name) / CACHE_FOLDER
-        if (folder / CACHE_FOLDER).is_dir():  # an empty one is no file of an artifact
+        if (folder / CACHE_FOLDER).is_dir():  # an artifact does not keep empty folders
             shutil.copytree(folder / CACHE_FOLDER, cache)
         cache.mkdir(exist_ok=True)
         self._session = open_provider(path, settings, cache, device=device, threads=threads)
         self.output, self.inputs = output, [item.name for item in self._session.get_inputs()]
 
     def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The output for one batch, on the host."""
+        """Return the output for one batch, in host memory."""
         given = {name: np.ascontiguousarray(batch[name]) for name in self.inputs}
         answer: np.ndarray = self._session.run([self.output], given)[0]
         return answer
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """The provider's settings in that file. Raises ValueError where one is not among SETTINGS."""
+    """Return the provider's settings from that file.
+
+    Raises:
+        ValueError: The file contains a setting that is not in `SETTINGS`.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:
@@ -70,10 +77,14 @@ def read_settings(path: Path) -> dict[str, str]:
 def open_provider(
     path: str | Path, settings: Mapping[str, str], cache: Path, *, device: int = 0, threads: int = 1
 ) -> Any:
-    """A session whose engines and timings are kept in the folder `cache`. Raises RuntimeError where TensorRT is not."""
-    if find_spec("nvidia"):  # CUDA as Python packages, which no loader finds by itself
+    """Open a session that keeps its engines and timings in the folder `cache`.
+
+    Raises:
+        RuntimeError: TensorRT cannot be loaded.
+    """
+    if find_spec("nvidia"):  # no loader finds the CUDA libraries in Python packages by itself
         onnxruntime.preload_dlls()
-    if find_spec("tensorrt"):  # likewise: importing it loads its libraries, which the provider then finds
+    if find_spec("tensorrt"):  # importing it loads its libraries, which the provider then finds
         import_module("tensorrt")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -88,10 +99,10 @@ def open_provider(
     }
     providers = [
         ("TensorrtExecutionProvider", {**settings, **place}),
-        ("CUDAExecutionProvider", {"device_id": str(device)}),  # what TensorRT does not take
+        ("CUDAExecutionProvider", {"device_id": str(device)}),  # runs the operators that TensorRT does not support
     ]
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    # Where the provider cannot be loaded, ONNX Runtime falls back in silence.
+    # If the provider cannot be loaded, ONNX Runtime falls back to another one without an error.
     if session.get_providers()[0] != "TensorrtExecutionProvider":
         raise RuntimeError(
             "ONNX Runtime cannot use TensorRT here: its provider did not load. It needs the libraries of TensorRT 10, "

@@ -1,7 +1,7 @@
-"""OpenVINO: the exported graph as a model of its own format, in fp32, on the CPU.
+"""Build the OpenVINO engine: the exported graph in OpenVINO's own format, in fp32, for the CPU.
 
-From the plain graph, not from the one that is fused for ONNX Runtime: OpenVINO has rules of its own, and does not know
-ONNX Runtime's operators.
+The builder starts from the plain graph and not from the one that is fused for ONNX Runtime. OpenVINO has its own fusion
+rules and does not know ONNX Runtime's operators.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ _GRAPH_FILE = "model.onnx"
 
 
 def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, device: Device) -> Built:
-    """Convert, and run the result once before it counts as built. Raises EngineError."""
+    """Convert the graph, and run the result once as a check.
+
+    Raises:
+        EngineError: OpenVINO cannot convert the graph, or the converted model fails on a small batch.
+    """
     from resources.engines.onnxruntime.runner import check_answer
 
     del goal, device
     try:
-        # Not openvino.convert_model, which does the same and reports its use to OpenVINO's makers.
+        # openvino.convert_model does the same, but it reports its use to OpenVINO's makers.
         model = openvino.Core().read_model(sources.graph_folder / _GRAPH_FILE)
-        # Weights would be written in fp16 otherwise, and with them the answers change.
+        # By default the weights are written in fp16, which changes the answers.
         openvino.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
     except Exception as error:
         raise EngineError(f"{spec.name}: OpenVINO cannot convert the graph: {_reason(error)}") from error
@@ -42,7 +46,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
 
 
 class OpenVinoRunner:
-    """One compiled model."""
+    """A compiled OpenVINO model."""
 
     def __init__(self, model: Path, output: str, threads: int) -> None:
         try:
@@ -52,20 +56,24 @@ class OpenVinoRunner:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What it was compiled with, whatever the number of threads."""
+        """The properties that the model was compiled with, without those that depend on the number of threads."""
         return {name.lower(): value for name, value in self._session.settings.items() if "THREADS" not in name}
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the model's output for one batch."""
         return self._session.run(batch)
 
 
 def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> OpenVinoRunner:
-    """The engine's model, compiled."""
+    """Return the engine's model, compiled."""
     del sources
     return OpenVinoRunner(folder / engine.entry_file, engine.output, threads)
 
 
 def _reason(error: Exception) -> str:
-    """OpenVINO's messages begin with where in its source they come from; what went wrong is in the last lines."""
+    """Return the cause of an OpenVINO error.
+
+    OpenVINO's messages begin with positions in its source; the cause is in the last lines.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[-2:])[:300] or type(error).__name__

@@ -1,6 +1,7 @@
-"""Opening an OpenVINO model: one module for what is measured and for what serves.
+"""Run an OpenVINO model.
 
-A release carries a copy of this file beside its `model.py`, so it needs nothing else of this project.
+The benchmark and the served release use the same module. A release carries a copy of this file beside its `model.py`,
+so the file imports nothing else of this project.
 """
 
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import openvino
 
-#: One request at a time with all threads, computed in fp32: on processors that have it OpenVINO would take bfloat16.
-#: Threads are not pinned: two models on one machine would be pinned to the same cores.
+#: One request runs at a time, with all threads, in fp32. On processors with bfloat16 OpenVINO would otherwise use it.
+#: Threads are not pinned, because two models on one machine would be pinned to the same cores.
 SETTINGS = {
     "PERFORMANCE_HINT": "LATENCY",
     "NUM_STREAMS": 1,
@@ -20,7 +21,10 @@ SETTINGS = {
 
 
 class OpenVinoSession:
-    """One model, compiled for the CPU. `inputs`: names of the arrays that it reads. Raises what OpenVINO raises."""
+    """A model, compiled for the CPU.
+
+    Its attribute `inputs` holds the names of the arrays that the model reads. Errors of OpenVINO are raised unchanged.
+    """
 
     def __init__(self, path: object, output: str, threads: int) -> None:
         compiled = openvino.Core().compile_model(str(path), "CPU", {**SETTINGS, "INFERENCE_NUM_THREADS": threads})
@@ -31,12 +35,18 @@ class OpenVinoSession:
         self._output: Any = compiled.output(output)
 
     def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The output for arrays by name, in memory of the caller's own: the next run writes over the request's."""
+        """Return the output for the arrays, which are given by input name.
+
+        The output is a copy, because the next run overwrites the memory of the request.
+        """
         self._request.infer({name: batch[name] for name in self.inputs}, share_inputs=True)
         answer: np.ndarray = self._request.get_tensor(self._output).data.copy()
         return answer
 
 
 def _text(value: object) -> str:
-    """A property as it is set; element types would show themselves as `<Type: 'float32'>`."""
+    """Return a property in the form in which it is set.
+
+    The text of an element type would otherwise be `<Type: 'float32'>`.
+    """
     return str(value.to_string() if isinstance(value, openvino.Type) else getattr(value, "name", value))

@@ -1,14 +1,15 @@
-"""A graph in half precision: fp16 or bf16 where tensor cores work, fp32 where accuracy is made or lost.
+"""Write a graph in half precision: fp16 or bf16 where tensor cores work, fp32 where accuracy depends on it.
 
-Products, attention, normalization and what lies between them run in half precision. What follows the last of those
-(pooling, softmax over labels, the norm of a vector) stays in fp32: `clamp(min=1e-9)` is 0 in fp16, and a pooled row
-then NaN. So do operators whose inputs or outputs come near the largest number of fp16, and those that the ladder finds.
+Products, attention, normalization and the operators between them run in half precision. The operators after the last of
+those (pooling, the softmax over labels, the norm of a vector) stay in fp32, because `clamp(min=1e-9)` is 0 in fp16 and
+a pooled row is then NaN. Operators whose inputs or outputs come near the largest number of fp16 stay in fp32 as well,
+and so do the operators that the ladder finds.
 
-bf16 has the range of fp32, so nothing overflows, and three bits less than fp16 to say a number with.
+bf16 has the range of fp32, so nothing overflows. It has three bits fewer than fp16 for the digits of a number.
 
-Processors have kernels for neither. ONNX Runtime refuses bf16 there; for fp16 it computes in fp32 and, between two
-operators that it has no kernel for, drops the rounding too, and an overflow with it. So what half precision does to the
-answers is computed there in fp32, with a rounding of our own wherever the graph has the half type (`emulated`).
+CPUs have kernels for neither. ONNX Runtime refuses bf16 there. For fp16 it computes in fp32 and, between two operators
+that it has no kernel for, drops the rounding too, and with it an overflow. On a CPU the effect of half precision on the
+answers is therefore computed in fp32, and this module rounds wherever the graph has the half type (`emulated`).
 """
 
 from __future__ import annotations
@@ -31,20 +32,22 @@ from resources.engines.graphs import (
 )
 from resources.engines.precision.ladder import Operator
 
-#: Largest finite fp16, and what counts as near it: other texts than those that were watched go further.
+#: The largest finite number of fp16, and the number that counts as near it. The bound is lower because other texts
+#: reach further than the texts that were watched.
 LARGEST = 65504.0
 NEAR = LARGEST / 4
 Kind = Literal["fp16", "bf16"]
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-#: Stands for minus infinity in masks; a score may be added to it.
+#: Stands for minus infinity in masks. It leaves room for a score of up to `_SCORES` that is added to it.
 _LOWEST = -60000.0
-#: The same by kind. Of bf16 it is the range of fp32 that ends: fp32's own lowest number rounds to minus infinity.
+#: The same for each kind. The limit of bf16 is the range of fp32, whose own lowest number bf16 would round to minus
+#: infinity.
 _LOWEST_OF = {"fp16": _LOWEST, "bf16": -3e38}
 _SCORES = 5000.0
-#: Operators of ONNX Runtime that have no bf16 kernel for CUDA, where they have one for fp16: they stay in fp32 between
-#: neighbours in bf16. (ONNX Runtime's docs/OperatorKernels.md, and what 1.31's CUDA library holds.)
+#: Operators that have a CUDA kernel for fp16 in ONNX Runtime and none for bf16. They stay in fp32 between neighbours in
+#: bf16. (Sources: ONNX Runtime's docs/OperatorKernels.md, and the kernels in the CUDA library of 1.31.)
 WITHOUT_BF16 = frozenset({(CONTRIB, "EmbedLayerNormalization"), (CONTRIB, "BiasSplitGelu"), ("", "Pad")})
-#: Always in half precision, unless kept.
+#: Operators that run in half precision unless they are kept.
 _HEAVY = {
     ("", "MatMul"),
     ("", "Gemm"),
@@ -55,7 +58,7 @@ _HEAVY = {
     (CONTRIB, "FusedMatMul"),
     (CONTRIB, "SkipLayerNormalization"),
 }
-#: In half precision where what they are given is.
+#: Operators that run in half precision if one of their inputs is in half precision.
 _FOLLOWING = {
     *(
         ("", name)
@@ -65,12 +68,13 @@ _FOLLOWING = {
     *(("", name) for name in ("Gather", "GatherElements", "Tile", "Pad")),
     *((CONTRIB, name) for name in ("BiasGelu", "FastGelu", "Gelu", "RotaryEmbedding", "BiasSplitGelu", "QuickGelu")),
 }
-#: Inputs that are numbers of the layer, where others are indices, shapes or lengths. Left out: all that are float.
+#: The places of the inputs that are indices, conditions, shapes or lengths instead of numbers of the layer. For other
+#: operators the types of the inputs decide.
 _INTEGER_INPUTS = {"Gather": (1,), "GatherElements": (1,), "Where": (0,), "Reshape": (1,), "Slice": (1, 2, 3, 4)}
 
 
 def halvable(model: ir.Model) -> list[ir.Node]:
-    """The nodes that run in half precision where nothing is kept, in the order of the graph."""
+    """Return the nodes that run in half precision if none is kept, in the order of the graph."""
     heavy_after = _heavy_after(model)
     half: set[ir.Value] = set()
     found = []
@@ -87,9 +91,9 @@ def halvable(model: ir.Model) -> list[ir.Node]:
 
 
 def find_operators(model: ir.Model, *, wide: Collection[tuple[str, str]] = ()) -> list[Operator]:
-    """The products, attentions and normalizations that the ladder decides on, in the order of the graph.
+    """Return the products, attentions and normalizations that the ladder decides on, in the order of the graph.
 
-    wide: operators that are in fp32 anyway, as in `to_half`.
+    Operators in `wide` run in fp32 anyway, as in `to_half`, and are left out.
     """
     kinds = [kind for kind in _HEAVY if kind not in wide]
     nodes = [node for node in halvable(model) if (node.domain, node.op_type) in kinds]
@@ -105,7 +109,7 @@ def find_operators(model: ir.Model, *, wide: Collection[tuple[str, str]] = ()) -
 
 
 def paths_of(model: ir.Model, names: Collection[str]) -> dict[str, str]:
-    """The modules that those nodes come from, by the nodes' names."""
+    """Return the modules that those nodes come from, by the nodes' names."""
     return {str(node.name): module_path(node) for node in model.graph if node.name in names}
 
 
@@ -117,10 +121,16 @@ def to_half(
     wide: Collection[tuple[str, str]] = (),
     emulated: bool = False,
 ) -> ir.Model:
-    """A copy with all that can in half precision but the nodes of those names. Its inputs and outputs are the model's.
+    """Return a copy in half precision, except the nodes whose names are in `kept`.
 
-    wide: operators, by domain and type, that are computed in fp32 wherever they are; what lies around them is not.
-    emulated: every type stays fp32, and numbers are rounded through the half type wherever they would have it.
+    The copy has the inputs and outputs of the model.
+
+    Args:
+        model: The model, in fp32.
+        kept: The names of the nodes that stay in fp32.
+        kind: The type of half precision.
+        wide: Operators, by domain and type, that are always computed in fp32. Their neighbours are not affected.
+        emulated: Keep every type at fp32, and round numbers through the half type wherever they would have it.
     """
     copy = model.clone()
     type_, suffix = _TYPES[kind], "half" if kind == "fp16" else kind
@@ -191,10 +201,10 @@ def to_half(
 
 
 def near_overflow(model: ir.Model, seen: Mapping[str, float]) -> dict[str, float]:
-    """Nodes by name whose numbers come near the largest of fp16, with the largest that was seen.
+    """Return the nodes whose numbers come near the largest number of fp16, with the largest number that was seen.
 
-    seen: the largest absolute number of each value, by name, on real text. A weight counts like a value; a mask does
-    not.
+    `seen` holds the largest absolute number of each value on real text, by name. The numbers of a weight count too; the
+    numbers of a mask do not.
     """
     found = {}
     for node in halvable(model):
@@ -206,9 +216,12 @@ def near_overflow(model: ir.Model, seen: Mapping[str, float]) -> dict[str, float
 
 
 def watched_values(model: ir.Model) -> tuple[ir.Model, list[str]]:
-    """A copy that answers the largest absolute number of everything that would be fp16, and the names of those values.
+    """Return a copy that outputs the largest absolute number of every value that would be fp16.
 
-    Its outputs are called as the values, with `_largest` behind.
+    The name of each output is the value's name with `_largest` appended.
+
+    Returns:
+        The copy, and the names of the values.
     """
     copy = model.clone()
     _bound_masks(copy, _LOWEST)
@@ -224,7 +237,7 @@ def watched_values(model: ir.Model) -> tuple[ir.Model, list[str]]:
     copy.graph.outputs.clear()
     names = []
     for value in values:
-        # What a mask adds is as low as can be, and is meant to be.
+        # A number that a mask adds is low on purpose, so it does not count.
         above = ir.node("Greater", [value, low], name=f"{value.name}_above")
         below = ir.node("Less", [value, high], name=f"{value.name}_below")
         masked = ir.node("And", [above.outputs[0], below.outputs[0]], name=f"{value.name}_masked")
@@ -243,13 +256,13 @@ def watched_values(model: ir.Model) -> tuple[ir.Model, list[str]]:
 
 def _largest(value: ir.Value, seen: Mapping[str, float]) -> float:
     if is_constant(value):
-        # One number that low stands for minus infinity, and is bounded.
+        # A single number this low stands for minus infinity and is bounded elsewhere.
         return float(np.abs(array_of(value)).max(initial=0.0)) if _is_float(value) and not _is_mask(value) else 0.0
     return seen.get(str(value.name), 0.0)
 
 
 def _heavy_after(model: ir.Model) -> set[ir.Node]:
-    """Nodes whose result reaches a product, attention or normalization."""
+    """Return the nodes whose result reaches a product, an attention or a normalization."""
     found: set[ir.Node] = set()
     for node in reversed(list(model.graph)):
         for output in node.outputs:
@@ -260,7 +273,7 @@ def _heavy_after(model: ir.Model) -> set[ir.Node]:
 
 
 def _numbers(node: ir.Node) -> list[ir.Value]:
-    """The inputs that are numbers, and not indices, shapes or lengths, as far as the operator tells."""
+    """Return the inputs that are numbers, without indices, shapes and lengths, as far as the operator's type tells."""
     if node.domain == CONTRIB and node.op_type == "EmbedLayerNormalization":
         return [item for item in node.inputs[2:7] if item is not None]
     if node.domain == CONTRIB and node.op_type in ("Attention", "MultiHeadAttention"):
@@ -271,7 +284,10 @@ def _numbers(node: ir.Node) -> list[ir.Value]:
 
 
 def _half_outputs(node: ir.Node) -> list[ir.Value]:
-    """The outputs that are numbers of the layer: of normalization the mean and deviation are not."""
+    """Return the outputs that are numbers of the layer.
+
+    The mean and the deviation that a normalization outputs are not.
+    """
     if node.op_type == "SkipLayerNormalization":
         return [output for place, output in enumerate(node.outputs) if place in (0, 3)]
     if node.op_type in ("EmbedLayerNormalization", "LayerNormalization", "Attention", "MultiHeadAttention"):
@@ -288,7 +304,7 @@ def _may_be_float(value: ir.Value) -> bool:
 
 
 def _bound_masks(model: ir.Model, lowest: float) -> None:
-    """Let constants that stand for minus infinity stay finite in half precision."""
+    """Make constants that stand for minus infinity finite in half precision."""
     for value in list(model.graph.initializers.values()):
         if _is_float(value) and _is_mask(value, lowest):
             value.const_value = ir.tensor(np.full(array_of(value).shape, lowest, np.float32), name=value.name)

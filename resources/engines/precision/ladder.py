@@ -1,12 +1,12 @@
-"""The precision ladder: which operators to leave in higher precision so that the accuracy gates are kept.
+"""The precision ladder: finds the operators that must stay in higher precision so that the accuracy gates pass.
 
-Everything in low precision is tried first. Where that misses a gate, operators run in low precision alone, each by
-itself where the budget allows. Else they are bisected: sets of them run in low precision alone, the set that harms the
-answers most is cut in two, and so on until the harm has a place. Then the fewest of the worst sets are left as they
-were that keep the gates. Errors of independent operators add up in squares, which is why the harm of a set alone says
-how much leaving it out will mend.
+The first trial runs everything in low precision. If that misses a gate, the search measures the harm of the operators.
+If the budget allows, each operator runs in low precision alone. Otherwise sets of operators do, and the set that harms
+the answers most is cut in two, again and again, until the harm is located. The search then keeps as few of the worst
+sets in higher precision as suffice for the gates. Errors of independent operators add up in squares, so the harm of a
+set alone tells how much it helps to keep that set.
 
-The search knows nothing of graphs: it is given the trials as functions.
+The search does not know graphs. It gets the trials as functions.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 
 from resources.errors import EngineError
 
-#: Share of the seconds for measuring harm. The rest is for finding the fewest that suffice.
+#: The share of the seconds for measuring harm. The rest is for finding the fewest operators that suffice.
 _SHARE_FOR_HARM = 0.5
-#: Sets whose harm is below this share of all harm (in squares) are not cut further.
+#: Sets whose squared harm is below this share of the sum of all squared harms are not cut further.
 _NEGLIGIBLE = 0.05
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What is decided on as one: a product with a weight `[rows, columns]`, by every node that uses that weight."""
+    """The unit that the ladder decides on: the products of all nodes that use one weight `[rows, columns]`."""
 
     name: str
     rows: int
@@ -34,15 +34,18 @@ class Operator:
 
     @property
     def cost(self) -> int:
-        """Multiplications a token, and so what leaving it out of low precision costs."""
+        """The multiplications for each token, which are the price of keeping the operator in higher precision."""
         return self.rows * self.columns * len(self.nodes)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What the search found. kept: operators left in higher precision; steps: what was tried, a sentence each.
+    """The result of a search.
 
-    passed: the gates are kept with these. Else nothing that was tried keeps them, and `kept` is empty.
+    Args:
+        kept: The operators that stay in higher precision. Empty if no trial passed the gates.
+        passed: Whether the gates pass with these operators kept.
+        steps: The trials, one sentence each.
     """
 
     kept: tuple[str, ...]
@@ -52,7 +55,10 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What came of reducing a graph's precision; the fields are those of resources.engines.interface.Built."""
+    """The result of reducing a graph's precision.
+
+    The fields are those of `resources.engines.interface.Built`.
+    """
 
     parameters: dict[str, str]
     kept: tuple[str, ...] = ()
@@ -69,11 +75,14 @@ class _Budget:
 
     @property
     def elapsed(self) -> float:
-        """Share of the seconds."""
+        """The share of the seconds that has passed."""
         return (time.monotonic() - self.started) / self.seconds if self.seconds else float("inf")
 
     def take(self) -> bool:
-        """Whether there is room for one more trial; takes it. `spent` says what has come to its end."""
+        """Take one trial from the budget, and return whether there was room for it.
+
+        If there was none, `spent` names the limit that was reached.
+        """
         if self.trials <= 0 or self.elapsed > 1:
             self.spent = "the budget of trials" if self.trials <= 0 else "the time (`ladder.seconds`)"
             return False
@@ -89,7 +98,10 @@ class _Search:
     steps: list[str] = field(default_factory=list)
 
     def harm(self, group: Sequence[Operator]) -> float | None:
-        """Relative error of the answers where only the group runs in low precision; None: the budget is spent."""
+        """Return the relative error of the answers with only the group in low precision.
+
+        The result is None if the budget is spent.
+        """
         if self.budget.elapsed > _SHARE_FOR_HARM or not self.budget.take():
             return None
         value = self.damage([operator.name for operator in group])
@@ -97,7 +109,10 @@ class _Search:
         return value
 
     def passes(self, kept: Sequence[Operator]) -> bool | None:
-        """Whether the gates are kept with those operators in higher precision; None: the budget is spent."""
+        """Return whether the gates pass with those operators in higher precision.
+
+        The result is None if the budget is spent.
+        """
         if not self.budget.take():
             return None
         missed = self.misses([operator.name for operator in kept])
@@ -114,10 +129,14 @@ def search(
     trials: int,
     seconds: float,
 ) -> SearchResult:
-    """Find the operators to keep in higher precision, in so many trials and seconds beyond the first.
+    """Find the operators to keep in higher precision.
 
-    damage: relative error of the answers where only the operators of those names run in low precision.
-    misses: the gates that are missed, each as a sentence, where all run in low precision but those.
+    Args:
+        operators: All operators, in the order of the graph.
+        damage: Returns the relative error of the answers with only the operators of those names in low precision.
+        misses: Returns the gates that are missed, one sentence each, with all operators except those in low precision.
+        trials: How many trials may follow the first.
+        seconds: How long the search may take.
     """
     budget = _Budget(trials + 1, time.monotonic(), seconds)
     running = _Search(damage, misses, budget)
@@ -133,7 +152,11 @@ def search(
 
 
 def known(operators: Sequence[Operator], kept_nodes: Collection[str]) -> SearchResult:
-    """The outcome of an earlier search, by the nodes that it kept. Raises EngineError where they are not all there."""
+    """Return the result of an earlier search, given by the nodes that it kept.
+
+    Raises:
+        EngineError: One of the nodes does not exist.
+    """
     require_nodes(kept_nodes, [node for operator in operators for node in operator.nodes])
     kept = tuple(operator.name for operator in operators if set(operator.nodes) <= set(kept_nodes))
     return SearchResult(
@@ -142,12 +165,16 @@ def known(operators: Sequence[Operator], kept_nodes: Collection[str]) -> SearchR
 
 
 def nodes_of(operators: Sequence[Operator], names: Collection[str]) -> tuple[str, ...]:
-    """The nodes of the operators of those names."""
+    """Return the nodes of the operators of those names."""
     return tuple(node for operator in operators if operator.name in names for node in operator.nodes)
 
 
 def require_nodes(wanted: Collection[str], there: Collection[str]) -> None:
-    """Raise EngineError where a node that is to be kept is not among those that there are."""
+    """Check that all nodes that are to be kept exist.
+
+    Raises:
+        EngineError: One of them does not exist.
+    """
     missing = sorted(set(wanted) - set(there))
     if missing:
         raise EngineError(
@@ -157,10 +184,13 @@ def require_nodes(wanted: Collection[str], there: Collection[str]) -> None:
 
 
 def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[Operator]]:
-    """Sets of operators by harm for their cost: each alone, where the budget is enough for that. Else first by shape,
-    which is what tells the parts of a block apart; then the worst is cut in two by depth, again and again."""
+    """Return sets of operators, ordered by their squared harm for each unit of cost, the worst first.
+
+    If the budget is large enough, each operator is a set of its own. Otherwise the operators are first grouped by
+    shape, which tells the parts of a block apart. The worst set is then cut in two by depth, again and again.
+    """
     budget, count = running.budget, len(operators)
-    # So far there was one trial, of the gates, which takes longer than one of harm.
+    # The only trial so far was one of the gates, which takes longer than a trial of harm.
     alone = count + _trials_for_fewest(count) <= budget.trials and budget.elapsed * count <= _SHARE_FOR_HARM
     sets: dict[str | tuple[int, int], list[Operator]] = {}
     for operator in operators:
@@ -170,7 +200,7 @@ def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[O
         harm = running.harm(group)
         groups.append((0.0 if harm is None else harm, group))
     while budget.trials > _trials_for_fewest(len(groups)):
-        # A harm without bounds (NaN) is never negligible, and says nothing about the others.
+        # An infinite harm (NaN) is never negligible, and it must not make the others look negligible.
         total = sum(harm**2 for harm, _ in groups if harm < float("inf"))
         divisible = [item for item in groups if len(item[1]) > 1 and item[0] ** 2 > _NEGLIGIBLE * total]
         if not divisible:
@@ -188,12 +218,15 @@ def _worst_first(running: _Search, operators: Sequence[Operator]) -> list[list[O
 
 
 def _trials_for_fewest(groups: int) -> int:
-    """How many trials `_fewest` may take for so many sets, about."""
+    """Return about how many trials `_fewest` needs for so many sets."""
     return groups.bit_length() + 3
 
 
 def _fewest(running: _Search, order: Sequence[Sequence[Operator]]) -> list[Operator] | None:
-    """The shortest beginning of the order that keeps the gates, its last set cut down; None where there is none."""
+    """Return the shortest beginning of the order that passes the gates, with its last set cut down.
+
+    The result is None if none was found.
+    """
 
     def beginning(count: int) -> list[Operator]:
         return [operator for group in order[:count] for operator in group]
@@ -205,8 +238,8 @@ def _fewest(running: _Search, order: Sequence[Sequence[Operator]]) -> list[Opera
         if passed is None:
             break
         low, high = (low, middle) if passed else (middle, high)
-    if high == len(order):  # all of them: that is no engine in low precision any more
-        # The last set need not be kept whole, and then it still is one.
+    if high == len(order):  # keeping all sets would leave no engine of low precision
+        # If a part of the last set is enough, the rest of it is still in low precision.
         return _part(running, beginning(high - 1), order[-1], whole_is_known=False)
     return _part(running, beginning(high - 1), order[high - 1], whole_is_known=True)
 
@@ -214,7 +247,10 @@ def _fewest(running: _Search, order: Sequence[Sequence[Operator]]) -> list[Opera
 def _part(
     running: _Search, before: list[Operator], last: Sequence[Operator], *, whole_is_known: bool
 ) -> list[Operator] | None:
-    """`before` and as little of `last` as keeps the gates; all of it only where that is known to."""
+    """Return `before` and as little of `last` as passes the gates.
+
+    All of `last` is returned only if it is known to pass. If nothing passes, the result is None.
+    """
     best = [*before, *last] if whole_is_known else None
     while len(last) > 1:
         half = len(last) // 2

@@ -1,4 +1,4 @@
-"""What the builders of reduced precision share: trials for the ladder, and half precision from graph to file."""
+"""The parts that the builders of reduced precision share: the ladder's trials, and the reduction to half precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from resources.engines.precision.ladder import Operator, Reduced, SearchResult, 
 from resources.engines.precision.quantization import SWITCHES
 from resources.machine.targets import Device
 
-#: Inputs by name, and how many tokens each row has.
+#: Batches: the inputs by name, and the number of tokens in each row.
 Batches = Sequence[tuple[Mapping[str, np.ndarray], Sequence[int]]]
 
 
@@ -32,11 +32,13 @@ def reduce_to_half(
     wide: Collection[tuple[str, str]] = (),
     device: Device = "cpu",
 ) -> Reduced:
-    """Write the graph with as much of it in half precision as stays finite and keeps the accuracy gates.
+    """Write the graph with as much of it in half precision as stays finite and passes the accuracy gates.
 
-    What comes near the largest number of fp16 on real text stays in fp32 at once; what misses a gate for another
-    reason the ladder finds. Where nothing keeps the gates, all that is finite is in half precision and `steps` says so.
-    wide: operators that are computed in fp32 wherever they are, as in `half.to_half`.
+    Nodes whose numbers come near the largest number of fp16 on real text stay in fp32 from the start. The ladder finds
+    the nodes that miss a gate for another reason. If no trial passes the gates, all nodes that stay finite are in half
+    precision and `steps` says so.
+
+    Operators in `wide` are computed in fp32 wherever they are, as in `half_precision.to_half`.
     """
     if goal.kept_nodes is not None:
         require_nodes(goal.kept_nodes, [str(node.name) for node in model.graph])
@@ -48,7 +50,7 @@ def reduce_to_half(
     near = near_overflow(model, trial, sources, gate_check) if kind == "fp16" else {}
     operators = [operator for operator in half.find_operators(model, wide=wide) if not set(operator.nodes) <= set(near)]
     nodes = {operator.name: operator.nodes for operator in operators}
-    emulated = device == "cpu"  # see `half`
+    emulated = device == "cpu"  # see the module `half_precision`
 
     def single(kept: Collection[str]) -> set[str]:
         return {*near, *(node for name in kept for node in nodes[name])}
@@ -60,7 +62,7 @@ def reduce_to_half(
         kept = [operator.name for operator in operators if operator.name not in reduced]
         return trial_runner(halved(kept, emulated=emulated), trial, sources, device).run
 
-    # Each trial has a graph of its own: a switch would cost casts everywhere.
+    # Each trial has a graph of its own, because a switch would need casts everywhere.
     trials = Trials(running, operators, gate_check)
     outcome = search(operators, trials.damage, trials.misses, trials=goal.trials, seconds=goal.seconds)
     save_graph(halved(outcome.kept), target, external=sources.graph.external_data)
@@ -73,18 +75,22 @@ def reduce_to_half(
 
 
 def near_overflow(model: ir.Model, trial: Path, sources: Sources, gate_check: GateCheck) -> dict[str, float]:
-    """Nodes by name whose numbers come near the largest of fp16 on real text, with the largest that was seen."""
+    """Return the nodes whose numbers come near the largest number of fp16 on real text.
+
+    Returns:
+        The largest number that was seen, by the node's name.
+    """
     watching, names = half.watched_values(model)
     runner, seen = cpu_runner(watching, trial, sources), dict.fromkeys(names, 0.0)
     for batch in gate_check.calibration_batches():
         for name, largest in zip(names, runner.outputs([f"{name}_largest" for name in names], batch), strict=True):
-            # Not max(): a NaN must win.
+            # Not max(), because a NaN must win over all numbers.
             seen[name] = float(largest) if not largest <= seen[name] else seen[name]
     return half.near_overflow(model, seen)
 
 
 def explained(model: ir.Model, near: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The modules of the nodes that come near the largest number of fp16, and a sentence for each node."""
+    """Return the modules of the nodes that come near the largest number of fp16, and a sentence for each node."""
     paths = half.paths_of(model, near)
     steps = tuple(
         f"{path} reaches {near[name]:.3g} on real text, near fp16's largest number: kept in fp32"
@@ -94,7 +100,7 @@ def explained(model: ir.Model, near: Mapping[str, float]) -> tuple[tuple[str, ..
 
 
 def verdict(outcome: SearchResult) -> str:
-    """What came of the ladder, as a parameter of the engine."""
+    """Return the result of the ladder as a parameter of the engine."""
     if not outcome.passed:
         return outcome.steps[-1]
     return "gates kept" if outcome.kept else "not needed"
@@ -113,7 +119,13 @@ def open_gate_check(goal: Goal, sources: Sources) -> GateCheck:
 
 
 class Trials:
-    """The trials of the ladder. running: the graph with only the operators of those names in low precision."""
+    """The trials of the ladder.
+
+    Args:
+        running: Returns the function that runs a batch with only the operators of those names in low precision.
+        operators: All operators that the ladder decides on.
+        gate_check: The check that judges the answers.
+    """
 
     def __init__(
         self, running: Callable[[Collection[str]], Run], operators: Sequence[Operator], gate_check: GateCheck
@@ -122,25 +134,29 @@ class Trials:
         self._names = [operator.name for operator in operators]
 
     def damage(self, reduced: Collection[str]) -> float:
-        """Relative error of the answers' numbers where only those operators run in low precision; infinite where one
-        is NaN."""
+        """Return the relative error of the answers with only those operators in low precision.
+
+        The error is infinite if an answer is NaN.
+        """
         batches, exact = self._screening
         return _relative_error(_answers(self._running(reduced), batches), exact)
 
     def misses(self, kept: Collection[str]) -> list[str]:
-        """The gates that are missed where all operators but those run in low precision."""
+        """Return the gates that are missed with all operators except those in low precision."""
         return self._examiner.misses(self._running([name for name in self._names if name not in kept]))
 
     @cached_property
     def _screening(self) -> tuple[Batches, list[np.ndarray]]:
-        """What harm is measured on, and the exact answers. Chosen when harm is first asked for: which texts are hard is
-        known from `misses`."""
+        """The batches that harm is measured on, and their exact answers.
+
+        They are chosen when harm is first measured, because the hard texts are known only after `misses` has run.
+        """
         batches = self._examiner.screening_batches()
         return batches, _answers(self._running([]), batches)
 
 
 def switched(runner: OnnxRuntimeRunner, operators: Sequence[Operator]) -> Callable[[Collection[str]], Run]:
-    """How `Trials` run on one loaded graph with a switch at each operator."""
+    """Return the `running` function of `Trials` for one loaded graph with a switch at each operator."""
     names = [operator.name for operator in operators]
 
     def running(reduced: Collection[str]) -> Run:
@@ -151,7 +167,7 @@ def switched(runner: OnnxRuntimeRunner, operators: Sequence[Operator]) -> Callab
 
 
 def _answers(run: Run, batches: Batches) -> list[np.ndarray]:
-    """One array a row, without what belongs to its padding."""
+    """Return one array for each row, without the answers for its padding."""
     return [
         row[:count] if row.ndim == 2 else row
         for batch, tokens in batches
@@ -160,7 +176,7 @@ def _answers(run: Run, batches: Batches) -> list[np.ndarray]:
 
 
 def _relative_error(found: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
-    """Root of the mean square over the rows; infinite where one is not finite."""
+    """Return the root mean square of the rows' relative errors, or infinity if one is not finite."""
     errors = [
         float(np.linalg.norm(one - other)) / (float(np.linalg.norm(other)) or 1.0)
         for one, other in zip(found, exact, strict=True)

@@ -1,13 +1,17 @@
-"""8-bit matrix products as TensorRT reads them: QuantizeLinear and DequantizeLinear around products, int8 or fp8.
+"""Write 8-bit matrix products in int8 or fp8 as TensorRT reads them.
 
-Everything is symmetric, with zero as its zero point, which is all that TensorRT takes. Activations have one scale a
-tensor, fixed on real text. Weights are stored in 8 bits behind a DequantizeLinear: int8 with one scale a column, fp8
-(E4M3) with one a tensor, as NVIDIA's own Model Optimizer writes them: eight bits with an exponent need no more.
+A product is a MatMul with QuantizeLinear and DequantizeLinear before it.
 
-A single scale has to reach the one channel that is ten times larger than all others, so int8 is smoothed as
-far as makes the least error on real text (see `quantization`). Products that read the same activations (query, key and
-value) choose together, so that those are quantized once. Cutting off the range's end was tried: it lowered the error of
-single products by a tenth, and no answer of all-MiniLM-L6-v2 came closer to PyTorch's.
+Quantization is symmetric with a zero point of 0, because TensorRT accepts nothing else. Activations have one scale for
+each tensor, fixed on real text. Weights are stored in 8 bits before a DequantizeLinear: int8 with one scale for each
+column, fp8 (E4M3) with one for the tensor, as NVIDIA's own Model Optimizer writes them. Eight bits with an exponent
+need no more scales.
+
+A single scale has to reach the one channel that is ten times larger than all others. Activations for int8 are therefore
+smoothed, with the strength that makes the least error on real text (see `quantization`). Products that read the same
+activations (query, key and value) share one choice, so that the activations are quantized once. Cutting off the end of
+the range was tried too: it lowered the error of single products by a tenth, and no answer of all-MiniLM-L6-v2 came
+closer to PyTorch's.
 """
 
 from __future__ import annotations
@@ -31,11 +35,14 @@ _HALF = np.finfo(np.float16)
 
 @dataclass(frozen=True)
 class EightBitWeight:
-    """A weight `[rows, columns]` in 8 bits, with what happens to its input before the product.
+    """A weight `[rows, columns]` in 8 bits, and the way its input is smoothed and quantized before the product.
 
-    scale: fp32 `[columns]`, or one number. smoothing: what the input is multiplied by, fp32 `[rows]` (None: nothing).
-    input_scale: of the input. source: names what the input is, the same for products with the same input.
-    error: relative error of the product on the sampled tokens.
+    Args:
+        scale: The scale of the weight: fp32 `[columns]`, or one number.
+        smoothing: The factors that the input is multiplied by, fp32 `[rows]`, or None for no smoothing.
+        input_scale: The scale of the input.
+        source: A name for the input, the same for all products that read it.
+        error: The relative error of the product on the sampled tokens.
     """
 
     values: np.ndarray
@@ -53,7 +60,10 @@ def eight_bit_weights(
     activations: Mapping[str, Activations],
     kind: EightBits,
 ) -> dict[str, EightBitWeight]:
-    """Each operator's weight in 8 bits, with the input scale and smoothing that serve all products with its input."""
+    """Return each operator's weight in 8 bits.
+
+    All products that read the same input get the same input scale and smoothing.
+    """
     nodes = by_name(model)
     groups: dict[str, list[str]] = {}
     for operator in operators:
@@ -76,14 +86,14 @@ def _quantized_together(
     largest = np.maximum(np.abs(seen.low), np.abs(seen.high))
 
     def attempt(smoothing: np.ndarray | None) -> tuple[float, np.ndarray]:
-        """The error with that smoothing, and the input's scale."""
+        """Return the error with that smoothing, and the scale of the input."""
         factor = np.float32(1) if smoothing is None else smoothing
         scale = _scale_of((largest * factor).max(), kind)
         values, steps = _in_eight_bits(together if smoothing is None else together / smoothing[:, None], kind)
         product = _rounded(seen.sample * factor, scale, kind) @ (values.astype(np.float32) * steps)
         return float(np.linalg.norm(product - exact)) / norm, scale
 
-    # fp8 has an exponent of its own: small numbers beside large ones keep their digits.
+    # fp8 is not smoothed. It has an exponent of its own, so small numbers beside large ones keep their digits.
     smoothing: np.ndarray | None = None
     error, scale = attempt(None)
     for strength in STRENGTHS if kind == "int8" else ():
@@ -104,7 +114,7 @@ def _quantized_together(
 
 
 def _scale_of(largest: Any, kind: EightBits) -> np.ndarray:
-    """The scale of numbers up to `largest`: one that fp16 has too, wherever it has any of that size."""
+    """Return the scale of numbers up to `largest`, rounded to a normal fp16 number unless it is too large for one."""
     scale = np.maximum(np.asarray(largest, np.float32) / _LARGEST[kind], _HALF.smallest_normal)
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)
@@ -112,7 +122,7 @@ def _scale_of(largest: Any, kind: EightBits) -> np.ndarray:
 
 
 def _in_eight_bits(weight: np.ndarray, kind: EightBits) -> tuple[np.ndarray, np.ndarray]:
-    """The weight's values, and its scale: a column's each, or one."""
+    """Return the weight's values in 8 bits and its scale, which is one for each column or one for all."""
     scale = _scale_of(np.abs(weight).max(axis=0 if kind == "int8" else None), kind)
     return _steps(weight, scale, kind), scale
 
@@ -128,9 +138,9 @@ def _rounded(values: np.ndarray, scale: np.ndarray, kind: EightBits) -> np.ndarr
 
 
 def qdq_form(model: ir.Model, name: str, weight: EightBitWeight) -> Callable[[ir.Node], tuple[list[ir.Node], ir.Value]]:
-    """What writes a product of the model in 8 bits: a form for `quantization.quantize`.
+    """Return the function that writes a product of the model in 8 bits, a form for `quantization.quantize`.
 
-    The product keeps its type, fp16 or fp32, which its weight tells; scales have the same.
+    The product keeps its type, fp16 or fp32, which is the type of its weight. The scales have the same type.
     """
 
     def constant(part: str, array: np.ndarray) -> ir.Value:
@@ -158,7 +168,7 @@ def qdq_form(model: ir.Model, name: str, weight: EightBitWeight) -> Callable[[ir
             constant(f"{name}.scale.{kind}", weight.scale.astype(type_)),
             constant(f"{name}.zero_point", np.zeros(weight.scale.shape, weight.values.dtype)),
         ]
-        # The axis is written down: where it is left out, ONNX means 1 and TensorRT's parser 0.
+        # The axis is always written, because its default is 1 in ONNX and 0 in TensorRT's parser.
         whole = add("DequantizeLinear", parts, **({"axis": 1} if weight.scale.ndim else {}))
         return nodes, add("MatMul", [value, whole])
 

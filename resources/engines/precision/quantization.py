@@ -1,16 +1,17 @@
-"""int8 matrix products in a graph that was fused for ONNX Runtime.
+"""Write int8 matrix products into a graph that was fused for ONNX Runtime.
 
-Weights are symmetric signed int8, one scale a column; activations asymmetric unsigned int8, one scale a tensor, which
-is computed as they come (dynamic) or fixed beforehand on real text (static). Written with ONNX Runtime's own operators
-for it (`DynamicQuantizeMatMul`, `MatMulIntegerToFloat`), so that no optimizer has to find a pattern again, and what
-the ladder tries is, kernel by kernel, what is served.
+Weights are symmetric signed int8 with one scale for each column. Activations are asymmetric unsigned int8 with one
+scale for each tensor, which is computed for each batch (dynamic) or fixed beforehand on real text (static). The
+products are written with ONNX Runtime's own operators for them (`DynamicQuantizeMatMul`, `MatMulIntegerToFloat`). No
+optimizer then has to recognize a pattern, and the ladder tries exactly the kernels that are served.
 
-Activations of transformers have a few channels much larger than all others, which leave few of the 256 steps to those.
-So the largest are divided out of the activations and into the rows of the weight, as SmoothQuant does
-(https://arxiv.org/abs/2211.10438); how far, each matrix decides by the error it makes on real text. Of all-MiniLM-L6-v2
-this lifts the worst cosine of the int8 engine with its second feed-forward matrices in fp32 from .970 to .990.
+Activations of transformers have a few channels that are much larger than all others, and leave few of the 256 steps to
+the others. The largest channels are therefore divided by a factor, and the rows of the weight are multiplied by it, as
+in SmoothQuant (https://arxiv.org/abs/2211.10438). Each matrix chooses its strength by the error that it makes on real
+text. For all-MiniLM-L6-v2 this lifts the worst cosine of the int8 engine with its second feed-forward matrices in fp32
+from .970 to .990.
 
-What is left of them is then taken out: a few channels are multiplied apart, in fp32, as LLM.int8() does
+A few of the channels that are still large are then multiplied apart, in fp32, as in LLM.int8()
 (https://arxiv.org/abs/2208.07339), where that about halves the error. With every matrix of all-MiniLM-L6-v2 in int8
 this lifts the mean and the worst cosine from .993 and .964 to .998 and .98.
 """
@@ -37,31 +38,38 @@ from resources.engines.graphs import (
 from resources.engines.precision.ladder import Operator
 from resources.errors import EngineError
 
-#: Narrower matrices (the head of a classifier, say) cost nothing in fp32 and much in int8.
+#: Narrower matrices, such as the head of a classifier, cost little time in fp32 and much accuracy in int8.
 NARROWEST = 16
-#: Exponents of SmoothQuant that are tried; 0 is no smoothing.
+#: The exponents of SmoothQuant that are tried; 0 means no smoothing.
 STRENGTHS = (0.0, 0.5, 0.6, 0.7, 0.8)
-#: No smoothing costs one operator less, so smoothing has to be this much better.
+#: Smoothing costs one operator more, so its error has to be lower by this factor.
 WORTH_SMOOTHING = 0.9
-#: Channels that are multiplied apart at most, and of how many rows there is one for each.
+#: The largest number of channels that are multiplied apart, and the number of rows for each such channel.
 OUTLIERS, ROWS_AN_OUTLIER = 8, 16
-#: Multiplying apart costs four operators more, so it has to be this much better. Of all-MiniLM-L6-v2 it then is for 4
-#: matrices of 24, which takes 3 percent of an engine's time at 8x128 (with 0.75 it is for 9, and takes 8).
+#: Multiplying apart costs four operators more, so its error has to be lower by this factor. For all-MiniLM-L6-v2 that
+#: holds for 4 of 24 matrices, which takes 3 percent of an engine's time at 8x128. With 0.75 it holds for 9 and takes 8
+#: percent.
 WORTH_SPLITTING = 0.55
 _SAMPLED_TOKENS = 384
-#: The switches of the trial graph, bool `[operators]`: true runs in int8.
+#: The input of the trial graph that switches its operators, bool `[operators]`: true means int8.
 SWITCHES = "refinery_switches"
 
 
 class ReadOutputs(Protocol):
-    """Outputs of those names for one batch of inputs."""
+    """A function that returns the outputs of those names for one batch of inputs."""
 
     def __call__(self, names: Sequence[str], batch: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]: ...
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What real text does to the input of a matrix: range of each channel, fp32 `[rows]`, and some tokens of it."""
+    """The values that the input of a matrix takes on real text.
+
+    Args:
+        low: The smallest value of each channel, fp32 `[rows]`.
+        high: The largest value of each channel, fp32 `[rows]`.
+        sample: The input of some of the tokens, fp32 `[tokens, rows]`.
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -70,12 +78,17 @@ class Activations:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A weight `[rows, columns]` in int8, with what its input is multiplied by before it (None: nothing).
+    """A weight `[rows, columns]` in int8, and the treatment of its input.
 
-    scale: fp32 `[columns]`; input_scale, input_zero_point: of a static input, else None.
-    outliers: int64 `[channels]` of the input that are multiplied apart, by outlier_rows, fp32 `[channels, columns]`;
-    the smoothing of those is 0, and their rows in `values` are. None: all are in int8.
-    error: relative error of the product on the sampled tokens.
+    Args:
+        values: The weight in int8. The rows of `outliers` are 0.
+        scale: The scale of each column, fp32 `[columns]`.
+        smoothing: The factors that the input is multiplied by before the product, or None. They are 0 for `outliers`.
+        input_scale: The scale of a static input, else None.
+        input_zero_point: The zero point of a static input, else None.
+        outliers: The channels of the input that are multiplied apart, int64 `[channels]`, or None if all are in int8.
+        outlier_rows: The rows of the weight for `outliers`, fp32 `[channels, columns]`, or None.
+        error: The relative error of the product on the sampled tokens.
     """
 
     values: np.ndarray
@@ -89,12 +102,12 @@ class Int8Weight:
 
     @property
     def smoothed(self) -> bool:
-        """Whether channels are scaled, and not only some of them taken out."""
+        """Whether channels are scaled. Taking channels out does not count."""
         return self.smoothing is not None and bool(((self.smoothing != 0) & (self.smoothing != 1)).any())
 
 
 def find_operators(model: ir.Model) -> list[Operator]:
-    """The matrix products that can run in int8, in the order of the graph."""
+    """Return the matrix products that can run in int8, in the order of the graph."""
     found: dict[str, tuple[tuple[int, ...], list[ir.Node]]] = {}
     for node in model.graph:
         matrix = _matrix(node)
@@ -108,7 +121,11 @@ def find_operators(model: ir.Model) -> list[Operator]:
 
 
 def watched_graph(model: ir.Model, operators: Sequence[Operator]) -> tuple[ir.Model, dict[str, list[str]]]:
-    """A copy that also answers what goes into each operator, and the names of those outputs by operator."""
+    """Return a copy of the model that also outputs the input of each operator.
+
+    Returns:
+        The copy, and the names of those outputs by operator.
+    """
     copy = model.clone()
     nodes = by_name(copy)
     watched = {operator.name: [nodes[name].inputs[0] for name in operator.nodes] for operator in operators}
@@ -123,12 +140,17 @@ def watched_graph(model: ir.Model, operators: Sequence[Operator]) -> tuple[ir.Mo
 def watch(
     run: ReadOutputs, watched: dict[str, list[str]], batches: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, Activations]:
-    """What the batches do to the operators' inputs. Raises EngineError where that is not finite."""
+    """Return the values that the operators' inputs take in the batches.
+
+    Raises:
+        EngineError: A value is not finite.
+    """
     names = list(dict.fromkeys(name for values in watched.values() for name in values))
     seen: dict[str, Activations] = {}
     each = max(1, -(-_SAMPLED_TOKENS // len(batches)))
     for number, batch in enumerate(batches):
-        # Any of a row's tokens: its first and last are always the same two, and unlike all others.
+        # The tokens are sampled at random. The first and the last token of a row are always the same two and unlike all
+        # others.
         random = np.random.default_rng(number)
         for name, answer in zip(names, run(names, batch), strict=True):
             tokens = answer.reshape(-1, answer.shape[-1])
@@ -150,7 +172,10 @@ def _joined(parts: Sequence[Activations]) -> Activations:
 
 
 def quantize_weight(weight: np.ndarray, activations: Activations, *, static: bool) -> Int8Weight:
-    """The int8 form of a weight `[rows, columns]`, smoothed and split as far as is best on the sampled tokens."""
+    """Return the int8 form of a weight `[rows, columns]`.
+
+    The error on the sampled tokens decides how far it is smoothed, and whether channels are multiplied apart.
+    """
     weight = weight.astype(np.float32)
     exact = activations.sample @ weight
     largest = np.maximum(np.abs(activations.low), np.abs(activations.high))
@@ -169,11 +194,12 @@ def quantize_weight(weight: np.ndarray, activations: Activations, *, static: boo
 
 
 def smoothing_of(largest: np.ndarray, weight: np.ndarray, strength: float) -> np.ndarray | None:
-    """What each channel of the input is multiplied by, fp32 `[rows]`, with 1 as its geometric mean.
+    """Return the factors that the input's channels are multiplied by, fp32 `[rows]`, with a geometric mean of 1.
 
-    Smaller channels than the median count as that: what a few texts hardly showed would be multiplied up, and one text
-    that shows it then takes the steps from all others. Of all-MiniLM-L6-v2 in static int8 the worst cosine, which is
-    such a text's, is .988 with it and .976 without.
+    Channels smaller than the median count as the median. A channel that a few texts hardly use would otherwise be
+    multiplied by a large factor, and one text that uses it would then take the steps from all other channels. For
+    all-MiniLM-L6-v2 in static int8 the worst cosine, which is that of such a text, is .988 with this rule and .976
+    without it.
     """
     if strength == 0.0:
         return None
@@ -193,7 +219,10 @@ def _quantized(
     *,
     static: bool,
 ) -> Int8Weight:
-    """With that smoothing, and so many of the channels apart that are the largest after it."""
+    """Return the weight in int8 with that smoothing.
+
+    The `outliers` channels that are largest after the smoothing are multiplied apart.
+    """
     smoothed = weight if smoothing is None else weight / smoothing[:, None]
     apart: np.ndarray | None = None
     rows: np.ndarray | None = None
@@ -203,7 +232,7 @@ def _quantized(
         apart = np.sort(np.argsort(largest, kind="stable")[-outliers:]).astype(np.int64)
         rows, smoothed = weight[apart], smoothed.copy()
         smoothing[apart], smoothed[apart] = 0.0, 0.0
-    # A column of zeros has any scale.
+    # A column of zeros may have any scale except 0.
     scale = (np.maximum(np.abs(smoothed).max(axis=0), 1e-12) / _levels(smoothed)).astype(np.float32)
     values = np.clip(np.round(smoothed / scale), -127, 127).astype(np.int8)
     inputs = activations.sample if smoothing is None else activations.sample * smoothing
@@ -226,18 +255,18 @@ def _quantized(
 
 
 def _levels(weight: np.ndarray) -> np.ndarray:
-    """How many steps the largest number of each column has, fp32 `[columns]`: 63 to 127.
+    """Return the number of steps up to the largest number of each column, fp32 `[columns]`: 63 to 127.
 
-    Processors without VNNI multiply 8-bit numbers by `vpmaddubsw`, which adds two neighbouring products in 16 bits and
-    saturates: 255 x 127 twice is too much. An engine has to answer alike on every processor, so two neighbours of one
-    sign share what 16 bits hold; of other columns nothing is lost. Of a matrix of random numbers, in which the error of
-    the product was 2.7 percent on such a processor, it is 1.2 then.
+    Processors without VNNI multiply 8-bit numbers with `vpmaddubsw`, which adds two neighbouring products in 16 bits
+    and saturates; twice 255 x 127 is too much. An engine has to give the same answers on every processor, so two
+    neighbours of the same sign share the range of 16 bits. Other columns lose nothing. For a matrix of random numbers
+    this lowers the error of the product on such a processor from 2.7 to 1.2 percent.
     """
     padded = np.pad(weight, ((0, weight.shape[0] % 2), (0, 0)))
     pairs = padded.reshape(-1, 2, weight.shape[1])
     sums = np.maximum(np.maximum(pairs, 0).sum(axis=1), np.maximum(-pairs, 0).sum(axis=1)).max(axis=0)
     largest = np.maximum(np.abs(weight).max(axis=0), 1e-12)
-    # Less one half for each of the two that are rounded.
+    # 1 is subtracted because each of the two numbers may be rounded up by one half.
     levels: np.ndarray = np.minimum(np.floor((32767 / 255 - 1) / np.maximum(sums / largest, 1.0)), 127)
     return levels
 
@@ -248,7 +277,10 @@ def _input_range(activations: Activations, smoothing: np.ndarray | None) -> tupl
 
 
 def _input_scale(low: float, high: float) -> tuple[float, int]:
-    """Step and zero point of unsigned int8 for values between low and high; zero is always one of the steps."""
+    """Return the step and the zero point of unsigned int8 for values between low and high.
+
+    Zero is always one of the steps.
+    """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     step = (high - low) / 255 or 1.0
     return step, round(-low / step)
@@ -259,18 +291,19 @@ def _rounded(values: np.ndarray, step: float, zero: int) -> np.ndarray:
     return result
 
 
-#: How an operator of that name and weight is written into a graph: nodes in a product's place, and their last value.
+#: A function that takes a model, an operator's name and its weight. It returns the function that gives, for a product
+#: of the operator, the nodes that replace it and the value that they compute last.
 Form = Callable[[ir.Model, str, Any], Callable[[ir.Node], tuple[list[ir.Node], ir.Value]]]
 
 
 def int8_form(model: ir.Model, name: str, weight: Int8Weight) -> Callable[[ir.Node], tuple[list[ir.Node], ir.Value]]:
-    """In ONNX Runtime's own operators."""
+    """Return the function that writes a product in int8 with ONNX Runtime's own operators."""
     constants = _constants(model, name, weight)
     return lambda node: _int8_nodes(node, constants)
 
 
 def weights_of(model: ir.Model, operators: Sequence[Operator]) -> dict[str, np.ndarray]:
-    """Each operator's weight, fp32 `[rows, columns]`."""
+    """Return each operator's weight, fp32 `[rows, columns]`."""
     nodes = by_name(model)
     matrices = {operator.name: nodes[operator.nodes[0]].inputs[1] for operator in operators}
     return {name: array_of(matrix) for name, matrix in matrices.items() if matrix is not None}
@@ -283,9 +316,9 @@ def quantize(
     kept: Collection[str],
     form: Form = int8_form,
 ) -> ir.Model:
-    """A copy with all operators in int8 but those whose names are in `kept`.
+    """Return a copy of the model with all operators in int8 except those in `kept`.
 
-    form: how an operator is written; default: in ONNX Runtime's own operators.
+    `form` writes the operators; by default they are ONNX Runtime's own.
     """
     copy = model.clone()
     nodes = by_name(copy)
@@ -307,9 +340,9 @@ def quantize(
 def switched_graph(
     model: ir.Model, operators: Sequence[Operator], weights: Mapping[str, Any], form: Form = int8_form
 ) -> ir.Model:
-    """A copy in which each operator runs in int8 or as it was, as its place in the input `SWITCHES` says.
+    """Return a copy of the model in which the input `SWITCHES` decides for each operator whether it runs in int8.
 
-    So every trial of the ladder runs on one loaded graph, and costs no more than its texts.
+    All trials of the ladder then run on one loaded graph, and a trial costs only the time of its texts.
     """
     copy = model.clone()
     nodes = by_name(copy)
@@ -347,7 +380,10 @@ def switched_graph(
 
 
 def _matrix(node: ir.Node) -> ir.Value | None:
-    """The constant `[rows, columns]` that the node multiplies its first input with, if that can be done in int8."""
+    """Return the constant `[rows, columns]` that the node multiplies its first input with.
+
+    The result is None if int8 cannot do that.
+    """
     product = node.op_type == "MatMul" and node.domain == ""
     attention = node.op_type == "Attention" and node.domain == CONTRIB and _plain_attention(node)
     value = node.inputs[1] if product or attention else None
@@ -357,7 +393,7 @@ def _matrix(node: ir.Node) -> ir.Value | None:
 
 
 def _plain_attention(node: ir.Node) -> bool:
-    """Whether it is what MultiHeadAttention computes of three projections of one width, and nothing beyond."""
+    """Return whether MultiHeadAttention can compute the same from three projections of one width."""
     sizes = node.attributes.get("qkv_hidden_sizes")
     equal = sizes is None or len(set(sizes.as_ints())) == 1
     simple = not {"unidirectional", "do_rotary", "past_present_share_buffer"} & {
@@ -390,7 +426,7 @@ def _constants(model: ir.Model, name: str, weight: Int8Weight) -> _Constants:
 
 
 def _int8_nodes(node: ir.Node, weight: _Constants) -> tuple[list[ir.Node], ir.Value]:
-    """Nodes that compute in int8 what the node computes, and their last value."""
+    """Return nodes that compute in int8 what the node computes, and their last value."""
     nodes: list[ir.Node] = []
 
     def add(op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **more: Any) -> ir.Node:
@@ -422,6 +458,6 @@ def _int8_nodes(node: ir.Node, weight: _Constants) -> tuple[list[ir.Node], ir.Va
 
 
 def _attention_inputs(node: ir.Node) -> dict[str, ir.Value | None]:
-    """What goes into `com.microsoft.Attention`, by the names of its schema."""
+    """Return the inputs of `com.microsoft.Attention` by the names of its schema."""
     names = ("input", "weights", "bias", "mask_index", "past", "attention_bias", "past_sequence_length")
     return dict(zip(names, [*node.inputs, *[None] * len(names)], strict=False))

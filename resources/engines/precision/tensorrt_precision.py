@@ -1,13 +1,14 @@
-"""The exported graph in the precision that a strongly typed TensorRT engine is to have.
+"""Write the exported graph in the precision that a strongly typed TensorRT engine is to have.
 
-Strongly typed means: the types of the graph are those of the engine, and its precision is decided here and not by
-TensorRT. So the graph starts as the exporter wrote it, in standard operators (those of ONNX Runtime mean nothing to
-TensorRT's parser), and every Cast, QuantizeLinear and DequantizeLinear in it is on purpose.
+A strongly typed engine has the types of its graph, so this module decides the precision and TensorRT does not. The
+graph starts as the exporter wrote it, in standard operators, because TensorRT's parser does not know ONNX Runtime's
+own. Every Cast, QuantizeLinear and DequantizeLinear in it is deliberate.
 
-It is judged on the processor, where ONNX Runtime computes in fp32 and rounds to 8 bits what the graph says is that; for
-fp16 and bf16 see `half`. Its own fusion of 8-bit products is switched off: it saturates on processors without VNNI, as
-no GPU does, and breaks on fp8. Kernels of GPUs sum in fp32 and round less often than the graph says, so an engine is a
-little closer to PyTorch than what is judged here; the benchmark judges it again.
+The graph is judged on the CPU, where ONNX Runtime computes in fp32 and rounds to 8 bits wherever the graph says so;
+`half_precision` describes fp16 and bf16. ONNX Runtime's own fusion of 8-bit products is switched off: it saturates on
+processors without VNNI, which no GPU does, and it breaks on fp8. GPU kernels sum in fp32 and round less often than the
+graph says. An engine is therefore a little closer to PyTorch than the graph that is judged here, and the benchmark
+judges the engine again.
 """
 
 from __future__ import annotations
@@ -43,19 +44,22 @@ from resources.engines.precision.qdq import EightBits, eight_bit_weights, qdq_fo
 from resources.engines.specs import EngineSpec
 from resources.errors import EngineError
 
-#: Normalization over the width is computed in fp32, with casts around it, which TensorRT makes part of its kernel. Its
-#: parser of version 10 asks for fp32 statistics of an fp16 normalization by itself (`stash_type`), with a warning about
-#: overflow where it does not; from 11 on a layer has no precision but that of its input. A variance overflows fp16
-#: where the numbers it is of are about 256. Softmax stays in half precision: it subtracts the largest score first, its
-#: answers are at most 1, and TensorRT fuses attention only where nothing stands between its products and the softmax.
+#: Normalization over the width is computed in fp32, with casts around it that TensorRT makes part of its kernel. The
+#: parser of TensorRT 10 asks for fp32 statistics of an fp16 normalization by itself (`stash_type`), and warns about
+#: overflow where it does not ask for them. From TensorRT 11 on a layer has only the precision of its input. A variance
+#: overflows fp16 where the numbers are about 256. Softmax stays in half precision: it subtracts the largest score
+#: first, its answers are at most 1, and TensorRT fuses attention only where nothing stands between its products and the
+#: softmax.
 WIDE = frozenset({("", "LayerNormalization")})
 
 
 def typed_graph(sources: Sources, spec: EngineSpec, goal: Goal | None, target: Path) -> Reduced:
     """Write the exported graph in the spec's precision to `target`.
 
-    Inputs stay int64 and the output fp32. goal: what it has to reach, for all precisions but fp32. Raises EngineError
-    where there is nothing to quantize.
+    Inputs stay int64 and the output stays fp32. All precisions except fp32 need a goal.
+
+    Raises:
+        EngineError: The graph has nothing to quantize.
     """
     model = plain_graph(sources.graph_folder / MODEL_FILE)
     if spec.precision == "fp32":
@@ -69,17 +73,21 @@ def typed_graph(sources: Sources, spec: EngineSpec, goal: Goal | None, target: P
 
 
 def plain_graph(source: Path) -> ir.Model:
-    """The exported graph, with its weights in memory and a name for every node."""
+    """Return the exported graph, with its weights in memory and a name for every node."""
     model = ir.external_data.load_to_model(ir.load(source))
     name_nodes(model)
     return model
 
 
 def drop_nan_guards(model: ir.Model) -> int:
-    """Let attention be what TensorRT fuses: product, mask, softmax, product. Returns how many guards were removed.
+    """Remove the NaN guards of attention, so that TensorRT can fuse product, mask, softmax and product.
 
-    The exporter writes zeros where a softmax is NaN: for rows that may attend to nothing, under a mask of minus
-    infinity. In reduced precision masks are finite (`half.to_half`), and a softmax is a number.
+    The exporter replaces the softmax with zeros where it is NaN. That happens in rows that may attend to nothing, under
+    a mask of minus infinity. In reduced precision the masks are finite (`half_precision.to_half`), so the softmax is a
+    number.
+
+    Returns:
+        The number of guards that were removed.
     """
     found = 0
     for node in list(model.graph):
@@ -97,16 +105,17 @@ def drop_nan_guards(model: ir.Model) -> int:
 
 
 def _quantize(model: ir.Model, kind: EightBits, name: str, sources: Sources, goal: Goal, target: Path) -> Reduced:
-    """Write the graph with as many of its matrices in 8 bits as the accuracy gates allow, and all else in fp16.
+    """Write the graph with as many of its matrices in 8 bits as the accuracy gates allow, and the rest in fp16.
 
-    What overflows fp16 stays in fp32; a matrix there is quantized all the same, from fp32 to fp32.
+    Nodes that overflow fp16 stay in fp32. A matrix among them is quantized all the same, from fp32 to fp32.
     """
     operators = find_operators(model)
     if not operators:
         raise EngineError(f"{name}: the graph has no matrix product with a constant weight of 16 columns or more.")
     gate_check = open_gate_check(goal, sources)
     trial = target.with_name("trial.onnx")
-    # Each loaded graph is dropped before the next one: together they would take several times the model's memory.
+    # Each loaded graph is dropped before the next one is loaded. Together they would need several times the model's
+    # memory.
     near = near_overflow(model, trial, sources, gate_check)
     watching, watched = quantization.watched_graph(model, operators)
     activations = quantization.watch(
@@ -117,8 +126,8 @@ def _quantize(model: ir.Model, kind: EightBits, name: str, sources: Sources, goa
     if goal.kept_nodes is not None:
         outcome = known(operators, goal.kept_nodes)
     else:
-        # Trials leave the rest in fp32: a processor takes several times as long for fp16, which adds next to nothing
-        # to the error of 8 bits. What is written is judged once more as it is.
+        # The trials leave the rest in fp32. A CPU takes several times as long for fp16, which adds next to nothing to
+        # the error of 8 bits. The graph that is written is judged once more as it is.
         graph = quantization.switched_graph(model, operators, weights, qdq_form)
         runner = cpu_runner(graph, trial, sources, as_written=True)
         trials = Trials(switched(runner, operators), operators, gate_check)
@@ -149,7 +158,10 @@ def _quantize(model: ir.Model, kind: EightBits, name: str, sources: Sources, goa
 
 
 def find_operators(model: ir.Model) -> list[Operator]:
-    """The products that are worth 8 bits: those of what a text says. TensorRT computes those of constants only once."""
+    """Return the products that are worth 8 bits, which are those that depend on the text.
+
+    TensorRT computes products of constants only once.
+    """
     nodes = by_name(model)
     found = []
     for operator in quantization.find_operators(model):
@@ -160,7 +172,7 @@ def find_operators(model: ir.Model) -> list[Operator]:
 
 
 def share_inputs(model: ir.Model) -> None:
-    """Let products with the same input read one quantized form of it."""
+    """Let products with the same input read one quantized copy of it."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
     CommonSubexpressionEliminationPass()(model)

@@ -1,0 +1,1 @@
+"""Engines that run with TensorRT or TensorRT-RTX, on NVIDIA GPUs."""

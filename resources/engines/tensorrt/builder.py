@@ -1,8 +1,8 @@
-"""TensorRT: strongly typed engines, tuned to the lengths and batches that are served.
+"""Build TensorRT engines, strongly typed and tuned to the lengths and batches that are served.
 
-One module for TensorRT 10, 11 and TensorRT-RTX. Where they differ, what is there is asked for by name: 10 has to be
-told that networks are strongly typed, RTX is told which GPUs it builds for. All names were compared with the bindings
-of 10.16.1, 11.4.0 and RTX 1.7.1.
+The module serves TensorRT 10, TensorRT 11 and TensorRT-RTX. Where they differ, it looks for the name in the installed
+version: version 10 has to be told that networks are strongly typed, and RTX has to be told which GPUs it builds for.
+All names were compared with the bindings of 10.16.1, 11.4.0 and RTX 1.7.1.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "model.plan"
 INSPECTOR_FILE = "model.inspector.json"
-#: A phase of the builder is shown once it has taken so long, and then its steps, no more often than this.
+#: A phase of the builder is shown once it has taken this long. Its steps are then shown no more often than this.
 SHOWN_AFTER_SECONDS = 2.0
-#: Phases this deep below the whole build are shown from their beginning.
+#: Phases up to this depth below the whole build are shown from their beginning.
 _DEPTH = 1
 
 
 def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, device: Device) -> Built:
-    """Write the plan, and what its inspector says of it where there is a GPU to ask. Raises EngineError.
+    """Write the plan and, if there is a GPU, the inspector's report on it.
 
-    Where there is a GPU the plan is run once before it counts as built.
+    If there is a GPU, the plan also runs once as a check.
+
+    Raises:
+        EngineError: TensorRT is not installed, it cannot build the plan, or the plan fails the check.
     """
     del device
     started, model = time.monotonic(), sources.checkpoint.model
@@ -93,7 +96,11 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
 
 
 def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> TensorRtRunner:
-    """The plan on this machine's first GPU. Raises EngineError where it was built by another version or for another."""
+    """Load the plan on the first GPU of this machine.
+
+    Raises:
+        EngineError: The plan was built by another version of TensorRT or for another GPU, or it cannot be loaded.
+    """
     del sources, threads
     what = f"{engine.model}: {engine.name}"
     gpu = first_gpu()
@@ -104,7 +111,7 @@ def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> Tensor
 
 
 class TensorRtRunner:
-    """A session over a plan, with errors that name the model."""
+    """A session over a plan, whose errors name the model."""
 
     def __init__(self, plan: Path, output: str, built: dict[str, str], *, what: str) -> None:
         try:
@@ -113,23 +120,30 @@ class TensorRtRunner:
             raise EngineError(f"{what} cannot be loaded: {first_line(error)}") from error
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the plan's output for one batch."""
         return self._session.run(batch)
 
 
 def make_plan(trt: Any, graph: Path, sources: Sources, tuning: Tuning, deadline: float) -> tuple[bytes, str]:
-    """The serialized engine, and what became of the timing cache. Raises EngineError.
+    """Build the engine.
 
-    deadline: by time.monotonic(). What was timed until then is kept.
+    The build stops at `deadline`, a time of time.monotonic(), and keeps the timings that it has made until then.
+
+    Returns:
+        The serialized engine, and whether the timing cache was reused or begun.
+
+    Raises:
+        EngineError: TensorRT cannot build the engine, or not before the deadline.
     """
     model, log = sources.checkpoint.model, fresh_log(trt.__name__)
     builder = trt.Builder(log)
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 knows no other networks
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 has no other networks
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     _parse(trt, graph, network, log, model)
     config = builder.create_builder_config()
     config.builder_optimization_level = tuning.settings.optimization_level
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(tuning.settings.workspace_gb * 1e9))
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector: names of layers and kernels
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector's report then names layers and kernels
     _choose_gpu(trt, config, model)
     extra = TASKS[sources.checkpoint.task].extra_inputs
     for profile in tuning.profiles:
@@ -171,7 +185,7 @@ def _profile(builder: Any, network: Any, profile: Profile, extra: tuple[str, ...
     made = builder.create_optimization_profile()
     for number in range(network.num_inputs):
         name = network.get_input(number).name
-        alone = name in extra  # one number a row
+        alone = name in extra  # such an input has one number for each row
         made.set_shape(
             name,
             (1, 1 if alone else profile.shortest),
@@ -182,7 +196,10 @@ def _profile(builder: Any, network: Any, profile: Profile, extra: tuple[str, ...
 
 
 def _choose_gpu(trt: Any, config: Any, model: str) -> None:
-    """TensorRT-RTX builds for all GPUs that it knows unless it is told; the others only for the one that is here."""
+    """Tell TensorRT-RTX to build for the GPU of this machine.
+
+    By default it builds for all GPUs that it supports. TensorRT itself builds only for the GPU of this machine.
+    """
     gpu = first_gpu()
     if gpu is None or not hasattr(config, "set_compute_capability"):
         return
@@ -197,9 +214,10 @@ def _choose_gpu(trt: Any, config: Any, model: str) -> None:
 
 
 class TimingCache:
-    """What builds of one TensorRT have timed on one kind of GPU, in a file that they share.
+    """The timings of one version of TensorRT on one kind of GPU, in a file that its builds share.
 
-    Whole at any moment: written aside and renamed. Builders that end at the same time add to each other's.
+    The file is complete at any moment, because it is written under another name and then renamed. Builds that end at
+    the same time add their timings to each other's.
     """
 
     def __init__(self, folder: Path, trt: Any) -> None:
@@ -208,16 +226,20 @@ class TimingCache:
         self.path = folder / f"{trt.__name__}-{trt.__version__}-{device}.timings"
 
     def attach(self, config: Any) -> str:
-        """Let the builder use it; whether it was there."""
+        """Let the builder use the cache.
+
+        Returns:
+            "reused" if the file held timings, else "begun".
+        """
         known = self._read()
         with _no_deprecation():
-            # A damaged one is taken for an empty one, with a warning in the log.
-            self._attached = config.create_timing_cache(known)  # must live as long as the builder uses it
+            # TensorRT treats a damaged cache as an empty one and writes a warning to the log.
+            self._attached = config.create_timing_cache(known)  # the builder uses it, so this object must keep it
             config.set_timing_cache(self._attached, False)
         return "reused" if known else "begun"
 
     def keep(self, config: Any) -> None:
-        """Write what is known now, together with what others have written meanwhile."""
+        """Write the builder's timings, together with those that other builds have written in the meantime."""
         with _no_deprecation(), file_lock(self.path.with_suffix(".lock")):
             cache = config.get_timing_cache()
             if cache is None:
@@ -236,16 +258,16 @@ class TimingCache:
 
 @contextmanager
 def _no_deprecation() -> Iterator[None]:
-    """TensorRT-RTX 1.2 and later has these calls, warns, and keeps no timings."""
+    """Suppress the warnings of TensorRT-RTX 1.2 and later, which still has these calls but keeps no timings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def make_monitor(trt: Any, deadline: float, write: Callable[[str], None]) -> Any:
-    """A progress monitor that shows long phases through `write`, and ends the build at the deadline.
+    """Return a progress monitor that shows long phases through `write` and ends the build at the deadline.
 
-    `late` then says so. The builder calls it from several threads.
+    Its attribute `late` is then true. The builder calls the monitor from several threads.
     """
 
     class Monitor(trt.IProgressMonitor):
@@ -284,7 +306,7 @@ def make_monitor(trt: Any, deadline: float, write: Callable[[str], None]) -> Any
 
 
 class _Phase:
-    """A phase of the build that is under way."""
+    """A phase of the build that is running."""
 
     def __init__(self, depth: int, steps: int, started: float) -> None:
         self.depth, self.steps, self.started, self.shown = depth, steps, started, started
@@ -292,13 +314,13 @@ class _Phase:
 
 
 def _write(line: str) -> None:
-    """To the step's log: the output of the process that builds."""
+    """Write a line to the step's log, which is the output of the process that builds."""
     sys.stdout.write(f"tensorrt: {line}\n")
     sys.stdout.flush()
 
 
 def _inspect(trt: Any, plan: bytes, model: str) -> str:
-    """What the engine consists of, as JSON: its layers, their kernels, precisions and profiles."""
+    """Return the inspector's report on the engine as JSON: its layers, their kernels, precisions and profiles."""
     log = fresh_log(trt.__name__)
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:

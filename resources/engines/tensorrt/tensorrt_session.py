@@ -1,7 +1,8 @@
-"""A TensorRT plan on one NVIDIA GPU: one module for what is measured and for what serves.
+"""Run a TensorRT plan on one NVIDIA GPU.
 
-A release carries a copy of this file beside its `model.py`, so it needs nothing else of this project: TensorRT or
-TensorRT-RTX, numpy, ONNX Runtime for memory on the GPU, and the driver's own library.
+The benchmark and the served release use the same module. A release carries a copy of this file beside its `model.py`,
+so the file imports nothing else of this project. It needs TensorRT or TensorRT-RTX, numpy, ONNX Runtime for memory on
+the GPU, and the driver's own library.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ from typing import Any
 
 import numpy as np
 
-#: The packages that carry the API, the one that Triton's own backend knows first.
+#: The packages that contain the API. The one that Triton's own TensorRT backend supports comes first.
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
-#: Each keeps its buffers; beyond them the one that was not used for longest goes.
+#: Each shape keeps its buffers. Beyond this number the shape that was not used for the longest time is dropped.
 MOST_SHAPES = 128
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR (cuda.h)
 
 
 def installed_flavour() -> str | None:
-    """The package that is used here; None where neither is installed. Imports nothing."""
+    """Return the name of the TensorRT package that is installed, or None, without importing it."""
     return next((name for name in FLAVOURS if find_spec(name) is not None), None)
 
 
 def mismatch(built: Mapping[str, str], capability: str = "") -> str:
-    """Why a plan does not run here, with the remedy; empty: nothing speaks against it.
+    """Return why a plan does not run here and what to do about it, or an empty string if it may run.
 
-    built: `flavour`, `tensorrt` (its version) and `compute_capability` as the builder recorded them. capability: this
-    GPU's; not compared where one of the two is not known. A plan belongs to the exact version that built it.
+    A plan belongs to the exact version that built it.
+
+    Args:
+        built: `flavour`, `tensorrt` (its version) and `compute_capability`, as the builder recorded them.
+        capability: The compute capability of this GPU. If it or the recorded one is unknown, they are not compared.
     """
     flavour, version = built["flavour"], built["tensorrt"]
     distribution = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}[flavour]
@@ -55,9 +59,10 @@ def mismatch(built: Mapping[str, str], capability: str = "") -> str:
 
 
 def fresh_log(flavour: str) -> Any:
-    """The process's logger, which has forgotten earlier errors. Warnings and errors are printed too.
+    """Return the logger of the process, with earlier errors cleared.
 
-    One for all: TensorRT keeps the first logger that it is given, and speaks to no other.
+    Warnings and errors are printed too. The process has one logger, because TensorRT keeps the first one that it is
+    given and writes to no other.
     """
     log = _make_log(flavour)
     log.errors.clear()
@@ -81,7 +86,7 @@ def _make_log(flavour: str) -> Any:
                 sys.stdout.flush()
 
         def last(self) -> str:
-            """The last error, cut to what a person reads."""
+            """Return the last error, cut to 400 characters."""
             return self.errors[-1][:400] if self.errors else "it does not say why"
 
     return Log()
@@ -91,9 +96,14 @@ Range = tuple[Sequence[int], Sequence[int]]
 
 
 def pick_profile(profiles: Sequence[Mapping[str, Range]], shapes: Mapping[str, Sequence[int]]) -> int:
-    """The number of the first profile that takes inputs of those shapes. profiles: least and largest shape by input.
+    """Return the number of the first profile that accepts inputs of those shapes.
 
-    Raises ValueError where none does.
+    Args:
+        profiles: For each profile, the smallest and the largest shape of each input.
+        shapes: The shape of each input.
+
+    Raises:
+        ValueError: No profile accepts the shapes.
     """
     for number, ranges in enumerate(profiles):
         if all(
@@ -110,19 +120,25 @@ def pick_profile(profiles: Sequence[Mapping[str, Range]], shapes: Mapping[str, S
 
 
 class TensorRtSession:
-    """A loaded plan. `run` takes int64 arrays `[batch, ...]` by input name and answers the output as fp32.
+    """A loaded plan that runs on one GPU.
 
-    built: see `mismatch`. Raises RuntimeError where the plan does not run here. Every profile has a context of its
-    own, and every shape its buffers; one run at a time.
+    `run` takes int64 arrays `[batch, ...]` by input name and returns the output as fp32. Each profile has its own
+    context and each shape its own buffers. One batch runs at a time.
+
+    Args:
+        built: The versions and GPU that the plan was built for, as in `mismatch`.
+
+    Raises:
+        RuntimeError: The plan does not run here.
     """
 
     def __init__(self, path: str | Path, output: str, built: Mapping[str, str], *, device: int = 0) -> None:
-        problem = mismatch(built)  # before any driver is asked: this one is the usual mistake
+        problem = mismatch(built)  # before the driver is loaded, because this is the usual mistake
         if problem:
             raise RuntimeError(problem)
         import onnxruntime
 
-        if find_spec("nvidia"):  # CUDA as Python packages, which no loader finds by itself
+        if find_spec("nvidia"):  # no loader finds the CUDA libraries in Python packages by itself
             onnxruntime.preload_dlls()
         trt = import_module(built["flavour"])
         self._values, self._gpu, self._device = onnxruntime.OrtValue, _Gpu(device), device
@@ -145,7 +161,7 @@ class TensorRtSession:
         for number in range(self._engine.num_optimization_profiles):
             shapes = {name: self._engine.get_tensor_profile_shape(name, number) for name in self.inputs}
             self._profiles.append({name: (tuple(low), tuple(high)) for name, (low, _, high) in shapes.items()})
-            # Else each context would hold memory for the largest of all profiles.
+            # By default each context holds memory for the largest of all profiles.
             context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
             if context is None or not context.set_optimization_profile_async(number, self._gpu.stream):
                 raise RuntimeError(f"TensorRT has no memory for the plan's profile {number}: {self._log.last()}")
@@ -155,7 +171,11 @@ class TensorRtSession:
         self._lock = threading.Lock()
 
     def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The output for one batch, on the host. Raises ValueError where no profile takes its shape."""
+        """Return the output for one batch, in host memory.
+
+        Raises:
+            ValueError: No profile accepts the batch's shape.
+        """
         given = {name: np.ascontiguousarray(batch[name], dtype=self._types[name]) for name in self.inputs}
         with self._lock:
             self._gpu.use()
@@ -193,7 +213,7 @@ class TensorRtSession:
 
 
 class _Slot:
-    """What one shape runs in, and on which memory."""
+    """The context and the buffers that batches of one shape run with."""
 
     def __init__(self, context: Any, inputs: dict[str, Any], answer: Any) -> None:
         self.context, self.inputs, self.answer = context, inputs, answer
@@ -202,8 +222,8 @@ class _Slot:
 class _Gpu:
     """The GPU's primary context, which TensorRT and ONNX Runtime use too, and one stream of it.
 
-    By the driver's own library: no package is needed for it. The stream waits for the default one, and that for it:
-    copies, which ONNX Runtime makes on the default one, keep their order with runs.
+    It calls the driver's own library, which needs no package. The stream and the default stream wait for each other.
+    ONNX Runtime copies on the default stream, so copies and runs keep their order.
     """
 
     def __init__(self, device: int) -> None:
@@ -229,11 +249,15 @@ class _Gpu:
         self.capability = ".".join(parts)
 
     def use(self) -> None:
-        """Make the context this thread's: contexts belong to threads."""
+        """Make the context current in this thread, because CUDA sets contexts for each thread."""
         self._call("cuCtxSetCurrent", self._context)
 
     def synchronize(self) -> None:
-        """Wait for the stream. Raises RuntimeError where something on it failed."""
+        """Wait until the stream has finished.
+
+        Raises:
+            RuntimeError: An operation on the stream failed.
+        """
         self._call("cuStreamSynchronize", self._stream)
 
     def _call(self, name: str, *arguments: Any) -> None:

@@ -1,4 +1,7 @@
-"""The baseline: the checkpoint as transformers loads it, fp32, eager, in inference mode. Nothing is built."""
+"""The baseline: the checkpoint as transformers loads it, in fp32, eager, in inference mode.
+
+It has no `build`, because there is nothing to build.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from resources.tasks import TASKS
 
 
 class TorchRunner:
-    """Runs the task's own module, pooling and softmax included, so that it does all that a candidate does."""
+    """The task's own PyTorch module.
+
+    It includes pooling and softmax, so that the baseline does everything that a candidate does.
+    """
 
     def __init__(self, module: torch.nn.Module, threads: int, device: Device = "cpu") -> None:
         torch.set_num_threads(threads)
@@ -23,6 +29,7 @@ class TorchRunner:
         self._module = module.to(device)
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the module's output for one batch."""
         with torch.inference_mode():
             inputs = {name: torch.from_numpy(array).to(self._device) for name, array in batch.items()}
             answer: np.ndarray = self._module(**inputs).cpu().numpy()
@@ -30,7 +37,7 @@ class TorchRunner:
 
 
 def load(engine: Engine, folder: Path, sources: Sources, threads: int) -> TorchRunner:
-    """The module of the checkpoint's task."""
+    """Load the module of the checkpoint's task."""
     del folder
     checkpoint = sources.checkpoint
     files = checkpoint_files(checkpoint, sources.checkpoint_folder, sources.trust)

@@ -1,4 +1,7 @@
-"""Runs inside Triton, copied beside `model.py`: from texts to answers around an engine, wherever that is."""
+"""The way from texts to answers, around an engine that may run in this process or elsewhere.
+
+This module runs inside Triton, copied beside `model.py`.
+"""
 
 import gc
 import json
@@ -8,38 +11,40 @@ import triton_python_backend_utils as pb_utils
 from lane import Lane, NoLane
 from reading import attempt, count_of, prepare, read, refusal, require_rows
 
-#: Requests with a longer text, or with more in all their texts, are answered beside the others: in bytes, nearly.
+#: A request with a longer text, or with more text in all, is answered beside the others. The limits compare numbers of
+#: characters, which are roughly bytes.
 _LONG_TEXT, _LONG_REQUEST = 8 * 2**10, 64 * 2**10
-#: In place of the response of such a request.
+#: A marker in place of the response to such a request.
 _LATER = object()
 
 
 class AnsweringModel:
-    """The pipeline's texts, strings `[batch, 1]` each, to its answers, one a row.
+    """A Triton model that turns the pipeline's texts, strings `[batch, 1]` each, into one answer per row.
 
-    Answers are JSON documents, or fp32 `[batch, width]` where they are the engine's own numbers. A subclass sets
-    `_pipeline`, `_answers` (the output's name), `_per_token` and `_largest` (rows that the engine takes), and has
-    `_infer`, from the engine's arrays to its numbers, one a row. It calls `_open_lane` last.
+    Answers are JSON documents, or fp32 `[batch, width]` if they are the engine's own numbers. A subclass sets
+    `_pipeline`, `_answers` (the output's name), `_per_token` and `_largest` (the most rows that the engine takes). It
+    defines `_infer`, which takes the engine's arrays and returns its numbers, one entry per row. It calls `_open_lane`
+    last.
     """
 
     def _open_lane(self, *, beside):
-        """beside: large requests are answered by another thread, which the engine has to take."""
+        """Start the thread for large requests if `beside` is true. The engine has to allow calls from that thread."""
         self._lane, self._beside = Lane(self._answer_alone) if beside else NoLane(), beside
-        # What was loaded stays. Python's collector need not look at it again, for which it would stop all threads.
+        # All loaded objects stay, so Python's collector, which stops all threads while it runs, need not scan them.
         gc.freeze()
 
     def finalize(self):
-        """Answer what still waits."""
+        """Answer the requests that still wait."""
         self._lane.close()
 
     def execute(self, requests):
-        """The rows of all requests together through the engine; a request that has no answer fails alone."""
+        """Run the rows of all requests through the engine together. A request that has no answer fails alone."""
         with self._lane.others():
             asked = [attempt(self._read, request) for request in requests]
             return [_response(found) for found in self._answer(asked, requests)]
 
     def _read(self, request):
-        """The request's items, each with what the tokenizer is to read of it."""
+        """Return the request's items, each with the texts that the tokenizer reads for it, or `_LATER`."""
         items = read(request, self._pipeline)
         lengths = [len(text) for item in items for text in item.values()]
         if max(lengths) > _LONG_TEXT or sum(lengths) > _LONG_REQUEST:
@@ -51,11 +56,11 @@ class AnsweringModel:
         return (rows > self._largest and self._later(request, items)) or asked
 
     def _later(self, request, items):
-        """Have a large request answered beside the others, where that is possible."""
+        """Pass a large request to the lane and return `_LATER`, or return None if the lane cannot be used."""
         if not self._beside:
             return None
         sender = attempt(request.get_response_sender)
-        if isinstance(sender, Exception):  # before 24.06 Triton had it for decoupled models alone
+        if isinstance(sender, Exception):  # before 24.06, Triton had response senders for decoupled models only
             self._beside = False
             return None
         self._lane.put(sender, items)
@@ -65,16 +70,16 @@ class AnsweringModel:
         return list(zip(items, prepare(items, self._pipeline), strict=True))
 
     def _answer_alone(self, items):
-        """The response to a large request. Raises what it met."""
+        """Return the response to a large request, or raise the exception that occurred."""
         (found,) = self._answer([self._prepare(items)])
         if isinstance(found, BaseException):
             raise found
         return found
 
     def _answer(self, asked, requests=(None,)):
-        """For each request its response, or the exception that it met, or that it is answered later.
+        """Return for each request its response, the exception that occurred, or `_LATER`.
 
-        asked: `_read`'s; requests: themselves, where they may be answered later.
+        `asked` holds the results of `_read`. `requests` holds the requests themselves if they may be answered later.
         """
         groups = iter(self._tokenize([one for items in asked if _is_read(items) for _, one in items]))
         rows = [
@@ -90,14 +95,17 @@ class AnsweringModel:
         return found
 
     def _tokenize(self, prepared):
-        """The engine's rows of each item, from one call of the tokenizer, or the exception that an item met."""
+        """Return the engine's rows for each item, or the item's exception, from one call of the tokenizer.
+
+        If that call fails, each item is tokenized by a call of its own.
+        """
         found = attempt(self._pipeline.tokenize, prepared)
         if isinstance(found, BaseException):
             return [found] if len(prepared) == 1 else [self._tokenize([one])[0] for one in prepared]
         return found
 
     def _take(self, items, groups, request):
-        """The rows of one request. Raises what one of its items met."""
+        """Return the rows of one request, or `_LATER`. Raise RuntimeError if one of its items cannot be tokenized."""
         own = [next(groups) for _ in items]
         for group in own:
             if isinstance(group, BaseException):
@@ -123,9 +131,9 @@ class AnsweringModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor(self._answers, column), count_of(rows)])
 
     def _outputs(self, rows):
-        """For each row its own numbers without padding, or the exception that it met.
+        """Return for each row its own numbers without padding, or the exception that occurred.
 
-        Rows of one bucket run together, whichever request they come from.
+        Rows of one bucket run together, also if they come from different requests.
         """
         buckets = {}
         for number, row in enumerate(rows):
@@ -145,7 +153,7 @@ class AnsweringModel:
             with self._lane.turn():
                 numbers = self._infer(arrays)
         except Exception as error:
-            if len(rows) > 1:  # what one row met must not cost the others
+            if len(rows) > 1:  # an error of one row must not fail the others
                 return [self._ask([row], length)[0] for row in rows]
             return [error]
         cut = [output[: row.tokens] if self._per_token else output for row, output in zip(rows, numbers, strict=True)]
@@ -158,7 +166,7 @@ class AnsweringModel:
 
 
 def _document(answer):
-    """Write the answer as JSON. A list is written piece by piece: while json.dumps works, no other thread runs."""
+    """Return the answer as JSON. A list is written item by item, because no other thread runs during json.dumps."""
     if isinstance(answer, list):
         return f"[{', '.join([json.dumps(one, ensure_ascii=False) for one in answer])}]"
     return json.dumps(answer, ensure_ascii=False)
@@ -169,7 +177,7 @@ def _is_read(found):
 
 
 def _response(found):
-    """As Triton wants it: nothing for a request that is answered later."""
+    """Return the response in Triton's form, which is None for a request that is answered later."""
     if found is _LATER:
         return None
     return refusal(found) if isinstance(found, BaseException) else found

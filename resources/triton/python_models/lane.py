@@ -1,8 +1,8 @@
-"""Runs inside Triton, copied beside answering.py: large requests are answered beside the others, not before them.
+"""The lane: a thread that answers large requests beside the others instead of before them.
 
-Triton hands over requests together and waits for all of them. So one long text with its windows, or one that is slow to
-tokenize, would keep everybody waiting. Such requests are answered later, by a thread of their own, which uses the
-engine a few rows at a time and in the gaps that the others leave.
+This module runs inside Triton, copied beside answering.py. Triton hands over requests together and waits for all of
+them. So one long text with its windows, or one that is slow to tokenize, would keep all other requests waiting. The
+lane's thread answers such requests later. It uses the engine a few rows at a time, in the gaps that the others leave.
 """
 
 import queue
@@ -14,19 +14,25 @@ from contextlib import contextmanager
 import triton_python_backend_utils as pb_utils
 from reading import BusyError, attempt, refusal
 
-#: Bytes of texts that may wait: beyond that, large requests are turned away.
+#: The most bytes of texts that may wait. Beyond that, large requests are turned away.
 MOST_WAITING = 64 * 2**20
-#: Tokens, with padding, that a large request gives to the engine at a time. On two cores all-MiniLM-L6-v2 takes 40 ms.
+#: The most tokens, with padding, that a large request gives to the engine at a time. On two cores, all-MiniLM-L6-v2
+#: takes 40 ms for them.
 _TOKENS = 256
-#: For how long a thread of Python may keep the others from running, of which the default is ten times as much.
+#: How long one Python thread may keep the others from running. Python's default is ten times as long.
 _SWITCH_SECONDS = 0.0005
-#: How long a large request waits for a gap. Without a limit it would wait for ever on a busy server. It waits no longer
-#: than it used the engine the last time, so that it gets at least half of it; for its first turn it does not wait.
+#: The longest time that a large request waits for a gap. Without a limit it would wait for ever on a busy server. It
+#: also waits no longer than its last use of the engine took, so that it gets at least half of the engine's time. It
+#: does not wait for its first turn.
 _PATIENCE_SECONDS = 0.02
 
 
 class Lane:
-    """The thread, and whose turn it is at the engine. answer: from a request's items to its response."""
+    """The thread for large requests, and the rule that decides which thread may use the engine.
+
+    Args:
+        answer: A function that takes a request's items and returns its response.
+    """
 
     def __init__(self, answer):
         self._answer = answer
@@ -39,7 +45,7 @@ class Lane:
 
     @contextmanager
     def others(self):
-        """While requests are answered at once: the thread leaves the engine to them."""
+        """Answer other requests first: within the context, the thread waits for the engine until its patience ends."""
         self._gap.clear()
         try:
             yield
@@ -47,7 +53,11 @@ class Lane:
             self._gap.set()
 
     def put(self, sender, items):
-        """Answer the request later, through its response sender. Raises BusyError."""
+        """Answer the request later, through its response sender.
+
+        Raises:
+            BusyError: More texts than `MOST_WAITING` bytes would wait.
+        """
         size = sum(sys.getsizeof(text) for item in items for text in item.values())
         with self._count:
             if self._waiting + size > MOST_WAITING:
@@ -57,7 +67,7 @@ class Lane:
 
     @contextmanager
     def turn(self):
-        """One use of the engine."""
+        """Hold the engine for one use."""
         if threading.current_thread() is not self._thread:
             with self._engine:
                 yield
@@ -69,11 +79,11 @@ class Lane:
             self._used_seconds = time.monotonic() - begun
 
     def most_rows(self, length, largest):
-        """How many rows of a length the engine may be given at a time."""
+        """Return how many rows of a length the calling thread may give to the engine at a time."""
         return max(1, min(largest, _TOKENS // length)) if threading.current_thread() is self._thread else largest
 
     def close(self):
-        """Answer what waits, and end the thread."""
+        """Answer the requests that wait, and end the thread."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -89,17 +99,24 @@ class Lane:
 
 
 class NoLane:
-    """Where the engine is of one thread, or shares what Triton's rate limiter counts: all are answered at once."""
+    """A stand-in for the lane where large requests have to be answered together with the others.
+
+    This is the case if only one thread may use the engine, or if the engine shares resources that Triton's rate limiter
+    counts.
+    """
 
     @contextmanager
     def others(self):
+        """Do nothing, because no thread competes for the engine."""
         yield
 
     turn = others
 
     def most_rows(self, length, largest):
+        """Return `largest`: rows of every length may fill the engine."""
         del length
         return largest
 
     def close(self):
+        """Do nothing, because no request waits."""
         pass

@@ -1,6 +1,7 @@
-"""Runs inside Triton as engine.py: an ONNX Runtime engine on the CPU, on CUDA, or on CUDA through TensorRT.
+"""An ONNX Runtime engine on the CPU, on CUDA, or on CUDA through TensorRT.
 
-Beside it lie the engine's files, neighbours.py, sessions.py, cuda.py and tensorrt_provider.py.
+This module runs inside Triton as engine.py. Its folder also holds the engine's files, neighbours.py, sessions.py,
+cuda.py and tensorrt_provider.py.
 """
 
 from pathlib import Path
@@ -12,7 +13,14 @@ from tensorrt_provider import ProviderSession
 
 
 def open_engine(folder, parameters, args, groups):
-    """The engine with the threads that it was measured with. args: of `initialize`; groups: its instances."""
+    """Open the engine with the threads with which it was measured.
+
+    Args:
+        folder: The version folder, which holds the engine's files.
+        parameters: The parameters of the model's configuration.
+        args: The arguments of `initialize`.
+        groups: The instance groups of the model's configuration.
+    """
     path, output = str(Path(folder) / parameters["entry_file"]), parameters["engine_output"]
     if parameters["device"] == "cuda":
         kind = ProviderSession if parameters.get("provider") == "tensorrt" else CudaSession
@@ -21,7 +29,7 @@ def open_engine(folder, parameters, args, groups):
 
 
 class _CpuEngine:
-    """`inputs`: names of the arrays that it reads."""
+    """An engine on the CPU. The attribute `inputs` holds the names of the arrays that it reads."""
 
     def __init__(self, path, output, parameters, neighbours):
         threads, beside = int(parameters["threads"]), int(parameters["threads_beside"])
@@ -32,7 +40,7 @@ class _CpuEngine:
         self.inputs = [item.name for item in self._alone.get_inputs()]
 
     def run(self, feed):
-        """With all threads, as it was measured, or, while another instance computes, with its share of them."""
+        """Run the engine with all threads, as it was measured, or with its share while another instance computes."""
         with self._neighbours:
             session = self._beside if self._neighbours.at_work() else self._alone
             return session.run([self._output], feed)[0]

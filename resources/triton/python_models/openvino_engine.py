@@ -1,10 +1,17 @@
-"""Runs inside Triton as engine.py: an OpenVINO model on the CPU. Beside it lie its files and openvino_session.py."""
+"""An OpenVINO model on the CPU.
+
+This module runs inside Triton as engine.py. Its folder also holds the model's files and openvino_session.py.
+"""
 
 from pathlib import Path
 
 
 def open_engine(folder, parameters, args, groups):
-    """The model, compiled as it was measured, with the same threads, which instances share."""
+    """Compile the model as it was measured, with the same threads. Several instances share the threads.
+
+    Raises:
+        RuntimeError: The server's environment does not have the package openvino.
+    """
     del args
     try:
         from openvino_session import OpenVinoSession

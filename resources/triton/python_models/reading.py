@@ -1,4 +1,7 @@
-"""Runs inside Triton, copied beside `model.py`: a request's texts, and refusals of requests that have no answer."""
+"""Read the texts of requests, and refuse requests that have no answer.
+
+This module runs inside Triton, copied beside `model.py`.
+"""
 
 import json
 
@@ -14,7 +17,7 @@ class BusyError(RuntimeError):
 
 
 def open_here(folder, parameters):
-    """The pipeline of a release, with the limits and lengths that its configuration names."""
+    """Open the pipeline of a release, with the limits and lengths that its configuration names."""
     pipeline = open_pipeline(folder)
     pipeline.limits = RequestLimits(**json.loads(parameters["limits"]))
     if "length_step" in parameters:
@@ -25,9 +28,9 @@ def open_here(folder, parameters):
 
 
 def attempt(function, *arguments):
-    """What the function returns, or the exception that it raised: no request may cost those that came with it.
+    """Return the function's result, or the exception that it raised, so that one request cannot fail the others.
 
-    A panic of the tokenizers' library is an exception too, though not an Exception.
+    A panic of the tokenizers library is a BaseException and no Exception, so BaseException is caught.
     """
     try:
         return function(*arguments)
@@ -38,7 +41,11 @@ def attempt(function, *arguments):
 
 
 def read(request, pipeline):
-    """The request's items. Raises RefusedError where it asks for too much, or its bytes are no text."""
+    """Return the request's items.
+
+    Raises:
+        RefusedError: The request exceeds a limit, lacks an input, holds no row, or its bytes are not valid UTF-8.
+    """
     limits, total, columns = pipeline.limits, 0, {}
     for name in (*pipeline.inputs, *pipeline.optional):
         tensor = pb_utils.get_input_tensor_by_name(request, name)
@@ -73,7 +80,7 @@ def read(request, pipeline):
 
 
 def _require_inputs(pipeline, texts, has_ids):
-    """Raise RefusedError where texts are missing, or given twice over: as texts, and as token ids."""
+    """Raise RefusedError if texts are missing, or given twice: as texts and as token ids."""
     for name in pipeline.inputs:
         may_be_ids = name in pipeline.from_ids
         if has_ids and may_be_ids and name in texts:
@@ -87,7 +94,11 @@ def _require_inputs(pipeline, texts, has_ids):
 
 
 def prepare(items, pipeline):
-    """What the tokenizer is to read of each item. Raises RefusedError where the request has no answer."""
+    """Return the texts that the tokenizer reads for each item.
+
+    Raises:
+        RefusedError: The request has no answer, or needs too many rows of the engine.
+    """
     prepared, rows = [], 0
     for item in items:
         prepared.append(pipeline.prepare(item))
@@ -97,7 +108,7 @@ def prepare(items, pipeline):
 
 
 def require_rows(rows, pipeline):
-    """Raise RefusedError for a request of more rows of the engine than one may have."""
+    """Raise RefusedError if a request needs more rows of the engine than its limits allow."""
     most = pipeline.limits.engine_rows
     if rows > most:
         raise RefusedError(
@@ -107,13 +118,16 @@ def require_rows(rows, pipeline):
 
 
 def count_of(rows):
-    """How many tokens were read for each item, special ones included, in all of its rows."""
+    """Return the number of tokens that were read for each item, special tokens included, in all of its rows."""
     counts = [[sum(row.tokens for row in group)] for group in rows]
     return pb_utils.Tensor(TOKEN_COUNT, np.array(counts, dtype=np.int64))
 
 
 def refusal(error):
-    """The response for an exception: the client's own fault is INVALID_ARG, and anything else INTERNAL."""
+    """Return the response for an exception.
+
+    Its error code is INVALID_ARG for a RefusedError, UNAVAILABLE for a BusyError, and INTERNAL for any other error.
+    """
     message = str(error) or type(error).__name__
     if isinstance(error, RefusedError):
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))

@@ -1,14 +1,14 @@
-"""Runs inside Triton: text to answer in one process, tokenizer, engine and all. The python flavour of a release.
+"""The model of a release of the python flavour: one process holds the tokenizer and the engine.
 
-One model and not two: each is a process, and a request that goes through two of them waits for four hand-overs. And
-the requests that wait are tokenized together and sorted by length before the engine runs, where Triton's own batches
-end at the first request of another length. On one H100, all-MiniLM-L6-v2 in fp16 from 64 clients: 11,077 requests a
-second against 7,704 from two models with two instances each, 5,516 against 4,770 at mixed lengths, and a lone request
-in 0.95 ms against 1.36.
+It is one Triton model instead of two, because each model is a process, and a request that goes through two of them
+waits for four hand-overs. In addition, waiting requests are tokenized together and sorted by length before the engine
+runs, while Triton's own batches end at the first request of another length. Measured on one H100 with all-MiniLM-L6-v2
+in fp16 and 64 clients, one model answers 11,077 requests a second and two models with two instances each answer 7,704.
+At mixed lengths they answer 5,516 and 4,770. A lone request takes 0.95 ms and 1.36 ms.
 
-Its version folder also holds answering.py, lane.py, reading.py, aside.py, engine.py with what that needs, the engine's
-files, the package `pipelines`, what that reads (pipeline.json, encoder.json, tokenizer.json) and a copy of the
-`tokenizers` package.
+This module runs inside Triton as model.py. Its version folder also holds answering.py, lane.py, reading.py, aside.py,
+engine.py with the modules that it needs, the engine's files, the package `pipelines`, the files that the package reads
+(pipeline.json, encoder.json, tokenizer.json) and a copy of the `tokenizers` package.
 """
 
 import json
@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 sys.dont_write_bytecode = True  # a release never changes
-# Links are not resolved: the Python inside Triton cannot name a path that is not ASCII, and the embedded server is
-# given its repository by a link whose path is.
+# Links are not resolved. The Python inside Triton cannot name a path that is not ASCII, and the embedded server reads
+# such a repository through a link with an ASCII path.
 _HERE = str(Path(__file__).absolute().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
@@ -31,17 +31,21 @@ import triton_python_backend_utils as pb_utils  # noqa: E402
 from answering import AnsweringModel  # noqa: E402
 from reading import open_here  # noqa: E402
 
-#: For running every length once while the model is loaded, and not while somebody waits for an answer.
+#: Time to run every length once while the model is loaded, so that no request has to wait for a length's first run.
 _WARM_SECONDS = 1.0
-#: The same on a GPU, where a CUDA graph is captured for each; what is left is captured when it is asked for.
+#: The same on a GPU, where a CUDA graph is captured for each length. The remaining graphs are captured on first use.
 _WARM_GRAPHS_SECONDS = 20.0
 
 
 class TritonPythonModel(AnsweringModel):
-    """The pipeline's texts, strings `[batch, 1]` each, to its answers."""
+    """A model that turns the pipeline's texts, strings `[batch, 1]` each, into its answers."""
 
     def initialize(self, args):
-        """Open pipeline and engine as they were measured. Refused with the reason where the engine cannot run here."""
+        """Open the pipeline and the engine as they were measured.
+
+        Raises:
+            TritonModelException: The engine cannot run here. The message states the reason.
+        """
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self._answers, self._largest = config["output"][0]["name"], max(1, config["max_batch_size"])
@@ -54,7 +58,8 @@ class TritonPythonModel(AnsweringModel):
         except Exception as error:
             raise pb_utils.TritonModelException(f"{args['model_name']} cannot be served here: {error}") from error
         self._warm([name for name in parameters["extra_inputs"].split(",") if name])
-        # CUDA graphs belong to the thread that captured them, and the rate limiter counts only what Triton waits for.
+        # CUDA graphs belong to the thread that captured them, and Triton's rate limiter counts only requests that
+        # Triton waits for. In both cases a second thread must not use the engine.
         counted = any(group.get("rate_limiter", {}).get("resources") for group in config["instance_group"])
         self._open_lane(beside=parameters["device"] == "cpu" and not counted)
 

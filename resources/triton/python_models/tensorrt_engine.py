@@ -1,4 +1,7 @@
-"""Runs inside Triton as engine.py: a TensorRT plan on a GPU. Beside it lie the plan and tensorrt_session.py."""
+"""A TensorRT plan on a GPU.
+
+This module runs inside Triton as engine.py. Its folder also holds the plan and tensorrt_session.py.
+"""
 
 from pathlib import Path
 
@@ -6,7 +9,7 @@ from tensorrt_session import TensorRtSession
 
 
 def open_engine(folder, parameters, args, groups):
-    """The plan on the instance's GPU. Raises where this machine has another TensorRT than the builder had."""
+    """Load the plan on the instance's GPU. Raise an error if TensorRT here has another version than the builder's."""
     del groups
     plan, device = Path(folder) / parameters["entry_file"], int(args["model_instance_device_id"])
     return TensorRtSession(plan, parameters["engine_output"], parameters, device=device)

@@ -1,8 +1,8 @@
-"""Runs inside Triton: text to token ids.
+"""A model that turns text into token ids.
 
-Its version folder also holds reading.py, aside.py, the package `pipelines`, what that reads (pipeline.json,
-encoder.json, tokenizer.json) and a copy of the `tokenizers` package, so that any Triton with a Python backend and numpy
-serves it.
+This module runs inside Triton as model.py. Its version folder also holds reading.py, aside.py, the package `pipelines`,
+the files that the package reads (pipeline.json, encoder.json, tokenizer.json) and a copy of the `tokenizers` package.
+So any Triton with a Python backend and numpy can serve it.
 """
 
 import json
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 sys.dont_write_bytecode = True  # a release never changes
-# Links are not resolved: the Python inside Triton cannot name a path that is not ASCII, and the embedded server is
-# given its repository by a link whose path is.
+# Links are not resolved. The Python inside Triton cannot name a path that is not ASCII, and the embedded server reads
+# such a repository through a link with an ASCII path.
 _HERE = str(Path(__file__).absolute().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
@@ -25,7 +25,10 @@ from reading import attempt, count_of, open_here, prepare, read, refusal  # noqa
 
 
 class TritonPythonModel:
-    """The pipeline's texts, strings `[batch, 1]` each, to the model's int64 inputs `[batch, sequence]`."""
+    """A model that turns the pipeline's texts, strings `[batch, 1]` each, into the engine's inputs.
+
+    The inputs are int64 `[batch, sequence]`.
+    """
 
     def initialize(self, args):
         """Load the pipeline beside this file."""
@@ -34,7 +37,7 @@ class TritonPythonModel:
         self._pipeline = open_here(_HERE, parameters)
 
     def execute(self, requests):
-        """One call of the tokenizer for all requests; one that has no answer fails alone."""
+        """Tokenize all requests with one call of the tokenizer. A request that has no answer fails alone."""
         asked = [attempt(self._read, request) for request in requests]
         prepared = [one for own in asked if not isinstance(own, BaseException) for one in own]
         groups = iter(self._tokenize(prepared))

@@ -71,17 +71,27 @@ def test_the_configuration_follows_the_settings_until_somebody_changes_it(worksp
     files = configuration(workspace).read_text()
     assert "postgres" not in files
     assert "run_monitoring" in files
-    # An earlier version's is renewed.
-    configuration(workspace).write_text(module._EARLIER[0])
+    # An earlier version's is renewed, and one that somebody changed names the launcher by its old place for ever.
+    for earlier in (module._EARLIER[0], files.replace("orchestration.runs.run_launcher", "orchestration.launcher")):
+        assert earlier != files
+        configuration(workspace).write_text(earlier)
+        prepare_instance(workspace)
+        assert configuration(workspace).read_text() == files
+    changed = earlier.replace("poll_interval_seconds: 10", "poll_interval_seconds: 20")
+    configuration(workspace).write_text(changed)
     prepare_instance(workspace)
-    assert configuration(workspace).read_text() == files
+    assert configuration(workspace).read_text() == changed
+    configuration(workspace).write_text(files)
     monkeypatch.setenv(POSTGRES_VARIABLE, URL)
     prepare_instance(workspace)
     assert f"env: {POSTGRES_VARIABLE}" in configuration(workspace).read_text()
-    # Without the variable nothing silently begins anew in files.
+    # Without the variable nothing silently begins anew in files, whichever version wrote the configuration.
     monkeypatch.delenv(POSTGRES_VARIABLE)
-    with pytest.raises(CatalogError, match=f"{POSTGRES_VARIABLE}, which is not set"):
-        prepare_instance(workspace)
+    with_postgres = configuration(workspace).read_text()
+    for text in (with_postgres, with_postgres.replace("orchestration.runs.run_launcher", "orchestration.launcher")):
+        configuration(workspace).write_text(text)
+        with pytest.raises(CatalogError, match=f"{POSTGRES_VARIABLE}, which is not set"):
+            prepare_instance(workspace)
     own = "telemetry: {enabled: false}\n"
     configuration(workspace).write_text(own)
     prepare_instance(workspace)

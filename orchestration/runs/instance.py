@@ -71,6 +71,9 @@ compute_logs:
 """,
 )
 
+#: The run launcher's place, as earlier versions wrote it and as it is now.
+_MOVED = ("module: orchestration.launcher\n", "module: orchestration.runs.run_launcher\n")
+
 #: The workspace.yaml of this repository, for pages that are opened elsewhere.
 WORKSPACE = """\
 load_from:
@@ -103,13 +106,14 @@ def prepare_instance(workspace: Workspace) -> Path:
     if url:
         _require_postgres(url)
     wanted = _CONFIGURATION + (_POSTGRES if url else "")
-    there = configuration.read_text(encoding="utf-8") if configuration.exists() else None
+    written = configuration.read_text(encoding="utf-8") if configuration.exists() else None
+    there = written.replace(*_MOVED) if written is not None else None
     if there == _CONFIGURATION + _POSTGRES and not url:
         raise CatalogError(
             f"{configuration} keeps runs in the Postgres of {POSTGRES_VARIABLE}, which is not set. Set it, or remove "
             "that file to go back to files of its own; the runs in Postgres are not seen then."
         )
-    if there is None or (there != wanted and there in (_CONFIGURATION, *_EARLIER)):
+    if there is None or (written != wanted and there in (wanted, _CONFIGURATION, *_EARLIER)):
         write_whole(configuration, wanted)
     elif url and POSTGRES_VARIABLE not in there:
         raise CatalogError(

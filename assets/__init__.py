@@ -1,13 +1,13 @@
-"""What exists: the assets and their checks."""
+"""The Dagster assets and their checks."""
 
 import gc
 import warnings
 
 import dagster as dg
 
-# Checks by partition are in preview; without them one model's pass would hide another's failure. pyproject.toml holds
-# Dagster to one minor version for that.
+# Partitioned checks are a preview feature, so pyproject.toml holds Dagster to one minor version. Without them, one
+# model's pass would hide another's failure.
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
-# Dagster's own objects stay for as long as the process does. Otherwise the collector goes through all of them again
-# and again while the definitions are loaded, which takes a fifth of that time.
+# Dagster's own objects live as long as the process. Without this call the garbage collector goes through all of them
+# again and again while the definitions are loaded, which takes a fifth of that time.
 gc.freeze()

@@ -1,4 +1,4 @@
-"""What people read in Dagster of every asset: what it is made of, and when it is made anew."""
+"""The part of every asset's description in Dagster that says what it is made of, and when it is made anew."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,18 @@ from resources.engines.specs import BASELINE
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an asset is made of, and when it is made again, in Markdown."""
+    """The inputs of an asset and the reasons to make it again, in Markdown.
+
+    Args:
+        made_of: The continuation of "Made of".
+        again: The continuation of "Made anew when".
+    """
 
     made_of: str
     again: str
 
 
-#: By the first part of the asset's key.
+#: The provenance by the first part of the asset's key.
 PROVENANCE = {
     "checkpoint": Provenance(
         "the catalog's `source`: a Hub id, a folder, a Python package, MLflow's registry or object storage; and the "
@@ -64,7 +69,7 @@ PROVENANCE = {
 
 
 def documented(spec: dg.AssetSpec) -> dg.AssetSpec:
-    """Add to an asset's description what it is made of, and when it is made anew."""
+    """Return the spec with its description extended by what it is made of, and when it is made anew."""
     family = PROVENANCE[spec.key.path[0]]
     description = f"{spec.description}\n\n**Made of** {family.made_of}\n\n**Made anew when** {family.again}"
     return spec.replace_attributes(description=description)

@@ -1,4 +1,4 @@
-"""One asset an engine and target: how accurate it is, and how fast beside PyTorch."""
+"""One asset for each engine and target, with the engine's accuracy and its speed beside PyTorch."""
 
 import dagster as dg
 
@@ -19,7 +19,10 @@ from resources.steps.step import Work
 
 
 def benchmark_assets(step: BenchmarkStep) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
-    """Return the asset of an engine's benchmark, and its check. It never fails for the engine's own troubles."""
+    """Return the asset of an engine's benchmark, and its check.
+
+    An engine that breaks is recorded as failed in the report. The asset itself does not fail then.
+    """
     spec = step.engine.spec
     look = Look.of(
         f"benchmarks_{step.target}",
@@ -37,12 +40,12 @@ def benchmark_assets(step: BenchmarkStep) -> tuple[dg.AssetsDefinition, dg.Asset
     def accuracy_gate(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
-        """The engine's answers are close enough to PyTorch's to be served. One that misses costs itself alone."""
+        """The engine's answers are close enough to PyTorch's for serving. A failure excludes this engine alone."""
         entry = workspace.entry(context.partition_key)
         record = Work(workspace, entry).get(step)
         gates = entry.accuracy_gates().model_dump()
         if record.accuracy is None:
-            # An engine that this target cannot have is no reason to worry anybody, one that broke is.
+            # An engine that this target cannot have calls for no warning. An engine that broke does.
             return dg.AssetCheckResult(
                 passed=record.status == "skipped",
                 severity=dg.AssetCheckSeverity.WARN,
@@ -69,7 +72,10 @@ def benchmark_assets(step: BenchmarkStep) -> tuple[dg.AssetsDefinition, dg.Asset
 
 
 def served_benchmark_asset(step: ServedBenchmarkStep) -> dg.AssetsDefinition:
-    """Return the asset of the benchmark of what serves, so that champion and challenger meet in one run."""
+    """Return the asset of the benchmark of the engine that serves.
+
+    The run that measures the challengers measures this engine again, so that all scores come from one run.
+    """
     look = Look.of(
         f"benchmarks_{step.target}",
         {"report", "mlflow"},
@@ -94,7 +100,7 @@ def _shown(done: Done[BenchmarkReport], engine: Engine) -> Metadata:
 
 
 def report_metadata(record: BenchmarkReport) -> dict[str, object]:
-    """What a person reads of a report, and under constant names what Dagster draws over time."""
+    """Return a report's metadata: tables for people, and figures under constant names for Dagster's plots over time."""
     metadata: dict[str, object] = {"status": record.status, "reason": record.reason or "–", "device": record.device}
     if record.accuracy is not None:
         metadata |= {
@@ -152,7 +158,7 @@ def _latency_table(record: BenchmarkReport) -> dg.TableMetadataValue:
 
 
 def _thread_table(record: BenchmarkReport) -> dict[str, object]:
-    """What was tried to find the number of threads; nothing where there was no choice."""
+    """Return the table of the numbers of threads that were tried, or nothing if there was no choice."""
     if not record.thread_trials:
         return {}
     shapes = [timing.shape for timing in record.timings]

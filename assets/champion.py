@@ -1,4 +1,4 @@
-"""The engine that is to be served on a target, and why."""
+"""The asset of the engine that is to be served on a target, and of the reasons for it."""
 
 import dagster as dg
 
@@ -20,7 +20,10 @@ from resources.steps.step import Work
 
 
 def champion_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, dg.AssetChecksDefinition]:
-    """Return the asset of the champion, and its check. Where no engine is accurate enough, it fails."""
+    """Return the asset of the champion, and its check.
+
+    The asset fails if no engine is accurate enough.
+    """
     look = Look.of(
         "serving",
         {"mlflow"},
@@ -32,7 +35,7 @@ def champion_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, dg.AssetCh
     def as_good_as_what_serves(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
-        """What was built anew is as accurate and as fast as what serves. If not, that goes on serving."""
+        """The best new engine is as accurate and as fast as the engine that serves. Otherwise the latter stays."""
         record = Work(workspace, workspace.entry(context.partition_key)).get(steps.champion)
         met = record.contest
         return dg.AssetCheckResult(
@@ -46,7 +49,7 @@ def champion_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, dg.AssetCh
 
 
 def _show(done: Done[Champion], steps: TargetSteps) -> Metadata:
-    # Here, because definitions are loaded again for every step.
+    # These are imported late because definitions are loaded again for every step.
     from resources.report.optimization import make_report
     from resources.report.page import LATENCY, PARETO
     from resources.report.pareto import pareto_plot

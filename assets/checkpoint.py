@@ -1,4 +1,4 @@
-"""The checkpoint: copied, checked, and never changed again."""
+"""The asset of the checkpoint, which is copied, checked, and never changed again."""
 
 import dagster as dg
 
@@ -18,18 +18,20 @@ from resources.steps.step import Work
 
 
 def _before(context: dg.AssetExecutionContext, work: Work) -> None:
-    """Fail before any work where no release could be published at its end."""
-    from resources.triton.preflight import require_publishable  # here, because definitions are loaded for every step
+    """Fail before any work if the run could not publish a release at its end."""
+    # This is imported late because definitions are loaded again for every step.
+    from resources.triton.preflight import require_publishable
 
     for target in _published(context.run, work.workspace):
         require_publishable(work.workspace, work.entry.name, target)
 
 
 def _published(run: dg.DagsterRun, workspace: Workspace) -> list[str]:
-    """Targets that the run makes a release for, of those whose repository this machine can be asked about: steps of a
-    GPU's target may run on another, with a disk of its own.
+    """Return the targets that the run makes a release for, if this machine can tell about their repositories.
+
+    A target whose GPU is not in this machine is left out. Its steps may run on another machine, with its own disk.
     """
-    chosen = run.asset_selection  # none: the whole job
+    chosen = run.asset_selection  # empty if the run is of the whole job
     return [
         target
         for target in workspace.targets
@@ -39,7 +41,10 @@ def _published(run: dg.DagsterRun, workspace: Workspace) -> list[str]:
 
 
 def _accept(done: Done[Checkpoint]) -> None:
-    """Ask the tracking server now, so that a run fails before it builds engines. A new checkpoint will be tracked."""
+    """Prepare the tracking server if the checkpoint is new, because the run will then write to it.
+
+    A server that does not answer thus fails the run before it builds engines.
+    """
     work = done.work
     if work.workspace.mlflow_uri().is_web and work.store.pointed(work.pointer(CHECKPOINT)) != done.record.digest:
         done.tracker.prepare()
@@ -72,7 +77,7 @@ def _show(done: Done[Checkpoint]) -> Metadata:
 
 
 def length_metadata(store: ArtifactStore, record: Checkpoint) -> dict[str, object]:
-    """Histogram and padding of the sample's rows, where the catalog has a sample."""
+    """Return the histogram and the padding of the sample's rows, or nothing if the catalog has no sample."""
     lengths = record.lengths
     if lengths is None:
         return {}
@@ -110,7 +115,7 @@ def required_files(
     store, record = work.store, work.get(CHECKPOINT)
     damaged = store.damaged(record)
     if damaged:
-        store.remove(record)  # or it would be found, and refused, for ever
+        store.remove(record)  # otherwise every later run would find it and refuse it
     return dg.AssetCheckResult(
         passed=not damaged,
         description=(

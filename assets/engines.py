@@ -1,4 +1,4 @@
-"""One asset an engine and target, so that the lineage shows every candidate."""
+"""One asset for each engine and target, so that the lineage shows every candidate."""
 
 import dagster as dg
 
@@ -9,23 +9,27 @@ from resources.engines.specs import EngineSpec
 from resources.machine.targets import device_of
 from resources.steps.engine import EngineStep
 
-#: Dagster has no icons of ONNX Runtime, OpenVINO and TensorRT; the tags `runtime` and `precision` name them.
+#: Dagster has no icons for ONNX Runtime, OpenVINO and TensorRT. The tags `runtime` and `precision` name them.
 KINDS = {"torch": "pytorch", "onnxruntime": "microsoft"}
 
 
 def engine_asset(step: EngineStep) -> dg.AssetsDefinition:
-    """Return the asset of an engine. It never fails for the engine's own troubles."""
+    """Return the asset of an engine.
+
+    A build that fails is recorded in the engine's record. The asset itself does not fail then.
+    """
     look = Look.of(
         f"engines_{step.target}",
         {KINDS.get(step.spec.runtime, "file")},
         step.spec.description,
         **engine_tags(step.spec, step.target),
     )
-    return artifact_asset(step, look, _show)
+    # An engine writes nothing to MLflow, and one that raises does not end the run of its benchmarks there.
+    return artifact_asset(step, look, _show, tracked=False)
 
 
 def engine_tags(spec: EngineSpec, target: str) -> dict[str, str]:
-    """Return the tags that engines and their benchmarks have."""
+    """Return the tags of an engine and of its benchmark."""
     return {"device": device_of(target), "runtime": spec.runtime, "precision": spec.precision}
 
 
@@ -43,7 +47,7 @@ def _show(done: Done[Engine]) -> Metadata:
 
 
 def _operators(record: Engine) -> dict[str, object]:
-    """What the graph consists of, the most frequent first."""
+    """Return the operators of the graph, the most frequent first."""
     if not record.operators:
         return {}
     frequent_first = sorted(record.operators.items(), key=lambda item: (-item[1], item[0]))
@@ -54,7 +58,7 @@ def _operators(record: Engine) -> dict[str, object]:
 
 
 def _ladder(record: Engine) -> dict[str, object]:
-    """Which operators were left in higher precision, and how that was found."""
+    """Return the operators that were kept in higher precision, and the steps by which they were found."""
     if not record.steps:
         return {}
     return {

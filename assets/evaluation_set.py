@@ -1,4 +1,4 @@
-"""What every engine of a model is compared with."""
+"""The asset of the texts and of PyTorch's answers, with which every engine of a model is compared."""
 
 from assets.factory import Done, Look, Metadata, artifact_asset
 from resources.artifacts.records import EvaluationSet

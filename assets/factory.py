@@ -1,4 +1,4 @@
-"""Make a Dagster asset of a step: what is made is the step's business, what people see of it is told here."""
+"""A factory for Dagster assets. The step says what is made; the factory's arguments say what Dagster shows of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from resources.tracking import Tracker
 
 R = TypeVar("R", bound=Record)
 
-#: What people see of a materialization, by its name in Dagster.
+#: The metadata of a materialization, by their names in Dagster.
 Metadata = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Done(Generic[R]):
-    """A step that was just done, for those who show it."""
+    """A step that was just done, for the function that makes its metadata."""
 
     context: dg.AssetExecutionContext
     work: Work
@@ -39,16 +39,16 @@ class Done(Generic[R]):
 
     @property
     def run_id(self) -> str:
-        """The Dagster run."""
+        """The id of the Dagster run."""
         return self.context.run.run_id
 
 
 @dataclass(frozen=True)
 class Look:
-    """How an asset looks in Dagster.
+    """The appearance of an asset in Dagster.
 
     Args:
-        description: What it is. How it is made is added at the root; see assets.asset_docs.
+        description: What the asset is. orchestration.definitions adds how it is made; see assets.asset_docs.
     """
 
     group: str
@@ -58,7 +58,7 @@ class Look:
 
     @classmethod
     def of(cls, group: str, kinds: set[str], description: str, **tags: str) -> Self:
-        """Return the look; tags as keywords."""
+        """Return the look, with the tags given as keywords."""
         return cls(group, frozenset(kinds), description, tags)
 
 
@@ -70,14 +70,18 @@ def artifact_asset(
     before: Callable[[dg.AssetExecutionContext, Work], None] | None = None,
     accept: Callable[[Done[R]], None] | None = None,
     nothing: Callable[[Work], str] | None = None,
+    tracked: bool = True,
 ) -> dg.AssetsDefinition:
     """Return the asset of a step that makes an artifact.
 
     Args:
-        show: What people see of what was made.
-        before: Called before the step.
-        accept: Called once the artifact is there, before it becomes the current one. It may raise.
-        nothing: Why there is nothing to make, where the step says so.
+        step: The step that makes the artifact.
+        look: The asset's appearance in Dagster.
+        show: Returns the metadata of the artifact that was made.
+        before: Is called before the step.
+        accept: Is called once the artifact is there, before it becomes the current one. It may raise an error.
+        nothing: Returns the reason if the step has nothing to make. Only steps without a recipe at times need it.
+        tracked: Whether the step writes to MLflow, so that its failure ends the run there.
     """
 
     def materialize(context: dg.AssetExecutionContext, work: Work, tracker: Tracker) -> dg.MaterializeResult:
@@ -97,15 +101,17 @@ def artifact_asset(
         folder = _keep(work, step, done.made)
         return materialized(done.made, folder, show(done))
 
-    return asset(step, look, materialize)
+    return asset(step, look, materialize, tracked=tracked)
 
 
 def asset(
     node: Node,
     look: Look,
     materialize: Callable[[dg.AssetExecutionContext, Work, Tracker], dg.MaterializeResult],
+    *,
+    tracked: bool = True,
 ) -> dg.AssetsDefinition:
-    """Return the asset of a step that is materialized by the function."""
+    """Return the asset of a step, which the given function materializes."""
     target = getattr(node, "target", None)
 
     def body(
@@ -126,12 +132,15 @@ def asset(
         tags={**({"target": target} if target else {}), **look.tags},
         op_tags=placement(target or "cpu"),
         code_version=code_version(*node.code),
-    )(closing_tracking(body) if target else body)
+    )(closing_tracking(body) if target and tracked else body)
     return made
 
 
 def _keep(work: Work, step: Step[R], made: Made[R]) -> Path:
-    """Make the artifact the step's current one, and say in the step's log what was damaged. Returns its folder."""
+    """Make the artifact the step's current one, and return its folder.
+
+    If files were damaged, the step's log names them.
+    """
     name, folder = work.pointer(step), work.folder(made.record)
     work.store.point(name, made.record)
     if made.damaged:

@@ -1,7 +1,7 @@
-"""Whether what serves is what its checkpoint is now, and was confirmed lately: the check `up_to_date` of a release.
+"""The check `up_to_date`: whether a release is of its model's newest checkpoint, and was confirmed lately.
 
-Dagster's own freshness looks at the newest materialization of any partition, and a partition here is a model: one
-model's run would hide that another is never run. So this is told by model.
+Dagster's own freshness looks at the newest materialization of any partition. A partition here is a model, so one
+model's run would hide that another model is never run. This check judges each model by itself.
 """
 
 import time
@@ -21,25 +21,30 @@ from resources.triton.layout import current_release
 from resources.triton.release import Release
 
 CHECK = "up_to_date"
-#: Of a run that was asked for because a source holds that revision.
+#: The tag of a run that was requested because a source holds a new revision. Its value is the revision.
 REVISION_TAG = "refinery/revision"
-#: Of a model's runs, among which there is one that was asked for so.
+#: How many of a model's newest runs are searched for one with that tag.
 _MOST_RUNS = 20
 
 
 def release_key(target: str) -> dg.AssetKey:
-    """The asset that a target's releases are."""
+    """Return the key of the asset that stands for a target's releases."""
     return dg.AssetKey(["triton_repository", target])
 
 
 def release_check(target: str, limit_days: float) -> dg.AssetChecksDefinition:
-    """The check. limit_days: how long ago the last run through checkpoint and release may be."""
+    """Return the check of a target's releases.
+
+    Args:
+        target: The target.
+        limit_days: The last run through the checkpoint and the release may be this many days ago.
+    """
 
     @dg.asset_check(asset=release_key(target), name=CHECK, partitions_def=models, op_tags=placement(target))
     def up_to_date(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
-        """What serves is of the checkpoint that its source holds, and a run confirmed that in REFINERY_FRESH_DAYS."""
+        """The release is of the checkpoint that its source holds. A run confirmed that within REFINERY_FRESH_DAYS."""
         return judge(context.instance, workspace, context.partition_key, target, limit_days)
 
     return up_to_date
@@ -48,8 +53,13 @@ def release_check(target: str, limit_days: float) -> dg.AssetChecksDefinition:
 def judge(
     instance: dg.DagsterInstance, workspace: Workspace, model: str, target: str, limit_days: float
 ) -> dg.AssetCheckResult:
-    """The verdict on a model's release, by records alone. Raises ReleaseError where the repository cannot be read,
-    StorageError where a store that is elsewhere does not answer.
+    """Return the verdict on a model's release, which is based on records alone.
+
+    The last run through the model's checkpoint and release may be `limit_days` ago.
+
+    Raises:
+        ReleaseError: The repository cannot be read.
+        StorageError: A store in object storage does not answer.
     """
     release = current_release(workspace.repository(target), model)
     collected = workspace.store.known(Checkpoint, f"{CHECKPOINT.name}/{model}")
@@ -81,15 +91,17 @@ def judge(
     }
     return dg.AssetCheckResult(
         passed=not wrong,
-        severity=dg.AssetCheckSeverity.WARN,  # what serves goes on serving
+        severity=dg.AssetCheckSeverity.WARN,  # the release goes on serving
         description=f"{model}: {'; '.join(wrong)}." if wrong else "what serves is of the newest checkpoint",
         metadata=metadata,
     )
 
 
 def confirmed_at(instance: dg.DagsterInstance, model: str, targets: Sequence[str]) -> float:
-    """When a run went last through the model's checkpoint and its releases, whichever is longer ago, in seconds since
-    1970; 0: never through one of them.
+    """Return when runs last confirmed the model's checkpoint and all its releases, in seconds since 1970.
+
+    Each of these assets has the time of its last materialization, and the oldest of these times counts. The result is 0
+    if one of the assets was never materialized.
     """
     return min(_materialized_at(instance, key, model) for key in (checkpoint.key, *map(release_key, targets)))
 
@@ -100,7 +112,11 @@ def _materialized_at(instance: dg.DagsterInstance, key: dg.AssetKey, model: str)
 
 
 def _wanted(instance: dg.DagsterInstance, model: str, collected: str) -> str:
-    """The revision that a run was asked for after the checkpoint was collected last, and that is another; or none."""
+    """Return the revision that a run was requested for and did not collect, or an empty text if there is none.
+
+    Only the newest run with REVISION_TAG counts. Its revision is returned if the run was created after the checkpoint
+    was last collected, and if it is not the revision that was collected.
+    """
     for record in instance.get_run_records(dg.RunsFilter(tags={PARTITION_TAG: model}), limit=_MOST_RUNS):
         revision = record.dagster_run.tags.get(REVISION_TAG)
         if revision is not None:
@@ -110,7 +126,7 @@ def _wanted(instance: dg.DagsterInstance, model: str, collected: str) -> str:
 
 
 def _is_of(store: ArtifactStore, release: Release, collected: Checkpoint) -> bool:
-    """Whether that checkpoint is what the release was made of. Another revision of the same files makes no release."""
+    """Return whether the release was made of that checkpoint. Another revision of the same files counts as the same."""
     if release.checkpoint_digest == collected.digest or release.revision == collected.revision:
         return True
     served = store.record(Checkpoint, release.checkpoint_digest)

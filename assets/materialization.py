@@ -1,4 +1,4 @@
-"""What every materialization says, in one place."""
+"""Metadata, owners and failure handling that the assets share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -12,17 +12,18 @@ from resources.artifacts.store import Made
 from resources.errors import TrackingError
 from resources.tracking import RunLink
 
-#: Of everything here, where nobody else is named: REFINERY_OWNERS.
+#: The owners of every asset, unless REFINERY_OWNERS names others.
 OWNERS = ["team:refinery"]
 
-#: What a cell of a table may be.
+#: The value of a cell of a table.
 Cell = str | int | float | bool | None
 
 
 def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[..., dg.MaterializeResult]:
-    """No MLflow run stays open because a step failed that writes to it. For assets of a target: `<kind>/<target>/...`.
+    """Wrap a step so that its MLflow run is closed if the step fails.
 
-    Not a hook of Dagster's: that writes an event for every step of every run, a fifth of all that there are.
+    The step is that of a target, whose asset's key is `<kind>/<target>/...`. This is no Dagster hook, because a hook
+    writes an event for every step of every run, which would be a fifth of all events.
     """
 
     @wraps(step)
@@ -34,7 +35,7 @@ def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[...,
             target = context.asset_key.path[1]
             try:
                 resources["tracker"].abandon(context.run.run_id, context.partition_key, why, target)
-            except TrackingError as untold:  # the step's own failure is what people have to read
+            except TrackingError as untold:  # people have to read the step's own failure, so that is raised
                 dg.get_dagster_logger().warning(f"its MLflow run stays open: {untold}")
             raise
 
@@ -42,7 +43,10 @@ def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[...,
 
 
 def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> dg.MaterializeResult:
-    """The result of a step: its record's own metadata, then what all have; versioned by content, not by time."""
+    """Return the result of a step: its own metadata, then the metadata that all steps have.
+
+    Its data version is the digest of the content, and does not depend on the time.
+    """
     record: Record = made.record
     common: dict[str, Any] = {
         "reused": dg.MetadataValue.bool(made.reused),
@@ -60,9 +64,14 @@ def materialized(made: Made[Any], folder: Path, metadata: Mapping[str, Any]) -> 
 
 
 def table(columns: Mapping[str, str], rows: Sequence[Sequence[Cell]]) -> dg.TableMetadataValue:
-    """A table as Dagster shows one. columns: names, with units in them, and what they mean; empty: the name says it.
+    """Return a table for Dagster's pages.
 
-    A column's type is that of its first cell that has something in it.
+    A column's type is that of its first cell that is not None.
+
+    Args:
+        columns: The columns' names, which include their units, and their meanings. An empty meaning says nothing more
+            than the name.
+        rows: The cells of each row, in the order of the columns.
     """
     names = list(columns)
     schema = [
@@ -78,7 +87,7 @@ def table(columns: Mapping[str, str], rows: Sequence[Sequence[Cell]]) -> dg.Tabl
 
 
 def file_table(files: Mapping[str, StoredFile]) -> dg.TableMetadataValue:
-    """The files of an artifact or of a release, the largest first."""
+    """Return the table of the files of an artifact or of a release, the largest first."""
     largest_first = sorted(files.items(), key=lambda item: (-item[1].size_bytes, item[0]))
     return table(
         {"file": "", "size_bytes": "", "sha256": ""},
@@ -87,11 +96,11 @@ def file_table(files: Mapping[str, StoredFile]) -> dg.TableMetadataValue:
 
 
 def linked(**links: RunLink | None) -> dict[str, dg.UrlMetadataValue]:
-    """Metadata that leads to MLflow's pages, as far as there are any."""
+    """Return the links to MLflow's pages as metadata, without those that are None."""
     return {name: dg.MetadataValue.url(link.url) for name, link in links.items() if link is not None}
 
 
 def began_s(context: dg.AssetExecutionContext) -> float:
-    """When the step's run began, in seconds since the epoch."""
+    """Return when the step's run began, in seconds since the epoch, or 0 if Dagster does not know."""
     record = context.instance.get_run_record_by_id(context.run.run_id)
     return (record.start_time if record is not None else None) or 0.0

@@ -1,4 +1,4 @@
-"""The exported graph."""
+"""The asset of the exported ONNX graph, and its checks."""
 
 import dagster as dg
 
@@ -33,7 +33,7 @@ onnx_graph = artifact_asset(
     ONNX_GRAPH,
     Look.of(
         "graph",
-        {"pytorch", "file"},  # Dagster has no icon of ONNX
+        {"pytorch", "file"},  # Dagster has no icon for ONNX
         "The checkpoint as an ONNX graph with dynamic batch and sequence, pooling or softmax included.",
         format="onnx",
     ),
@@ -43,7 +43,7 @@ onnx_graph = artifact_asset(
 
 @dg.asset_check(asset=onnx_graph, partitions_def=models, op_tags=placement(), blocking=True)
 def onnx_valid(context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.AssetCheckResult:
-    """The ONNX checker accepts the graph, shapes inferred."""
+    """The ONNX checker accepts the graph after shape inference."""
     record = Work(workspace, workspace.entry(context.partition_key)).get(ONNX_GRAPH)
     return dg.AssetCheckResult(
         passed=record.checker == "",
@@ -56,7 +56,7 @@ def onnx_valid(context: dg.AssetCheckExecutionContext, workspace: dg.ResourcePar
 def parity_with_pytorch(
     context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
 ) -> dg.AssetCheckResult:
-    """The graph answers as PyTorch does at shapes it was not exported at, padded and unpadded."""
+    """The graph answers as PyTorch does at shapes at which it was not exported, padded and unpadded."""
     record = Work(workspace, workspace.entry(context.partition_key)).get(ONNX_GRAPH)
     rows = [[case.shape, "padded" if case.padded else "unpadded", case.max_relative_error] for case in record.parity]
     missed = " ".join(record.parity_misses) or ("" if record.parity else "Nothing was compared.")

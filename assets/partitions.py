@@ -1,7 +1,7 @@
-"""One partition a model of the catalog."""
+"""The partitions of all assets: one for each model of the catalog."""
 
 import dagster as dg
 
 models = dg.DynamicPartitionsDefinition(name="model")
-#: As Dagster tags the runs of a partition.
+#: The tag that Dagster gives to the runs of a partition.
 PARTITION_TAG = "dagster/partition"

@@ -1,4 +1,4 @@
-"""The answers of the library that users would have used."""
+"""The asset of the answers from the library that users would use without Triton."""
 
 from assets.factory import Done, Look, Metadata, artifact_asset
 from assets.materialization import table

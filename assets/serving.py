@@ -1,4 +1,4 @@
-"""How the champion is served best, and what the published release does under load."""
+"""The assets of the champion's best serving configuration and of the published release's behaviour under load."""
 
 import dagster as dg
 
@@ -11,7 +11,10 @@ from resources.steps.graph import TargetSteps
 
 
 def serving_configuration_asset(steps: TargetSteps) -> dg.AssetsDefinition:
-    """Return the asset of the serving configuration. It fails where the champion cannot be served in any way."""
+    """Return the asset of the serving configuration.
+
+    The asset fails if the champion cannot be served with any configuration.
+    """
     look = Look.of(
         "serving",
         {"task"},

@@ -1,4 +1,7 @@
-"""The release: published to a target's Triton repository once a real server has answered as PyTorch does."""
+"""The asset of the release.
+
+A release is published to a target's Triton repository once a real server has answered with it as PyTorch does.
+"""
 
 import shlex
 
@@ -61,8 +64,9 @@ def triton_repository_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, d
     def served_answers_equal(
         context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.AssetCheckResult:
-        """What the newest release answered on a real server was what PyTorch answers to the same texts."""
-        from resources.triton.publish import unverified_root  # here, because definitions are loaded for every step
+        """The answers of the newest release on a real server were PyTorch's answers to the same texts."""
+        # This is imported late because definitions are loaded again for every step.
+        from resources.triton.publish import unverified_root
 
         repository, model = workspace.repository(steps.target), context.partition_key
         waiting = list_releases(unverified_root(repository, model), model)
@@ -76,7 +80,7 @@ def triton_repository_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, d
             description = "; ".join([f"release {release.number} on {proof.server}", *proof.failures])
         return dg.AssetCheckResult(
             passed=proof is not None and proof.passed,
-            severity=dg.AssetCheckSeverity.WARN,  # an unproven release is never pointed to
+            severity=dg.AssetCheckSeverity.WARN,  # the pointer never names an unproven release
             description=description,
             metadata=_proof_metadata(proof),
         )
@@ -85,7 +89,10 @@ def triton_repository_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, d
 
 
 def _proof_metadata(proof: Proof | None) -> dict[str, dg.MetadataValue | str | int | float | list[str]]:
-    """What the server answered, compared with PyTorch, by protocol and way of asking; nothing without a proof."""
+    """Return the comparison of the server's answers with PyTorch's, by protocol and kind of request.
+
+    Without a proof there is no metadata.
+    """
     if proof is None:
         return {}
     rows: list[list[Cell]] = [
@@ -102,14 +109,14 @@ def _proof_metadata(proof: Proof | None) -> dict[str, dg.MetadataValue | str | i
 
 
 def query_command(work: Work, target: str) -> str:
-    """Return the command that asks a model of that repository."""
+    """Return the command that sends a request to the model in the target's repository."""
     checkpoint = work.get(CHECKPOINT)
     example = TASKS[checkpoint.task].example(checkpoint.settings)
     return f"{_where(work.workspace)}refinery query {work.entry.name} {example}{_target(target)}"
 
 
 def serve_command(workspace: Workspace, target: str) -> str:
-    """How to serve that repository."""
+    """Return the command that serves the target's repository."""
     return f"{_where(workspace)}refinery serve{_target(target)}"
 
 

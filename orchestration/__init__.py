@@ -1,0 +1,1 @@
+"""The Dagster code location, the command line and the web pages."""

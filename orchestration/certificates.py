@@ -24,11 +24,11 @@ def share_certificates(environment: MutableMapping[str, str]) -> None:
     usual = environment.get("SSL_CERT_FILE")
     if given == Path() or not given.exists() or usual == str(given):
         return
-    # Written once for each content, and never removed: processes that outlive this one read it too.
+    # The file is written once for each content and never removed, because processes that outlive this one read it too.
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformer-refinery"
-    if usual and Path(usual).parent == cache:  # made by the process that started this one
+    if usual and Path(usual).parent == cache:  # the process that started this one made that file
         return
-    with suppress(OSError):  # a question then fails, and says that it does not know the certificate
+    with suppress(OSError):  # a request then fails, and its error names the certificate that is not trusted
         content = b"\n".join(path.read_bytes() for path in (*_usual(usual), *_files(given)))
         place = cache / f"certificates-{hashlib.sha256(content).hexdigest()[:32]}.pem"
         if not place.exists():

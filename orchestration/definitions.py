@@ -1,4 +1,4 @@
-"""Everything that Dagster loads, and the one place that reads the environment."""
+"""The definitions that Dagster loads. No other module of the project reads the environment when it is imported."""
 
 import os
 
@@ -44,8 +44,14 @@ def make_definitions(
     policies: Policies | None = None,
     webhook: Address | None = None,
 ) -> dg.Definitions:
-    """The whole code location, working in that workspace. cron: when models are looked at again. webhook: is told of
-    runs that fail.
+    """Return the definitions of the whole code location.
+
+    Args:
+        workspace: The workspace in which the assets are made.
+        execution: The executor of runs. None means one process.
+        cron: The times at which the schedule plans all models again.
+        policies: The policies of all assets. None means the defaults.
+        webhook: The address that is told of failed runs.
     """
     policies = policies or Policies()
     assets: list[dg.AssetsDefinition] = [checkpoint, evaluation_set, reference, onnx_graph]

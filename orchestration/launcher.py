@@ -1,4 +1,4 @@
-"""The old place of orchestration.runs.run_launcher, which dagster.yaml of existing deployments names."""
+"""The former place of orchestration.runs.run_launcher. The dagster.yaml of existing deployments still names it."""
 
 from orchestration.runs.run_launcher import WatchedRunLauncher
 

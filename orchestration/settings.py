@@ -1,4 +1,4 @@
-"""The environment variables, read into a Workspace. docs/settings.md lists them for users."""
+"""The settings that are read from environment variables. docs/settings.md lists them for users."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from resources.storage.locations import Location, parse_location
 from resources.tracking import Tracker
 
 DEFAULT_CATALOG = Path(orchestration.__file__).with_name("models.yaml")
-#: RFC 9110, section 5: tokens as names, and values without control characters.
+#: RFC 9110, section 5: a header's name is a token, and its value holds no control characters.
 _HEADER_NAME, _HEADER_VALUE = (
     re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"),
     re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?"),
@@ -39,7 +39,11 @@ DEFAULT_MLFLOW_UI = "http://127.0.0.1:5000"
 
 
 def read_workspace(environment: Mapping[str, str]) -> Workspace:
-    """The workspace that the variables describe. Raises CatalogError naming the variable that is wrong."""
+    """Return the workspace that the variables describe.
+
+    Raises:
+        CatalogError: A variable is wrong. The error names it.
+    """
     home = _home(environment)
     targets = tuple(environment.get("REFINERY_TARGETS", "cpu").replace(",", " ").split())
     if not targets:
@@ -90,7 +94,11 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
 
 
 def read_connection(environment: Mapping[str, str]) -> Connection:
-    """How the configured Tritons are spoken to. Raises CatalogError naming the variable that is wrong."""
+    """Return the settings of connections to the configured Triton servers.
+
+    Raises:
+        CatalogError: A variable is wrong. The error names it.
+    """
     files = {name: _path(environment, f"REFINERY_TRITON_{name}") for name in ("CA", "CERTIFICATE", "PRIVATE_KEY")}
     for name, path in files.items():
         if path is not None and not path.is_file():
@@ -125,7 +133,7 @@ def read_connection(environment: Mapping[str, str]) -> Connection:
 
 
 def _headers(text: str | None) -> tuple[tuple[str, str], ...]:
-    """Read a JSON object of headers. Names are lower-case, as HTTP/2 has them."""
+    """Return the headers of a JSON object. Their names are in lower case, as HTTP/2 requires."""
     wanted = CatalogError(
         'REFINERY_TRITON_HEADERS is not a JSON object of headers, such as {"authorization": "Bearer ..."}.'
     )
@@ -142,11 +150,11 @@ def _headers(text: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def complete_environment(environment: MutableMapping[str, str]) -> None:
-    """Give libraries what they need and the environment lacks.
+    """Set the variables that libraries need and that the environment lacks.
 
-    Where the system has no home and no name for the user, as in a container, both are set: libraries ask for them when
-    they look for their caches, and without them they fail or make a folder called `~`. The certificates of
-    REQUESTS_CA_BUNDLE are also given to clients that do not use requests, see orchestration/certificates.py.
+    If the system has no home or no name for the user, as in a container, they are set. Libraries ask for them when they
+    look for their caches, and without them they fail or make a folder called `~`. Clients that do not use requests also
+    get the certificates of REQUESTS_CA_BUNDLE; see orchestration/certificates.py.
     """
     try:
         Path.home()
@@ -160,7 +168,7 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
 
 
 def require_plain(folder: Path, variable: str) -> None:
-    """Raise CatalogError for a path that Dagster or MLflow would not find as part of a SQLite database's address."""
+    """Raise CatalogError for a folder whose path cannot be part of the address of a SQLite database."""
     for sign in "?%":
         if sign in str(folder):
             raise CatalogError(
@@ -178,7 +186,7 @@ def _home(environment: Mapping[str, str]) -> Path:
 
 
 def read_access(environment: Mapping[str, str]) -> Access:
-    """Where sources are asked and as whom, by the variables of huggingface_hub, MLflow and Azure."""
+    """Return the addresses and credentials for sources, from the variables of huggingface_hub, MLflow and Azure."""
     cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
     home = Path(environment.get("HF_HOME") or cache / "huggingface").expanduser()
     hub_cache = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE")
@@ -205,7 +213,11 @@ def read_access(environment: Mapping[str, str]) -> Access:
 
 
 def read_execution(environment: Mapping[str, str]) -> Execution:
-    """What runs the steps of runs that Dagster launches. Raises CatalogError naming the variable that is wrong."""
+    """Return the executor of the runs that Dagster launches.
+
+    Raises:
+        CatalogError: A variable is wrong. The error names it.
+    """
     kind = environment.get("REFINERY_EXECUTOR") or IN_PROCESS
     if kind not in get_args(ExecutorKind):
         raise CatalogError(f"REFINERY_EXECUTOR: {kind!r} is not one of {', '.join(get_args(ExecutorKind))}.")
@@ -214,24 +226,32 @@ def read_execution(environment: Mapping[str, str]) -> Execution:
 
 
 def read_policies(environment: Mapping[str, str]) -> Policies:
-    """Who owns the assets, and how old they may be. Raises CatalogError naming the variable that is wrong."""
+    """Return the owners of the assets, and how old the assets may be.
+
+    Raises:
+        CatalogError: A variable is wrong. The error names it.
+    """
     owners = check_owners(environment.get("REFINERY_OWNERS", "").replace(",", " ").split(), "REFINERY_OWNERS")
     return Policies(owners, _number(environment, "REFINERY_FRESH_DAYS", FRESH_DAYS))
 
 
 def webhook_of(environment: Mapping[str, str]) -> Address | None:
-    """Where failed runs are told to. Raises CatalogError for what is no web address."""
+    """Return the address that is told of failed runs, or None if there is none.
+
+    Raises:
+        CatalogError: The variable's value is no web address.
+    """
     return _web(environment, "REFINERY_WEBHOOK", path=False)
 
 
 def tracker_of(workspace: Workspace) -> Tracker:
-    """MLflow as the workspace says. A tracking server's pages are at its own address."""
-    # MLflow's own seven retries of a server that is not there take four minutes.
+    """Return the tracker for the workspace's MLflow. The pages of a tracking server are at its own address."""
+    # By default MLflow retries seven times if a server does not answer, which takes four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it shows a bar for each small file
     uri = workspace.mlflow_uri()
     login = workspace.sources.mlflow_login if uri.is_web else None
-    if login is not None:  # apart from the address, which MLflow's own errors repeat
+    if login is not None:  # it is not part of the address, because MLflow's own errors repeat that
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
     ui = workspace.tracking_ui or (uri if uri.is_web else DEFAULT_MLFLOW_UI)
     return Tracker(
@@ -244,7 +264,7 @@ def tracker_of(workspace: Workspace) -> Tracker:
 
 
 def _source_names(workspace: Workspace) -> frozenset[str]:
-    """The registered models that entries of the catalog take checkpoints from.
+    """Return the registered models from which entries of the catalog take checkpoints.
 
     A catalog that cannot be read, because somebody is editing it, does not fail the run. The tracker then still refuses
     a registered model that holds versions of somebody else.
@@ -256,7 +276,7 @@ def _source_names(workspace: Workspace) -> frozenset[str]:
 
 
 def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
-    """`host:port`, several with commas between them."""
+    """Return the addresses of a variable, each `host:port`, with commas or spaces between them."""
     found = tuple(environment.get(name, "").replace(",", " ").split())
     for address in found:
         host, _, port = address.rpartition(":")
@@ -268,11 +288,11 @@ def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
 
 
 def _web(environment: Mapping[str, str], name: str, *, path: bool = True) -> Address | None:
-    """The address of a web server. path: see Address."""
+    """Return a variable's address of a web server, or None if it is not set. For `path` see Address."""
     given = environment.get(name)
     try:
         return web_address(given if not path else given.rstrip("/"), path=path) if given else None
-    except ValueError as error:  # the value may hold a password, and is not repeated
+    except ValueError as error:  # the error does not repeat the value, which may hold a password
         raise CatalogError(f"{name} {error}.") from None
 
 

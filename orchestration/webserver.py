@@ -1,4 +1,4 @@
-"""The old place of orchestration.ui.webserver, which existing deployments start with `python -m`."""
+"""The former place of orchestration.ui.webserver. Existing deployments still start it with `python -m`."""
 
 import sys
 

@@ -1,0 +1,1 @@
+"""Tensors, files and servers, and the steps of the pipeline. Nothing here knows Dagster."""

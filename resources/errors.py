@@ -9,7 +9,7 @@ import errno
 #: The system's error numbers if nothing more can be written: no room, no quota, or a file too large for its limit.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-#: Its error numbers if a file may not be written, and if the disk itself is at fault.
+#: The error numbers if a file may not be written, and if the disk itself is at fault.
 CLOSED, BROKEN = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.EIO, errno.ESTALE)
 
 #: SQLite's messages begin like this if it may not open or write a file, and also if there is no room for a new one.
@@ -106,6 +106,10 @@ class ServerError(RefineryError):
 
 class StorageError(RefineryError):
     """Object storage does not answer or refuses, or another process holds the place that was to be changed."""
+
+
+class RefusedError(StorageError):
+    """The store answers that this user lacks the permission."""
 
 
 class ArtifactError(RefineryError):

@@ -66,9 +66,11 @@ def test_code_versions_are_those_of_what_the_store_compares():
 
     found = specs()
     assert found["champion/cpu"].code_version == code_version(*ChampionStep.code)
-    assert found["engines/cpu/onnxruntime_fp32"].code_version == code_version(*rebuild.CODE)
+    assert found["engines/cpu/onnxruntime_fp32"].code_version == code_version(*rebuild.CODE, "resources.steps.engine")
     # What is built to keep the gates changes with what judges.
-    assert found["engines/cpu/onnxruntime_int8"].code_version == code_version(*rebuild.CODE, *rebuild.JUDGING)
+    assert found["engines/cpu/onnxruntime_int8"].code_version == code_version(
+        *rebuild.CODE, "resources.steps.engine", *rebuild.JUDGING
+    )
 
 
 def test_everything_else_is_described():

@@ -1,1 +1,1 @@
-"""What runs by itself: sensors, schedules, and the jobs that keep house."""
+"""The sensors and schedules, which start runs by themselves, and the maintenance jobs."""

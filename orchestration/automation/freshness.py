@@ -1,8 +1,8 @@
-"""Looking between runs at whether releases are up to date: what is forgotten is in no run that could say so.
+"""The sensor that checks between runs whether releases are up to date. No run could report a model that is never run.
 
-A sensor cannot report a partition's check itself: Dagster 1.13 stores one report without a run for each partition, ever
-(a unique index over asset, check, run and partition), and a second one fails the tick. So where the verdict is another
-than the last one told, a run of the check alone is asked for.
+A sensor cannot report a partition's check itself. Dagster 1.13 stores only one report without a run for each partition,
+ever (a unique index over asset, check, run and partition), and a second one fails the tick. If the verdict differs from
+the last one, the sensor therefore requests a run of the check alone.
 """
 
 from __future__ import annotations
@@ -22,25 +22,33 @@ from resources.settings.workspace import Workspace
 
 SENSOR = "release_freshness"
 JOB = "check_releases"
-#: Nothing here changes faster, and repositories in object storage are asked over the network.
+#: A verdict changes no faster than this, and each look asks repositories in object storage over the network.
 INTERVAL_SECONDS = 300
 
 
 class Told(BaseModel):
-    """What a run of the check was asked to tell of a model. wrong: empty where all is well. at: when, since 1970."""
+    """The last verdict on a model that differed from the one before.
+
+    Args:
+        wrong: What is wrong with the model's releases. It is empty if nothing is.
+        at: When the verdict was found, in seconds since 1970.
+    """
 
     wrong: str = ""
     at: float = 0.0
 
 
 class Cursor(BaseModel):
-    """By model, as far as something was told."""
+    """The sensor's cursor: the verdicts by model."""
 
     told: dict[str, Told] = {}
 
     @classmethod
     def read(cls, text: str | None) -> Cursor:
-        """An empty one where there is none yet, or one of another version: then all is told once more."""
+        """Return the cursor, or an empty one if there is none yet or it is of another version.
+
+        With an empty cursor, the check reports every problem once more.
+        """
         try:
             return cls.model_validate_json(text or "{}")
         except ValidationError:
@@ -48,7 +56,7 @@ class Cursor(BaseModel):
 
 
 def freshness_job(targets: Sequence[str]) -> dg.UnresolvedAssetJobDefinition:
-    """The check of a model's releases alone."""
+    """Return the job that runs the check of a model's releases and nothing else."""
     keys = [dg.AssetCheckKey(release_key(target), CHECK) for target in targets]
     return dg.define_asset_job(
         JOB,
@@ -61,7 +69,11 @@ def freshness_job(targets: Sequence[str]) -> dg.UnresolvedAssetJobDefinition:
 
 
 def freshness_sensor(limit_days: float) -> dg.SensorDefinition:
-    """The sensor. limit_days: how long ago the last run through a model's checkpoint and release may be."""
+    """Return the sensor.
+
+    Args:
+        limit_days: The last run through a model's checkpoint and release may be this many days ago.
+    """
 
     @dg.sensor(
         name=SENSOR,
@@ -83,16 +95,16 @@ def freshness_sensor(limit_days: float) -> dg.SensorDefinition:
         names = [name for name in workspace.catalog().names if name in there]
         requests: list[dg.RunRequest] = []
         looked = 0
-        # Where there is no time for all of them, others come first the next time.
+        # If a tick has no time for all models, the next one begins with others.
         turn = int(time.time() / INTERVAL_SECONDS) % max(1, len(names))
         for name in (*names[turn:], *names[:turn]):
-            if name in busy:  # its run says it when it is done
+            if name in busy:  # its run reports the verdict at its end
                 continue
             if time.monotonic() > began + TICK_SECONDS or len(requests) == MOST_RUNS:
                 break
             try:
                 verdicts = [judge(instance, workspace, name, target, limit_days) for target in workspace.targets]
-            except RefineryError as error:  # one repository that cannot be read hides nothing of the others
+            except RefineryError as error:  # a repository that cannot be read must not hide the other verdicts
                 context.log.warning(f"{name}: {first_line(error)}")
                 continue
             looked += 1
@@ -101,9 +113,9 @@ def freshness_sensor(limit_days: float) -> dg.SensorDefinition:
             if wrong == before.wrong:
                 continue
             told[name] = Told(wrong=wrong, at=time.time())
-            # A run that mended it has said so itself.
+            # If a run has mended the release, that run has reported so itself.
             if wrong or confirmed_at(instance, name, workspace.targets) < before.at:
-                # A job of checks alone has no partitions in Dagster 1.13; the tag is what a step reads.
+                # In Dagster 1.13 a job of checks alone has no partitions. Its steps read the partition from the tag.
                 requests.append(dg.RunRequest(partition_key=name, tags={PARTITION_TAG: name}))
         return dg.SensorResult(
             run_requests=requests,

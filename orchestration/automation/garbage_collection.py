@@ -1,4 +1,4 @@
-"""Remove from the artifact stores what nobody needs any more, for `refinery gc` and for the job of that name."""
+"""The removal of unneeded artifacts from the artifact stores, for `refinery gc` and for the job of that name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,21 @@ from resources.triton.layout import artifacts_of_releases
 def clean_stores(
     workspace: Workspace, keep_days: float, under_way: dg.RunRecord | None, *, dry_run: bool = False
 ) -> dict[str, Collected]:
-    """Remove from the workspace's store, and from the object storage that it shares with other machines, what no
-    release, step or run needs; what was done by place. Raises ReleaseError where a repository cannot be read: nobody
-    knows then what its releases need, and nothing is removed.
+    """Remove the artifacts that no release, step or run needs.
+
+    They are removed from the workspace's store, and from the object storage that it shares with other machines.
+
+    Args:
+        workspace: The workspace.
+        keep_days: Artifacts that were used within this many days stay. Less than one day counts as one.
+        under_way: The oldest run under way. Artifacts that were used since it was created stay.
+        dry_run: Whether to report what would be removed, and remove nothing.
+
+    Returns:
+        What was removed, by the place of the store.
+
+    Raises:
+        ReleaseError: A repository cannot be read, so the needs of its releases are not known. Nothing is removed then.
     """
     used_since = time.time() - max(keep_days, 1.0) * DAY_SECONDS
     if under_way is not None:
@@ -34,14 +46,14 @@ def clean_stores(
 
 
 def oldest_run_under_way(instance: dg.DagsterInstance, but: str = "") -> dg.RunRecord | None:
-    """The oldest run that is not finished, other than the one of that id."""
+    """Return the oldest run that has not ended, or None. The run whose id is `but` does not count."""
     records = instance.get_run_records(dg.RunsFilter(statuses=UNDER_WAY))
     records = [record for record in records if record.dagster_run.run_id != but]
     return min(records, key=lambda record: record.create_timestamp, default=None)
 
 
 def summary(cleaned: Mapping[str, Collected]) -> dict[str, dict[str, str]]:
-    """What was removed by place and kind, in words."""
+    """Return the number and size of the artifacts that were removed, as text, by place and kind."""
     return {
         place: {kind: f"{amount.count} ({size_text(amount.size_bytes)})" for kind, amount in done.removed.items()}
         for place, done in cleaned.items()

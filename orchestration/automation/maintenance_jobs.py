@@ -1,6 +1,6 @@
-"""Jobs for what exists: releases, which are rolled back, removed or checked, and the store, which is cleaned up.
+"""Jobs that roll back, promote, remove and check releases, and that clean up the artifact stores.
 
-What was done to a release is seen on its asset.
+A job for releases records what it did as an observation of the release's asset.
 """
 
 from collections.abc import Mapping
@@ -15,40 +15,59 @@ from resources.tracking import Tracker
 
 
 class Which(dg.Config):
-    """The model, and whose repository."""
+    """The model and the target whose releases are meant."""
 
     model: str
     target: str = "cpu"
 
 
 class Rollback(Which):
-    """to: the release to serve; 0: the one before."""
+    """The settings of the job `rollback`.
+
+    Args:
+        to: The number of the release to serve. 0 means the release before the current one.
+    """
 
     to: int = 0
 
 
 class Retention(Which):
-    """keep: the newest so many stay."""
+    """The settings of the job `retain`.
+
+    Args:
+        keep: The number of newest releases that stay.
+    """
 
     keep: int = 3
 
 
 class Cleaning(dg.Config):
-    """keep_days: what was used within so many days stays. dry_run: only say what would go."""
+    """The settings of the job `gc`.
+
+    Args:
+        keep_days: Artifacts that were used within this many days stay.
+        dry_run: Whether to report what would be removed, and remove nothing.
+    """
 
     keep_days: float = 7.0
     dry_run: bool = False
 
 
 class Verification(Which):
-    """release: which; 0: the one that serves."""
+    """The settings of the job `verify`.
+
+    Args:
+        release: The number of the release to check. 0 means the one that serves.
+    """
 
     release: int = 0
 
 
 @dg.op(description="Serve an older release again, once a real server has answered with it.")
 def roll_back_release(context: dg.OpExecutionContext, config: Rollback, workspace: dg.ResourceParam[Workspace]) -> None:
-    from resources.triton.rollback import roll_back  # here, because definitions are loaded for every step
+    """Serve an older release again, once a real server has answered with it."""
+    # This is imported late because definitions are loaded again for every step.
+    from resources.triton.rollback import roll_back
 
     repository = workspace.repository(config.target)
     log = workspace.log(config.model, f"triton-{config.target}")
@@ -63,6 +82,7 @@ def promote_release(
     workspace: dg.ResourceParam[Workspace],
     tracker: dg.ResourceParam[Tracker],
 ) -> None:
+    """Serve the newest release: one that waits for its proof, or one that a rollback left behind."""
     from resources.steps.promote import promote
 
     log = workspace.log(config.model, f"triton-{config.target}")
@@ -77,6 +97,7 @@ def retain_releases(
     workspace: dg.ResourceParam[Workspace],
     tracker: dg.ResourceParam[Tracker],
 ) -> None:
+    """Remove old releases, except those that are pointed to, served, or the champion in MLflow."""
     from resources.triton.retain import retain
 
     champion = tracker.champion_release(config.model, config.target)
@@ -95,6 +116,7 @@ def retain_releases(
 def verify_one_release(
     context: dg.OpExecutionContext, config: Verification, workspace: dg.ResourceParam[Workspace]
 ) -> None:
+    """Compare a release with what was published, and have a real server answer with it."""
     from resources.triton.verify import verify_release
 
     repository = workspace.repository(config.target)
@@ -105,6 +127,7 @@ def verify_one_release(
 
 @dg.op(description="Remove from the artifact store what no release, run or recent step needs.")
 def collect_garbage(context: dg.OpExecutionContext, config: Cleaning, workspace: dg.ResourceParam[Workspace]) -> None:
+    """Remove the artifacts that no release, run or recent step needs."""
     under_way = oldest_run_under_way(context.instance, but=context.run_id)
     cleaned = clean_stores(workspace, config.keep_days, under_way, dry_run=config.dry_run)
     freed = sum(done.freed_bytes for done in cleaned.values())
@@ -119,26 +142,31 @@ def _seen(context: dg.OpExecutionContext, config: Which, metadata: Mapping[str, 
 
 @dg.job(description="Point a model to an older release; see `refinery rollback`.", executor_def=dg.in_process_executor)
 def rollback() -> None:
+    """Point a model to an older release; see `refinery rollback`."""
     roll_back_release()
 
 
 @dg.job(description="Serve a model's newest release; see `refinery promote`.", executor_def=dg.in_process_executor)
 def promote() -> None:
+    """Serve a model's newest release; see `refinery promote`."""
     promote_release()
 
 
 @dg.job(description="Remove a model's old releases; see `refinery retain`.", executor_def=dg.in_process_executor)
 def retain() -> None:
+    """Remove a model's old releases; see `refinery retain`."""
     retain_releases()
 
 
 @dg.job(description="Check a model's release; see `refinery verify`.", executor_def=dg.in_process_executor)
 def verify() -> None:
+    """Check a model's release; see `refinery verify`."""
     verify_one_release()
 
 
 @dg.job(description="Clean the artifact store up; see `refinery gc`.", executor_def=dg.in_process_executor)
 def gc() -> None:
+    """Clean up the artifact stores; see `refinery gc`."""
     collect_garbage()
 
 

@@ -1,4 +1,4 @@
-"""Telling people of a run that failed: in the daemon's log, and to a webhook where one is configured."""
+"""Notifications of failed runs, in the daemon's log and through a webhook if one is configured."""
 
 from typing import Any
 
@@ -9,14 +9,18 @@ from resources.boundary.addresses import Address
 from resources.boundary.http import post_json
 from resources.errors import NotificationError, first_line
 
-#: Chats cut long messages, or refuse them.
+#: The number of characters before the link. Chats cut long messages, or refuse them.
 _LONGEST = 3000
 
 
 def failure_sensor(webhook: Address | None, pages: str | None) -> dg.SensorDefinition:
-    """The sensor `failed_runs`. webhook: takes a POST of JSON; pages: the address of Dagster's, for links.
+    """Return the sensor `failed_runs`.
 
-    A webhook that does not answer fails the sensor's tick, which Dagster's page shows; the run stays as it is.
+    A webhook that does not answer fails the sensor's tick, which Dagster's page shows. The run stays as it is.
+
+    Args:
+        webhook: The address to which the message is sent as JSON, by POST.
+        pages: The address of Dagster's pages, for links.
     """
 
     @dg.run_failure_sensor(
@@ -35,7 +39,10 @@ def failure_sensor(webhook: Address | None, pages: str | None) -> dg.SensorDefin
 
 
 def message(context: dg.RunFailureSensorContext, pages: str | None) -> dict[str, Any]:
-    """What a webhook gets: `text`, which chats show (Slack, Mattermost, Teams' workflows), and its parts by name."""
+    """Return the message for a webhook.
+
+    Chats (Slack, Mattermost, Teams' workflows) show its `text`. The other fields are the parts of that text.
+    """
     run = context.dagster_run
     model = run.tags.get(PARTITION_TAG, "")
     steps = {}

@@ -1,4 +1,4 @@
-"""What holds for every asset alike: who owns it, and how old it may be."""
+"""The policies of all assets: their owners, and how old they may be."""
 
 from __future__ import annotations
 
@@ -12,28 +12,36 @@ from resources.errors import CatalogError
 if TYPE_CHECKING:
     import dagster as dg
 
-#: How old what was confirmed last may be: every part of every model is run again after so many days, by the schedule.
+#: The number of days after which the schedule runs every part of a model again, to confirm it.
 FRESH_DAYS = 30.0
-#: What the schedule may be late by before anybody is warned: it comes once a day, and a run takes its time.
+#: The schedule may be this late before anybody is warned, because it comes once a day and a run takes its time.
 GRACE_DAYS = 2.0
-#: As good as never, and what clocks still take.
+#: This bound is as good as never, and clocks can still represent it.
 _LONGEST_DAYS = 36500.0
 
 
 @dataclass(frozen=True)
 class Policies:
-    """owners: of every asset; empty: those that the assets name themselves. fresh_days: see FRESH_DAYS."""
+    """The policies of all assets.
+
+    Args:
+        owners: The owners of every asset. If it is empty, each asset keeps the owners that it names itself.
+        fresh_days: The number of days after which a model is confirmed again; see FRESH_DAYS.
+    """
 
     owners: tuple[str, ...] = ()
     fresh_days: float = FRESH_DAYS
 
     @property
     def warn_days(self) -> float:
-        """How old something is that should have been confirmed, and was not."""
+        """The age in days at which an asset should have been confirmed again, so that a warning is due."""
         return min(self.fresh_days + GRACE_DAYS, _LONGEST_DAYS)
 
     def applied(self, spec: dg.AssetSpec) -> dg.AssetSpec:
-        """The asset with these policies. Dagster's daemon judges its freshness, by the newest of all its partitions."""
+        """Return the asset's spec with these policies.
+
+        Dagster's daemon judges the asset's freshness by the newest of all its partitions.
+        """
         import dagster as dg
 
         fresh = dg.FreshnessPolicy.time_window(
@@ -43,7 +51,11 @@ class Policies:
 
 
 def check_owners(owners: Sequence[str], variable: str) -> tuple[str, ...]:
-    """The owners, as Dagster takes them. Raises CatalogError naming the variable."""
+    """Return the owners if Dagster accepts them.
+
+    Raises:
+        CatalogError: Dagster does not accept an owner. The error names the variable.
+    """
     import dagster as dg
 
     for owner in owners:

@@ -1,4 +1,4 @@
-"""When models are looked at again: a run of one is submitted where its plan says that something would differ."""
+"""The schedule that plans every model again, and submits a run of a model if something would differ."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from orchestration.settings import read_workspace
 from resources.errors import CatalogError
 
 DEFAULT_CRON = "0 3 * * *"
-#: Dagster gives up on a tick after 60 s.
+#: The time for all plans of one tick. Dagster gives up on a tick after 60 s.
 PLAN_SECONDS = 45.0
-#: A run that failed as often with just these inputs is not submitted again: a person has to look.
+#: After this many failed runs with the same inputs, no further run is submitted, because a person has to look.
 MOST_ATTEMPTS = 2
-#: Tags of the runs that are submitted.
+#: The tags of the runs that the schedule submits.
 PLAN_TAG, WHY_TAG = "refinery/plan", "refinery/why"
 _LONGEST_TAG = 250
 _COMPARED = (
@@ -37,9 +37,15 @@ _COMPARED = (
 
 
 def reoptimization(cron: str, fresh_days: float = FRESH_DAYS) -> dg.ScheduleDefinition:
-    """The schedule. fresh_days: what no run went through for so long is confirmed by one, which finds nothing to do.
+    """Return the schedule.
 
-    Raises CatalogError for what is no cron expression.
+    Args:
+        cron: The times at which the schedule plans the models.
+        fresh_days: If no run went through a model for this many days, the schedule submits one to confirm it. That run
+            finds nothing to do.
+
+    Raises:
+        CatalogError: `cron` is no cron expression.
     """
     try:
         return _reoptimization(cron, fresh_days)
@@ -62,7 +68,7 @@ def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
         workspace = read_workspace(os.environ)
         catalog = workspace.catalog()
         names = catalog.names
-        # Where there is no time for all of them, others come first the next time.
+        # If a tick has no time for all models, the next one begins with others.
         turn = context.scheduled_execution_time.toordinal() % max(1, len(names))
         plans = read_plans([*names[turn:], *names[:turn]], PLAN_SECONDS)
         context.instance.add_dynamic_partitions(models.name or "", names)
@@ -91,10 +97,11 @@ def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
 
 
 def read_plans(names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """What `refinery plan --json` says of the models, as far as it comes in so many seconds.
+    """Return the plans that `refinery plan --json` prints within the given number of seconds, by model.
 
-    In a process of its own: this one may have been there before a library was upgraded, and knows the old version. One
-    that ends early costs the model whose turn it was, and is followed by another.
+    They are made in another process. This process may have begun before a library was upgraded, and would report the
+    old version. If the other process ends early, the model whose turn it was gets an error, and a new process plans the
+    rest.
     """
     plans: dict[str, dict[str, Any]] = {}
     left, deadline = [*names], time.monotonic() + seconds
@@ -112,7 +119,10 @@ def read_plans(names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]
 
 
 def _plan(names: Sequence[str], seconds: float) -> tuple[list[dict[str, Any]], str | None]:
-    """Plans of the first of the models, and what the process said last; None where it did not end in time."""
+    """Return the plans of the first of the models, and the last line that the process wrote to standard error.
+
+    Instead of that line the result has None if the process did not end in time.
+    """
     command = [sys.executable, "-m", "orchestration.cli", "plan", "--json", *names]
     with tempfile.TemporaryDirectory(prefix="refinery-plan-") as folder:
         said, wrong = Path(folder) / "said", Path(folder) / "wrong"
@@ -122,14 +132,14 @@ def _plan(names: Sequence[str], seconds: float) -> tuple[list[dict[str, Any]], s
                 ended = True
             except subprocess.TimeoutExpired:
                 ended = False
-        # What was being written when the time was over is no line.
+        # A line is incomplete if the process was writing it when the time was over.
         lines = [line for line in said.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         last = wrong.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     return [json.loads(line) for line in lines], last if ended else None
 
 
 def _why_not(instance: dg.DagsterInstance, model: str, digest: str) -> str:
-    """Why the model is not submitted although something differs; empty where it is."""
+    """Return why no run of the model is submitted although one is wanted. The text is empty if one is submitted."""
     of_model = {PARTITION_TAG: model}
     busy = instance.get_runs(dg.RunsFilter(job_name=optimize.name, tags=of_model, statuses=UNDER_WAY), limit=1)
     if busy:
@@ -161,12 +171,16 @@ def _confirmation(
     targets: Sequence[str],
     fresh_days: float,
 ) -> dg.RunRequest | None:
-    """A whole run of what Dagster knows to be as it should, and has not seen for so long; None: it has."""
+    """Return the request for a whole run of a model that was last confirmed `fresh_days` ago or earlier.
+
+    The result is None if the model was confirmed later, or never.
+    """
     confirmed = confirmed_at(context.instance, model, targets)
     if not confirmed or context.scheduled_execution_time.timestamp() - confirmed < fresh_days * 86400:
         return None
     when = f"{datetime.fromtimestamp(confirmed, UTC):%Y-%m-%d %H:%M} UTC"
-    # All plans by which nothing differs are one: what failed before that time must not count.
+    # All plans in which nothing differs are the same, so the tag names the time of the confirmation instead. Runs that
+    # failed before that time do not count then.
     return dg.RunRequest(
         partition_key=model, tags={PLAN_TAG: f"confirmed {confirmed:.3f}", WHY_TAG: f"last confirmed {when}"}
     )

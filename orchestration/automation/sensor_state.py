@@ -1,4 +1,7 @@
-"""What the sensor remembers of a model from tick to tick, and when it asks for a run. Pure: no clock, no store."""
+"""The sensor's memory of each model between ticks, and its decisions on runs, as pure functions of that memory.
+
+The functions read no clock and no store.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,35 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resources.checkpoints.watch.probe import Seen
 
-#: What is waited after the first failure of a revision, and after the second; a third is the last.
+#: The waiting times after the first and the second failed run of a revision. There is no run after the third failure.
 RETRY_SECONDS = (300.0, 1800.0)
-#: A run that was asked for and is still not there by then was lost, or removed.
+#: A run that was requested and that Dagster does not know after this time was lost or removed.
 LAUNCH_SECONDS = 600.0
-#: Of a source that failed once, twice, ...: doubled each time, until it is looked at so seldom.
+#: The longest time between two looks at a source that fails. The time doubles with each failure until it is this long.
 SELDOM_SECONDS = 600.0
-#: The clock of the run's record may be another's.
+#: The times of a run's record may come from the clock of another machine, which may differ by this much.
 _CLOCKS_SECONDS = 5.0
 
 Ended = Literal["success", "failure", "canceled"]
 
 
 class Memory(BaseModel):
-    """One model's part of the cursor. Times in seconds since 1970, 0: never.
+    """One model's part of the cursor. Times are in seconds since 1970, and 0 means never.
 
-    seen: what its source held when it was last looked at; failures: looks that came to nothing since then.
-    asked: the revision that a run was asked for last, or that was found optimized; tries: runs for that one; attempt:
-    runs ever, which a run key has to name, because Dagster remembers run keys for ever.
-    done: the revision that is optimized. error, stuck: why the source cannot be looked at, and why what it holds is not
-    tried again. problem: what of these people were told last.
+    Args:
+        source: The model's source in the catalog.
+        seen: The result of the last look at the source that succeeded.
+        looked: When the source was last looked at.
+        failures: The number of looks that failed since the last success.
+        error: Why the source cannot be looked at.
+        asked: The revision for which a run was last requested, or which was found optimized.
+        asked_at: When that run was requested.
+        tries: The number of runs that were requested for that revision.
+        attempt: The number of runs that were ever requested. Run keys contain it, because Dagster remembers run keys
+            for ever.
+        done: The revision that is optimized.
+        stuck: Why the revision is not tried again.
+        problem: The value of `error` or `stuck` that was last reported to people.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,11 +58,14 @@ class Memory(BaseModel):
 
     @property
     def revision(self) -> str:
-        """What could be optimized now: nothing while the source fails."""
+        """The revision that could be optimized now. It is empty while the source fails."""
         return self.seen.revision if self.seen is not None and not self.error else ""
 
     def as_of(self, now: float) -> Memory:
-        """The same without times that are still to come: once a clock is put back, nothing waits until it caught up."""
+        """Return the memory with `now` in place of recorded times that lie in the future.
+
+        After a clock is set back, such times would otherwise block the source until the clock catches up.
+        """
         changes: dict[str, object] = {name: now for name in ("looked", "asked_at") if getattr(self, name) > now}
         if self.seen is not None and self.seen.since > now:
             changes["seen"] = self.seen.model_copy(update={"since": now})
@@ -58,24 +73,32 @@ class Memory(BaseModel):
 
 
 class Cursor(BaseModel):
-    """What Dagster keeps between two ticks."""
+    """The sensor's cursor, which Dagster keeps between two ticks."""
 
     models: dict[str, Memory] = {}
 
     @classmethod
     def read(cls, text: str | None) -> Cursor:
-        """An empty one where there is none yet, or one of another version."""
+        """Return the cursor, or an empty one if there is none yet or it is of another version."""
         try:
             return cls.model_validate_json(text or "{}")
         except ValidationError:
             return cls()
 
     def text(self) -> str:
+        """Return the cursor as JSON, without values that are the default."""
         return self.model_dump_json(exclude_defaults=True)
 
 
 class Newest(BaseModel):
-    """The newest run of a model, which has ended. created, at: when it was made and when it ended, since 1970."""
+    """The newest run of a model, which has ended.
+
+    Args:
+        run_id: The run's id.
+        ended: How the run ended.
+        created: When the run was created, in seconds since 1970.
+        at: When the run ended, in seconds since 1970.
+    """
 
     model_config = ConfigDict(frozen=True)
     run_id: str
@@ -85,7 +108,12 @@ class Newest(BaseModel):
 
 
 class Decision(BaseModel):
-    """What to remember, and why a run is wanted; empty: none is."""
+    """The memory after a decision, and whether a run is wanted.
+
+    Args:
+        memory: What the sensor is to remember.
+        reason: Why a run is wanted. It is empty if none is.
+    """
 
     model_config = ConfigDict(frozen=True)
     memory: Memory
@@ -93,12 +121,12 @@ class Decision(BaseModel):
 
 
 def is_due(memory: Memory, now: float, interval_s: float) -> bool:
-    """Whether a source that failed is to be looked at again."""
+    """Return whether the source is to be looked at now. A source that fails is looked at less often."""
     return now - memory.looked >= min(SELDOM_SECONDS, interval_s * (2**memory.failures - 1) / 2)
 
 
 def saw(memory: Memory, outcome: Seen | Exception, now: float) -> Memory:
-    """The memory after a look."""
+    """Return the memory after a look, which ended with a result or an error."""
     if isinstance(outcome, Exception):
         return memory.model_copy(
             update={"looked": now, "error": str(outcome), "failures": min(memory.failures + 1, 20)}
@@ -107,9 +135,13 @@ def saw(memory: Memory, outcome: Seen | Exception, now: float) -> Memory:
 
 
 def decide(memory: Memory, newest: Newest | None, collected: str, now: float) -> Decision:
-    """Whether a run is wanted for what the source holds. Only for a model of which no run is under way.
+    """Decide whether a run is wanted for the revision that the source holds.
 
-    newest: its newest run, which has ended. collected: the revision that the artifact store has of this source.
+    Args:
+        memory: The memory of a model of which no run is under way.
+        newest: The model's newest run, which has ended.
+        collected: The revision of this source that the artifact store has.
+        now: The time in seconds since 1970.
     """
     revision = memory.revision
     if not revision or memory.done == revision == memory.asked:
@@ -124,7 +156,7 @@ def decide(memory: Memory, newest: Newest | None, collected: str, now: float) ->
         if not lost:
             return Decision(memory=memory)
         last = "of which Dagster knows nothing"
-    elif newest.ended == "canceled":  # somebody did not want it
+    elif newest.ended == "canceled":  # somebody did not want the run
         return Decision(memory=memory)
     else:
         ended_at, last = newest.at, f"the last was {newest.run_id}"
@@ -134,7 +166,7 @@ def decide(memory: Memory, newest: Newest | None, collected: str, now: float) ->
             "changes, or by hand: the job 'optimize' for this partition."
         )
         return Decision(memory=memory.model_copy(update={"stuck": stuck}))
-    # What ended in time to come did so before the clock was put back.
+    # If the end lies in the future, it was recorded before the clock was set back, and the wait is over.
     if -_CLOCKS_SECONDS <= now - ended_at < RETRY_SECONDS[memory.tries - 1]:
         return Decision(memory=memory)
     return _ask(memory, memory.tries + 1, f"try {memory.tries + 1} of {len(RETRY_SECONDS) + 1}", now)

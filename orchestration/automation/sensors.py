@@ -1,4 +1,4 @@
-"""The sensor that looks at every source of the catalog, and has optimized what is new there."""
+"""The sensor that looks at every source of the catalog, and requests runs for new revisions."""
 
 import time
 from collections.abc import Callable
@@ -23,17 +23,18 @@ from resources.settings.workspace import WATCH_SECONDS, Workspace
 from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.step import Work
 
-#: A tick's, of which Dagster ends one after 60.
+#: The time for one tick. Dagster ends a tick after 60 seconds.
 TICK_SECONDS = 8.0
-#: Of these, what is kept for deciding once everybody has been asked.
+#: The part of that time that is kept for decisions, after the looks at the sources.
 _DECIDE_SECONDS = 2.0
-#: Sources of servers that are looked at in half a minute: the Hub answers who has no account 500 times in five.
+#: The number of sources on servers that are looked at in half a minute. The Hub answers a client without an account 500
+#: times in five minutes.
 MOST_REMOTE = 40
-#: Runs asked for in one tick; what is left comes with the next.
+#: The number of runs that one tick requests. The next tick requests the rest.
 MOST_RUNS = 25
-#: So long after `refinery optimize` has added an entry, its run is there: it was seen to take 2 to 3.
+#: This long after `refinery optimize` has added an entry, its run exists. That was seen to take 2 to 3 seconds.
 ADDED_SECONDS = 15.0
-#: Of what is waited for, in a tick's summary.
+#: The number of lines on models that wait, in a tick's summary.
 _MOST_LINES = 20
 REASON_TAG, ATTEMPT_TAG = "refinery/reason", "refinery/attempt"
 _SENSOR_TAG = "dagster/sensor_name"
@@ -47,7 +48,7 @@ _ENDED: dict[dg.DagsterRunStatus, Ended] = {
 
 
 def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
-    """The sensor, looking again after `interval_s` at the soonest."""
+    """Return the sensor, which looks again after `interval_s` seconds at the earliest."""
     looks = Looks()
 
     @dg.sensor(
@@ -58,9 +59,10 @@ def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
         description="Looks at every source of the catalog, and has a model optimized when its revision is new.",
     )
     def new_checkpoints(context: dg.SensorEvaluationContext, workspace: dg.ResourceParam[Workspace]) -> dg.SensorResult:
-        # The partitions first: `refinery optimize` makes an entry, then its partition.
+        # The tick reads the partitions before the catalog, because `refinery optimize` adds an entry before its
+        # partition. A partition without an entry is thus an old one.
         tick = _Tick(context.instance, workspace, Cursor.read(context.cursor), time.time())
-        catalog = workspace.catalog()  # what is wrong with it fails the tick, and nobody is taken out
+        catalog = workspace.catalog()  # an error in the catalog fails the tick, and no model is retired
         tick.retire(catalog)
         tick.look(catalog, looks)
         tick.decide(catalog)
@@ -74,7 +76,7 @@ def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
 
 
 class _Tick:
-    """One evaluation. lines: what happened, for people."""
+    """One evaluation of the sensor. Its `lines` tell people what happened."""
 
     def __init__(self, instance: dg.DagsterInstance, workspace: Workspace, cursor: Cursor, now: float) -> None:
         self._instance, self._workspace, self._now = instance, workspace, now
@@ -89,7 +91,7 @@ class _Tick:
         self.lines: list[str] = []
 
     def retire(self, catalog: Catalog) -> None:
-        """Forget models that are not in the catalog any more. Their releases stay, and are served."""
+        """Forget models that are not in the catalog any more. Their releases stay, and go on serving."""
         if catalog.refused:  # nobody knows which models those files hold
             return
         gone = self._partitions.union(self._models) - {*catalog.names}
@@ -101,7 +103,7 @@ class _Tick:
                 self._tell(name, source, "Taken out of the catalog. Its releases stay, and are served.")
 
     def look(self, catalog: Catalog, looks: Looks) -> None:
-        """Look at as many sources as there is time for; those that were not reached are the first of the next tick."""
+        """Look at as many sources as there is time for. The next tick begins with those that were not reached."""
         jobs: dict[tuple[str, str], Callable[[], Seen]] = {}
         interval_s, remote = self._workspace.watch_seconds, 0
         most_remote = max(1, MOST_REMOTE * interval_s // WATCH_SECONDS)
@@ -123,9 +125,9 @@ class _Tick:
             self._models[name] = saw(self._models[name], outcome, self._now)
 
     def decide(self, catalog: Catalog) -> None:
-        """Ask for runs of what is new, and tell what is wrong."""
+        """Request runs for new revisions, and report problems."""
         self._busy = busy = models_under_way(self._instance)
-        # New revisions first. What was asked for is only waited for, and what is stuck for ever must not be in the way.
+        # New revisions come first. The others wait for a run or are stuck, and must not keep a new one waiting.
         turn = int(self._now) % max(1, len(catalog.models))
         for entry in sorted((*catalog.models[turn:], *catalog.models[:turn]), key=self._was_asked):
             memory = self._models[entry.name]
@@ -142,7 +144,7 @@ class _Tick:
     def _decided(self, entry: ModelEntry, memory: Memory) -> Memory:
         try:
             collected = self._collected(entry)
-        except StorageError as error:  # the store is elsewhere and away, for the others too: no run could use it
+        except StorageError as error:  # object storage does not answer, so no run of any model could use it
             self.lines.append(str(error))
             self._deadline = self._began
             return memory
@@ -152,7 +154,7 @@ class _Tick:
         return self._ask(entry, decision.memory, decision.reason) if len(self._requests) < MOST_RUNS else memory
 
     def _just_added(self, entry: ModelEntry) -> bool:
-        """Whether a command has added the entry so shortly ago that its own run of it may not be there yet."""
+        """Return whether a command added the entry so recently that the command's own run may not exist yet."""
         try:
             added = (self._workspace.additions / f"{entry.name}.yaml").stat().st_mtime
         except FileNotFoundError:
@@ -160,7 +162,7 @@ class _Tick:
         return 0 <= self._now - added < ADDED_SECONDS
 
     def result(self, catalog: Catalog) -> dg.SensorResult:
-        """What Dagster is to do."""
+        """Return the runs and partitions that Dagster is to add, the new cursor, and the events of this tick."""
         new = [name for name in catalog.names if name not in self._partitions]
         changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
         if new:
@@ -169,7 +171,7 @@ class _Tick:
             changes.append(models.build_delete_request(self._retired))
         return dg.SensorResult(
             run_requests=self._requests,
-            # Shown with the tick, where nothing else would be.
+            # Dagster shows this text with a tick that requests no run.
             skip_reason=None if self._requests else "\n".join(self.lines) or self._quiet(catalog),
             cursor=Cursor(models=self._models).text(),
             dynamic_partitions_requests=changes,
@@ -177,14 +179,18 @@ class _Tick:
         )
 
     def _memory(self, entry: ModelEntry) -> Memory:
-        """What is known of the entry's source. Of another source nothing is, but run keys must not come back."""
+        """Return the memory of the entry's source.
+
+        If the entry has a new source, the memory begins anew, but for the number of attempts, because run keys must not
+        be used twice, and for the problem that was last reported.
+        """
         memory = self._models.get(entry.name)
         if memory is None or memory.source == entry.source:
             return memory or Memory(source=entry.source)
         return Memory(source=entry.source, attempt=memory.attempt, problem=memory.problem)
 
     def _newest(self, model: str) -> Newest | None:
-        """The newest run of the job for the model, where none is under way."""
+        """Return the newest run of the job for the model, or None if there is no run or it has not ended."""
         which = dg.RunsFilter(job_name=optimize.name, tags={PARTITION_TAG: model})
         for record in self._instance.get_run_records(which, limit=1):
             run, created = record.dagster_run, record.create_timestamp.timestamp()
@@ -195,12 +201,16 @@ class _Tick:
         return None
 
     def _collected(self, entry: ModelEntry) -> str:
-        """The revision of this source that the newest run took; empty: none. Its files may be elsewhere."""
+        """Return the revision of this source that was collected last, or an empty text if there is none.
+
+        The files of that checkpoint may be on another machine.
+        """
         record = Work(self._workspace, entry).last(CHECKPOINT)
         return record.revision if record is not None and record.source == entry.source else ""
 
     def _ask(self, entry: ModelEntry, memory: Memory, reason: str) -> Memory:
-        if memory.attempt == 1:  # not what was asked before the cursor was lost, or the model was away
+        if memory.attempt == 1:
+            # The cursor may have been lost, or the model retired for a while. Run keys of that time are not used again.
             which = dg.RunsFilter(tags={_SENSOR_TAG: SENSOR, PARTITION_TAG: entry.name})
             memory = memory.model_copy(update={"attempt": 1 + self._instance.get_runs_count(which)})
         attempt = str(memory.attempt)
@@ -208,7 +218,7 @@ class _Tick:
             dg.RunRequest(
                 run_key=f"{entry.name}:{memory.asked}:{attempt}",
                 partition_key=entry.name,
-                # With the partition's own tag Dagster does not look for the partition, which this tick may add.
+                # With this tag Dagster does not look up the partition, which may be one that this tick only adds.
                 tags={
                     PARTITION_TAG: entry.name,
                     REVISION_TAG: memory.asked,
@@ -221,7 +231,7 @@ class _Tick:
         return memory
 
     def _told(self, entry: ModelEntry, memory: Memory) -> Memory:
-        """Say what is wrong once, and once that it is right again."""
+        """Report a problem once, and its end once, and return the memory of that report."""
         problem = memory.error or memory.stuck
         if problem == memory.problem:
             return memory
@@ -250,9 +260,9 @@ class _Tick:
 
 
 def _is_remote(entry: ModelEntry) -> bool:
-    """Whether a look at its source asks a server."""
+    """Return whether a look at the entry's source asks a server."""
     try:
         kind = kind_of(entry.source)
         return kind in REMOTE and not (kind == "hub" and is_pinned(entry.source))
-    except CheckpointError:  # of no kind: looking at it says so
+    except CheckpointError:  # the source is of no known kind, which the look reports
         return False

@@ -1,7 +1,8 @@
-"""What runs the steps of a run: the run's own process, processes on its machine, Celery's workers, or Kubernetes.
+"""Executors for the steps of a run: its own process, processes on its machine, Celery's workers, or Kubernetes.
 
-The definitions are the same for all; which one it is, and its settings, are configuration (`REFINERY_EXECUTOR`).
-Each step asks the artifact store for what others made, so nothing but the store has to be in everybody's reach.
+The definitions are the same for all executors. The choice of the executor and its settings are configuration
+(`REFINERY_EXECUTOR`). Each step asks the artifact store for what other steps made, so the store is all that every
+machine has to reach.
 """
 
 from __future__ import annotations
@@ -21,27 +22,34 @@ if TYPE_CHECKING:
 
 ExecutorKind = Literal["in_process", "multiprocess", "celery", "k8s"]
 
-#: In process by default, because the steps themselves are light: what is heavy or may crash runs in children of its
-#: own. Eighteen empty steps took 1.9 s so, and 13 s with a process each.
+#: The default is in process, because the steps themselves are light: work that is heavy or may crash runs in child
+#: processes of its own. Eighteen empty steps took 1.9 s this way, and 13 s with a process for each step.
 IN_PROCESS: ExecutorKind = "in_process"
-#: A build uses several cores and up to six times its graph in memory.
+#: A build uses several cores, and up to six times the size of its graph in memory.
 _MULTIPROCESS = {"max_concurrent": 2, "start_method": {"forkserver": {}}}
-#: Module and name of those that need a package of their own; it is this project's extra of the same name as the kind.
+#: The module and the name of the executors that need a package of their own. This project has an extra for that
+#: package, which has the name of the kind.
 _PACKAGES = {"celery": ("dagster_celery", "celery_executor"), "k8s": ("dagster_k8s", "k8s_job_executor")}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """config: what Dagster documents as the executor's `execution: config:`."""
+    """The executor and its settings.
+
+    Args:
+        kind: The kind of the executor.
+        config: The executor's settings, which Dagster documents under `execution: config:`.
+    """
 
     kind: ExecutorKind = IN_PROCESS
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The executor's settings, from a file as `dagster-celery worker start --config-yaml` reads it too.
+    """Return the executor's settings from a file, which `dagster-celery worker start --config-yaml` can read as well.
 
-    Raises CatalogError where it holds none.
+    Raises:
+        CatalogError: The file cannot be read, or holds no settings.
     """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -58,8 +66,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def make_executor(execution: Execution) -> dg.ExecutorDefinition:
-    """Dagster's executor with its settings. Raises CatalogError where its package is missing, or a setting wrong."""
-    import dagster as dg  # not above: commands that need no Dagster read their settings too
+    """Return Dagster's executor with its settings.
+
+    Raises:
+        CatalogError: The executor's package is missing, or a setting is wrong.
+    """
+    import dagster as dg  # imported late because commands without Dagster import this module too
 
     config = dict(execution.config)
     if execution.kind == "in_process":
@@ -76,10 +88,10 @@ def make_executor(execution: Execution) -> dg.ExecutorDefinition:
                 f"Run: pip install 'transformer-refinery[{execution.kind}]'."
             ) from error
     executor = executor.configured(config, name=execution.kind)
-    if not execution.config:
+    if execution.kind == IN_PROCESS and not config:  # the usual case has nothing to be wrong
         return executor
     try:
-        # Dagster itself would only look when a run is launched.
+        # Dagster itself would check the settings only when a run is launched.
         dg.validate_run_config(dg.GraphDefinition(name="settings").to_job(executor_def=executor))
     except dg.DagsterInvalidConfigError as error:
         reasons = "; ".join(one.message.splitlines()[0] for one in error.errors)

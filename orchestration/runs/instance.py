@@ -1,4 +1,4 @@
-"""The Dagster instance below the workspace's home, unless DAGSTER_HOME points to another."""
+"""The Dagster instance, which is in the workspace's home unless DAGSTER_HOME names another folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from resources.errors import CatalogError
 from resources.settings.workspace import Workspace
 from resources.storage.atomic import write_whole
 
-#: Where Dagster keeps runs and events in place of files: `postgresql+psycopg2://user:password@host:5432/database`.
+#: The variable with the address of the database in which Dagster keeps runs and events instead of in files:
+#: `postgresql+psycopg2://user:password@host:5432/database`.
 POSTGRES_VARIABLE = "REFINERY_DAGSTER_POSTGRES_URL"
-#: SQLAlchemy 2.1 takes plain `postgresql://` for another driver than the one that dagster-postgres brings.
+#: For plain `postgresql://`, SQLAlchemy 2.1 uses another driver than the one that dagster-postgres brings.
 _POSTGRES_SCHEME = "postgresql+psycopg2://"
 
 _CONFIGURATION = """\
@@ -47,7 +48,7 @@ run_retries:
   retry_on_asset_or_op_failure: false
 """
 
-#: The variable is read by every process that opens the instance, so that the password is in no file.
+#: Every process that opens the instance reads the variable, so that no file holds the password.
 _POSTGRES = f"""\
 storage:
   postgres:
@@ -55,7 +56,7 @@ storage:
       env: {POSTGRES_VARIABLE}
 """
 
-#: What earlier versions wrote.
+#: The dagster.yaml files that earlier versions wrote.
 _EARLIER = (
     """\
 # Written once by transformer-refinery and yours from then on: storage, run launcher and the rest are described in
@@ -74,7 +75,7 @@ compute_logs:
 #: The run launcher's place, as earlier versions wrote it and as it is now.
 _MOVED = ("module: orchestration.launcher\n", "module: orchestration.runs.run_launcher\n")
 
-#: The workspace.yaml of this repository, for pages that are opened elsewhere.
+#: The content of this repository's workspace.yaml, for pages that are started in another folder.
 WORKSPACE = """\
 load_from:
   - python_module:
@@ -84,7 +85,7 @@ load_from:
 
 
 def instance_folder(workspace: Workspace) -> Path:
-    """Where the instance lies, or would."""
+    """Return the folder of the instance, which need not exist."""
     given = os.environ.get("DAGSTER_HOME")
     if not given:
         return workspace.home / "dagster"
@@ -94,10 +95,13 @@ def instance_folder(workspace: Workspace) -> Path:
 
 
 def prepare_instance(workspace: Workspace) -> Path:
-    """The instance's folder, made if it is not there, and named to Dagster through DAGSTER_HOME.
+    """Make the instance's folder if it is missing, set DAGSTER_HOME to it, and return it.
 
-    Its dagster.yaml follows the settings as long as nobody else has changed it. Raises CatalogError where Postgres is
-    asked for and cannot be had.
+    Its dagster.yaml follows the settings as long as nobody has changed that file by hand.
+
+    Raises:
+        CatalogError: Postgres is configured and cannot be used, or dagster.yaml uses Postgres and its address is not
+            set.
     """
     folder = instance_folder(workspace)
     folder.mkdir(parents=True, exist_ok=True)

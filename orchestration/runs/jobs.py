@@ -1,4 +1,4 @@
-"""The one job: everything, for one model."""
+"""The job `optimize`, which materializes all assets of one model, and the sensor for its failures."""
 
 import dagster as dg
 
@@ -11,9 +11,10 @@ from resources.tracking import Tracker
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
 def close_tracking_of_killed_runs(context: dg.RunFailureSensorContext, tracker: dg.ResourceParam[Tracker]) -> None:
+    """Close the MLflow runs that a failed Dagster run left open. A run that was killed had no time to do it."""
     run = context.dagster_run
     model = run.tags.get(PARTITION_TAG)
-    if model is not None:  # else it optimized none
+    if model is not None:  # a run without a partition optimized no model
         tracker.abandon(run.run_id, model, context.failure_event.message or "the run failed outside its steps")
 
 

@@ -1,4 +1,4 @@
-"""Runs that are under way."""
+"""The runs that have not ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNDER_WAY = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
 
 def models_under_way(instance: dg.DagsterInstance) -> set[str]:
-    """Return the models of which a run is under way, whoever asked for it.
+    """Return the models of which a run is under way, regardless of how it was started.
 
     A run whose process was killed counts until Dagster's run monitoring has failed it; see
     orchestration.runs.run_launcher.

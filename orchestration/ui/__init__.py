@@ -1,1 +1,1 @@
-"""The web pages: Dagster's behind a guard, and MLflow's."""
+"""The web pages of Dagster, behind a guard, and of MLflow."""

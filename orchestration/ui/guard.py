@@ -31,7 +31,9 @@ class PagesGuard:
         """Guard `app`.
 
         Args:
-            address: where people find the pages when a proxy stands before them. The loopback names always hold.
+            app: Dagster's web application.
+            address: The address at which people find the pages, if a proxy stands before them. The loopback names are
+                always accepted.
         """
         self._app = app
         self._origin = origin_of(address) if address else None
@@ -39,19 +41,20 @@ class PagesGuard:
         self._names = _LOOPBACK_NAMES | names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the application, or answer it with the reason of its refusal."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope)
         if refusal is None:
             await self._app(scope, receive, _unframed(send))
-        elif scope["type"] == "websocket":  # before it was accepted, the client sees this as status 403
+        elif scope["type"] == "websocket":  # the client sees status 403, because the socket was not accepted yet
             await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
         else:
             await PlainTextResponse(refusal[1] + "\n", refusal[0])(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """The status and the reason, or None for a request that Dagster may see."""
+        """Return the status and the reason of a refusal, or None for a request that Dagster may see."""
         headers = Headers(scope=scope)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         host = origin_of(f"http://{hosts[0]}") if len(hosts) == 1 else None
@@ -68,19 +71,19 @@ class PagesGuard:
             media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
             if media_type != "application/json":
                 return 415, "A request that may change something needs the content type application/json."
-        # Not the exact path, because Dagster's routes also take a line break behind it.
+        # The path is not compared exactly, because Dagster's routes also accept it with a line break at its end.
         elif scope["path"].startswith("/graphql") and "text/html" not in headers.get("accept", ""):
             return 405, "Send GraphQL by POST with the content type application/json."
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
         found = origin_of(origin)
-        # A proxy may give its own name as Host, or the address that it asks.
+        # A proxy may send its own name as Host, or the address to which it forwards the request.
         return found is not None and (found == self._origin or found == origin_of(f"{found[0]}://{host}"))
 
 
 def origin_of(address: str) -> tuple[str, str, int] | None:
-    """The scheme, host and port of a web address, or None for anything else."""
+    """Return the scheme, host and port of a web address, or None for anything else."""
     try:
         parts = urlsplit(address)
         port = parts.port
@@ -92,7 +95,10 @@ def origin_of(address: str) -> tuple[str, str, int] | None:
 
 
 def _unframed(send: Send) -> Send:
-    """Keep the pages out of other pages' frames, where a click meant for those would land on a button of these."""
+    """Return a `send` that keeps the pages out of other pages' frames.
+
+    In such a frame, a click that is meant for the other page could land on a button of these pages.
+    """
 
     async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":

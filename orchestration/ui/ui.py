@@ -32,10 +32,10 @@ _STOP_SECONDS = 20.0
 def serve_pages(options: Namespace) -> int:
     """Start both servers, print their addresses, and stop both when either ends or on Ctrl-C.
 
-    An MLflow server that runs elsewhere is not started: its address is printed.
+    If an MLflow server runs elsewhere, none is started, and the address of that server is printed.
     """
     workspace = read_workspace(os.environ)
-    # Mistakes in these would otherwise be seen on Dagster's pages alone, which then have no definitions.
+    # Mistakes in these settings would otherwise show only on Dagster's pages, which then have no definitions.
     for read in (webhook_of, read_execution, read_policies):
         read(os.environ)
     _require_free(options.dagster_port, "--dagster-port")
@@ -59,11 +59,11 @@ def serve_pages(options: Namespace) -> int:
             *("--port", str(options.mlflow_port)),
             *("--default-artifact-root", (workspace.home / "tracking" / "artifacts").as_uri()),
         ]
-    # Dagster's processes run our code with all of our settings; dagster.yaml may name any variable.
+    # Dagster's processes run our code with all of our settings, and dagster.yaml may name any variable.
     environments = {"dagster": dict(os.environ), "mlflow": mlflow_variables(workspace)}
     ports = {"dagster": options.dagster_port, "mlflow": options.mlflow_port}
     processes: dict[str, subprocess.Popen[bytes]] = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):  # also when the terminal is closed
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP comes when the terminal is closed
         signal.signal(number, _as_interrupt)
     try:
         for name, command in commands.items():
@@ -95,12 +95,12 @@ def serve_pages(options: Namespace) -> int:
 
 
 def is_tracking_server(workspace: Workspace) -> bool:
-    """Whether MLflow runs elsewhere, with pages of its own."""
+    """Return whether MLflow runs elsewhere, with pages of its own."""
     return workspace.mlflow_uri().is_web
 
 
 def mlflow_variables(workspace: Workspace) -> dict[str, str]:
-    """Return the environment of MLflow's server: no key of a cloud, and the address of its database.
+    """Return the environment of MLflow's server, with the address of its database and without the keys of a cloud.
 
     That address may hold a password. Every user of the machine can read a command line, but only the same user can
     read an environment.
@@ -147,7 +147,7 @@ def _await(name: str, process: subprocess.Popen[bytes], port: int, log: Path) ->
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End the processes. resources/triton/supervise.py, which runs them, ends what they started."""
+    """End the processes. resources/triton/supervise.py, which runs them, also ends the processes that they started."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + _STOP_SECONDS

@@ -1,4 +1,4 @@
-"""A program of its own, started by pages.py: Dagster's web pages behind a guard, and its daemon beside them.
+"""A program that serves Dagster's web pages behind a guard, with Dagster's daemon beside them. ui.py starts it.
 
     python -m orchestration.ui.webserver --workspace FILE [--host HOST] [--port PORT] [--daemon]
 
@@ -34,7 +34,7 @@ from orchestration.ui.guard import PagesGuard
 #: The defaults of the command `dagster-webserver`, for an instance in a database server: the longest statement, the
 #: age at which a connection is replaced, and the connections beyond the pool's size.
 _STATEMENT_MS, _CONNECTION_SECONDS, _MORE_CONNECTIONS = 15_000, 3600, 20
-#: How often a page asks for news, as with `dagster dev`.
+#: The time between two requests of a page for news, which is that of `dagster dev`.
 _POLL_MS = 2000
 #: How long requests under way (such as the stream of a run's events) and the daemon may take to end.
 _STOP_SECONDS = 4
@@ -94,7 +94,10 @@ def _end_with(daemon: subprocess.Popen[bytes], server: uvicorn.Server) -> None:
 
 @contextmanager
 def _code_servers(instance: dg.DagsterInstance, workspace: str) -> Iterator[str]:
-    """Start a code server for each location of the workspace file without one. Yields a file that names all of them."""
+    """Yield a workspace file that names a code server for each location.
+
+    For each location of `workspace` that has no code server, one is started.
+    """
     with (
         ProxyServerManager(instance, WorkspaceFileTarget([workspace]), "warning") as servers,
         tempfile.TemporaryDirectory(prefix="refinery-ui-") as folder,

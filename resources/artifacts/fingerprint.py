@@ -1,4 +1,7 @@
-"""Digests of everything that makes an artifact: the same digest means the same artifact, so nothing is built twice."""
+"""Fingerprints: digests of everything that makes an artifact.
+
+The same digest means the same artifact, so nothing is built twice.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,29 @@ from pathlib import Path
 from typing import Any, Self
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-#: Longer parts are kept by their digest: a record is there to be read.
+#: Longer parts are kept as their digest, because people read the record.
 _LONGEST_PART = 200
 _PENDING = "pending:"
 _STRING = r"""{0}(?!{0}{0})(?:[^{0}\\\n]|\\.)*+{0}"""
 _LONG_STRING = r"""{0}{{3}}(?:[^{0}\\]|\\.|{0}(?!{0}{0}))*+{0}{{3}}"""
-#: Code with its short strings, and then a long string or a comment.
+#: A piece of source: code with its short strings, and then a long string or a comment.
 _PIECE = re.compile(
     rf"""(?P<code>(?>[^"'\#]+|{_STRING.format('"')}|{_STRING.format("'")})*+)"""
     rf"""(?P<other>\#[^\n]*|{_LONG_STRING.format('"')}|{_LONG_STRING.format("'")})?""",
     re.DOTALL,
 )
-#: How the last line of a heading ends, which a docstring may follow.
-_HEADING = re.compile(r"\s*(?:(?:async def|def|class)\b|[)\]]).*:")
+#: The last line of a heading. A docstring may follow it.
+_HEADING = re.compile(r"\s*(?:(?:async def|def|class)\b|[)\]])[^{]*:")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an artifact is made of, part by part, and the digest that names it: that of the kind and the parts.
+    """The parts that an artifact is made of, and the digest of kind and parts, which names the artifact.
 
-    parts: JSON values, what is long by its own digest. They are kept with the record, so that it can be said later
-    which of them is another, and that the record is the one that the digest names. awaits: of a plan's, the steps that
-    have to be done before all of it is known.
+    Args:
+        parts: JSON values. A long value is replaced by its own digest. The parts are kept with the record. They show
+            later which of them has changed, and that the record is the one that the digest names.
+        awaits: For a plan, the steps that have to be done before all parts are known.
     """
 
     kind: str
@@ -44,21 +48,24 @@ class Fingerprint:
 
     @classmethod
     def of(cls, kind: str, **inputs: Any) -> Self:
-        """See `fingerprint`, which is its digest."""
+        """Make the fingerprint of a kind and its inputs.
+
+        `fingerprint` computes its digest, and says which inputs are allowed.
+        """
         values: dict[str, Any] = json.loads(json.dumps(inputs, default=_fields))
         parts = {name: _part(value) for name, value in values.items()}
         return cls(kind, fingerprint(kind, **parts), parts, tuple(sorted(_awaited(values))))
 
 
 def is_made_of(kind: str, digest: str, parts: Mapping[str, Any]) -> bool:
-    """Tell whether the digest is that of the kind and the parts."""
+    """Return whether the digest is that of the kind and the parts."""
     return "kind" not in parts and fingerprint(kind, **parts) == digest
 
 
 def is_of_earlier_version(value: Any) -> bool:
-    """Tell whether parts were noted by a version whose digests cannot be computed again from them.
+    """Return whether the parts were noted by an earlier version, whose digests cannot be computed again from them.
 
-    It noted 16 digits of a long part's digest, and made the artifact's digest from the part itself.
+    That version noted 16 digits of a long part's digest, and made the artifact's digest from the part itself.
     """
     if isinstance(value, dict):
         return any(is_of_earlier_version(inner) for inner in value.values())
@@ -67,7 +74,7 @@ def is_of_earlier_version(value: Any) -> bool:
 
 def _part(value: Any) -> Any:
     if isinstance(value, dict):
-        # Names of files may be any bytes, and a record holds text.
+        # Names of files may hold any bytes, and a record holds text.
         return {name.encode("utf-8", "backslashreplace").decode(): _part(inner) for name, inner in value.items()}
     text = json.dumps(value, sort_keys=True)
     if len(text) <= _LONGEST_PART and not re.search(r"\\ud[89ab]", text):
@@ -76,12 +83,12 @@ def _part(value: Any) -> Any:
 
 
 def pending(step: str) -> str:
-    """Stands in a plan for a digest that is known once the step is done, and not before."""
+    """Return the text that stands in a plan for a digest that is not known before the step is done."""
     return f"{_PENDING}{step}"
 
 
 def is_pending(text: str) -> bool:
-    """Whether it is what `pending` gives."""
+    """Return whether the text is a result of `pending`."""
     return text.startswith(_PENDING)
 
 
@@ -93,10 +100,13 @@ def _awaited(value: Any) -> set[str]:
 
 
 def fingerprint(kind: str, **inputs: Any) -> str:
-    """Hex SHA-256 of the kind and its inputs; their order does not matter.
+    """Return the hex SHA-256 of the kind and its inputs, whose order does not matter.
 
-    Inputs are what JSON can say, and dataclasses. Anything else is a TypeError: the text of a set or of an object is
-    another in every process, and nothing would ever be found again.
+    Inputs are JSON values and dataclasses. The text of a set or of an object is different in every process, so an
+    artifact with such an input would never be found again.
+
+    Raises:
+        TypeError: An input is neither a JSON value nor a dataclass.
     """
     text = json.dumps({"kind": kind, **inputs}, sort_keys=True, default=_fields)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -126,6 +136,8 @@ def _files_of(modules: Iterable[str]) -> set[Path]:
     for module in modules:
         path = _PACKAGE_ROOT.joinpath(*module.removeprefix("-").split("."))
         files = {*path.rglob("*.py")} if path.is_dir() else {path.with_suffix(".py")}
+        if missing := [file for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{module} is no module: {missing[0]} is not there")
         found = found - files if module.startswith("-") else found | files
     return found
 
@@ -140,9 +152,9 @@ def _code_digest(file: Path) -> str:
 
 
 def code_of(source: str) -> str:
-    """Return what counts of Python's source: all but comments, docstrings, blank lines and spaces at ends of lines.
+    """Return the part of Python source that counts: all but comments, docstrings, blank lines and trailing spaces.
 
-    The text alone is looked at, because `ast.dump` and `tokenize` give other results in other versions of Python.
+    Only the text is examined, because `ast.dump` and `tokenize` give other results in other versions of Python.
     """
     parts: list[str] = []
     end = 0
@@ -159,11 +171,12 @@ def _lines(code: str) -> list[str]:
 
 
 def _long_strings_and_comments(source: str) -> Iterator[tuple[int, int, bool]]:
-    """Yield where each long string and each comment begins and ends, and whether it is prose.
+    """Yield the beginning and the end of each long string and each comment, and whether it is prose.
 
-    A long string is prose, a docstring, if it is the only text of its lines and follows a heading or the file's top.
+    A long string is prose, that is a docstring, if it is the only text of its lines and follows a heading or begins the
+    file.
     """
-    last = ""  # line of code
+    last = ""  # the last line of code
     for piece in _PIECE.finditer(source):
         code = piece["code"].rstrip()
         last = code[code.rfind("\n") + 1 :] or last
@@ -186,14 +199,14 @@ def _has_its_lines_alone(source: str, begin: int, end: int) -> bool:
 
 @cache
 def code_versions(*modules: str) -> dict[str, str]:
-    """Return the code version of each of the modules alone, by name, so that a plan can say which of them changed."""
+    """Return the code version of each module by name, so that a plan can say which of them changed."""
     left_out = [module for module in modules if module.startswith("-")]
     return {module: code_version(module, *left_out) for module in modules if module not in left_out}
 
 
 @cache
 def file_versions(*modules: str) -> dict[str, str]:
-    """Return the digest of each module's files byte for byte, for those that are copied into what is made."""
+    """Return the digest of each module's files, byte for byte, for modules that are copied into artifacts."""
     return {
         module: digest_of_files(
             (_name_of(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in _files_of([module])
@@ -204,7 +217,7 @@ def file_versions(*modules: str) -> dict[str, str]:
 
 @cache
 def library_versions(*distributions: str) -> dict[str, str]:
-    """Installed versions by distribution name; `absent` where one is not installed."""
+    """Return the installed versions by distribution name, `absent` for one that is not installed."""
     return {name: _version(name) for name in distributions}
 
 
@@ -216,5 +229,5 @@ def _version(distribution: str) -> str:
 
 
 def digest_of_files(files: Iterable[tuple[str, str]]) -> str:
-    """One digest for several files, each given as name and SHA-256."""
+    """Return one digest for several files, each given as name and SHA-256."""
     return fingerprint("files", files=sorted(files))

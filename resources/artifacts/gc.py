@@ -1,10 +1,12 @@
-"""Removing from the artifact store what nobody needs any more; in object storage: resources.artifacts.remote_gc.
+"""The removal of unneeded artifacts from the store; for object storage see resources.artifacts.remote_gc.
 
-An artifact stays while it is what a step of the pipeline made last, or is named by somebody outside the store (releases
-are), or was used not long ago: every step touches what it takes and what it makes, so this covers runs under way and
-what newer materializations name. With each stays what its record, and the recipe beside an engine, names by digest:
-what it was made from. Other processes may work in the store meanwhile. What is used just before it would be removed is
-put back; who comes a moment later finds that it is not there and makes it again.
+An artifact stays in three cases: a step of the pipeline made it last, somebody outside the store names it (releases
+do), or it was used not long ago. Every step touches the artifacts that it takes and makes, so the third case covers
+runs under way and the artifacts that newer materializations name. Each artifact that stays keeps the artifacts that it
+was made from, which its record and the recipe beside an engine name by digest.
+
+Other processes may work in the store meanwhile. An artifact that is used just before it would be removed is put back. A
+process that asks for it a moment later finds that it is missing and makes it again.
 """
 
 from __future__ import annotations
@@ -28,47 +30,49 @@ from resources.storage.locks import file_lock
 from resources.storage.staging import claimed, discard, leftovers
 
 DAY_SECONDS = 24 * 3600.0
-#: What saves work may be read long after it was written; file systems note reading once a day, or not at all.
+#: A cache may be read long after it was written. File systems note a read once a day, or not at all.
 CACHE_SECONDS = 90 * DAY_SECONDS
 _DIGEST = re.compile(rb"\b[0-9a-f]{64}\b")
-#: Files of an artifact that name others: see resources.engines.rebuild.
+#: The files of an artifact that name other artifacts: see resources.engines.rebuild.
 _NAMING = (RECORD_FILE, "rebuild.py")
 _KEY_LENGTH = 32
 
 
 @dataclass
 class Amount:
-    """So many artifacts or files, and what they take on the disk."""
+    """A number of artifacts or files, and the bytes that they take on the disk."""
 
     count: int = 0
     size_bytes: int = 0
 
     def add(self, size_bytes: int) -> None:
+        """Count one more artifact or file of that size."""
         self.count += 1
         self.size_bytes += size_bytes
 
 
 @dataclass
 class Collected:
-    """What was removed, or would be, and what stays, by kind."""
+    """The amounts that were removed, or would be, and those that stay, by kind."""
 
     removed: dict[str, Amount] = field(default_factory=dict)
     kept: dict[str, Amount] = field(default_factory=dict)
 
     @property
     def freed_bytes(self) -> int:
+        """The bytes of everything that was removed, or would be."""
         return sum(amount.size_bytes for amount in self.removed.values())
 
 
 class Entry(Protocol):
-    """An artifact, wherever it is. Both raise FileNotFoundError where it has just gone."""
+    """An artifact, wherever it lies. Both members raise FileNotFoundError if it has just been removed."""
 
     @property
     def used(self) -> float:
-        """When it was used last, in seconds since the epoch."""
+        """The time of its last use, in seconds since the epoch."""
 
     def named(self) -> set[str]:
-        """Digests of what it was made from."""
+        """Return the digests of the artifacts that it was made from."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,18 @@ class _Entry:
 
 
 def collect(store: ArtifactStore, wanted: Collection[str], *, used_since: float, dry_run: bool = False) -> Collected:
-    """Remove what is not needed. Raises ArtifactError where that is not allowed, say; what had gone by then is gone.
+    """Remove the artifacts, leftovers and caches that are not needed, and return the amounts.
 
-    wanted: digests that somebody outside the store names. used_since: in seconds since the epoch; what was used after
-    that stays. It must be a day ago at least, since a step may take as long. dry_run: only say what would go.
+    Args:
+        store: The artifact store.
+        wanted: The digests that somebody outside the store names.
+        used_since: A time in seconds since the epoch. Artifacts that were used after it stay. It must be at least a day
+            ago, because a step may take that long.
+        dry_run: Whether to report what would be removed, and remove nothing.
+
+    Raises:
+        ArtifactError: The system reports an error, for instance because the removal is not permitted. Everything that
+            was removed before stays removed.
     """
     assert_old_enough(used_since)
     try:
@@ -110,7 +122,7 @@ def _collect(store: ArtifactStore, wanted: Collection[str], used_since: float, d
     entries = {entry.folder.name: entry for entry in _entries(store)}
     kept = reachable(entries, {*_current(store), *wanted}, used_since)
     done = Collected()
-    # First what needs no new file of ours: on a full disk none can be made.
+    # Leftovers go first: their removal needs no new file, and on a full disk none can be made.
     for kind, path in _leftovers(store):
         with suppress(FileNotFoundError):
             size = _size(path)
@@ -121,24 +133,27 @@ def _collect(store: ArtifactStore, wanted: Collection[str], used_since: float, d
         try:
             size = _size(entry.folder)
             gone = name not in kept and (dry_run or _remove(store, entry, used_since))
-        except FileNotFoundError:  # another process removed it, or makes it again
+        except FileNotFoundError:  # another process removed it, or is making it again
             continue
         (done.removed if gone else done.kept).setdefault(entry.kind, Amount()).add(size)
     return done
 
 
 def assert_old_enough(used_since: float) -> None:
-    """What was used since then stays: a step that is under way may have used something a day ago."""
+    """Assert that the time is at least a day ago.
+
+    Artifacts that were used after that time stay, and a step under way may have used one a day ago.
+    """
     assert used_since <= time.time() - DAY_SECONDS, "what a step uses that is under way must stay"
 
 
 def kinds() -> list[str]:
-    """The folders that artifacts lie in."""
+    """Return the names of the folders that artifacts lie in, one for each kind of record."""
     return sorted(record.kind for record in Record.__subclasses__())
 
 
 def digests_in(data: bytes) -> set[str]:
-    """What looks like one."""
+    """Return every text in the data that looks like a digest."""
     return {digest.decode() for digest in _DIGEST.findall(data)}
 
 
@@ -150,7 +165,10 @@ def _entries(store: ArtifactStore) -> Iterator[_Entry]:
 
 
 def _current(store: ArtifactStore) -> set[str]:
-    """Digests of what every step made last, whatever the model: other catalogs may share the store."""
+    """Return the digests of the artifacts that every step made last.
+
+    They include those of all models, because other catalogs may share the store.
+    """
     found: set[str] = set()
     for pointer in (store.root / "current").rglob("*.json"):
         with suppress(FileNotFoundError, ForeignError):
@@ -159,8 +177,12 @@ def _current(store: ArtifactStore) -> set[str]:
 
 
 def reachable(entries: Mapping[str, Entry], wanted: Collection[str], used_since: float) -> set[str]:
-    """Names of the entries that are wanted or were used, and of all that they were made from. entries: by the
-    beginning of their digests, as they are called in a store; wanted: whole digests.
+    """Return the names of the entries that are wanted or were used, and of all that they were made from.
+
+    Args:
+        entries: The entries by their names in a store, which are the beginnings of their digests.
+        wanted: Whole digests.
+        used_since: A time in seconds since the epoch. Entries that were used since then are kept.
     """
     open_names = {digest[:_KEY_LENGTH] for digest in wanted} & entries.keys()
     for name, entry in entries.items():
@@ -176,7 +198,7 @@ def reachable(entries: Mapping[str, Entry], wanted: Collection[str], used_since:
 
 
 def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:
-    """Take the entry out, unless it is used just now."""
+    """Remove the entry and return True, or return False because it is being used."""
     lock, staging = store.lock_of(entry.kind, entry.folder.name), store.root / "staging"
     with ExitStack() as held:
         try:
@@ -186,19 +208,19 @@ def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            # No file can be made, so nobody can be making the artifact either, which is what the locks are for.
+            # No file can be made, so no process can be making the artifact. The lock is only there to prevent that.
             aside = staging / uuid.uuid4().hex if staging.exists() else staging
         try:
             entry.folder.rename(aside)
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            # Not even a name has room. What is about to be removed need not be moved first.
+            # Not even a new name has room, so the entry is removed without moving it first.
             if entry.used >= used_since:
                 return False
-            (entry.folder / RECORD_FILE).unlink(missing_ok=True)  # without it the rest is no artifact
+            (entry.folder / RECORD_FILE).unlink(missing_ok=True)  # without its record the rest is no artifact
             aside = entry.folder
-        # Whoever takes an artifact touches it before looking at it. From here on it is not there to be touched.
+        # A process that takes an artifact touches it before it reads it. From here on nothing can touch the entry.
         if aside != entry.folder and _Entry(entry.kind, aside).used >= used_since:
             aside.rename(entry.folder)
             return False
@@ -208,7 +230,7 @@ def _remove(store: ArtifactStore, entry: _Entry, used_since: float) -> bool:
 
 
 def _leftovers(store: ArtifactStore) -> Iterator[tuple[str, Path]]:
-    """What killed processes left, and what saved nobody any work for long, each with what it is called."""
+    """Yield the leftovers of killed processes and the caches unused for long, each with the name of its group."""
     for path in leftovers(store.root / "staging"):
         yield "unfinished work", path
     now = time.time()

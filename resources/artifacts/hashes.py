@@ -1,4 +1,4 @@
-"""Digests of files that are outside the store, computed again only where a file is another than before."""
+"""Digests of files outside the store, computed again only for files that have changed."""
 
 from __future__ import annotations
 
@@ -13,35 +13,47 @@ from pathlib import Path
 from resources.boundary.foreign import open_below
 from resources.storage.atomic import write_whole
 
-#: A file that changed so recently may change again without another time of change: file systems' clocks are coarse.
+#: A file that changed this recently may change again and keep its time, because file systems' clocks are coarse.
 _SETTLED_SECONDS = 2.0
-#: Digests of larger files are written down one by one: whoever is stopped then has not read them for nothing.
+#: The digest of a larger file is saved at once, so that a process that is stopped has not read it for nothing.
 _LARGE_BYTES = 2**28
 
 
 def signature(path: Path) -> list[int]:
-    """Size, times and number of a file: what changes with its bytes, unless somebody forges the clock."""
+    """Return a file's size, times and inode number, which change with its bytes unless somebody forges the clock."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write what JSON can say, whole or not at all."""
+    """Write a JSON value to a file, whole or not at all."""
     write_whole(path, json.dumps(data))
 
 
 def hash_below(folder: Path, name: str) -> str:
-    """Hex SHA-256 of a file of somebody else's folder. Raises OSError, and ForeignError where it is no file of it."""
+    """Return the hex SHA-256 of a file of a foreign folder.
+
+    Raises:
+        OSError: The file cannot be read.
+        ForeignError: It is no regular file of the folder.
+    """
     with open_below(folder, name) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, str]:
-    """Hex SHA-256 of files of somebody else's folder, by name. Raises OSError and ForeignError.
+    """Return the hex SHA-256 of files of a foreign folder, by name.
 
-    memory: a folder for what was found, which is taken as it is where a file's size and times are as they were.
+    Args:
+        folder: The foreign folder.
+        names: The files' paths below the folder.
+        memory: A folder for the digests. A known digest is used again if the file's size and times are unchanged.
+
+    Raises:
+        OSError: A file cannot be read.
+        ForeignError: A name is that of no regular file of the folder.
     """
-    # Names may be any bytes.
+    # Names of files may hold any bytes.
     key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     notes = memory / f"{key}.json"
     try:
@@ -69,5 +81,5 @@ def hash_files(folder: Path, names: Iterable[str], memory: Path) -> dict[str, st
 
 
 def _note(path: Path, data: object) -> None:
-    with suppress(OSError):  # it saves work, and nothing rests on it
+    with suppress(OSError):  # the digests only save work
         write_json(path, data)

@@ -1,4 +1,4 @@
-"""The typed records that pass from step to step; the files they speak of lie in the store beside them."""
+"""The typed records that pass from step to step. The files that they describe lie in the store beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resources.artifacts.fingerprint import is_made_of, is_of_earlier_version
 from resources.boundary.foreign import ForeignError, check_name
 from resources.machine.usage import Usage
 
-#: NaN and infinity are written as such; pydantic's own way is `null`, and then the record cannot be read again.
+#: NaN and infinity are written as such. pydantic's default is `null`, and such a record cannot be read again.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
 
 
@@ -24,7 +24,8 @@ def _file_name(name: str) -> str:
         raise ValueError(str(error)) from None
 
 
-#: A path below the folder of what a record or a manifest describes. Whoever writes to a shared store writes these too.
+#: A path below the folder that a record or a manifest describes. It is checked, because everybody who can write to a
+#: shared store can write such paths.
 FileName = Annotated[str, AfterValidator(_file_name)]
 
 
@@ -37,7 +38,11 @@ class StoredFile(BaseModel):
 
 
 class Record(BaseModel):
-    """What every record has. `digest` names everything that made the artifact; see resources.artifacts.fingerprint."""
+    """The fields that every record has.
+
+    Args:
+        digest: The digest of everything that made the artifact; see resources.artifacts.fingerprint.
+    """
 
     model_config = _CONFIG
     kind: ClassVar[str]
@@ -53,37 +58,41 @@ class Record(BaseModel):
 
     @property
     def reusable(self) -> bool:
-        """Whether the same digest may be answered with this record instead of new work."""
+        """Whether a request for the same digest may get this record instead of new work."""
         return True
 
     @property
     def fits_its_digest(self) -> bool:
-        """Whether the digest is that of what the record says it was made of.
+        """Whether the digest is that of the parts that the record says it was made of.
 
-        Also of records that an earlier version wrote, whose digests cannot be computed again.
+        This also holds for records of an earlier version, whose digests cannot be computed again.
         """
         parts = self.made_of
         return not parts or is_made_of(self.kind, self.digest, parts) or is_of_earlier_version(parts)
 
     @property
     def content(self) -> dict[str, StoredFile]:
-        """The files that are what was made; kinds of records that keep others beside them leave those out."""
+        """The files of the artifact itself.
+
+        Kinds of records that keep other files beside them leave those out.
+        """
         return self.files
 
     @property
     def size_bytes(self) -> int:
+        """The size of the artifact's own files."""
         return sum(file.size_bytes for file in self.content.values())
 
     @property
     def content_digest(self) -> str:
-        """Digest of what was made, not of what it was made from: equal files, equal digest."""
+        """The digest of the artifact, and not of its inputs: equal files have an equal digest."""
         if not self.content:
             return self.digest
         names = {name: file.sha256 for name, file in self.content.items()}
         return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
 
     def with_files(self, folder: Path) -> Self:
-        """This record with every file below the folder listed and hashed."""
+        """Return this record with every file below the folder listed and hashed."""
         found = {
             path.relative_to(folder).as_posix(): StoredFile(sha256=sha256_file(path), size_bytes=path.stat().st_size)
             for path in sorted(folder.rglob("*"))
@@ -93,15 +102,15 @@ class Record(BaseModel):
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class LengthProfile(BaseModel):
-    """How long the engine's rows are for a sample of the user's requests, in tokens, and what padding costs there.
+    """The lengths of the engine's rows, in tokens, for a sample of the user's requests, and the cost of padding there.
 
-    Shares of padding are of all tokens that the engine gets, rows one at a time, 0 to 1.
+    Shares of padding are shares of all tokens that the engine gets, with one row at a time, from 0 to 1.
     """
 
     model_config = _CONFIG
@@ -114,10 +123,11 @@ class LengthProfile(BaseModel):
 
     @property
     def rows(self) -> int:
+        """The number of rows."""
         return sum(count for _, count in self.counts)
 
     def percentile(self, share: float) -> int:
-        """The smallest length that so large a share of the rows does not exceed."""
+        """Return the smallest length that this share of the rows does not exceed."""
         seen = 0
         for length, count in self.counts:
             seen += count
@@ -126,14 +136,14 @@ class LengthProfile(BaseModel):
         return self.counts[-1][0]
 
     def bucket(self, tokens: int) -> int:
-        """What a row of so many tokens is padded to."""
+        """Return the length that a row of this many tokens is padded to."""
         return next(size for size in self.buckets if size >= tokens)
 
 
 class Checkpoint(Record):
     """A Hugging Face checkpoint, copied and checked.
 
-    The part digests let a change of a label's name rebuild the release and nothing before it.
+    Because its parts have digests of their own, a change of a label's name rebuilds the release and nothing before it.
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -159,9 +169,9 @@ class Checkpoint(Record):
 
 
 class EvaluationSet(Record):
-    """Real requests and what PyTorch in fp32 answers to each row of them alone, without padding.
+    """Real requests, and the answers of PyTorch in fp32 to each of their rows alone, without padding.
 
-    `items.json`: the requests; `baseline.npy` or `baseline.json`: one answer an item, see
+    `items.json` holds the requests. `baseline.npy` or `baseline.json` holds one answer for each item; see
     resources.accuracy.evaluation_set.
     """
 
@@ -173,10 +183,10 @@ class EvaluationSet(Record):
 
 
 class Reference(Record):
-    """What the library answers to the evaluation set that users would have used, end to end from text.
+    """The evaluation set's answers from the library that users would otherwise use, end to end from text.
 
-    `answers.json`: one answer for each of the evaluation set's items; null where the library takes no
-    such request. PyTorch's own answers, which engines are compared with, were equal to these: else there is no record.
+    `answers.json` holds one answer for each item of the evaluation set, or null if the library takes no such request.
+    PyTorch's own answers, with which engines are compared, were equal to these. Otherwise there is no record.
     """
 
     kind: ClassVar[str] = "reference"
@@ -199,7 +209,7 @@ class ParityCase(BaseModel):
 
 
 class OnnxGraph(Record):
-    """The exported graph: `model.onnx`, with `model.onnx.data` beside it where weights are external."""
+    """The exported graph: `model.onnx`, with `model.onnx.data` beside it if weights are external."""
 
     kind: ClassVar[str] = "onnx_graph"
     weights_digest: str
@@ -216,11 +226,12 @@ class OnnxGraph(Record):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why no engine may be built from it; none: it is sound."""
+        """The reasons why no engine may be built from the graph. A sound graph has none."""
         return (self.checker, *self.parity_misses) if self.checker else self.parity_misses
 
     @property
     def reusable(self) -> bool:
+        """Whether the graph is sound. An unsound one is exported again."""
         return not self.problems
 
 
@@ -228,7 +239,10 @@ EngineStatus = Literal["built", "unsupported", "failed"]
 
 
 class Engine(Record):
-    """One way to run the model on one target. Anything but `built` has a reason and no files."""
+    """One way to run the model on one target.
+
+    An engine whose status is not `built` has a reason and no files.
+    """
 
     kind: ClassVar[str] = "engine"
     name: str
@@ -256,19 +270,21 @@ class Engine(Record):
 
     @property
     def content(self) -> dict[str, StoredFile]:
-        """The files that the runtime opens, and so what a release serves."""
+        """The files that the runtime opens, which are also the files that a release serves."""
         return {name: file for name, file in self.files.items() if name not in self.documents}
 
     @property
     def reusable(self) -> bool:
+        """Whether the build ended with a result. A failed build is tried again."""
         return self.status != "failed"
 
 
 class ThreadSetting(BaseModel):
-    """What an engine on the CPU may keep busy.
+    """The threads of an engine on the CPU.
 
-    spinning: whether threads that wait for the next operator of a run keep their cores, or sleep. Between runs they
-    all sleep.
+    Args:
+        spinning: Whether threads that wait for the next operator of a run keep their cores. Otherwise they sleep.
+            Between runs all threads sleep.
     """
 
     model_config = _CONFIG
@@ -281,7 +297,10 @@ class ThreadSetting(BaseModel):
 
 
 class ThreadTrial(BaseModel):
-    """One setting, measured in turns with another. The first one of a sweep has none beside it."""
+    """One setting, measured in turns with another.
+
+    The first trial of a sweep has no other setting beside it.
+    """
 
     model_config = _CONFIG
     setting: ThreadSetting
@@ -291,7 +310,10 @@ class ThreadTrial(BaseModel):
 
 
 class Latency(BaseModel):
-    """Wall-clock milliseconds of one runner at one shape. Below 100 samples `p99_ms` is None."""
+    """The wall-clock times of one runner at one shape, in milliseconds.
+
+    With fewer than 100 samples, `p99_ms` is None.
+    """
 
     model_config = _CONFIG
     count: int
@@ -328,7 +350,7 @@ class Disagreement(BaseModel):
 
 
 class Accuracy(BaseModel):
-    """A candidate's answers against PyTorch's, by the task's own measure."""
+    """A comparison of a candidate's answers with PyTorch's, by the task's own measure."""
 
     model_config = _CONFIG
     metrics: dict[str, float]
@@ -339,7 +361,10 @@ class Accuracy(BaseModel):
 
 
 class BenchmarkReport(Record):
-    """Accuracy and speed of one engine. `samples.json` keeps every raw sample, in milliseconds, by shape."""
+    """Accuracy and speed of one engine.
+
+    `samples.json` holds every raw sample, in milliseconds, by shape.
+    """
 
     kind: ClassVar[str] = "benchmark"
     engine: str
@@ -360,11 +385,12 @@ class BenchmarkReport(Record):
 
     @property
     def reusable(self) -> bool:
+        """Whether the benchmark ended with a result. A failed one is run again."""
         return self.status != "failed"
 
 
 class CandidateVerdict(BaseModel):
-    """Why a candidate won or lost."""
+    """The reason why a candidate won or lost."""
 
     model_config = _CONFIG
     engine: str
@@ -374,10 +400,12 @@ class CandidateVerdict(BaseModel):
 
 
 class Contest(BaseModel):
-    """What serves, measured again, against the best of what was built anew.
+    """A comparison of the engine that serves, measured again, with the best engine that was built anew.
 
-    margin: the factor by which scores have to differ; within it they are equal. challenger: None where nothing new is
-    accurate. served_score: None where what serves is not accurate any more, or was not measured.
+    Args:
+        margin: The factor by which scores have to differ. Within it they are equal.
+        challenger: The best new engine. None: no new engine is accurate.
+        served_score: The score of the engine that serves. None: it is not accurate any more, or was not measured.
     """
 
     model_config = _CONFIG
@@ -391,7 +419,11 @@ class Contest(BaseModel):
 
 
 class Champion(Record):
-    """The engine that is to be served. contest: None where nothing else of that checkpoint serves."""
+    """The engine that is to be served.
+
+    Args:
+        contest: The comparison with the engine that serves. None: no other engine of that checkpoint serves.
+    """
 
     kind: ClassVar[str] = "champion"
     target: str
@@ -407,9 +439,11 @@ class Champion(Record):
 
 
 class ServingSetting(BaseModel):
-    """How Triton runs a release: so many instances of it, and batches that wait for company.
+    """The setting with which Triton runs a release: its instances, and the wait of requests for a shared batch.
 
-    threads: of an engine on the CPU while no other instance computes; threads_beside: while one does, 0 for as many.
+    Args:
+        threads: The threads of an engine on the CPU while no other instance computes.
+        threads_beside: Its threads while another instance computes. 0: the same number.
     """
 
     model_config = _CONFIG
@@ -428,7 +462,11 @@ class ServingSetting(BaseModel):
 
 
 class ServingTrial(BaseModel):
-    """One setting under load on a real server. Failed: `reason` says why, and there are no figures."""
+    """One setting under load on a real server.
+
+    Args:
+        reason: Why the trial failed. A failed trial has no figures.
+    """
 
     model_config = _CONFIG
     setting: ServingSetting
@@ -442,7 +480,11 @@ class ServingTrial(BaseModel):
 
 
 class ServingConfiguration(Record):
-    """How the champion is to be served, and the trials that say so; none: why there were none is in `reason`."""
+    """The setting with which the champion is to be served, and the trials that support it.
+
+    Args:
+        reason: The reason for the setting, and for the lack of trials if there are none.
+    """
 
     kind: ClassVar[str] = "serving_configuration"
     target: str
@@ -457,7 +499,10 @@ class ServingConfiguration(Record):
 
 
 class LoadLevel(BaseModel):
-    """A release under the load of so many clients, each of which asks again as soon as it has its answer."""
+    """A release under the load of a number of clients.
+
+    Each client sends its next request as soon as it has its answer.
+    """
 
     model_config = _CONFIG
     clients: int

@@ -1,13 +1,12 @@
-"""The artifacts of several machines in object storage: what one has made, the others find.
+"""The artifacts of several machines in object storage: each machine finds what the others have made.
 
-    <root>/<kind>/<digest>/record.json         the record, and which upload its files are of; written last
+    <root>/<kind>/<digest>/record.json         the record, and the name of the upload with its files; written last
     <root>/<kind>/<digest>/<upload>/...        its files
-    <root>/current/<name>.json                 what a step of the pipeline made last
+    <root>/current/<name>.json                 the artifact that a step of the pipeline made last
 
-Nothing can be renamed there, so a record is one object that names the folder of its files: readers see an artifact
-whole or not at all, also where two machines have made the same one at the same time, or one of them was killed. What a
-killed one had uploaded is named by nobody, and paid for until `refinery gc` removes it: see
-resources.artifacts.remote_gc.
+Objects cannot be renamed, so a record is one object that names the folder of its files. Readers see an artifact whole
+or not at all, also if two machines have made the same one at the same time, or if one of them was killed. No record
+names the upload of a killed machine. It costs money until `refinery gc` removes it: see resources.artifacts.remote_gc.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from resources.storage.objects import RemotePath
 
 R = TypeVar("R", bound=Record)
 _RECORD = "record.json"
-#: An artifact's record is written again when it is used and is as old: its time says when it was used last.
+#: The record of an artifact that is used is written again if it is this old, because its time is that of the last use.
 _USED_AGAIN_SECONDS = 12 * 3600.0
 
 
 class _Entry(BaseModel):
-    """What lies at `record.json`."""
+    """The content of `record.json`."""
 
     model_config = ConfigDict(frozen=True)
     upload: str
@@ -41,12 +40,15 @@ class _Entry(BaseModel):
 
 @dataclass(frozen=True)
 class RemoteArtifacts:
-    """See the module's text. Every method raises StorageError where the store does not answer or refuses."""
+    """The artifacts below one place in object storage, in the layout that the module describes.
+
+    Every method raises StorageError if the store does not answer or refuses.
+    """
 
     root: RemotePath
 
     def push(self, record: Record, folder: Path) -> None:
-        """Bring the artifact there, in place of what was under its digest."""
+        """Upload the artifact, in place of an earlier one with its digest."""
         place, upload = self._place(record.kind, record.digest), uuid.uuid4().hex
         for name in record.files:
             (place / upload / name).upload(folder / name)
@@ -54,9 +56,14 @@ class RemoteArtifacts:
         (place / _RECORD).write_bytes(entry.model_dump_json().encode())
 
     def pull(self, kind: type[R], digest: str, folder: Path) -> tuple[R | None, tuple[str, ...]]:
-        """The record of that digest, its files brought into the empty folder; None where there is none, or none that
-        this version reads. Or None, and the file that is not what the record says: the record is removed then, so that
-        who has a copy brings it there again, and who has none makes it.
+        """Download the artifact of that digest into the empty folder.
+
+        If a file is not what the record says, the record is removed. A machine that has a copy then uploads it again,
+        and a machine that has none makes it.
+
+        Returns:
+            The artifact's record and no names. The record is None if there is none or this version cannot read it. If a
+            file is not what the record says, the result is None and the file's name.
         """
         place = self._place(kind.kind, digest)
         try:
@@ -71,18 +78,21 @@ class RemoteArtifacts:
             return None, (_RECORD,)
         for name, file in record.files.items():
             if not _fetched(place / entry.upload / name, folder, name, file):
-                if upload_of(place) != entry.upload:  # another machine has just brought it again, or removed it
+                if upload_of(place) != entry.upload:  # another machine has just uploaded it again, or removed it
                     return None, ()
                 place.remove([_RECORD])
                 return None, (name,)
         return record, ()
 
     def withdraw(self, record: Record) -> None:
-        """Have nobody find the artifact there any more. `refinery gc` removes its files later."""
+        """Remove the artifact's record, so that no machine finds the artifact any more.
+
+        `refinery gc` removes its files later.
+        """
         self._place(record.kind, record.digest).remove([_RECORD])
 
     def record(self, kind: type[R], digest: str) -> R | None:
-        """The record of that digest without its files; None where there is none, or none that this version reads."""
+        """Return the record of that digest without its files, or None if there is none that this version reads."""
         try:
             entry = _Entry.model_validate_json((self._place(kind.kind, digest) / _RECORD).read_bytes())
             record = kind.model_validate_json(entry.record)
@@ -91,7 +101,10 @@ class RemoteArtifacts:
         return record if record.digest == digest and record.fits_its_digest else None
 
     def has(self, record: Record) -> bool:
-        """Whether an artifact of that digest is there; it was used then, and is not removed for a while."""
+        """Return whether an artifact of that digest is there.
+
+        The call counts as a use, so that the artifact is not removed for a while.
+        """
         place = self._place(record.kind, record.digest)
         with suppress(FileNotFoundError):
             listed = place.listing().get(_RECORD)
@@ -101,15 +114,19 @@ class RemoteArtifacts:
         return False
 
     def point(self, name: str, pointer: str) -> None:
-        """Remember what the named step made last."""
+        """Write the pointer to the artifact that the named step made last."""
         self._pointer(name).write_bytes(pointer.encode())
 
     def pointer(self, name: str) -> str:
-        """What `point` was given last. Raises FileNotFoundError where it never was."""
+        """Return the pointer that `point` wrote last.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
         return self._pointer(name).read_text()
 
     def forget(self, name: str) -> None:
-        """The named step made nothing this time."""
+        """Remove the pointer of the named step, because the step made nothing this time."""
         self._pointer(name).parent.remove([self._pointer(name).name])
 
     def _place(self, kind: str, digest: str) -> RemotePath:
@@ -120,7 +137,7 @@ class RemoteArtifacts:
 
 
 def upload_of(place: RemotePath) -> str | None:
-    """The folder of the files of the artifact there; None where there is none."""
+    """Return the name of the folder with the artifact's files, or None if there is no artifact."""
     try:
         return _Entry.model_validate_json((place / _RECORD).read_bytes()).upload
     except (FileNotFoundError, ValidationError):
@@ -128,7 +145,10 @@ def upload_of(place: RemotePath) -> str | None:
 
 
 def _fetched(source: RemotePath, folder: Path, name: str, file: StoredFile) -> bool:
-    """Whether the file is in the folder now, byte for byte. Else it is not there, or not what was put there."""
+    """Download the file into the folder, and return whether it is there now, byte for byte as the record says.
+
+    The result is False if the file is missing in the store, or is not the one that was uploaded.
+    """
     try:
         source.download(local_path(folder, name), file.size_bytes)
     except (FileNotFoundError, ForeignError):

@@ -1,9 +1,11 @@
-"""Removing from the artifacts in object storage what nobody needs any more, by the rules of resources.artifacts.gc.
+"""The removal of unneeded artifacts from object storage, by the rules of resources.artifacts.gc.
 
-There an artifact was used when its `record.json` was written last, which whoever uses it does once a day (see
-RemoteArtifacts.has). A folder of files that no record names is what a killed or slower machine left: it goes when it is
-as old. Machines may work there meanwhile: an artifact that is used between the look and its removal stays, and who
-finds one a moment before it goes makes it again, or fails and does so the next time.
+An artifact there was used last when its `record.json` was written last. A machine that uses an artifact writes that
+object again if it is more than half a day old (see RemoteArtifacts.has). A folder of files that no record names is a
+leftover of a killed or slower machine, and goes when it is as old as an unused artifact.
+
+Machines may work there meanwhile. An artifact that is used between the look and its removal stays. A process that finds
+an artifact a moment before it is removed makes it again, or fails and makes it the next time.
 """
 
 from __future__ import annotations
@@ -29,15 +31,19 @@ class _Entry:
 
     @property
     def used(self) -> float:
-        """When it was used last, in seconds since the epoch. A store that does not say keeps what it has."""
+        """The time of its last use, in seconds since the epoch.
+
+        If the store does not report times, all its artifacts count as used and stay.
+        """
         return _time(self.objects[RECORD_FILE])
 
     @property
     def whole(self) -> bool:
+        """Whether the artifact has its record."""
         return RECORD_FILE in self.objects
 
     def named(self) -> set[str]:
-        """Digests of what it was made from."""
+        """Return the digests of the artifacts that it was made from."""
         found: set[str] = set()
         for name in (RECORD_FILE, *(name for name in self.objects if PurePosixPath(name).name == "rebuild.py")):
             with suppress(FileNotFoundError):
@@ -48,8 +54,12 @@ class _Entry:
 def collect_remote(
     remote: RemoteArtifacts, wanted: Collection[str], *, used_since: float, dry_run: bool = False
 ) -> Collected:
-    """Remove what is not needed; arguments as of `resources.artifacts.gc.collect`. Raises StorageError where the store
-    does not answer or refuses.
+    """Remove the artifacts and uploads that are not needed, and return the amounts.
+
+    The arguments are those of `resources.artifacts.gc.collect`.
+
+    Raises:
+        StorageError: The store does not answer or refuses.
     """
     assert_old_enough(used_since)
     done = Collected()
@@ -86,7 +96,7 @@ def _entries(root: RemotePath, objects: Mapping[str, Listed]) -> dict[str, _Entr
 
 
 def _current(root: RemotePath, objects: Mapping[str, Listed]) -> Iterator[str]:
-    """Digests of what every step made last, whatever the catalog."""
+    """Yield the digests of the artifacts that every step made last, for all catalogs."""
     for name in objects:
         if name.startswith("current/"):
             with suppress(FileNotFoundError):
@@ -94,7 +104,7 @@ def _current(root: RemotePath, objects: Mapping[str, Listed]) -> Iterator[str]:
 
 
 def _remove(entry: _Entry, used_since: float) -> bool:
-    """Take the artifact out, its record first, unless it is used just now."""
+    """Remove the artifact, its record first, and return True, or return False because it is being used."""
     now = entry.place.listing()
     if RECORD_FILE in now and _time(now[RECORD_FILE]) >= used_since:
         return False
@@ -103,12 +113,12 @@ def _remove(entry: _Entry, used_since: float) -> bool:
 
 
 def _leftovers(entry: _Entry, used_since: float) -> list[str]:
-    """Files of uploads that the artifact's record does not name, and that are as old as what goes."""
+    """Return the files of uploads that the artifact's record does not name and that are older than `used_since`."""
     uploads = {name.partition("/")[0] for name in entry.objects if "/" in name}
     if entry.whole and len(uploads) < 2:
         return []
     named = upload_of(entry.place) if entry.whole else None
-    if entry.whole and named is None:  # it has just gone, or only another version reads it
+    if entry.whole and named is None:  # the record has just gone, or only another version reads it
         return []
     fresh = {name.partition("/")[0] for name, listed in entry.objects.items() if _time(listed) >= used_since}
     old = uploads - fresh - {named}

@@ -1,21 +1,21 @@
-"""A content-addressed store: one folder an artifact, named by the digest of everything that made it.
+"""A content-addressed store: one folder for each artifact, named by the digest of everything that made it.
 
     <root>/<kind>/<digest>/record.json    the typed record; written last, so a folder without it is not an artifact.
-                                          When it was last used is the time of this file: see resources.artifacts.gc
+                                          The time of this file is that of its last use: see resources.artifacts.gc
     <root>/<kind>/<digest>/...            its files
     <root>/<kind>/<digest>/.verified      their sizes and times when their bytes were read last
-    <root>/current/<name>.json            what a step of the pipeline made last (kind and digest)
-    <root>/staging/<random>/              work under way; renamed into place when whole
-    <root>/staging/<random>.lock          held while somebody is at work there
-    <root>/caches/                        what saves work and is no artifact: timings, digests, plots
+    <root>/current/<name>.json            the artifact that a step of the pipeline made last (kind and digest)
+    <root>/staging/<random>/              work in progress; renamed into place when whole
+    <root>/staging/<random>.lock          held while a process works there
+    <root>/caches/                        files that save work and are no artifacts: timings, digests, plots
 
 Nothing is ever edited in place, so readers need no lock, and a killed writer leaves only a staging folder behind.
 
-Where several machines share artifacts through object storage, this folder is each one's own copy of what it has made
-or asked for, and `current` lies there alone: see resources.artifacts.remote.
+If several machines share artifacts through object storage, this folder is each machine's own copy of the artifacts that
+it has made or asked for. The pointers of `current` then lie in object storage alone: see resources.artifacts.remote.
 
-Bytes are compared with their digest whenever a file is another than it was by size and times, once a week, and before
-something is made from them. Damage counts as not there: the step that needs the artifact makes it again, and says so.
+The bytes of a file are compared with their digest if its size or times have changed, once a week, and before something
+is made from it. A damaged artifact counts as missing: the step that needs it makes it again, and says so.
 """
 
 from __future__ import annotations
@@ -44,15 +44,18 @@ from resources.storage.staging import claimed, staging_folder
 R = TypeVar("R", bound=Record)
 
 RECORD_FILE = "record.json"
-#: A disk may lose bits without touching a file's times; bytes that were read so long ago are read again.
+#: A disk may lose bits without a change of a file's times. Bytes are read again after this long.
 VERIFY_AGAIN_SECONDS = 7 * 24 * 3600
 _VERIFIED_FILE = ".verified"
 
 
 @dataclass(frozen=True)
 class Made(Generic[R]):
-    """A record, and whether it was there already. damaged: files of the one that was there before, for which it was
-    made again; or, where it was reused, brought here again by another machine's copy.
+    """A record, and whether its artifact was there already.
+
+    Args:
+        damaged: The files because of which the artifact was made again. If it was reused, another machine's copy has
+            replaced these files.
     """
 
     record: R
@@ -61,15 +64,17 @@ class Made(Generic[R]):
 
 
 class ArtifactStore:
-    """See the module's text. All methods may be used by several processes at once.
+    """A store in one folder, in the layout that the module describes.
+
+    Several processes may use all methods at once.
 
     Args:
-        remote: What several machines share.
-        traceless: Whether reading leaves no trace, and fetches nothing that another machine made. Nothing can be made
-            in such a store: it is for finding out what would be made.
+        remote: The artifacts that several machines share.
+        traceless: Whether reading leaves no trace and fetches nothing that another machine made. Nothing can be made in
+            such a store: it is for finding out what would be made.
     """
 
-    #: What this process has read whole: a folder, with its files' sizes and times.
+    #: The artifacts that this process has read whole: each one's folder, with its files' sizes and times.
     _read: ClassVar[set[tuple[Path, str]]] = set()
 
     def __init__(self, root: Path, remote: RemoteArtifacts | None = None, *, traceless: bool = False) -> None:
@@ -81,21 +86,27 @@ class ArtifactStore:
 
     @property
     def caches(self) -> Path:
-        """For what builds remember. Their own business: it may be removed at any time."""
+        """The folder for the caches of builds. It may be removed at any time."""
         return self.root / "caches"
 
     def folder(self, record: Record) -> Path:
-        """Where the record's files lie."""
+        """Return the folder of the record's files."""
         return self._folder(record.kind, record.digest)
 
     def find(self, kind: type[R], digest: str) -> R | None:
-        """The stored record, or None. An unreadable one (an older version's, say) and damage count as not there."""
+        """Return the stored record, or None.
+
+        A record that cannot be read, such as an older version's, and a damaged artifact count as missing.
+        """
         return self.here_or_there(kind, digest)[0]
 
     def here_or_there(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
-        """Return the stored record, on this machine or on another, or None and the files for which it does not count.
+        """Return the stored record of an artifact on this machine or on another.
 
-        What another machine made is fetched, unless the store leaves no traces: then it is the record alone.
+        An artifact that another machine made is fetched. A store that leaves no traces reads its record alone.
+
+        Returns:
+            The record, or None and the files because of which the artifact counts as missing.
         """
         found, damaged = self.look(kind, digest)
         if self.remote is None or (found is not None and found.reusable):
@@ -106,7 +117,10 @@ class ArtifactStore:
             return self._newest(kind, digest)
 
     def _newest(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
-        """What is here, or there: what failed here may have been made elsewhere since. The caller holds its lock."""
+        """Return what `here_or_there` does, for a caller that holds the artifact's lock.
+
+        Another machine may have made an artifact since its build failed here.
+        """
         found, damaged = self.look(kind, digest)
         if found is not None and found.reusable:
             return found, damaged
@@ -114,17 +128,21 @@ class ArtifactStore:
         return pulled or found, damaged or damaged_there
 
     def look(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
-        """The record that is here; or None, and the files for which it counts as not there."""
+        """Return the record of an artifact on this machine.
+
+        Returns:
+            The record, or None and the files because of which the artifact counts as missing.
+        """
         folder = self._folder(kind.kind, digest)
         try:
-            # Before anything is read: what was used just now is not removed.
+            # This comes before any read, because an artifact that was used just now is not removed.
             self._touch(folder / RECORD_FILE)
             record = kind.model_validate_json(read_below(folder, RECORD_FILE, MOST_DOCUMENT_BYTES))
         except (FileNotFoundError, NotADirectoryError):
             return None, (RECORD_FILE,) if folder.is_dir() else ()
         except ForeignError:  # a pipe, a link to elsewhere, or too large: somebody else put it there
             return None, (RECORD_FILE,)
-        except ValidationError as error:  # of an older version, or no JSON at all
+        except ValidationError as error:  # an older version's record, or no JSON at all
             return None, (RECORD_FILE,) if error.errors()[0]["type"] == "json_invalid" else ()
         if record.digest != digest:  # folders are named by half of the digest
             return None, ()
@@ -134,10 +152,14 @@ class ArtifactStore:
         return (None, damaged) if damaged else (record, ())
 
     def damaged(self, record: Record, *, every_byte: bool = False) -> list[str]:
-        """Files of the artifact that are missing or not, byte for byte, what the record says.
+        """Return the files of the artifact that are missing or differ from the record.
 
-        Bytes are read where a file's size or times are others than when they were read last, or that is long ago; with
-        `every_byte` always.
+        The bytes of a file are read if its size or times have changed since they were read last, or if that was long
+        ago.
+
+        Args:
+            record: The artifact's record.
+            every_byte: Whether to read the bytes in any case.
         """
         folder = self.folder(record)
         verified = {} if every_byte else self._verified(folder)
@@ -155,8 +177,12 @@ class ArtifactStore:
         return wrong
 
     def require_whole(self, *records: Record) -> None:
-        """Read every byte of what something is about to be made from, once a process. Raises ArtifactError: what is
-        damaged is removed then, so that it is made again when it is asked for.
+        """Read every byte of the artifacts that something is about to be made from, once in each process.
+
+        A damaged artifact is removed, so that it is made again when it is asked for.
+
+        Raises:
+            ArtifactError: An artifact is damaged.
         """
         for record in records:
             key = (self.folder(record), json.dumps(self._verified(self.folder(record))))
@@ -173,8 +199,9 @@ class ArtifactStore:
             self._read.add((self.folder(record), json.dumps(self._verified(self.folder(record)))))
 
     def remove(self, record: Record) -> None:
-        """Take an artifact out of the store, whole, so that it is made anew when it is asked for again. What machines
-        share stays: it is brought here then, if every byte of it is what it was.
+        """Remove a whole artifact from this store, so that it is made again when it is asked for.
+
+        The copy that machines share stays. It is fetched instead, if all its bytes are what they were.
         """
         folder = self.folder(record)
         lock = file_lock(self.lock_of(record.kind, record.digest))
@@ -182,21 +209,23 @@ class ArtifactStore:
             folder.rename(aside / folder.name)
 
     def reject(self, record: Record) -> None:
-        """Take an artifact out of the store and out of what machines share, so that it is made anew everywhere."""
+        """Remove an artifact from this store and from the shared ones, so that it is made again everywhere."""
         if self.remote is not None:
             self.remote.withdraw(record)
         self.remove(record)
 
     def get_or_make(self, kind: type[R], made_of: Fingerprint | str, make: Callable[[Path], R]) -> Made[R]:
-        """Find the artifact of a fingerprint, or of its digest alone, or make it.
+        """Return the artifact of a fingerprint, and make it if it is missing.
 
-        Two processes that ask for the same artifact do the work once. If `make` raises, nothing is left behind.
+        If two processes ask for the same artifact, one of them does the work. If `make` raises, nothing is left behind.
 
         Args:
-            make: Fills an empty folder and returns the record.
+            kind: The kind of the record.
+            made_of: The artifact's fingerprint, or its digest alone.
+            make: A function that fills an empty folder and returns the record.
 
         Raises:
-            ArtifactError: One of the maker's files has a name that the store keeps for its own.
+            ArtifactError: One of the files that `make` wrote has a name that the store keeps for its own.
         """
         assert not self._traceless, "nothing is made in a store that leaves no traces"
         digest, parts = (made_of, {}) if isinstance(made_of, str) else (made_of.digest, made_of.parts)
@@ -228,10 +257,14 @@ class ArtifactStore:
         return Made(record, reused=False, damaged=damaged)
 
     def point(self, name: str, record: Record) -> None:
-        """Remember the record as the newest that the named step made."""
+        """Remember the record as the newest that the named step made.
+
+        Raises:
+            ArtifactError: The artifact is missing both in object storage and in this store.
+        """
         if self.remote is not None:
-            if not self.remote.has(record):  # it was made when the store did not answer, or was found damaged there
-                stored, _ = self.look(type(record), record.digest)  # the caller's may have been given another name
+            if not self.remote.has(record):  # it was made while the store did not answer, or was found damaged there
+                stored, _ = self.look(type(record), record.digest)  # the caller's record may have been renamed
                 if stored is None:
                     raise ArtifactError(
                         f"{name}: what was made is in {self.folder(record)} no more. Optimize again: it is made anew."
@@ -243,18 +276,22 @@ class ArtifactStore:
             write_json(self._pointer(name), {"kind": record.kind, "digest": record.digest})
 
     def forget(self, name: str) -> None:
-        """The named step made nothing this time."""
+        """Remove the pointer of the named step, because the step made nothing this time."""
         if self.remote is not None:
             self.remote.forget(name)
         else:
             self._pointer(name).unlink(missing_ok=True)
 
     def current(self, kind: type[R], name: str) -> R:
-        """The newest record that the named step made. Raises ArtifactError if there is none."""
+        """Return the newest record that the named step made.
+
+        Raises:
+            ArtifactError: There is none, or its artifact is missing or damaged.
+        """
         digest = self.pointed(name)
         record, damaged = self.here_or_there(kind, digest) if digest else (None, ())
         if digest and record is None and self.remote is None:
-            with file_lock(self.lock_of(kind.kind, digest)):  # see resources.artifacts.gc: it may be put back just now
+            with file_lock(self.lock_of(kind.kind, digest)):  # resources.artifacts.gc may be about to put it back
                 record, damaged = self.look(kind, digest)
         if record is None and damaged:
             place = self._folder(kind.kind, digest)
@@ -271,12 +308,15 @@ class ArtifactStore:
         return record
 
     def known(self, kind: type[R], name: str) -> R | None:
-        """The record that the named step made last, see `record`; None where there is none."""
+        """Return what `record` returns for the artifact that the named step made last, or None if there is none."""
         digest = self.pointed(name)
         return self.record(kind, digest) if digest else None
 
     def record(self, kind: type[R], digest: str) -> R | None:
-        """What is known of that digest, whatever became of its files: none of them is read, or brought here."""
+        """Return the record of that digest, or None, whatever has happened to its files.
+
+        The files are neither read nor fetched.
+        """
         here: R | None
         try:
             folder = self._folder(kind.kind, digest)
@@ -287,10 +327,10 @@ class ArtifactStore:
             here = None
         if self.remote is None or (here is not None and here.reusable):
             return here
-        return self.remote.record(kind, digest) or here  # what failed here may have been made elsewhere since
+        return self.remote.record(kind, digest) or here  # another machine may have made it since it failed here
 
     def pointed(self, name: str) -> str:
-        """The digest of the newest record that the named step made; empty if there is none."""
+        """Return the digest of the newest record that the named step made, or an empty text if there is none."""
         try:
             path = self._pointer(name)
             if self.remote is None:
@@ -303,12 +343,16 @@ class ArtifactStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """An empty folder on the store's own file system, removed at the end whatever happens."""
+        """Yield an empty folder on the store's own file system, and remove it at the end, whatever happens."""
         with staging_folder(self.root / "staging") as folder:
             yield folder
 
     def _pull(self, kind: type[R], digest: str) -> tuple[R | None, tuple[str, ...]]:
-        """What another machine has made, brought here whole; or the files that are not what they were there."""
+        """Fetch a whole artifact that another machine has made.
+
+        Returns:
+            The record, or None and the files in object storage that are not what was uploaded.
+        """
         if self.remote is None:
             return None, ()
         with self.staging() as folder:
@@ -323,11 +367,14 @@ class ArtifactStore:
     def _touch(self, file: Path) -> None:
         if self._traceless:
             return
-        with suppress(OSError):  # it is not there; or another user's, or on a disk that is only read
+        with suppress(OSError):  # the file is missing, another user's, or on a read-only disk
             os.utime(file)
 
     def _verified(self, folder: Path) -> dict[str, list[int]]:
-        """Sizes and times of the files whose bytes were read, by name; nothing where that is too long ago."""
+        """Return the sizes and times of the files whose bytes were read, by name.
+
+        The result is empty if the bytes were read too long ago.
+        """
         path = folder / _VERIFIED_FILE
         try:
             if time.time() - path.stat().st_mtime > VERIFY_AGAIN_SECONDS:
@@ -340,27 +387,30 @@ class ArtifactStore:
     def _note_verified(self, folder: Path, seen: dict[str, list[int]]) -> None:
         if self._traceless:
             return
-        with suppress(OSError):  # a disk that is only read: bytes are read again then
+        with suppress(OSError):  # the disk is read-only, and the bytes are read again next time
             write_json(folder / _VERIFIED_FILE, seen)
 
     def _folder(self, kind: str, digest: str) -> Path:
         return self.root / kind / digest[:32]
 
     def lock_of(self, kind: str, digest: str) -> Path:
-        """The lock of whoever makes or removes the artifact; of its digest the beginning is enough, as in `_folder`."""
+        """Return the lock for making or removing the artifact.
+
+        The beginning of its digest is enough, as in `_folder`.
+        """
         return self.root / "locks" / f"{kind}-{digest[:32]}.lock"
 
     def _put(self, staged: Path, record: Record) -> None:
-        """Move what was made to its place, whole and on the disk, with its record."""
+        """Move a filled folder with its record to its place, whole and flushed to the disk."""
         place = self.folder(record)
         (staged / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
         place.parent.mkdir(parents=True, exist_ok=True)
         with claimed(self.root / "staging") as aside:
-            if place.exists():  # not reusable, or damaged: it goes aside whole, never file by file
+            if place.exists():  # it is damaged or cannot be reused. It goes aside whole, never file by file.
                 place.rename(aside)
             move_whole(staged, place)
 
 
 def _answers(record: R | None, parts: Mapping[str, Any]) -> TypeGuard[R]:
-    """Whether the record is what was asked for by those parts, and may be used again."""
+    """Return whether the record is one that was made of those parts and may be used again."""
     return record is not None and record.reusable and (not parts or record.made_of == parts)

@@ -36,7 +36,8 @@ class Contestant(Protocol):
     `call` calls a method of that EngineWorker in its process, and returns its result.
     """
 
-    def call(self, method: str, *args: Any) -> Any: ...
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the contestant, and return what it returns."""
 
 
 @dataclass

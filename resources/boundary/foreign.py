@@ -238,8 +238,7 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 def _belongs(folder: Path, real: Path) -> bool:
     """Return whether the file lies in the folder, or in the Hub's cache that holds the folder.
 
-    Args:
-        real: The file's path with all links followed.
+    `real` is the file's path with all links followed.
     """
     home = folder.resolve()
     if real.is_relative_to(home):

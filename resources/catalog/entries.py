@@ -128,7 +128,7 @@ class LimitSettings(Strict):
     resources.pipelines.limits has the same fields, for the released models. A test compares the two.
     """
 
-    # No limit can be set lower than the requests that prove a release need.
+    # The lower bound of each limit is the size of the requests that prove a release.
     text_bytes: int = Field(default=4 * 2**20, ge=4096, le=2**30, description="Of one text, in UTF-8.")
     request_bytes: int = Field(default=32 * 2**20, ge=2**17, le=2**30, description="Of all its texts together.")
     labels: int = Field(default=1000, ge=10, le=1000, description="Of one row (zero-shot classification).")
@@ -172,7 +172,7 @@ class ModelEntry(Strict):
         from resources.engines.specs import BASELINE, ENGINES
 
         check_name(self.name)
-        if holds_login(self.source):  # as a mistake of the whole entry, so that it is not repeated
+        if holds_login(self.source):  # not a field's validator, because the message of a field quotes its value
             raise ValueError("source: it holds a name or password; give credentials by the variables of that store")
         if self.task not in TASKS:
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(sorted(TASKS))}")
@@ -234,7 +234,7 @@ class ModelEntry(Strict):
         return data
 
     def competes(self, engine: str) -> bool:
-        """Return whether the engine of that name is a candidate. The PyTorch baseline always is."""
+        """Return whether the engine of that name is a candidate. The PyTorch baseline is always measured."""
         return self.engines is None or engine in self.engines or engine == "torch"
 
 

@@ -1,4 +1,4 @@
-"""Read the models file and the files that the command line adds to it."""
+"""The reader of the models file, and of the files that the command line adds to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find a checkpoint, check it, copy it, and make its tokenizer stand alone."""
+"""The collection of a checkpoint, which is found, checked and copied, with a tokenizer that needs no transformers."""
 
 from __future__ import annotations
 
@@ -39,22 +39,32 @@ from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.sentence_transformers import CONFIG as SENTENCE_TRANSFORMERS
 from resources.tasks.sentence_transformers import read_json
 
-#: What a stored checkpoint depends on, beside its source.
-CODE = ("resources.checkpoints", "-resources.checkpoints.watch", "resources.tasks", "resources.pipelines")
+#: The code that a stored checkpoint depends on, beside its source.
+CODE = (
+    "resources.checkpoints",
+    "-resources.checkpoints.shapes",
+    "-resources.checkpoints.watch",
+    "resources.tasks",
+    "resources.pipelines",
+)
 ENCODER_FILE = "encoder.json"
-#: A larger sample says nothing more about lengths.
+#: More requests would not make the length profile more accurate.
 _MOST_SAMPLED = 20_000
 _COPIED_AT_ONCE = 2**20
-#: Many times what reading the largest tokenizer takes; a step's own limits are for building engines.
+#: Many times the time and memory that the largest tokenizer needs. A step's own limits are for building engines.
 _READING = Limits(timeout_s=300.0, memory_bytes=16 * 10**9)
-#: How names of weights end.
+#: Endings of the names of weights.
 _WEIGHTS = (".safetensors", ".bin")
-#: Fields of config.json that say nothing about what the model computes; labels have a digest of their own.
+#: Fields of config.json that do not change what the model computes. Labels have a digest of their own.
 _NOT_WEIGHTS = ("id2label", "label2id", "_name_or_path", "transformers_version")
 
 
 def content_hashes(entry: ModelEntry, folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Hex SHA-256 of each of the checkpoint's files. Raises CheckpointError."""
+    """Return the hex SHA-256 of each of the checkpoint's files.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
     try:
         return {name: hash_below(folder, name) for name in names}
     except (OSError, ForeignError) as error:
@@ -66,7 +76,7 @@ def _unreadable(entry: ModelEntry, error: OSError | ForeignError) -> CheckpointE
 
 
 def content_revision(hashes: Mapping[str, str]) -> str:
-    """The revision of a source that has no name for its own: its content's."""
+    """Return the revision of a source that names none itself. It is derived from the content."""
     return digest_of_files(hashes.items())[:12]
 
 
@@ -75,9 +85,12 @@ class Collected:
     """A checkpoint that was found and checked, and is not copied yet.
 
     Args:
-        revision: The source's own name of it; None where the content names itself.
-        hashes: Hex SHA-256 of each of its files.
+        folder: The folder of the source on this machine.
+        revision: The source's own name of the revision. None means that the revision is derived from the content.
+        found: The result of validation.
+        hashes: The hex SHA-256 of each of its files.
         weights: The digest of the weights.
+        made_of: The fingerprint of the checkpoint.
     """
 
     folder: Path
@@ -94,12 +107,14 @@ def collect(
     """Find the checkpoint of a catalog entry, and check it.
 
     Args:
-        caches: Where digests of the source's files are kept.
-        fetch: Whether it may be downloaded.
+        entry: The catalog entry.
+        caches: The folder for cached digests of the source's files.
+        settings: The addresses and credentials for sources.
+        fetch: Whether the checkpoint may be downloaded.
 
     Raises:
-        CheckpointError: It cannot be found, or is of no use.
-        UnfetchedError: It may not be downloaded, and would have to be.
+        CheckpointError: The checkpoint cannot be found, or cannot be used.
+        UnfetchedError: The checkpoint would have to be downloaded, and `fetch` is false.
     """
     try:
         located = locate(
@@ -117,7 +132,7 @@ def collect(
         found = validate(entry, located.folder)
         hashes = hash_files(located.folder, found.files, caches / "sources")
     except CheckpointError:
-        if not fetch and located.revision is not None:  # of the Hub, and perhaps not whole yet
+        if not fetch and located.revision is not None:  # the Hub cache may hold only a part of the snapshot
             raise UnfetchedError(entry.source, located.revision) from None
         raise
     except (OSError, ForeignError) as error:
@@ -130,7 +145,11 @@ def collect(
 
 
 def complete_copy(entry: ModelEntry, source: Collected, folder: Path, limits: Limits, log: Path | None) -> Checkpoint:
-    """Copy the checkpoint into an empty folder, add what is served of it, and describe it. Raises CheckpointError."""
+    """Copy the checkpoint into an empty folder, add the files for its pipeline, and return its record.
+
+    Raises:
+        CheckpointError: A file changed meanwhile, or transformers or the task cannot use the checkpoint.
+    """
     for name in source.found.files:
         copy_unchanged(entry.name, source.folder, name, folder / name, source.hashes[name])
     signature, peak = _read_isolated(entry, folder, source.found.weights, limits, log)
@@ -187,7 +206,11 @@ def _write_pipeline(
     limits: Limits,
     log: Path | None,
 ) -> LengthProfile | None:
-    """Write what stands before and behind an engine of the checkpoint. Returns the lengths of the entry's sample."""
+    """Write the files of the pipeline, which encodes requests for an engine and turns its outputs into answers.
+
+    Returns:
+        The length profile of the entry's sample, or None without a sample.
+    """
     encoder = {
         "max_tokens": max_tokens,
         "inputs": list(signature.inputs),
@@ -218,12 +241,15 @@ def _write_pipeline(
 
 
 def require_source(record: Checkpoint, hashes: Mapping[str, str], store: ArtifactStore) -> None:
-    """Raise ArtifactError where the stored copy says of itself that it holds other files than the source.
+    """Check that the record of a stored copy lists the same files as the source, and remove the copy if it does not.
 
-    The digest of a checkpoint is that of its source's files. A record with other files under it was written by
-    somebody else, who may have put code or weights of their own in their place.
+    The digest of a checkpoint is computed from its source's files. If a record under that digest lists other files,
+    another writer to the store made it, and may have replaced code or weights.
+
+    Raises:
+        ArtifactError: The record lists other files.
     """
-    ours = (ENCODER_FILE, PIPELINE_FILE)  # written into the copy, over files of those names
+    ours = (ENCODER_FILE, PIPELINE_FILE)  # these are written into the copy, and replace source files of the same names
     stored = {name: file.sha256 for name, file in record.files.items()}
     foreign = [name for name, sha256 in hashes.items() if name not in ours and stored.get(name) != sha256]
     foreign += sorted(stored.keys() - {*hashes, *ours, TOKENIZER})
@@ -237,7 +263,7 @@ def require_source(record: Checkpoint, hashes: Mapping[str, str], store: Artifac
 
 
 def _made_of(entry: ModelEntry, revision: str | None, weights: str, files: Mapping[str, str]) -> Fingerprint:
-    """What a checkpoint of the entry is made of. files: digests of all but its weights."""
+    """Return the fingerprint of a checkpoint, from the digest of its weights and those of all other files."""
     return Fingerprint.of(
         "checkpoint",
         model=entry.name,
@@ -257,20 +283,30 @@ def _made_of(entry: ModelEntry, revision: str | None, weights: str, files: Mappi
 
 
 def unfetched_fingerprint(entry: ModelEntry, revision: str, known: Checkpoint) -> Fingerprint | None:
-    """What the checkpoint would be made of whose source is not on this machine, where `known` was copied from the same
-    revision: another machine did that, or the copy was tidied up. None where it says nothing about this one.
+    """Return the fingerprint of a checkpoint whose source is not on this machine, from a known checkpoint.
+
+    The source may be absent because another machine copied it, or because its files were cleaned up here.
+
+    Args:
+        entry: The catalog entry.
+        revision: The revision that the source names now.
+        known: The record of an earlier checkpoint of the entry.
+
+    Returns:
+        The fingerprint. It is None if `known` has another source or revision, other permissions, or other options that
+        change the computation.
     """
     parts = known.made_of
     same = {
         "source": entry.source,
         "revision": revision,
-        # They decide which files are fetched at all.
+        # These two fields decide which files are fetched.
         "allow_pickle": entry.allow_pickle,
         "trust_remote_code": entry.trust_remote_code,
     }
     if not parts or any(parts.get(name) != value for name, value in same.items()):
         return None
-    # Those options are in the weights' digest, which only the files themselves tell.
+    # These options are part of the weights' digest, and only the files tell the digest for other values.
     options, before = entry.task_options().model_dump(), parts.get("options", {})
     if any(options.get(name) != before.get(name) for name in TASKS[entry.task].computing):
         return None
@@ -278,8 +314,9 @@ def unfetched_fingerprint(entry: ModelEntry, revision: str, known: Checkpoint) -
 
 
 def expected_checkpoint(made_of: Fingerprint, now: Checkpoint) -> Checkpoint:
-    """What will be known of a checkpoint before it is made, told from the one that is there now. Digests that depend on
-    what its tokenizer will be like are pending.
+    """Predict the record of a checkpoint that is not made yet, from the record of the present one.
+
+    Digests that depend on the new checkpoint's tokenizer, labels or settings are pending if these may change.
     """
     parts, before = made_of.parts, now.made_of
     changed = {name for name in parts if parts[name] != before.get(name)}
@@ -287,7 +324,7 @@ def expected_checkpoint(made_of: Fingerprint, now: Checkpoint) -> Checkpoint:
     if changed <= {"weights", "source", "revision", "allow_pickle"}:
         return record
     unknown = ["labels_digest", "pipeline_digest"]
-    # Of the configuration everything else is in the weights' digest: what is left are labels' names.
+    # If only config.json has changed, only the names of labels can differ, because the weights' digest covers the rest.
     if not (changed <= {"files", "source", "revision"} and _changed_files(parts, before) == {"config.json"}):
         unknown += ["tokenizer_digest", "ids_digest"]
     return record.model_copy(update=dict.fromkeys(unknown, pending("checkpoint")))
@@ -299,7 +336,7 @@ def _changed_files(parts: dict[str, Any], before: dict[str, Any]) -> set[str]:
 
 
 def _profile(folder: Path, model: str, items: list[dict[str, str]], max_tokens: int) -> LengthProfile:
-    """In the child, because of numpy and of samples of any size."""
+    """Profile the lengths of a sample. It runs in a child process, because of numpy and of samples of any size."""
     from resources.checkpoints.lengths import profile_lengths
     from resources.pipelines import open_pipeline
 
@@ -309,7 +346,11 @@ def _profile(folder: Path, model: str, items: list[dict[str, str]], max_tokens: 
 
 
 def _require_requests(entry: ModelEntry) -> None:
-    """Raise CatalogError where the evaluation requests are not there: they are read long after this."""
+    """Check early that the file of evaluation requests exists, because it is read much later.
+
+    Raises:
+        CatalogError: The file does not exist.
+    """
     if entry.evaluation is not None and not Path(entry.evaluation).exists():
         raise CatalogError(
             f"{entry.name}: evaluation: {entry.evaluation} does not exist. Give a JSON Lines file in UTF-8."
@@ -317,7 +358,11 @@ def _require_requests(entry: ModelEntry) -> None:
 
 
 def _content_of(entry: ModelEntry) -> str | None:
-    """Digest of the sample's bytes; None without a sample. Raises CatalogError."""
+    """Return the digest of the sample's bytes, or None without a sample.
+
+    Raises:
+        CatalogError: The sample cannot be read.
+    """
     if entry.sample is None:
         return None
     try:
@@ -331,8 +376,12 @@ def _content_of(entry: ModelEntry) -> str | None:
 def _read_isolated(
     entry: ModelEntry, folder: Path, weights: Sequence[str], limits: Limits, log: Path | None
 ) -> tuple[Signature, int]:
-    """What transformers makes of the copy, and the memory that took, found out in a child process: its libraries may
-    crash or take all memory for a file that looks right. Raises CheckpointError.
+    """Read the copy with transformers in a child process, and return its signature and the child's peak memory.
+
+    The libraries may crash or take all memory for a file that passed validation, so they do not run in this process.
+
+    Raises:
+        CheckpointError: The child could not read the copy within its limits.
     """
     stored = sum((folder / name).stat().st_size for name in weights)
     limits = replace(
@@ -357,7 +406,11 @@ def _read_isolated(
 
 
 def copy_unchanged(model: str, folder: Path, name: str, place: Path, sha256: str) -> None:
-    """Copy a file that was hashed before. Raises CheckpointError where it has changed since: someone is writing it."""
+    """Copy a file that was hashed before.
+
+    Raises:
+        CheckpointError: The file cannot be copied, or has changed since it was hashed.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open_below(folder, name) as source, place.open("wb") as target:
@@ -374,8 +427,10 @@ def copy_unchanged(model: str, folder: Path, name: str, place: Path, sha256: str
 
 
 def _weights_digest(entry: ModelEntry, found: Validated, hashes: dict[str, str]) -> str:
-    """Hash everything that decides what the model computes: weights, configuration, pooling, its own code, and what the
-    models file says about these.
+    """Hash everything that decides what the model computes.
+
+    This is the weights, the configuration, the pooling, the checkpoint's own code, and the options of the models file
+    that change the computation.
     """
     names, task, options = found.files, TASKS[entry.task], entry.task_options()
     computing = {key: value for key, value in found.config.items() if key not in _NOT_WEIGHTS}
@@ -394,9 +449,13 @@ def _weights_digest(entry: ModelEntry, found: Validated, hashes: dict[str, str])
 
 
 def checkpoint_files(record: Checkpoint, folder: Path, trust: Trust) -> CheckpointFiles:
-    """Return what tasks read of a stored checkpoint. Raises CheckpointError."""
+    """Return the files of a stored checkpoint in the form that tasks read.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+    """
     files = CheckpointFiles(record.model, folder, {})
     config = read_json(files, CONFIG, dict)
-    if not config.get("architectures"):  # told from its weights when it was collected
+    if not config.get("architectures"):  # `validate` told the architecture from the weights
         config = {**config, "architectures": [record.architecture]}
     return CheckpointFiles(record.model, folder, config, record.settings, trust.allow_unused)

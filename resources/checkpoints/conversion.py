@@ -1,7 +1,8 @@
-"""Check that a tokenizer.json which was made of older files tokenizes texts as those files say.
+"""The check that a tokenizer.json made from older files gives the same tokens as those files.
 
-Each kind of file is read a second time by other code than transformers': SentencePiece's own library, the WordPiece
-that BERT was released with, and byte-pair encoding as GPT-2's paper describes it. Lives in child processes only.
+Each kind of file is read a second time by code other than transformers': SentencePiece's own library, the WordPiece
+implementation that BERT was released with, and byte-pair encoding as GPT-2's paper describes it. Only child processes
+import this module.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from typing import Any
 from resources.errors import CheckpointError
 from resources.tasks.samples import rare_texts, sample_texts
 
-#: What GPT-2 cuts text into before its byte pairs are merged.
+#: The pattern of the words into which GPT-2 cuts a text before it merges byte pairs.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-#: Of the usual texts; a conversion goes wrong at rare characters first.
+#: One in so many of the usual texts is checked. A wrong conversion shows first at rare characters, and all of the rare
+#: texts are checked.
 _EVERY = 8
 
 
 def require_right_conversion(folder: Path, made: Any) -> None:
-    """Raise CheckpointError where the tokenizer that transformers made of a folder's older files gives other tokens.
+    """Check that the tokenizer that transformers made from a folder's older files gives the same tokens as those files.
 
-    made: transformers' tokenizer. Nothing is said of files that only transformers itself can read.
+    Files that only transformers can read are not checked.
+
+    Args:
+        folder: The folder with the older files.
+        made: transformers' tokenizer.
+
+    Raises:
+        CheckpointError: The tokenizer gives other tokens for some texts.
     """
     cut = _cutter(folder, made)
     if cut is None:
@@ -41,13 +50,13 @@ def require_right_conversion(folder: Path, made: Any) -> None:
 
 
 def take_normalizer(folder: Path, made: Any) -> bool:
-    """Give a tokenizer that transformers made of a SentencePiece model the rules of that model, if it lacks them.
+    """Give a tokenizer that transformers made from a SentencePiece model the normalization rules of that model.
 
-    transformers 5 gives some classes rules of its own in their place: DeBERTa v2 gets NFC where the model was trained
-    with nmt_nfkc.
+    transformers 5 gives some classes rules of its own instead. For example, DeBERTa v2 gets NFC, although the model was
+    trained with nmt_nfkc.
 
     Returns:
-        Whether there are such rules, which the tokenizer now follows.
+        Whether the folder has such rules. If so, the tokenizer now follows them.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, normalizers
@@ -80,18 +89,21 @@ def _tokens(made: Any, text: str) -> list[str]:
 
 
 def _once(tokens: list[str], unknown: str | None) -> list[str]:
-    """Neighbours that are unknown count as one: libraries differ in whether they are."""
+    """Replace each run of unknown tokens by one, because libraries differ in whether they merge such runs."""
     return [token for place, token in enumerate(tokens) if not (place and token == unknown == tokens[place - 1])]
 
 
 def _cutter(folder: Path, made: Any) -> Callable[[str], list[str]] | None:
-    """What cuts a text into tokens by the folder's older files; None where only transformers reads them."""
+    """Return a function that cuts a text into tokens by the folder's older files.
+
+    The result is None if only transformers can read them.
+    """
     pieces = sorted(folder.glob("*.model"))
     if (folder / "vocab.txt").is_file() and type(made.backend_tokenizer.model).__name__ == "WordPiece":
         return _word_pieces(folder / "vocab.txt", made)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         state = json.loads(made.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-        # Others merge the letters of words, each by rules of its own (HerBERT, CLIP).
+        # Other byte-pair encodings merge the letters of words, each by rules of its own (HerBERT, CLIP).
         return _byte_pairs(folder, made, state) if state.get("type") == "ByteLevel" else None
     return _sentence_pieces(pieces[0], made) if pieces else None
 
@@ -110,7 +122,10 @@ def _sentence_pieces(file: Path, made: Any) -> Callable[[str], list[str]]:
 
 
 def _preparation(made: Any) -> Callable[[str], str]:
-    """What a tokenizer's class does to a text before SentencePiece's own rules: ALBERT removes accents, say."""
+    """Return the normalization that a tokenizer's class does before SentencePiece's own rules.
+
+    For example, ALBERT's class removes accents.
+    """
     from tokenizers import Tokenizer
 
     state = json.loads(made.backend_tokenizer.to_str())["normalizer"] or {}
@@ -139,9 +154,10 @@ def _word_pieces(file: Path, made: Any) -> Callable[[str], list[str]]:
 
 
 def _byte_pairs(folder: Path, made: Any, pre_tokenizer: dict[str, Any]) -> Callable[[str], list[str]]:
-    """Byte-pair encoding of UTF-8's bytes: of all neighbours, those that the file of merges names first are joined.
+    """Return a function that encodes a text by byte-pair encoding of its UTF-8 bytes.
 
-    Method: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.2.
+    In each step, the neighbours that come first in merges.txt are joined. Method: Radford et al., "Language Models are
+    Unsupervised Multitask Learners" (2019), section 2.2.
     """
     import regex
 
@@ -150,7 +166,8 @@ def _byte_pairs(folder: Path, made: Any, pre_tokenizer: dict[str, Any]) -> Calla
     rank = {pair: place for place, pair in enumerate(pairs)}
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     letters = _letters_of_bytes()
-    # A vocabulary of all bytes knows everything; what a smaller one does not know is dropped where it names no token.
+    # A vocabulary of all bytes has no unknown parts. With a smaller one, an unknown part becomes the model's unknown
+    # token, or is dropped if the model names none.
     unknown = [made.unk_token] if made.backend_tokenizer.model.unk_token else []
     space = pre_tokenizer.get("add_prefix_space", False)
 
@@ -183,7 +200,7 @@ def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _letters_of_bytes() -> dict[int, str]:
-    """GPT-2's letter for each byte: the byte itself where it is printed, else one from 256 up."""
+    """Return GPT-2's letter for each byte: the byte's own character if it is printable, else one from 256 up."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     return {**{byte: chr(byte) for byte in printed}, **{byte: chr(256 + place) for place, byte in enumerate(others)}}

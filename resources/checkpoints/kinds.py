@@ -1,6 +1,6 @@
-"""What a checkpoint is for, told from its small files: the task, or the true reason why no task here fits.
+"""The purpose of a checkpoint, told from its small files: its task, or the true reason why no task here fits.
 
-Reads no weights, but the names of their tensors where config.json does not say which class they belong to.
+No weights are read. The names of their tensors are read if config.json does not name the class of the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from resources.checkpoints.weights import tensor_names
 
 CONFIG = "config.json"
 _SETFIT = "a SetFit model: its head is a pickle of scikit-learn's, and only its embedder is a transformer"
-#: Files that only one family of models has, and what such a model is.
+#: Files that only one family of models has, and descriptions of such a model.
 _FAMILIES = {
     "gliner_config.json": "a GLiNER model: it finds entities whose kinds come with the request, by a head that "
     "transformers does not have",
@@ -22,7 +22,7 @@ _FAMILIES = {
     "config_setfit.json": _SETFIT,
     "model_head.pkl": _SETFIT,
 }
-#: Classes of config.json's architectures whose names begin so.
+#: Beginnings of class names in config.json's architectures, and the file that has the description of their family.
 _CLASSES = {
     "SpanMarkerModel": "span_marker_config.json",
     "GLiNER": "gliner_config.json",
@@ -32,8 +32,8 @@ _COLBERT = (
     "which is served here, is not what it was trained for"
 )
 _SPLADE = "a sparse embedder (SPLADE): its vectors are as long as the vocabulary, and are not served"
-#: config.json's model_type of transformers' models for something else than text (its mappings for images, video and
-#: audio), by their beginnings.
+#: Beginnings of the model_type of models that are not for text. They are from transformers' mappings for images, video
+#: and audio.
 _OTHERS = {
     "a model for pictures or video": (
         *("align", "beit", "blip", "chameleon", "clipseg", "conditional_detr", "convnext", "cvt", "data2vec-vision"),
@@ -64,7 +64,7 @@ _OTHERS = {
     ),
 }
 _OTHER_REMEDY = "Give a checkpoint for text"
-#: By the name of a tensor of its own, the head that the weights belong to.
+#: Parts of tensor names that only one head has, and that head.
 _HEADS_BY_TENSOR = (
     ("qa_outputs.weight", "ForQuestionAnswering"),
     ("cls.predictions.", "ForMaskedLM"),
@@ -74,9 +74,9 @@ _HEADS_BY_TENSOR = (
     ("classifier.out_proj.weight", "ForSequenceClassification"),
     ("score.weight", "ForSequenceClassification"),
 )
-#: Beginnings of the names of decoders' classes.
+#: Beginnings of the class names of decoders.
 _DECODERS = ("Llama", "Mistral", "Qwen", "Gemma", "Phi", "GPT", "OPT", "Falcon", "Bloom", "StableLm", "Olmo")
-#: How transformers calls a label that nobody has named.
+#: The beginning of transformers' name for a label without a name of its own.
 _UNNAMED = "LABEL_"
 
 
@@ -84,10 +84,11 @@ def why_of_no_use(folder: Path, config: dict[str, Any]) -> str:
     """Say why no task fits a checkpoint.
 
     Args:
-        config: what config.json holds; empty where there is none.
+        folder: The checkpoint's folder.
+        config: The content of config.json, or an empty table if there is none.
 
     Returns:
-        The reason and the remedy; an empty text where a task may fit.
+        The reason and the remedy, or an empty text if a task may fit.
     """
     kind = next((said for file, said in _FAMILIES.items() if _has(folder, file)), "")
     architecture = _architecture(config)
@@ -110,10 +111,11 @@ def why_of_no_use(folder: Path, config: dict[str, Any]) -> str:
 
 
 def task_of(folder: Path) -> str | None:
-    """The task that a checkpoint was trained for; None where its files do not tell."""
+    """Return the task that a checkpoint was trained for, or None if its files do not tell."""
     config = _read(folder, CONFIG)
     labels = [str(label).lower() for label in (config.get("id2label") or {}).values()] if _is_table(config) else []
-    # Saved by hand, or by an old version of transformers: the weights say which class they belong to.
+    # A config.json that was written by hand or by an old version of transformers may name no class. The names of the
+    # tensors then tell the class.
     architecture = _architecture(config) or (head_of(names) if config and (names := tensor_names(folder)) else "")
     saved_by = _read(folder, "config_sentence_transformers.json").get("model_type")
     section = config.get("sentence_transformers")
@@ -122,8 +124,8 @@ def task_of(folder: Path) -> str | None:
         if any(label.startswith("entail") for label in labels):
             return "zero-shot-classification"
         single = len(labels) == 1 or config.get("num_labels") == 1
-        # Rerankers that nobody has named the label of, BAAI's and Alibaba's among them. Decoders with one number are
-        # reward models.
+        # The single label of many rerankers has no name, BAAI's and Alibaba's among them. Decoders with a single output
+        # are reward models, not rerankers.
         unnamed = all(label.startswith(_UNNAMED.lower()) for label in labels)
         scores = config.get("problem_type") != "regression" and not architecture.startswith(_DECODERS)
         return "reranking" if single and (cross_encoder or (unnamed and scores)) else "classification"
@@ -133,7 +135,7 @@ def task_of(folder: Path) -> str | None:
         ("ForTokenClassification", "token-classification"),
         ("ForQuestionAnswering", "question-answering"),
         ("ForMaskedLM", "fill-mask"),
-        # ELECTRA's is a discriminator of tokens, and has no head for words.
+        # ELECTRA's class is a discriminator of tokens and has no head that predicts words.
         ("ElectraForPreTraining", "embedding"),
         ("ForPreTraining", "fill-mask"),
         ("Model", "embedding"),
@@ -144,9 +146,10 @@ def task_of(folder: Path) -> str | None:
 
 
 def head_of(names: Iterable[str]) -> str:
-    """The head that weights belong to, by the names of their tensors; empty: none, or one that they do not tell.
+    """Tell the head of a checkpoint from the names of its tensors, for a config.json that names no class.
 
-    For checkpoints whose config.json names no class.
+    Returns:
+        The end of the class name, such as `ForMaskedLM`. It is `Model` for weights without a known head.
     """
     known = [*names]
     for part, head in _HEADS_BY_TENSOR:
@@ -154,7 +157,7 @@ def head_of(names: Iterable[str]) -> str:
             return head
     if not any("classifier." in name for name in known):
         return "Model"
-    # Sequences are classified by what the pooler makes of the first token, and tokens without one.
+    # Classifiers of sequences read the first token through a pooler, and classifiers of tokens have no pooler.
     return "ForSequenceClassification" if any("pooler." in name for name in known) else "ForTokenClassification"
 
 
@@ -172,18 +175,18 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _module_kinds(folder: Path) -> list[str]:
-    """The classes of the modules that sentence-transformers would run."""
+    """Return the class names of the modules that sentence-transformers would run."""
     modules = _document(folder, "modules.json")
     return [str(one.get("type", "")) for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json without judging it; empty where it cannot be read."""
+    """Read config.json without checking its fields. The result is empty if it cannot be read."""
     return _read(folder, CONFIG)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """An object; empty where it cannot be read, which whoever needs it says."""
+    """Read a JSON object. The result is empty if it cannot be read, because validation reports such files later."""
     data = _document(folder, name)
     return data if isinstance(data, dict) else {}
 

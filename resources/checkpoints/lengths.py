@@ -1,4 +1,4 @@
-"""How long a user's requests are, and the lengths to pad them to."""
+"""The lengths of a user's requests, and the choice of the lengths to which they are padded."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from resources.artifacts.records import LengthProfile
 from resources.pipelines.base import Item, Pipeline
 from resources.pipelines.tokenization import buckets_up_to
 
-#: Lengths that are tried as buckets are multiples of this: matrix units work on tiles of it.
+#: Buckets are multiples of this, because matrix units work on tiles of this size.
 STEP = 8
-#: Every bucket more is one more queue whose requests cannot run together, and one more engine profile to warm.
+#: Each additional bucket is one more queue whose requests cannot run together, and one more engine profile to warm up.
 MOST_BUCKETS = 8
-#: More buckets are added until no more than this share of all tokens is padding.
+#: Buckets are added until at most this share of all tokens is padding.
 PADDING_WANTED = 0.1
 
 
 def profile_lengths(pipeline: Pipeline, items: Sequence[Item], max_tokens: int) -> LengthProfile:
-    """Lengths of the engine's rows for those requests, buckets for them, and how much of the work would be padding."""
+    """Measure the lengths of the engine's rows for requests, choose buckets, and compute the share of padding.
+
+    Args:
+        pipeline: The pipeline that turns the requests into rows.
+        items: The requests.
+        max_tokens: The checkpoint's limit of tokens for a row.
+    """
     rows = (row for group in pipeline.rows(items) for row in group)
     counts = tuple(sorted(Counter(row.tokens for row in rows).items()))
     buckets = choose_buckets(counts, max_tokens)
@@ -35,24 +41,29 @@ def profile_lengths(pipeline: Pipeline, items: Sequence[Item], max_tokens: int) 
 
 
 def choose_buckets(counts: Sequence[tuple[int, int]], max_tokens: int) -> tuple[int, ...]:
-    """The fewest lengths, `max_tokens` always among them, that keep padding below a tenth of all tokens; at most eight.
+    """Choose the fewest lengths that keep padding within a tenth of all tokens, at most eight.
 
-    counts: rows by their length. For every number of buckets the least padding there can be, by dynamic programming
-    over the lengths in order: each bucket takes a run of them.
+    `max_tokens` is always one of them. For each number of buckets, dynamic programming over the sorted lengths finds
+    the least possible padding. Each bucket takes a run of successive lengths.
+
+    Args:
+        counts: Pairs of a length and the number of rows that have it, in the order of lengths.
+        max_tokens: The checkpoint's limit of tokens for a row.
     """
     sizes = sorted({min(max_tokens, -(-length // STEP) * STEP) for length, _ in counts} | {max_tokens})
     lengths, weights = (np.array(column, dtype=np.float64) for column in zip(*counts, strict=True))
     place = np.searchsorted(sizes, lengths)
     rows = np.zeros(len(sizes) + 1)
     np.add.at(rows, place + 1, weights)
-    rows = np.cumsum(rows)  # rows[i]: how many fit into the sizes before i
-    # cost[i, j]: tokens, padding included, of the rows above size i - 1 up to size j, all padded to size j.
+    rows = np.cumsum(rows)  # rows[i] is the number of rows that fit into the sizes before i
+    # spans[i, j] is the number of tokens, padding included, of the rows longer than size i - 1 and at most as long as
+    # size j, if all are padded to size j.
     spans = (rows[None, 1:] - rows[:-1, None]) * np.array(sizes, dtype=np.float64)[None, :]
     spans[np.tril_indices(len(sizes), -1)] = np.inf
     real = float((lengths * weights).sum())
     best, cuts = spans[0].copy(), [np.zeros(len(sizes), dtype=int)]
     while 1 - real / best[-1] > PADDING_WANTED and len(cuts) < min(MOST_BUCKETS, len(sizes)):
-        # The last bucket begins after size k - 1, the others end there.
+        # The last bucket takes the rows longer than size k - 1, and the other buckets take the rest.
         through = best[:-1, None] + spans[1:, :]
         first = np.vstack([np.full(len(sizes), np.inf), through])
         cuts.append(first.argmin(axis=0))
@@ -65,7 +76,12 @@ def choose_buckets(counts: Sequence[tuple[int, int]], max_tokens: int) -> tuple[
 
 
 def padding_share(counts: Sequence[tuple[int, int]], buckets: Sequence[int]) -> float:
-    """Of all tokens that an engine gets for rows of those lengths one at a time, how many are padding: 0 to 1."""
+    """Return the share of padding, from 0 to 1, in all tokens that an engine gets if it runs one row at a time.
+
+    Args:
+        counts: Pairs of a length and the number of rows that have it.
+        buckets: The lengths to which rows are padded, in order.
+    """
     lengths, weights = (np.array(column, dtype=np.float64) for column in zip(*counts, strict=True))
     padded = np.array(buckets, dtype=np.float64)[np.searchsorted(buckets, lengths)]
     return float(1 - (lengths * weights).sum() / (padded * weights).sum())

@@ -1,4 +1,4 @@
-"""The documents of a checkpoint's folder, read within bounds, and the errors for what is wrong with them."""
+"""Bounded reading of the documents in a checkpoint's folder, and the errors for wrong documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from resources.checkpoints.sources.reference import is_hub_id
 from resources.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
-#: What peft writes beside an adapter's weights.
+#: The file that peft writes beside an adapter's weights.
 ADAPTER = "adapter_config.json"
 IS_ADAPTER = "it is an adapter: merge it first"
 MERGE_REMEDY = (
@@ -31,25 +31,29 @@ _REPLACE = "Put the file itself there, or remove it"
 
 
 def refuse(entry: ModelEntry, why: str, remedy: str) -> CheckpointError:
-    """The error for a checkpoint that cannot be used."""
-    # What a foreign file says may be as long as the file.
+    """Return the error for a checkpoint that cannot be used."""
+    # The reason may quote a foreign file, and be as long as that file.
     return CheckpointError(f"{entry.name}: {why:.1000}. {remedy}. (source: {entry.source})")
 
 
 def refuse_file(entry: ModelEntry, error: ForeignError) -> CheckpointError:
-    """The error for a file that is none of the checkpoint's own."""
+    """Return the error for a file that is not the checkpoint's own."""
     return refuse(entry, str(error), _REPLACE)
 
 
 def whole_remedy(entry: ModelEntry) -> str:
-    """The remedy for a folder that lacks something."""
+    """Return the remedy for a folder that lacks a file."""
     if is_hub_id(entry.source):
         return "Fetch it again with the network on, after removing that folder, or ask its author for the file"
     return "Give the folder that save_pretrained wrote, whole"
 
 
 def has_file(entry: ModelEntry, folder: Path, name: str) -> bool:
-    """Whether the checkpoint has that file. Raises CheckpointError where it is a link to elsewhere, or no file."""
+    """Return whether the checkpoint has that file.
+
+    Raises:
+        CheckpointError: The name is a link that leads out of the folder, or no regular file.
+    """
     try:
         return is_file_below(folder, name)
     except ForeignError as error:
@@ -57,7 +61,11 @@ def has_file(entry: ModelEntry, folder: Path, name: str) -> bool:
 
 
 def read_document(entry: ModelEntry, folder: Path, name: str) -> Any:
-    """A JSON document of the checkpoint. Raises CheckpointError."""
+    """Read a JSON document of the checkpoint.
+
+    Raises:
+        CheckpointError: The document is missing, too large, not JSON, or not the checkpoint's own file.
+    """
     tokenizer = name == TOKENIZER
     try:
         data = read_below(folder, name, MOST_TOKENIZER_BYTES if tokenizer else MOST_CONFIG_BYTES)
@@ -71,7 +79,11 @@ def read_document(entry: ModelEntry, folder: Path, name: str) -> Any:
 
 
 def read_object(entry: ModelEntry, folder: Path, name: str) -> dict[str, Any]:
-    """The same, of a document that holds an object."""
+    """Read a JSON document of the checkpoint that holds an object.
+
+    Raises:
+        CheckpointError: The document cannot be read, or holds no object.
+    """
     data = read_document(entry, folder, name)
     if not isinstance(data, dict):
         raise refuse(entry, f"{folder / name} holds no JSON object", "Copy the checkpoint again")

@@ -51,7 +51,7 @@ def require_answers(model: str, field: str, pipeline: Pipeline, items: list[Item
     """Check that the model's releases would answer each of the user's requests.
 
     Raises:
-        CatalogError: The releases would refuse one. The error names its number.
+        CatalogError: The releases would refuse a request even if it is sent alone. The error names its number.
     """
     from resources.pipelines.limits import RefusedError
 

@@ -52,8 +52,8 @@ def prepare_tokenizer(folder: Path, model: str, trust_remote_code: bool, stored_
         stored_bytes: The size of the weights in bytes.
 
     Raises:
-        CheckpointError: transformers cannot read the configuration or the tokenizer, or one of them does not match the
-            weights.
+        CheckpointError: transformers cannot read the configuration or the tokenizer, or one of them does not fit the
+            model.
     """
     from tokenizers import Tokenizer
 
@@ -153,11 +153,7 @@ def _model(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int)
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool, *, convert: bool) -> Any:
-    """Load the tokenizer that is served.
-
-    Args:
-        convert: Whether to make tokenizer.json from older files first.
-    """
+    """Load the tokenizer that is served. If `convert` is true, make its tokenizer.json from older files first."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, TokenizersBackend
 

@@ -1,7 +1,8 @@
-"""What must hold before a checkpoint is copied: complete, loadable without running anybody's code, fit for its task.
+"""The checks before a checkpoint is copied.
 
-Nothing here loads torch, transformers or tokenizers: plans and the sensor ask it too. What only they can tell is found
-out in a child process, by resources.checkpoints.collect.
+It must be complete, loadable without running foreign code, and fit for its task. This module does not import torch,
+transformers or tokenizers, because plans and the sensor use it too. resources.checkpoints.collect makes the checks that
+need these libraries, in a child process.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from resources.tasks import TASKS, CheckpointFiles
 from resources.tasks.base import UNUSED_REMEDY
 from resources.tasks.sentence_transformers import length_limits, transformer_config
 
-#: Sets of files that transformers can make a fast tokenizer from, as patterns.
+#: Sets of files, as patterns, from which transformers can make a fast tokenizer.
 SLOW_TOKENIZERS = (("vocab.txt",), ("vocab.json", "merges.txt"), ("*.model",))
-#: Classes of transformers whose tokenizers exist only in Python; no other library can serve them.
+#: Tokenizers of transformers that exist only in Python. The tokenizers library, which releases use, does not have them.
 ONLY_IN_PYTHON = (
     "BertJapaneseTokenizer",
     "BertweetTokenizer",
@@ -53,13 +54,13 @@ ONLY_IN_PYTHON = (
     "TapasTokenizer",
     "XLMTokenizer",
 )
-#: The same of checkpoints whose files name no class.
+#: The model types with such tokenizers, for checkpoints whose files name no tokenizer class.
 _ONLY_IN_PYTHON_TYPES = ("biogpt", "canine", "ctrl", "esm", "flaubert", "fsmt", "roc_bert", "tapas", "xlm")
 ONLY_IN_PYTHON_REMEDY = (
     f"Give the checkpoint with a {TOKENIZER} that gives the same tokens, or use a model with such a tokenizer"
 )
-#: Model types whose first token has position pad id + 1, so that the first rows of the table are never used. Their pad
-#: id is 1 where config.json has none, and MPNet's is 1 whatever config.json says.
+#: Model types whose first token has the position pad id + 1, so that the first rows of the position table are never
+#: used. Their pad id is 1 if config.json has none. MPNet's is always 1, and config.json does not change it.
 POSITIONS_AFTER_PAD = (
     "camembert",
     "data2vec-text",
@@ -75,20 +76,27 @@ POSITIONS_AFTER_PAD = (
 )
 #: transformers writes "no limit" as 1e30. No encoder takes a million tokens.
 _MOST_TOKENS = 10**6
-#: Tasks that people do with sentence-transformers.
+#: Tasks for which the limits in sentence-transformers' files apply.
 _OF_SENTENCE_TRANSFORMERS = ("embedding", "reranking")
-#: Special tokens before and behind, and one between them.
+#: The least limit of tokens. A row has special tokens before and behind its texts, and between the texts of a pair.
 _FEWEST_TOKENS = 4
-#: Files other than weights are vocabularies, of some ten megabytes.
+#: The largest files beside weights are vocabularies, which have some ten megabytes.
 _MOST_OTHER_BYTES = 256 * 2**20
-#: Saved checkpoints have some ten files, and a folder that is trained into has a hundred.
+#: Saved checkpoints have some ten files, and the output folder of a training run has a hundred.
 _MOST_FILES = 10_000
 _MOST_MODULES = 100
 
 
 @dataclass(frozen=True)
 class Validated:
-    """The files that make the checkpoint, relative to its folder, and what was read from them."""
+    """The files of a checkpoint, relative to its folder, and the facts that were read from them.
+
+    Args:
+        files: All files.
+        weights: The files of the weights alone, without an index.
+        config: The content of config.json. If it names no architecture, one is added from the weights.
+        max_tokens: The checkpoint's limit of tokens for a text.
+    """
 
     files: tuple[str, ...]
     weights: tuple[str, ...]
@@ -97,7 +105,11 @@ class Validated:
 
 
 def validate(entry: ModelEntry, folder: Path) -> Validated:
-    """Read a checkpoint's folder without loading weights. Raises CheckpointError naming model, file and remedy."""
+    """Check a checkpoint's folder without loading weights.
+
+    Raises:
+        CheckpointError: A check failed. The error names the model, the file and the remedy.
+    """
     if has_file(entry, folder, ADAPTER):
         raise refuse(entry, f"{IS_ADAPTER} ({folder / ADAPTER})", MERGE_REMEDY)
     config = _read_config(entry, folder)
@@ -120,8 +132,12 @@ def validate(entry: ModelEntry, folder: Path) -> Validated:
 
 
 def _read_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
-    """config.json, checked. Raises CheckpointError, also for a family of models that no task here fits."""
-    # Some of them have no config.json, or one that transformers does not know.
+    """Read and check config.json.
+
+    Raises:
+        CheckpointError: The file is missing or wrong, or no task here fits the model's family.
+    """
+    # Models of such families may have no config.json, or one that transformers does not know.
     if not has_file(entry, folder, CONFIG) and (why := why_of_no_use(folder, {})):
         raise refuse(entry, *why.rsplit(". ", 1))
     config = check_config(entry, folder)
@@ -131,8 +147,10 @@ def _read_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
 
 
 def _files(entry: ModelEntry, folder: Path) -> list[str]:
-    """Files other than weights, relative to the folder. Raises CheckpointError where one is a link to elsewhere, no
-    regular file, or too large.
+    """Return the files other than weights, relative to the folder.
+
+    Raises:
+        CheckpointError: A file is a link that leads out of the folder, no regular file, or too large.
     """
     found = []
     for name in _names(entry, folder):
@@ -147,12 +165,13 @@ def _files(entry: ModelEntry, folder: Path) -> list[str]:
 
 
 def _names(entry: ModelEntry, folder: Path) -> list[str]:
-    """What may be files other than weights, by their names alone.
+    """Return the names that files other than weights may have.
 
-    Of its sub-folders only those that modules.json names: a folder that is trained into is full of intermediate states.
+    Of the sub-folders, only those that modules.json names are searched, because the output folder of a training run is
+    full of intermediate states.
     """
     patterns = [name for name in (*WANTED, *(WANTED_CODE if entry.trust_remote_code else ())) if name.startswith("*")]
-    indices = {INDEX, PICKLE_INDEX}  # they come with the weights, or not at all
+    indices = {INDEX, PICKLE_INDEX}  # find_weights adds an index if the weights need it
     names: list[str] = []
     for place in ("", *_module_folders(entry, folder)):
         with os.scandir(folder / place) as entries:
@@ -172,17 +191,20 @@ def _names(entry: ModelEntry, folder: Path) -> list[str]:
 
 
 def candidate_files(entry: ModelEntry, folder: Path) -> list[str]:
-    """Files that may belong to the checkpoint, whole or not: what is worth asking whether it has changed."""
+    """Return the files that may belong to a checkpoint, which need not be complete.
+
+    The sensor watches these files for changes.
+    """
     weights = [*WANTED_WEIGHTS, INDEX, *((*WANTED_PICKLE, PICKLE_INDEX) if entry.allow_pickle else ())]
     names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in weights)]
     try:
         return [*names, *_names(entry, folder)]
-    except CheckpointError:  # modules.json is half written, or names folders that are elsewhere
+    except CheckpointError:  # modules.json is incomplete, or names folders outside the checkpoint
         return [*names, "modules.json"]
 
 
 def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:
-    """The sub-folders that sentence-transformers' modules.json names and that are there."""
+    """Return the existing sub-folders that sentence-transformers' modules.json names."""
     if not has_file(entry, folder, "modules.json"):
         return []
     modules = read_document(entry, folder, "modules.json")
@@ -209,7 +231,11 @@ def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:
 
 
 def _refuse_weights_of_modules(entry: ModelEntry, folder: Path) -> None:
-    """Raise CheckpointError where a module of sentence-transformers has weights: those that are served have none."""
+    """Check that no sentence-transformers module has weights, because the modules that can be served have none.
+
+    Raises:
+        CheckpointError: A module has weights, and the entry does not allow unused weights.
+    """
     if entry.unused_weights == "allow":
         return
     for place in _module_folders(entry, folder):
@@ -244,7 +270,7 @@ def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any], to
 
 
 def only_in_python(name: str) -> str:
-    """Why a tokenizer of such a class is not served."""
+    """Return why a tokenizer of a class that exists only in Python is not served."""
     return (
         f"its tokenizer ({name}) exists only in Python, and releases cut text with the tokenizers library, which "
         "cannot do what it does"
@@ -252,14 +278,18 @@ def only_in_python(name: str) -> str:
 
 
 def _require_a_convertible(entry: ModelEntry, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> None:
-    """Raise CheckpointError where there is no tokenizer.json, and none can be made of what there is."""
+    """Check that the tokenizer's class can be converted to a tokenizer.json.
+
+    Raises:
+        CheckpointError: It exists only in Python.
+    """
     named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
     if named in ONLY_IN_PYTHON or (named is None and config["model_type"] in _ONLY_IN_PYTHON_TYPES):
         raise refuse(entry, only_in_python(str(named or config["model_type"])), ONLY_IN_PYTHON_REMEDY)
 
 
 def slow_tokenizer(folder: Path) -> str | None:
-    """The first file of an older tokenizer that is there whole."""
+    """Return the first file of an older tokenizer whose files are all there, or None without such a tokenizer."""
     for patterns in SLOW_TOKENIZERS:
         found = [sorted(folder.glob(pattern)) for pattern in patterns]
         if all(found):
@@ -268,7 +298,10 @@ def slow_tokenizer(folder: Path) -> str | None:
 
 
 def largest_token_id(tokenizer: dict[str, Any]) -> int | None:
-    """The largest id that a tokenizer.json can give, added tokens included; None where it has no vocabulary."""
+    """Return the largest id that a tokenizer.json can give, added tokens included.
+
+    The result is None if the tokenizer has no vocabulary or its ids are not numbers of 32 bits.
+    """
     try:
         vocabulary = tokenizer["model"]["vocab"]
         ids = [token["id"] for token in tokenizer.get("added_tokens") or []]
@@ -276,20 +309,23 @@ def largest_token_id(tokenizer: dict[str, Any]) -> int | None:
         return None
     if not vocabulary or not isinstance(vocabulary, dict | list):
         return None
-    # WordPiece, BPE and WordLevel: a table of ids. Unigram: a list, and the position is the id.
+    # The vocabulary of WordPiece, BPE and WordLevel is a table of ids. Unigram's is a list, and the position is the id.
     ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
     # tokenizers holds ids in 32 bits.
     return max(ids) if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < 2**32 else None
 
 
 def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any], tokenizer_config: dict[str, Any]) -> int:
-    """The checkpoint's own limit: sentence-transformers', else the tokenizer's, and never beyond the positions."""
+    """Return the checkpoint's limit of tokens for a text.
+
+    It is sentence-transformers' limit, else the tokenizer's, and never more than the model has positions.
+    """
     limits = []
     positions = length_of(config.get("max_position_embeddings"), _MOST_TOKENS)
     if positions is not None:
         limits.append(positions - _positions_before_the_first(config))
     files = CheckpointFiles(entry.name, folder, config)
-    # Pipelines of transformers do not look at sentence-transformers' files.
+    # The pipelines of transformers ignore sentence-transformers' files, so the limits in them apply to two tasks only.
     own = transformer_config(files)[1] if entry.task in _OF_SENTENCE_TRANSFORMERS else {}
     said = (*length_limits(own), tokenizer_config.get("model_max_length"))
     limits += [length for length in (length_of(value, _MOST_TOKENS) for value in said) if length is not None][:1]
@@ -309,7 +345,7 @@ def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any], tokeniz
 
 
 def _positions_before_the_first(config: dict[str, Any]) -> int:
-    """Rows of the position table that no token ever gets."""
+    """Return the number of rows at the start of the position table that no token uses."""
     kind, pad = config["model_type"], config.get("pad_token_id")
     if kind not in POSITIONS_AFTER_PAD:
         return 0

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: which files hold them, and whether each is whole."""
+"""The weights of a checkpoint: the search for their files, and the check that each file is complete."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from resources.checkpoints.sources.wanted import PICKLE_REMEDY
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-#: How the names of weights end. transformers tells by that alone whether it unpickles a file.
+#: The endings of the names of weights. transformers decides by the ending alone whether it unpickles a file.
 _ENDINGS = {INDEX: ".safetensors", PICKLE_INDEX: ".bin"}
-#: The library's own bound (safetensors 0.8, tensor.rs); a header of a thousand tensors has 150 kB.
+#: The library's own bound (safetensors 0.8, tensor.rs). A header of a thousand tensors has 150 kB.
 _MOST_HEADER_BYTES = 100_000_000
 _MOST_SHARDS = 1000
 _MOST_HEADER_VALUES = 10**6
 _MOST_AXES = 32
-#: Bits of one number; tensors of other types are taken as long as they say they are.
+#: The bits of one number, by type. For tensors of other types, the size in the header is not checked against the shape.
 _BITS = {
     "F64": 64,
     "I64": 64,
@@ -44,7 +44,12 @@ _BITS = {
 
 
 def find_weights(entry: ModelEntry, folder: Path) -> tuple[str, ...]:
-    """The weight files, all there, with their index where they are several. Raises CheckpointError."""
+    """Find the files of the weights, with their index if there are several.
+
+    Raises:
+        CheckpointError: There are no weights, a file is missing, or the weights are a pickle and the entry does not
+            allow that.
+    """
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         if has_file(entry, folder, single):
             files = [single]
@@ -59,13 +64,21 @@ def find_weights(entry: ModelEntry, folder: Path) -> tuple[str, ...]:
 
 
 def shard_names(index: str, table: Any) -> list[str]:
-    """The files that an index names. Raises ValueError where one is no name of weights right beside it."""
+    """Return the files that an index names.
+
+    Args:
+        index: The name of the index.
+        table: Its `weight_map`, which has the file of each tensor.
+
+    Raises:
+        ValueError: The table names no files, or one of them is not a file of weights in the index's own folder.
+    """
     ending = _ENDINGS[index]
     named = list(table.values()) if isinstance(table, dict) else []
     if not named:
         raise ValueError("it does not say which files hold the weights")
     for name in named:
-        # transformers never writes a folder into such a name, and unpickles whatever ends otherwise.
+        # transformers never writes a folder into such a name, and it unpickles every file with another ending.
         if not isinstance(name, str) or "/" in name or not name.endswith(ending):
             raise ValueError(f"it names {name!r:.100}, where weights are files that end in {ending}")
         try:
@@ -89,10 +102,13 @@ def _shards(entry: ModelEntry, folder: Path, index: str) -> list[str]:
 
 
 def check_whole(entry: ModelEntry, folder: Path, name: str) -> list[str]:
-    """The names of a safetensors file's tensors. Raises CheckpointError where it is not as its header says it is.
+    """Check that a safetensors file has the size that its header says, and return the names of its tensors.
 
-    The format: 8 bytes, the header's length; the header, JSON with each tensor's type, shape and byte range; the
-    tensors' bytes, one after the other without a gap.
+    A safetensors file begins with 8 bytes, which hold the header's length. The header is JSON with the type, the shape
+    and the byte range of each tensor. The bytes of the tensors follow, one after the other without a gap.
+
+    Raises:
+        CheckpointError: The file is truncated, damaged or no safetensors file, or it cannot be read.
     """
     path = folder / name
     try:
@@ -122,8 +138,9 @@ def check_whole(entry: ModelEntry, folder: Path, name: str) -> list[str]:
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """List the tensors of a folder's safetensors files by their headers; those of files that cannot be read are left
-    out, which whoever needs them says.
+    """Return the names of the tensors in the headers of a folder's safetensors files.
+
+    Files that cannot be read are left out, because `check_whole` reports them later.
     """
     names: list[str] = []
     for path in sorted(folder.glob("*.safetensors"))[:_MOST_SHARDS]:
@@ -137,7 +154,11 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def _bytes_of(header: Any) -> int:
-    """How many bytes the tensors of a header have. Raises ValueError where it is none."""
+    """Return the number of bytes of all tensors in a header.
+
+    Raises:
+        ValueError: The header is wrong, or the tensors overlap or leave a gap.
+    """
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
     ranges = sorted(_range(tensor) for name, tensor in header.items() if name != "__metadata__")

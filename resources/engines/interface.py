@@ -94,7 +94,8 @@ class Runner(Protocol):
     `[batch, sequence, width]` if the task answers for each token.
     """
 
-    def run(self, batch: dict[str, np.ndarray]) -> np.ndarray: ...
+    def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the engine's answer to a batch."""
 
 
 def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None = None, device: Device = "cpu") -> Built:

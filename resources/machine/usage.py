@@ -2,8 +2,8 @@
 
 mlflow.system_metrics cannot be used, because it writes to a run while it samples. There is no run yet when a graph is
 exported and engines are built, since a run that turns out to change nothing must not leave one. In addition, some
-machines that build have no connection to MLflow. The samples are therefore part of the record of the artifact that was built,
-and travel with it. They are written with the first run that the artifact is part of: see
+machines that build have no connection to MLflow. The samples are therefore part of the record of the artifact that was
+built, and travel with it. They are written with the first run that the artifact is part of: see
 resources.tracking.system_metrics.
 
 Only builds are watched. A benchmark is alone on its machine for the sake of its figures. A query of the GPU's driver

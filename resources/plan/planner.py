@@ -145,7 +145,9 @@ class _Planner:
         plan, triton = step.plan(self._work), self._work.workspace.triton
         content = step.content(plan)
         if content.awaits:
-            raise NotYetKnownError(*content.awaits)
+            self._made[step.name] = Expected(pending(step.name))
+            self._note(step, "follows", after(*content.awaits), digest=content.digest)
+            return
         if step.unchanged(self._work, plan) is not None:
             self._note(step, "reused", digest=content.digest)
             return

@@ -298,17 +298,17 @@ def _serve(connection: Connection, lifeline: Connection, log: str) -> None:
 
 
 def _end_with(lifeline: Connection) -> None:
-    """Have the kernel kill this process's group when the process that started it ends, and so closes its end of the pipe.
+    """Have the kernel kill this process's group when its parent ends, which closes the parent's end of the pipe.
 
     The kernel has to do it (fcntl(2), O_ASYNC), because no thread of ours would run while native code holds the
-    interpreter. PR_SET_PDEATHSIG is for the case that the server is killed. Alone it would not be enough: the server is
-    the parent of all children, and lives as long as any of them.
+    interpreter. PR_SET_PDEATHSIG is for the case that the server is killed. Alone it would not be enough: the server
+    forks all children, and lives as long as any of them.
     """
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if lifeline.poll():  # that process had ended before the lines above
+    if lifeline.poll():  # the parent had ended before the lines above took effect
         os.killpg(0, signal.SIGKILL)
 
 

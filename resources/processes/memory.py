@@ -14,7 +14,7 @@ _LIMIT_FILES = {"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}
 
 def available_bytes(proc: Path = _PROC) -> int:
     """Return the machine's memory, or less if this process's cgroup, or one around it, has a limit."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [_machine_bytes()]
     for folder, file, top in _cgroups(proc):
         while True:
             with suppress(OSError, ValueError):  # `max` means that there is no limit
@@ -23,6 +23,14 @@ def available_bytes(proc: Path = _PROC) -> int:
                 break
             folder = folder.parent
     return min(limits)
+
+
+def _machine_bytes() -> int:
+    """Return the machine's memory as /proc/meminfo tells it, which containers of LXC have a version of their own of."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (_PROC / "meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemTotal:")).split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cgroups(proc: Path) -> Iterator[tuple[Path, str, Path]]:

@@ -50,7 +50,7 @@ reduction.recvfds = _recvfds_or_aborted
 
 
 def _without_orphans(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught error, except that of a child whose parent was interrupted before it had sent the child's work."""
+    """Print an uncaught error, unless it is a child's whose parent was interrupted before it had sent any work."""
     if kind is not EOFError or os.getpid() == _server:
         sys.__excepthook__(kind, error, trace)
 

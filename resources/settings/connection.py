@@ -119,7 +119,7 @@ def kept_key(folder: Path, port: int, key: str) -> Iterator[None]:
             "writable, or have REFINERY_HOME name another."
         ) from error
     with os.fdopen(descriptor, "r+") as file:
-        try:  # the kernel drops the lock when the process ends, so a leftover key differs from a key in use
+        try:  # the kernel drops the lock when the process ends, so only a key in use is locked
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ServerError(

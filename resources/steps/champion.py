@@ -8,13 +8,13 @@ from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import BenchmarkReport, Champion, Engine
 from resources.benchmark.champion import choose
 from resources.checkpoints.shapes import shapes_of
-from resources.engines.specs import BASELINE, SERVED
+from resources.engines.specs import BASELINE
 from resources.machine.device import describe_device
 from resources.steps.benchmark import BenchmarkStep, ServedBenchmarkStep
 from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.engine import EngineStep
 from resources.steps.evaluation_set import EVALUATION_SET
-from resources.steps.step import Recipe, Step, Work
+from resources.steps.step import Expected, NotYetKnownError, Recipe, Step, Work
 
 
 class ChampionStep(Step[Champion]):
@@ -24,7 +24,14 @@ class ChampionStep(Step[Champion]):
     """
 
     record = Champion
-    code = ("resources.benchmark.ranking", "resources.benchmark.champion")
+    code = (
+        "resources.accuracy.measuring",
+        "resources.benchmark.champion",
+        "resources.benchmark.ranking",
+        "resources.benchmark.statistics",
+        "resources.steps.champion",
+        "resources.tasks",
+    )
     follows_its_inputs = True
 
     def __init__(
@@ -68,8 +75,8 @@ class ChampionStep(Step[Champion]):
 
     def engine(self, work: Work, champion: Champion) -> Engine:
         """Return the champion's engine. Raises NotYetKnownError in a plan."""
-        if champion.engine == SERVED:
-            found = work.named(Engine, f"engines/{self.target}/{SERVED}")
-            assert isinstance(found, Engine), "what serves was built long ago"
-            return found
-        return work.get(next(step for step in self.engines if step.spec.name == champion.engine))
+        name = f"engines/{self.target}/{champion.engine}"
+        found = work.named(Engine, name)
+        if isinstance(found, Expected):
+            raise NotYetKnownError(name)
+        return found

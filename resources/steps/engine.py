@@ -38,7 +38,8 @@ class EngineStep(Step[Engine]):
         after: list[Step[Any]] = [ONNX_GRAPH, EVALUATION_SET] if spec.examined else [ONNX_GRAPH]
         super().__init__(f"engines/{target}/{spec.name}", after)
         self.spec, self.target = spec, target
-        self.code = (*CODE, *JUDGING) if spec.examined else CODE
+        self.built_by = (*CODE, "resources.steps.engine")
+        self.code = (*self.built_by, *JUDGING) if spec.examined else self.built_by
 
     def recipe(self, work: Work) -> Recipe[Engine]:
         """See Step. Raises ExportError where the graph is wrong."""
@@ -74,7 +75,7 @@ class EngineStep(Step[Engine]):
             target=self.target,
             # What runs on one GPU was tried on that one; a processor is asked only when the engine is measured.
             device=describe_device(self.target) if device_of(self.target) == "cuda" else "",
-            code=code_versions(*CODE),
+            code=code_versions(*self.built_by),
             libraries=libraries,
             **self._judged(work, goal),
         )
@@ -167,7 +168,7 @@ def built_with(spec: EngineSpec, device: Device) -> dict[str, str]:
 
 
 def sources_of(work: Work) -> Sources:
-    """Return what a model's engines are built from, with the folders that it lies in."""
+    """Return the records that a model's engines are built from, with their folders."""
     checkpoint, graph = work.get(CHECKPOINT), work.get(ONNX_GRAPH)
     return Sources(checkpoint, work.folder(checkpoint), graph, work.folder(graph), work.entry.trust)
 

@@ -25,6 +25,7 @@ class EvaluationSetStep(Step[EvaluationSet]):
         "-resources.checkpoints.watch",
         "resources.tasks",
         "resources.pipelines",
+        "resources.steps.evaluation_set",
     )
 
     def __init__(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from resources.engines.specs import ENGINES, EngineSpec
+from resources.engines.specs import ENGINES
 from resources.steps.benchmark import BenchmarkStep, ServedBenchmarkStep
 from resources.steps.champion import ChampionStep
 from resources.steps.checkpoint import CHECKPOINT
@@ -44,10 +44,10 @@ class TargetSteps:
 
 
 @cache
-def steps_of(target: str, specs: Sequence[EngineSpec] = ENGINES) -> TargetSteps:
+def steps_of(target: str) -> TargetSteps:
     """Return the steps of a target."""
-    engines = tuple(EngineStep(spec, target) for spec in specs)
-    benchmarks = tuple(BenchmarkStep(spec.name, target) for spec in specs)
+    engines = tuple(EngineStep(spec, target) for spec in ENGINES)
+    benchmarks = tuple(BenchmarkStep(spec.name, target) for spec in ENGINES)
     served = ServedBenchmarkStep(target, engines)
     champion = ChampionStep(target, engines, benchmarks, served)
     configuration = ServingConfigurationStep(target, champion)

@@ -22,7 +22,7 @@ class OnnxGraphStep(Step[OnnxGraph]):
     """Export the checkpoint in a child process. Making it raises ExportError."""
 
     record = OnnxGraph
-    code = ("resources.export", "resources.tasks", "resources.pipelines.tokenization")
+    code = ("resources.export", "resources.tasks", "resources.pipelines.tokenization", "resources.steps.onnx_graph")
 
     def __init__(self) -> None:
         super().__init__("onnx_graph", [CHECKPOINT, REFERENCE])

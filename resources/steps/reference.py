@@ -21,6 +21,7 @@ class ReferenceStep(Step[Reference]):
         "resources.tasks",
         "resources.checkpoints.tokenizer",
         "resources.pipelines",
+        "resources.steps.reference",
     )
 
     def __init__(self) -> None:

@@ -23,6 +23,7 @@ class ServingBenchmarkStep(Step[ServingReport]):
         "resources.triton.load",
         "resources.triton.mix",
         "resources.triton.launch",
+        "resources.steps.serving_benchmark",
     )
 
     def __init__(self, target: str, release: ReleaseStep) -> None:
@@ -38,6 +39,7 @@ class ServingBenchmarkStep(Step[ServingReport]):
         from resources.triton.serving_report import levels_of, measure_release, why_not_measured
 
         entry, workspace = work.entry, work.workspace
+        work.get(self.release.champion)
         work.require_done(self.release)
         checkpoint, evaluation = work.get(CHECKPOINT), work.get(EVALUATION_SET)
         release, serving = current_release(workspace.repository(self.target), entry.name), entry.serving

@@ -32,6 +32,7 @@ class ServingConfigurationStep(Step[ServingConfiguration]):
         "resources.pipelines",
         "resources.engines.onnxruntime.sessions",
         "resources.engines.onnxruntime.cuda",
+        "resources.steps.serving_configuration",
     )
 
     def __init__(self, target: str, champion: ChampionStep) -> None:

@@ -53,14 +53,14 @@ class Recipe(Generic[R]):
 
     Args:
         made_of: The fingerprint of the inputs, under which the artifact is stored.
-        make: Fill an empty folder and return the record.
+        make: Fill an empty folder and return the record; None in a plan that cannot make it.
         ready: The record, where making it takes no work. `make` returns the same then.
         confirm: Raise where a stored record of that fingerprint must not be used.
         points: Records that are kept under further names once the step is done.
     """
 
     made_of: Fingerprint
-    make: Callable[[Path], R]
+    make: Callable[[Path], R] | None
     ready: R | None = None
     confirm: Callable[[R], None] | None = None
     points: Mapping[str, Record] = field(default_factory=dict)
@@ -137,6 +137,7 @@ class Work:
     ) -> None:
         self.workspace, self.entry, self.made, self.fetch = workspace, entry, made, fetch
         self._store = store
+        self._read: dict[str, Any] = {}
 
     @cached_property
     def store(self) -> ArtifactStore:
@@ -154,11 +155,22 @@ class Work:
     def named(self, kind: type[R], name: str) -> R | Expected:
         """Return what is kept under a name, of a step or of another record that a step points to."""
         if self.made is None:
-            return self.store.current(kind, self.pointer(name))
+            return self.once(name, lambda: self.store.current(kind, self.pointer(name)))
         if name not in self.made:
             raise ArtifactError(f"{self.pointer(name)} has not been made yet.")
         found = self.made[name]
         assert isinstance(found, kind | Expected), f"{name} makes a {kind.__name__}"
+        return found
+
+    def once(self, name: str, read: Callable[[], T]) -> T:
+        """Return what was read under that name first.
+
+        Other processes may move pointers meanwhile, and a step rests on the same records from its fingerprint to what
+        it shows.
+        """
+        if name not in self._read:
+            self._read[name] = read()
+        found: T = self._read[name]
         return found
 
     def get(self, step: Step[R]) -> R:
@@ -242,9 +254,12 @@ class Work:
 
     def follow(self, step: Step[R], recipe: Recipe[R]) -> Made[R]:
         """Find or make what the recipe says. `made` has it then."""
+        assert recipe.make is not None, f"{step.name} is only planned"
         made = self.store.get_or_make(step.record, recipe.made_of, recipe.make)
         if made.reused and recipe.confirm is not None:
             recipe.confirm(made.record)
+        found: dict[str, Record] = {step.name: made.record, **recipe.points}
+        self._read |= found
         if self.made is not None:
-            self.made |= {step.name: made.record, **recipe.points}
+            self.made |= found
         return made

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from resources.boundary.deadlines import Pace
 from resources.boundary.foreign import MOST_DOCUMENT_BYTES
-from resources.errors import StorageError, first_line
+from resources.errors import RefusedError, StorageError, first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -67,10 +67,6 @@ class Listed:
     size_bytes: int
     tag: str
     modified: float
-
-
-class RefusedError(StorageError):
-    """The store answers that this user lacks the permission."""
 
 
 @dataclass(frozen=True)

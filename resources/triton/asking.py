@@ -1,4 +1,4 @@
-"""Asking one release a question, beside what serves or as what serves."""
+"""Send test requests to one release, either as the release that serves or under a second name beside it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TEXT = "Is this release what was published?"
 
 
 def write_alias(repository: Location, release: Release, root: Path) -> str:
-    """Write a second public model of the release below `root`, under a name that is there for asking alone; the name.
+    """Write a second public model of the release below `root`, and return its name.
 
-    Nobody asks for it, so nothing that serves is touched.
+    The name exists for test requests only. No user sends requests to it, so the models that serve are not touched.
     """
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -30,7 +30,7 @@ def write_alias(repository: Location, release: Release, root: Path) -> str:
     pointer = repository / release.model / str(release.number) / CONFIG
     config = text_format.Parse(pointer.read_text(encoding="utf-8"), ModelConfig())
     config.name = name
-    config.ClearField("response_cache")  # what was answered once proves nothing
+    config.ClearField("response_cache")  # an answer from the cache proves nothing
     (root / name / str(release.number)).mkdir(parents=True)
     (root / name / str(release.number) / "placeholder").touch()
     write_config(config, root / name / CONFIG)
@@ -38,7 +38,17 @@ def write_alias(repository: Location, release: Release, root: Path) -> str:
 
 
 def ask(client: TextClient, repository: Location, release: Release, name: str | None = None) -> None:
-    """Raise ServerError where the server's model, public or of that name, is not the release or does not answer."""
+    """Send a few short requests to the server's model, and check that the model is the release and answers.
+
+    Args:
+        client: A gRPC connection to the server.
+        repository: The repository that holds the release.
+        release: The release that must answer.
+        name: The model to send the requests to. None means the public model of the release.
+
+    Raises:
+        ServerError: The model is not the release, does not answer, or gives a broken answer.
+    """
     name = name or release.model
     number = client.release_of(name)
     if number != release.number:

@@ -1,4 +1,4 @@
-"""Asking a Triton server, over gRPC or HTTP, with errors that say what to do."""
+"""A client of a Triton server, over gRPC or HTTP, whose errors say what to do."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from resources.errors import ServerError
 from resources.settings.connection import PLAIN, Connection, Protocol
 
 _NAMES: dict[Protocol, str] = {"grpc": "gRPC", "http": "HTTP"}
-#: For questions. Loading a model has a limit of its own.
+#: The limit for requests. Loading a model takes longer, so it has a limit of its own.
 TIMEOUT_SECONDS = 60.0
 LOAD_TIMEOUT_SECONDS = 300.0
-#: For "is there a server at all".
+#: The limit for finding out whether there is a server at all.
 _LIVE_SECONDS = 2.0
-#: What Triton says to who loads or unloads a model in any other mode than explicit.
+#: Part of Triton's error when a client loads or unloads a model in a mode other than explicit.
 _NOT_EXPLICIT = "not allowed if polling is enabled"
-#: What Triton says to who calls a restricted API without the right header.
+#: Part of Triton's error when a client calls a restricted API without the right header.
 _RESTRICTED = "restricted, expecting header"
-#: Inputs of public models that need not be given.
+#: Inputs of public models that a request may leave out.
 _OPTIONAL = ("TEXT_PAIR",)
-#: No model's name: releases are numbered from 1.
+#: A name that no model has, because releases are numbered from 1.
 _NOBODY = "nobody__r0__proof"
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a public model takes and gives. `structured`: answers are JSON documents, and not fp32 numbers."""
+    """The inputs and the output of a public model.
+
+    Args:
+        structured: Whether answers are JSON documents. Otherwise they are fp32 numbers.
+    """
 
     inputs: tuple[str, ...]
     output: str
@@ -37,7 +41,10 @@ class Contract:
 
 
 class _Bounded:
-    """An HTTP client each of whose calls ends: its own limit begins anew with each byte of an answer."""
+    """A wrapper around the HTTP client that bounds the whole time of each call.
+
+    The client's own limit starts again with each byte of an answer, so a slow answer could last for ever.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -49,16 +56,21 @@ class _Bounded:
 
         def call(*args: Any, **options: Any) -> Any:
             late = TimeoutError(f"there was no whole answer within {TIMEOUT_SECONDS:g} s")
-            with gevent.Timeout(TIMEOUT_SECONDS, late):  # its sockets are gevent's
+            with gevent.Timeout(TIMEOUT_SECONDS, late):  # works because the client's sockets are gevent's
                 return method(*args, **options)
 
         return call
 
 
 class TextClient:
-    """One connection to a server. A context manager; one thread at a time over HTTP, any number over gRPC.
+    """One connection to a server, as a context manager.
 
-    address: `host:port`, without a scheme. connection: what else it takes to speak to the server.
+    Over gRPC any number of threads may use it, over HTTP one thread at a time.
+
+    Args:
+        address: The server's `host:port`, without a scheme.
+        protocol: The protocol of all requests.
+        connection: The key, the headers and the TLS settings that the server needs.
     """
 
     def __init__(self, address: str, protocol: Protocol = "grpc", connection: Connection = PLAIN) -> None:
@@ -88,18 +100,18 @@ class TextClient:
         self.close()
 
     def close(self) -> None:
-        """Triton waits for open connections when it is stopped."""
+        """Close the connection. A Triton that is stopped waits for open connections."""
         self._client.close()
 
     def is_live(self) -> bool:
-        """Whether a server answers at the address at all."""
+        """Return whether a server answers at the address at all."""
         try:
             return bool(self._client.is_server_live(**self._limit(_LIVE_SECONDS)))
-        except Exception:  # the two clients raise errors of five libraries for a port where nobody listens
+        except Exception:  # for a port where nothing listens, the two clients raise errors of five libraries
             return False
 
     def is_ready(self, model: str) -> bool:
-        """Whether the server holds the model. Not whether it answers: only an answer says that."""
+        """Return whether the server holds the model. Only a request shows whether the model also answers."""
         try:
             return bool(self._client.is_model_ready(model, **self._limit(TIMEOUT_SECONDS)))
         except Exception:
@@ -116,12 +128,21 @@ class TextClient:
     ) -> list[Any]:
         """Return the answers to several rows: fp32 `[width]` each, or JSON documents.
 
-        Rows that have the same inputs go in one request. as_json: send and get plain JSON, as curl would; HTTP alone.
-        seconds: to wait at most; gRPC alone. Raises ServerError with the server's own words.
+        Rows that have the same inputs are sent in one request.
+
+        Args:
+            model: The public model that answers.
+            contract: The model's inputs and output.
+            items: The rows, each with its texts by input.
+            as_json: Whether requests and answers are plain JSON, as curl sends it. HTTP only.
+            seconds: The longest time to wait for one request. gRPC only.
+
+        Raises:
+            ServerError: The server refuses a request, which the error quotes, or an answer does not fit the contract.
         """
         import numpy as np
 
-        # What may be left out is there in all rows of a request, or in none.
+        # A request has one tensor for each input, so an optional input must be in all of its rows or in none.
         if len(inputs := {frozenset(item) for item in items}) > 1:
             answers: dict[int, Any] = {}
             for names in inputs:
@@ -138,7 +159,7 @@ class TextClient:
             )
         except Exception as error:
             raise self._trouble(f"refused a request to {model}", error) from error
-        # Triton does not compare what a Python model answers with its configuration.
+        # Triton does not check that the answer of a Python model fits the model's configuration.
         kind = np.dtype(np.object_ if contract.structured else np.float32)
         if answer is None or answer.ndim != 2 or answer.dtype != kind or len(answer) != len(items):
             found = "nothing" if answer is None else f"{answer.dtype} {list(answer.shape)}"
@@ -157,9 +178,12 @@ class TextClient:
             ) from error
 
     def rank(self, model: str, contract: Contract, item: Mapping[str, str], count: int) -> list[tuple[str, float]]:
-        """Labels and their values, best first, named by the server (Triton's classification extension); gRPC alone.
+        """Return up to `count` labels with their values, best first. gRPC only.
 
-        Empty for a model without labels. Raises ServerError.
+        The server names the labels (Triton's classification extension). The list is empty for a model without labels.
+
+        Raises:
+            ServerError: The server refuses the request.
         """
         wanted = [self._api.InferRequestedOutput(contract.output, class_count=count)]
         tensors = text_tensors(self._api, contract, [item])
@@ -167,12 +191,16 @@ class TextClient:
             answer = self._client.infer(model, tensors, outputs=wanted, client_timeout=TIMEOUT_SECONDS)
         except Exception as error:
             raise self._trouble(f"refused a request to {model}", error) from error
-        # "value:index", and ":label" where there is one, which may hold colons of its own.
+        # An entry is "value:index", or "value:index:label". The label may contain colons.
         parts = [entry.decode().split(":", 2) for entry in answer.as_numpy(contract.output).ravel()]
         return [(part[2], float(part[0])) for part in parts if len(part) == 3 and part[2]]
 
     def contract(self, model: str) -> Contract:
-        """What the model takes and gives. Raises ServerError where the server does not have the model."""
+        """Return the inputs and the output of a model.
+
+        Raises:
+            ServerError: The server does not have the model, or does not answer.
+        """
         try:
             found = self._client.get_model_metadata(
                 model, **self._limit(TIMEOUT_SECONDS), **({"as_json": True} if self.protocol == "grpc" else {})
@@ -180,7 +208,7 @@ class TextClient:
         except Exception as error:
             raise self._trouble(f"does not serve {model}", error) from error
         output = found["outputs"][0]
-        # Text, and not token ids in its place; and what may be left out is left out.
+        # The contract has the texts only. Token ids may be sent in their place, and optional texts may be left out.
         inputs = tuple(
             str(item["name"])
             for item in found["inputs"]
@@ -189,9 +217,13 @@ class TextClient:
         return Contract(inputs, str(output["name"]), structured=output["datatype"] == "BYTES")
 
     def release_of(self, model: str) -> int | None:
-        """The number of the release that the server serves under the name; gRPC alone. None: it is not one of ours.
+        """Return the number of the release that the server serves under the name. gRPC only.
 
-        Raises ServerError where the server does not have the model.
+        Returns:
+            The release number, or None if the model is not a release of this project.
+
+        Raises:
+            ServerError: The server does not have the model, or does not answer.
         """
         try:
             config = self._client.get_model_config(model, client_timeout=TIMEOUT_SECONDS).config
@@ -201,7 +233,13 @@ class TextClient:
         return int(number) if number.isdigit() else None
 
     def steps(self, model: str) -> list[str]:
-        """The models that an ensemble is made of, in order; none for any other; gRPC alone. Raises ServerError."""
+        """Return the models of an ensemble's steps, in order. gRPC only.
+
+        The list is empty for a model that is not an ensemble.
+
+        Raises:
+            ServerError: The server does not have the model, or does not answer.
+        """
         try:
             config = self._client.get_model_config(model, client_timeout=TIMEOUT_SECONDS).config
         except Exception as error:
@@ -209,7 +247,11 @@ class TextClient:
         return [step.model_name for step in config.ensemble_scheduling.step]
 
     def version(self) -> str:
-        """The server's name and version. Raises ServerError."""
+        """Return the server's name and version.
+
+        Raises:
+            ServerError: The server does not answer.
+        """
         try:
             metadata = self._client.get_server_metadata(**self._limit(TIMEOUT_SECONDS))
         except Exception as error:
@@ -219,9 +261,14 @@ class TextClient:
         return f"{metadata['name']} {metadata['version']}"
 
     def load(self, model: str, before: Sequence[str] = ()) -> None:
-        """Load or reload a model, gRPC alone; `before`: the models that it calls, which Triton does not know of.
+        """Load or reload a model. gRPC only.
 
-        Raises ServerError; the version that served before goes on serving.
+        Args:
+            model: The model to load.
+            before: The models to load first. Triton does not know that a Python model calls them.
+
+        Raises:
+            ServerError: The server cannot load a model. The version that served before goes on serving.
         """
         for name in (*before, model):
             try:
@@ -230,23 +277,32 @@ class TextClient:
                 raise self._trouble(f"cannot load {name}", error) from error
 
     def unload(self, model: str) -> None:
-        """Unload a model, gRPC alone. Raises ServerError."""
+        """Unload a model. gRPC only.
+
+        Raises:
+            ServerError: The server cannot unload the model.
+        """
         try:
             self._client.unload_model(model, client_timeout=LOAD_TIMEOUT_SECONDS)
         except Exception as error:
             raise self._trouble(f"cannot unload {model}", error) from error
 
     def unload_all(self, models: Iterable[str]) -> None:
-        """Unload those of the models that are loaded, gRPC alone; what fails is not said: most were never loaded."""
+        """Unload the models that are loaded. gRPC only.
+
+        Errors are ignored, because most of the models were never loaded.
+        """
         for model in models:
             with suppress(ServerError):
                 self.unload(model)
 
     def runs_explicit(self) -> bool | None:
-        """Whether the server is in explicit model control; None: it does not say. gRPC alone.
+        """Return whether the server runs in explicit model control, or None if it does not say. gRPC only.
 
-        Nothing changes: what it is told to unload is a model that nobody has. Raises ServerError where the server wants
-        another key.
+        The method asks the server to unload a model that does not exist, so nothing changes.
+
+        Raises:
+            ServerError: The server wants another key.
         """
         try:
             self._client.unload_model(_NOBODY, client_timeout=TIMEOUT_SECONDS)
@@ -257,8 +313,13 @@ class TextClient:
         return True
 
     def models(self) -> dict[str, str]:
-        """The models that the server sees in its repository, loaded or not, each with why it could not be loaded or was
-        unloaded, gRPC alone; empty: neither. Raises ServerError.
+        """Return the models that the server sees in its repository, loaded or not. gRPC only.
+
+        Returns:
+            The models, each with the reason why it could not be loaded or was unloaded. Otherwise the reason is empty.
+
+        Raises:
+            ServerError: The server does not list its models.
         """
         try:
             index = self._client.get_model_repository_index(client_timeout=TIMEOUT_SECONDS)
@@ -267,7 +328,11 @@ class TextClient:
         return {item.name: item.reason if item.state == "UNAVAILABLE" else "" for item in index.models}
 
     def ready_models(self, *, seconds: float = TIMEOUT_SECONDS) -> set[str]:
-        """The models that the server holds ready, gRPC alone. Raises ServerError."""
+        """Return the models that the server holds ready. gRPC only.
+
+        Raises:
+            ServerError: The server does not list its models.
+        """
         try:
             index = self._client.get_model_repository_index(client_timeout=seconds)
         except Exception as error:
@@ -275,7 +340,11 @@ class TextClient:
         return {item.name for item in index.models if item.state == "READY"}
 
     def failed_requests(self, *, seconds: float = TIMEOUT_SECONDS) -> dict[str, int]:
-        """How many requests to each model have failed since it was loaded, gRPC alone. Raises ServerError."""
+        """Return how many requests to each model have failed since it was loaded. gRPC only.
+
+        Raises:
+            ServerError: The server does not give its statistics.
+        """
         try:
             found = self._client.get_inference_statistics(client_timeout=seconds)
         except Exception as error:
@@ -286,7 +355,7 @@ class TextClient:
         return {"client_timeout": seconds} if self.protocol == "grpc" else {}
 
     def _trouble(self, what: str, error: Exception) -> ServerError:
-        """The server's own words, or, where there is no server, how to come by one."""
+        """Return an error with the server's own words, or with the way to start a server if none is live."""
         message = str(getattr(error, "message", lambda: error)()).strip()
         first = (message.splitlines() or [type(error).__name__])[0][:500].removeprefix("[request id: <id_unknown>] ")
         if "unknown model" in first:
@@ -309,7 +378,14 @@ class TextClient:
 
 
 def text_tensors(api: Any, contract: Contract, items: Sequence[Mapping[str, str | bytes]], **binary: bool) -> list[Any]:
-    """The inputs of one request, strings `[items, 1]` each. api: `tritonclient.grpc` or `tritonclient.http`."""
+    """Return the input tensors of one request, strings `[items, 1]` each.
+
+    Args:
+        api: `tritonclient.grpc` or `tritonclient.http`.
+        contract: The inputs of the model.
+        items: The rows of the request. All rows have the same inputs.
+        **binary: The HTTP client's option `binary_data`, where that client is used.
+    """
     import numpy as np
 
     tensors = []
@@ -324,7 +400,7 @@ def text_tensors(api: Any, contract: Contract, items: Sequence[Mapping[str, str 
 
 
 def with_remedy(reason: str) -> str:
-    """Why a server cannot load a model, in its own words, with what to do about it where that is known."""
+    """Return the server's reason for not loading a model, with the remedy added if one is known."""
     if "find backend library" in reason or "runtime library" in reason:
         return (
             f"{reason}. It lacks that backend: serve with a Triton that has it, or publish with "
@@ -345,6 +421,6 @@ def with_remedy(reason: str) -> str:
 
 
 def serves(address: str, model: str, connection: Connection = PLAIN) -> bool:
-    """Whether a Triton server that holds the model answers gRPC there."""
+    """Return whether a Triton server answers gRPC at the address and holds the model."""
     with TextClient(address, connection=connection) as client:
         return client.is_live() and client.is_ready(model)

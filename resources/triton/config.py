@@ -1,4 +1,4 @@
-"""`config.pbtxt`, written with Triton's own protobuf and read back before it counts."""
+"""Build each model's `config.pbtxt` with Triton's own protobuf, and read back every file that is written."""
 
 from __future__ import annotations
 
@@ -19,29 +19,36 @@ if TYPE_CHECKING:
 
 _WARM_UP_TOKENS = 16
 _WARM_UP_FILES = {"input_ids": "ids", "attention_mask": "ones"}
-#: What padding is for are batches. On a CPU they save little: 8 rows of 32 tokens took 0.80 of the time of 8 single
-#: ones, and 4 of 128 all of it; and a ninth of all work was padding. So rows are padded there to the next eight.
+#: On a CPU, rows are padded to the next multiple of this. Padding only serves to form batches, and batches save little
+#: on a CPU: 8 rows of 32 tokens took 0.80 of the time of 8 single rows, and 4 rows of 128 tokens took as long as 4
+#: single rows. Before, a ninth of all work was padding.
 _CPU_LENGTH_STEP = 8
-#: While Triton heeds rate limiters, an instance with priority n gets one turn where the one with priority 1 gets n, of
-#: those that are free. So the first instance has nearly every request that is alone, and the others help while it is
-#: busy. In turns, as Triton gives them by itself, each process would find the other's data in the caches, and on a GPU
-#: the other's context (docs/measurements.md, "Serving on a GPU").
+#: With rate limiting on, Triton gives a free instance of priority n one turn for every n turns of a free instance of
+#: priority 1. So the first instance gets nearly every request that arrives alone, and the others help while it is busy.
+#: By default Triton lets the instances take turns. Each process would then find the other's data in the caches, and on
+#: a GPU the other's context (docs/measurements.md, "Serving on a GPU").
 _HELPER_PRIORITY = 10_000
-#: Of an engine's parameters, what its `model.py` has to know: where a plan runs, and what computes.
+#: The parameters of an engine that its `model.py` needs. They say where a plan runs and which provider computes.
 _BUILT = ("flavour", "tensorrt", "compute_capability", "provider")
 
 
 def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> ModelConfig:
-    """The ensemble that is pinned to one release: text in, the task's answer out.
+    """Return the ensemble that takes text, gives the task's answer, and is pinned to one release.
 
-    A pipeline is its only step, and runs or calls the engine itself, as often as windows and labels ask for.
+    A pipeline is the ensemble's only step. It runs or calls the engine itself, as often as windows and labels require.
+    Without a pipeline the steps are the tokenizer and the engine.
+
+    Args:
+        plan: The release to serve.
+        number: The number of the release.
+        name: The ensemble's name. None means the public model. Only a proof gives another name.
     """
     from tritonclient.grpc import model_config_pb2 as pb
 
     config = pb.ModelConfig(name=name or plan.model, platform="ensemble", max_batch_size=plan.max_batch_size)
     config.version_policy.specific.versions.append(number)
-    # By model, version and request, and numbers are not given out twice: what another release answered is never given.
-    # Nor is what a proof asks for: the engine has to answer.
+    # Triton caches answers by model, version and request. Release numbers are never reused, so the cache never returns
+    # an answer of another release. The ensemble of a proof is not cached, because its engine has to answer.
     if plan.response_cache and name is None:
         config.response_cache.enable = True
     _texts(config, plan)
@@ -72,7 +79,10 @@ def public_config(plan: ReleasePlan, number: int, name: str | None = None) -> Mo
 
 
 def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
-    """The Python model that reads text: a pipeline that holds the engine or calls it, or a tokenizer alone."""
+    """Return the Python model that reads text.
+
+    The model is a pipeline that holds the engine, a pipeline that calls the engine, or a tokenizer alone.
+    """
     if plan.whole:
         return _served_config(plan, number)
     from tritonclient.grpc import model_config_pb2 as pb
@@ -80,7 +90,7 @@ def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
     config = _step(plan, internal_name(plan.model, number, "pipeline" if plan.structured else "tokenizer"), "python")
     _texts(config, plan)
     if plan.structured:
-        # No warm-up: it would call the engine, which nobody has loaded yet. The model warms its tokenizer itself.
+        # A warm-up request would call the engine, which is not loaded yet. The model warms its tokenizer itself.
         config.output.extend([_answer(plan), _count()])
         called = {
             "engine": internal_name(plan.model, number, "engine"),
@@ -103,7 +113,10 @@ def front_config(plan: ReleasePlan, number: int) -> ModelConfig:
 
 
 def _served_config(plan: ReleasePlan, number: int) -> ModelConfig:
-    """Text to answer in one Python model. It warms itself: it alone knows the lengths that it will run."""
+    """Return the Python model that takes text and gives the answer, with the engine inside.
+
+    It has no warm-up requests. The model warms itself, because only the model knows the lengths that it will run.
+    """
     on_gpu = device_of(plan.target) == "cuda"
     config = _step(plan, internal_name(plan.model, number, "pipeline"), "python", on_gpu=on_gpu)
     _texts(config, plan)
@@ -129,19 +142,20 @@ def _served_config(plan: ReleasePlan, number: int) -> ModelConfig:
 
 
 def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
-    """The engine on Triton's own backend."""
+    """Return the model of the engine on Triton's own backend."""
     from tritonclient.grpc import model_config_pb2 as pb
 
     backend = plan.engine.runtime
     config = _step(plan, internal_name(plan.model, number, "engine"), backend, on_gpu=device_of(plan.target) == "cuda")
     _instances(config, plan)
-    # Its instances cannot tell whether another one computes.
+    # An instance on this backend cannot tell whether another instance computes, so it always takes the smaller number.
     threads = str(plan.serving.threads_beside or plan.serving.threads)
     extra = _task(plan).extra_inputs
     rows = []
     if backend == "openvino":
-        # This backend answers batches of exactly the largest size. Without batching it takes any shape, and an ensemble
-        # that batches may have such a step if its shapes begin with the batch (ensemble_utils.cc of Triton's core).
+        # With batching, this backend answers batches of exactly the largest size. Without batching it takes any shape.
+        # A batching ensemble may have a step without batching if the step's shapes begin with the batch
+        # (ensemble_utils.cc of Triton's core).
         config.max_batch_size, rows = 0, [-1]
         config.ClearField("dynamic_batching")
     for array in _engine_inputs(plan):
@@ -152,22 +166,23 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
         output.label_filename = LABELS_FILE
     config.output.append(output)
     if backend == "openvino":
-        # What it reads: ParseParameters in openvino.cc. It knows bfloat16 only as something to be asked for.
+        # ParseParameters in openvino.cc reads these names. Its only setting for bfloat16 is one that turns it on.
         values = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": threads}
         _parameters(config, values)
     elif backend == "tensorrt":
-        # One group with all profiles. Triton gives a request to any instance that is free, whatever its shape, and an
-        # instance chooses among its own profiles: with a group for each, every other request would be refused.
+        # One group has all profiles. Triton gives a request to any free instance, whatever the request's shape, and an
+        # instance chooses only among its own profiles. With one group for each profile, every other request would be
+        # refused.
         profiles = range(int(plan.engine.parameters["profiles"]))
         config.instance_group[0].profile.extend(str(number) for number in profiles)
         _parameters(config, {f"refinery_{name}": plan.engine.parameters[name] for name in _BUILT[:3]})
     else:
-        # The backend hands on no setting for spinning (its source of June 2026 was read).
+        # The backend passes no setting for spinning to ONNX Runtime, according to its source of June 2026.
         _parameters(config, {"intra_op_thread_count": threads, "inter_op_thread_count": "1"})
         if device_of(plan.target) == "cuda":
             _accelerator(config, plan)
-    # One row as the tokenizer could have made it: random ids lie outside the vocabulary, and models look for special
-    # tokens.
+    # The row looks like one of the tokenizer's. Random ids would lie outside the vocabulary, and models look for
+    # special tokens.
     warm = config.model_warmup.add(name="one short text", batch_size=1)
     for array in _engine_inputs(plan):
         item = warm.inputs[array]
@@ -181,7 +196,7 @@ def engine_config(plan: ReleasePlan, number: int) -> ModelConfig:
 
 
 def _instances(config: ModelConfig, plan: ReleasePlan) -> None:
-    """What was found for the engine, and what the catalog says of it."""
+    """Add the serving setting that was measured for the engine, and the rate limiter from the catalog."""
     config.dynamic_batching.max_queue_delay_microseconds = plan.serving.queue_delay_us
     group, limiter = config.instance_group[0], plan.rate_limiter
     group.count = plan.serving.instances
@@ -189,8 +204,9 @@ def _instances(config: ModelConfig, plan: ReleasePlan) -> None:
         group.rate_limiter.priority = limiter.priority
         for name, count in limiter.resources.items():
             group.rate_limiter.resources.add(name=name, count=count)
-    # Where instances wait for resources, a batch is bound to one before it has them: a helper's would wait for ever
-    # longer behind every other model's first instance (0.9 s were seen).
+    # If instances wait for resources, Triton binds a batch to an instance before the instance has its resources. A
+    # helper's batch would wait longer and longer behind the first instances of all other models (0.9 s were seen). So
+    # models with resources have no helpers.
     if plan.whole and group.count > 1 and not (limiter and limiter.resources):
         first = limiter.priority if limiter is not None else 1
         group.count, group.rate_limiter.priority = 1, first
@@ -199,11 +215,12 @@ def _instances(config: ModelConfig, plan: ReleasePlan) -> None:
 
 
 def _accelerator(config: ModelConfig, plan: ReleasePlan) -> None:
-    """The provider's settings of the python flavour, for Triton's ONNX Runtime backend. Not verified: no server here.
+    """Give Triton's ONNX Runtime backend the provider's settings of the python flavour.
 
-    What that backend reads: onnxruntime.cc of triton-inference-server/onnxruntime_backend, LoadModel. No CUDA graphs:
-    it binds other memory at every run, and names no graph. TensorRT's cache is left out too: its path would be one of
-    the server's machine, so the provider builds its engines when the model is loaded.
+    This is not verified, because no server with that backend was available. LoadModel in onnxruntime.cc of
+    triton-inference-server/onnxruntime_backend reads the settings. CUDA graphs are left out, because the backend binds
+    other memory at every run and names no graph. TensorRT's cache is left out too, because its path would be one of
+    the server's machine. So the provider builds its engines when the model is loaded.
     """
     from resources.engines.onnxruntime.cuda import SETTINGS
 
@@ -218,9 +235,11 @@ def _accelerator(config: ModelConfig, plan: ReleasePlan) -> None:
 
 
 def write_warm_up(encoder_file: Path, folder: Path) -> None:
-    """The files that the engine's warm-up reads its ids and its mask from: `[tokens]` int64, raw.
+    """Write the files with the ids and the mask of the engine's warm-up: `[tokens]` int64, raw.
 
-    encoder_file: says which tokens stand before and after a text. See resources.pipelines.tokenization.
+    Args:
+        encoder_file: The file with the tokens before and after a text. See resources.pipelines.tokenization.
+        folder: The folder of the engine's model.
     """
     encoder = json.loads(encoder_file.read_text(encoding="utf-8"))
     before, after = encoder.get("before", []), encoder.get("after", [])
@@ -232,7 +251,11 @@ def write_warm_up(encoder_file: Path, folder: Path) -> None:
 
 
 def write_config(config: ModelConfig, path: Path) -> None:
-    """Write it and read it back. Triton's own complaint about a bad one is only 'failed to poll'."""
+    """Write a configuration and read it back, because Triton only says 'failed to poll' of a bad one.
+
+    Raises:
+        ReleaseError: The file does not read back as it was written.
+    """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -242,13 +265,14 @@ def write_config(config: ModelConfig, path: Path) -> None:
 
 
 def _engine_inputs(plan: ReleasePlan) -> tuple[str, ...]:
-    """The arrays the graph really reads: an exporter drops inputs that do nothing."""
+    """Return the arrays that the graph reads. An exporter drops inputs that have no effect."""
     return tuple(name for name in (*plan.inputs, *_task(plan).extra_inputs) if name in plan.engine.inputs)
 
 
 def _reading(plan: ReleasePlan) -> dict[str, str]:
-    """What the model that reads texts is told: the limits of a request, and lengths to pad to where those are not the
-    checkpoint's own buckets.
+    """Return the parameters of the model that reads text.
+
+    They are the limits of a request, and the length step where rows are not padded to the checkpoint's own buckets.
     """
     told = {"limits": json.dumps(plan.limits.model_dump(), sort_keys=True)}
     if plan.engine.runtime == "onnxruntime" and device_of(plan.target) == "cpu":
@@ -261,12 +285,12 @@ def _task(plan: ReleasePlan) -> Task:
 
 
 def _output_dims(plan: ReleasePlan) -> list[int]:
-    """Without the batch: the engine's numbers of a row, or of each of its tokens."""
+    """Return the output's dims without the batch: `[width]` for a row, or `[tokens, width]` for its tokens."""
     return [-1, plan.engine.width] if _task(plan).per_token else [plan.engine.width]
 
 
 def _answer(plan: ReleasePlan) -> Any:
-    """The public output."""
+    """Return the public output."""
     from tritonclient.grpc import model_config_pb2 as pb
 
     if plan.structured:
@@ -278,15 +302,15 @@ def _texts(config: ModelConfig, plan: ReleasePlan) -> None:
     from tritonclient.grpc import model_config_pb2 as pb
 
     kind = pipeline_class(plan.checkpoint.task)
-    # All are optional for Triton: of an ensemble without one of its inputs it says "unexpected deadlock". The pipeline
-    # says which one a request lacks.
+    # All inputs are optional for Triton. When a request lacks an input of an ensemble, Triton only says "unexpected
+    # deadlock", and the pipeline can name the input.
     for text in (*kind.inputs, *kind.optional):
         config.input.append(pb.ModelInput(name=text, data_type=pb.TYPE_STRING, dims=[1], optional=True))
     config.input.append(pb.ModelInput(name=TOKEN_IDS, data_type=pb.TYPE_INT64, dims=[-1], optional=True))
 
 
 def _count() -> Any:
-    """The output beside the answer: how many tokens were read."""
+    """Return the second output, which is the number of tokens that were read."""
     from tritonclient.grpc import model_config_pb2 as pb
 
     return pb.ModelOutput(name=TOKEN_COUNT, data_type=pb.TYPE_INT64, dims=[1])
@@ -297,9 +321,9 @@ def _step(plan: ReleasePlan, name: str, backend: str, *, on_gpu: bool = False) -
 
     config = pb.ModelConfig(name=name, backend=backend, max_batch_size=plan.max_batch_size)
     config.version_policy.specific.versions.append(1)
-    # No waiting for company: batches form by themselves while an instance is busy.
+    # Requests do not wait for others, because batches form anyway while an instance is busy.
     config.dynamic_batching.max_queue_delay_microseconds = 0
-    # Left out, Triton would start two on a CPU, each with all the threads that one was measured with.
+    # By default Triton starts two instances on a CPU, each with all the threads that one instance was measured with.
     kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     config.instance_group.add(kind=kind, count=1)
     return config

@@ -1,4 +1,4 @@
-"""The embedded server's own environment: Triton's wheel, numpy 1, and the runtimes that were measured."""
+"""The embedded server's own virtual environment, with Triton's wheel, numpy 1, and the runtimes that were measured."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from resources.processes.variables import NETWORK, PIP, PROGRAM, inherited
 from resources.storage.atomic import write_whole
 from resources.storage.locks import file_lock
 
-#: 0.7.0 ships Triton 2.51.0 (24.10). Without its dependencies: those are of its Python API, which is not used.
+#: 0.7.0 ships Triton 2.51.0 (24.10). Its dependencies are left out, because only its unused Python API needs them.
 _TRITON = "nvidia-pytriton==0.7.0"
-#: Triton's Python backend of that version loads with numpy 2, and then fails at the first request.
+#: With numpy 2, the Python backend of that version loads and then fails at the first request.
 _NUMPY = "numpy<2"
 _STAMP = "refinery.json"
 _BEGUN = "refinery.begun"
@@ -28,9 +28,13 @@ _INSTALL_SECONDS = 1800
 
 
 def requirements() -> dict[str, list[str]]:
-    """What is installed: `alone` without dependencies, `whole` with them. OpenVINO, where it is a candidate here.
+    """Return the packages to install: `alone` without their dependencies, and `whole` with them.
 
-    TensorRT where it can run: it is large, and a plan needs the very version that built it.
+    OpenVINO is included where it is a candidate, that is, where it is installed here. TensorRT is large, so it is
+    included only where it can run, in the version installed here: a plan runs only on the version that built it.
+
+    Raises:
+        ServerError: onnxruntime is not installed here.
     """
     runtimes = [_installed("onnxruntime-gpu") or _installed("onnxruntime")]
     if not runtimes[0]:
@@ -43,7 +47,7 @@ def requirements() -> dict[str, list[str]]:
 
 
 def _installed(name: str) -> str:
-    """The distribution at the version that is here; empty where it is not."""
+    """Return the requirement for the installed version of a distribution, or an empty string if there is none."""
     try:
         return f"{name}=={metadata.version(name)}"
     except metadata.PackageNotFoundError:
@@ -51,7 +55,7 @@ def _installed(name: str) -> str:
 
 
 def is_installed(environment: Path) -> bool:
-    """Whether the environment is there, whole, and of this version of what it should hold."""
+    """Return whether the environment is complete and holds the current requirements."""
     try:
         stamp = json.loads((environment / _STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -60,7 +64,11 @@ def is_installed(environment: Path) -> bool:
 
 
 def require_installed(environment: Path) -> None:
-    """Raise ServerError with the remedy where it is not there."""
+    """Check that the environment is installed.
+
+    Raises:
+        ServerError: The environment is missing or out of date. The message names the remedy.
+    """
     if not is_installed(environment):
         state = "is out of date" if (environment / _STAMP).exists() else "is not installed"
         raise ServerError(
@@ -70,9 +78,12 @@ def require_installed(environment: Path) -> None:
 
 
 def install(environment: Path, progress: Callable[[str], None] = print) -> None:
-    """Build the environment, unless it is there. Raises ServerError with pip's last words.
+    """Build the environment unless it is installed.
 
-    The stamp is written last, so that an interrupted installation counts as none and is begun anew.
+    The stamp is written last. An interrupted installation has no stamp, so the next call starts it again.
+
+    Raises:
+        ServerError: The environment cannot be built. If pip failed, the message has the last lines of its output.
     """
     if is_installed(environment):
         return
@@ -95,7 +106,7 @@ def install(environment: Path, progress: Callable[[str], None] = print) -> None:
 
 
 def _require_ours(environment: Path) -> None:
-    """What is there will be removed: it must be an installation of ours, whole or not."""
+    """Check that the folder is an installation of ours, complete or not, because the build removes its content."""
     ours = (environment / _STAMP).exists() or (environment / _BEGUN).exists()
     if environment.exists() and not ours and any(environment.iterdir()):
         raise ServerError(
@@ -117,7 +128,7 @@ def _build(environment: Path) -> None:
 
 
 def _wanted(environment: Path) -> dict[str, object]:
-    # A virtual environment cannot be moved: one that was copied elsewhere counts as none.
+    # A virtual environment cannot be moved. With its place in the stamp, a moved copy counts as not installed.
     return {"place": os.path.abspath(environment), "python": list(sys.version_info[:2]), **requirements()}  # noqa: PTH100 - links stay
 
 

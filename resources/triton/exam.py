@@ -1,4 +1,4 @@
-"""What a server has to answer before a release is pointed to, and how running servers are asked."""
+"""The exam that a release must pass before the pointer names it, and the steps that put it to running servers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,27 @@ from resources.triton.stage import stage_alias
 if TYPE_CHECKING:
     from resources.pipelines.base import Item
 
-#: After a proof on running servers: those whom its many requests kept waiting are answered before the release changes.
+#: The pause after a proof on running servers. A proof sends many requests, and the users' requests that they delayed
+#: are answered in this time, before the release changes.
 REST_SECONDS = 3.0
 
 
 def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], baseline: Sequence[Any]) -> Exam:
-    """What a server has to answer. baseline: PyTorch's answers to the items."""
+    """Return the requests that a server has to answer, and the verdict on its answers.
+
+    Args:
+        plan: The release to prove.
+        gates: The gates of the task's metrics.
+        items: The items of the requests.
+        baseline: PyTorch's answers to the items.
+    """
     task, settings = TASKS[plan.checkpoint.task], plan.checkpoint.settings
 
     def verdict(indices: Sequence[int], answers: Sequence[Any]) -> tuple[Metrics, list[str]]:
         broken = broken_answers([baseline[index] for index in indices], answers)
         if broken:
             return {}, [broken]
-        # Some are asked several times over: every round has each of its items once.
+        # Some items are sent several times. The answers are split into rounds that hold each item at most once.
         rounds: list[dict[int, Any]] = [{}]
         for index, answer in zip(indices, answers, strict=True):
             place = next((one for one in rounds if index not in one), None)
@@ -46,7 +54,7 @@ def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], baseline: 
         for one in rounds:
             asked, expected = [items[index] for index in one], [baseline[index] for index in one]
             metrics = task.compare(settings, asked, expected, list(one.values()))
-            # In other company than when it was measured, an answer at the edge may fall on the other side: one may.
+            # In a batch with other rows than when it was measured, a borderline answer may change. One item may do so.
             allowed = gates.for_some(len(one) / len(items), chance=1 / len(items))
             missed += [miss for miss in task.misses(task.gate_names(settings), metrics, allowed) if miss not in missed]
             first = first or metrics
@@ -63,18 +71,25 @@ def make_exam(plan: ReleasePlan, gates: Gates, items: Sequence[Item], baseline: 
 
 
 def _is_allowed(item: Item, plan: ReleasePlan) -> bool:
-    """Whether the release takes texts of such a length."""
+    """Return whether the item's texts are within the release's length limit."""
     return max(len(text.encode()) for text in item.values()) <= plan.limits.text_bytes
 
 
 def fleet_steps(fleet: Fleet, exam: Callable[[], Exam], home: Location, *, http: Sequence[str] = ()) -> Steps:
-    """Proving on running servers that serve the repository `home`, and having them take the release up.
+    """Return the steps that prove a release on running servers and have the servers take it up.
 
-    The first is asked everything, over gRPC and, where `http` has its address, HTTP; the others a question each.
+    The first server gets the whole exam, over gRPC and, if `http` has its address, over HTTP. The others get the
+    few short requests of `resources.triton.asking.ask`.
+
+    Args:
+        fleet: The running servers.
+        exam: Returns the exam. It is called once for each proof.
+        home: The repository that the servers serve.
+        http: The HTTP addresses of the servers, in the fleet's order.
     """
 
     def prove_inside(repository: Location, release: Release, plan: ReleasePlan) -> Proof:
-        """Through a second ensemble, which is there for the proof alone."""
+        """Prove the release through a second ensemble that exists for the proof only."""
         name = internal_name(release.model, release.number, "proof")
         try:
             with staging_folder(repository) as scratch:

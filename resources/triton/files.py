@@ -1,4 +1,4 @@
-"""Files of a repository: what reaches the disk in which order, and what a full disk means to a person."""
+"""File operations on a repository: the order of writes and removals, the lock, staging folders, and disk errors."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path, PurePosixPath
 
 from resources.boundary.foreign import ForeignError, local_path
-from resources.errors import FULL, ReleaseError, StorageError
+from resources.errors import FULL, RefusedError, ReleaseError, StorageError
 from resources.storage import atomic as files
 from resources.storage.lease import leased
 from resources.storage.locations import Location, contents
 from resources.storage.locks import file_lock
-from resources.storage.objects import RefusedError, RemotePath
+from resources.storage.objects import RemotePath
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
 from resources.triton.release import Release
 
-#: Beside the engine: the tokenizer with its library, configurations and manifest.
+#: The room that a release needs beside its engine, for the tokenizer with its library, configurations and manifest.
 _BESIDE_ENGINE_BYTES = 20 * 2**20
-#: In a staging folder on this machine: it left a note in the store.
+#: This file marks a staging folder on this machine that has left a note in the store.
 _NOTED = ".noted"
-#: How long a process waits for the lock of a repository: several releases are published in that time.
+#: How long a process waits for the lock of a repository. Several releases can be published in that time.
 PATIENCE_SECONDS = 1800.0
-#: Of a place where this user may not write.
+#: The error numbers of a place where this user may not write.
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOG = logging.getLogger(__name__)
 
 
 def sync(path: Location) -> None:
-    """Make a file's bytes, or a folder's names, durable. Object storage has done so when it answers."""
+    """Make a file's bytes or a folder's names durable. Object storage does so before it answers."""
     if isinstance(path, Path):
         files.sync(path)
 
 
 def bring_in(folder: Path, place: Location) -> None:
-    """Move a staged folder to its place in the repository: at once by renaming, or file by file where nothing can be
-    renamed, in the order that does least harm where a server looks in between.
+    """Move a staged folder to its place in the repository.
+
+    A folder is renamed at once. Object storage cannot rename, so files are uploaded one by one, in the order that does
+    the least harm if a server looks in between.
     """
     if not isinstance(place, RemotePath):
         folder.rename(place)
@@ -51,7 +53,7 @@ def bring_in(folder: Path, place: Location) -> None:
 
 
 def replace_file(new: Location, place: Location) -> None:
-    """Put a file in another's place: readers see the one or the other, whole. The new one may be gone then."""
+    """Replace the file at `place` with `new`, which may be gone afterwards. Readers see one of the two, complete."""
     if isinstance(place, RemotePath):
         place.write_bytes(new.read_bytes())
     else:
@@ -60,9 +62,15 @@ def replace_file(new: Location, place: Location) -> None:
 
 
 def discard(path: Location, bin_folder: Location) -> None:
-    """Remove a folder of a repository at once, by renaming it out; in object storage file by file, the last first.
+    """Remove a folder of a repository.
 
-    A server that polls must not see a Python model without its `model.py`: it would wait for it for ever.
+    A folder on disk is renamed out of the repository at once. In object storage files are removed one by one, in the
+    reverse order of `bring_in`. A server that polls must not see a Python model without its `model.py`, because it
+    would wait for that file for ever.
+
+    Args:
+        path: The folder to remove.
+        bin_folder: A folder on the same file system to move it into. It is not used in object storage.
     """
     if isinstance(path, RemotePath):
         names = list(path.sizes())
@@ -72,14 +80,14 @@ def discard(path: Location, bin_folder: Location) -> None:
     if not path.exists():
         return
     assert isinstance(bin_folder, Path)
-    # On a full disk no folder can be made, and this is how room is made: the first to go becomes the bin.
+    # On a full disk no folder can be made, so the first removed folder becomes the bin itself.
     gone = bin_folder / uuid.uuid4().hex if bin_folder.exists() else bin_folder
     try:
         path.rename(gone)
     except OSError as error:
         if error.errno not in FULL:
             raise
-        # Not even a name has room, and this is how room is made: file by file, as in object storage.
+        # The disk has no room even for a new name. Files are removed one by one, as in object storage, to make room.
         names = [name.relative_to(path).as_posix() for name in path.rglob("*") if not name.is_dir()]
         for name in sorted(names, key=_rank, reverse=True):
             (path / name).unlink(missing_ok=True)
@@ -88,11 +96,11 @@ def discard(path: Location, bin_folder: Location) -> None:
 
 
 def _rank(name: str) -> int:
-    """When a file of a folder is put into object storage, and, backwards, when it is removed.
+    """Return a file's place in the order of upload to object storage. Files are removed in the reverse order.
 
-    `model.py` before all else: its version folder is there from its first file on. A manifest once its release is
-    whole. The folder's own configuration last: without it a server that looks meanwhile completes one by itself, or
-    fails to load the model, and looks again.
+    `model.py` is first, because its version folder exists from the first file on. A manifest follows the other files
+    of its release. The configuration at the top of the folder follows everything below it. A server that looks earlier
+    completes a configuration by itself, or fails to load the model and looks again.
     """
     top, last = "/" not in name, PurePosixPath(name).name
     if last == "model.py":
@@ -105,10 +113,14 @@ def _rank(name: str) -> int:
 
 
 def copy_tree(source: RemotePath, target: Path) -> None:
-    """Download a whole folder; nothing where nothing is there. Raises ReleaseError for names that lead out of it."""
+    """Download a whole folder. A folder that does not exist is treated as empty.
+
+    Raises:
+        ReleaseError: An object's name leads out of the folder.
+    """
     for name, size_bytes in source.sizes().items():
         try:
-            path = local_path(target, name)  # lint reads anybody's
+            path = local_path(target, name)  # lint also reads repositories of unknown origin
         except ForeignError as error:
             raise ReleaseError(f"{source}: {error}, and is no path of a repository. Remove it.") from None
         (source / name).download(path, size_bytes)
@@ -116,15 +128,20 @@ def copy_tree(source: RemotePath, target: Path) -> None:
 
 @contextmanager
 def on_this_machine(repository: Location, release: Release, *, alone: bool = True) -> Iterator[Path]:
-    """A repository whose files of that release can be opened: the folder itself, or a copy that goes at the end.
+    """Yield a repository on this machine that holds the release.
 
-    alone: for who holds the repository's lock; a copy that somebody left who was killed goes too.
+    It is the repository's own folder, or a copy that is removed at the end.
+
+    Args:
+        repository: The repository that holds the release.
+        release: The release to open.
+        alone: Whether the caller holds the repository's lock. Then a copy that a killed process left is removed too.
     """
     if not isinstance(repository, RemotePath):
         yield repository
         return
     root = _local_staging(repository).with_suffix(".copy" if alone else f".{uuid.uuid4().hex}")
-    shutil.rmtree(root, ignore_errors=True)  # somebody was killed
+    shutil.rmtree(root, ignore_errors=True)  # a killed process may have left it
     try:
         copy = root / repository.name
         for name in (release.model, *internal_names(release)):
@@ -135,9 +152,12 @@ def on_this_machine(repository: Location, release: Release, *, alone: bool = Tru
 
 
 def repository_lock(repository: Location, patience_s: float = PATIENCE_SECONDS) -> AbstractContextManager[None]:
-    """Hold the repository's lock, as every process does that changes it. A process that waits says for whom.
+    """Hold the repository's lock. Every process that changes the repository holds it.
+
+    A process that waits for the lock of a folder logs which process holds it.
 
     Args:
+        repository: The repository to lock.
         patience_s: How long to wait for the lock of a folder. A lease in object storage has its own `LeaseTimes`.
 
     Raises:
@@ -169,7 +189,10 @@ def _locked(place: Path, repository: Location, patience_s: float) -> Iterator[No
 
 @contextmanager
 def lock_to_read(repository: Location) -> Iterator[bool]:
-    """The repository's lock for who only looks; False where that may not be written, which looking does not need."""
+    """Hold the repository's lock for a reader, and yield whether it is held.
+
+    Without the right to write there the lock cannot be taken. A reader can go on without it.
+    """
     with ExitStack() as held:
         try:
             held.enter_context(repository_lock(repository))
@@ -184,14 +207,18 @@ def lock_to_read(repository: Location) -> Iterator[bool]:
 
 
 def staging_root(repository: Location) -> Location:
-    """Beside the repository, on its file system: a dot folder inside would be polled as a model."""
+    """Return the staging root. It lies beside the repository, on the same file system.
+
+    Inside the repository Triton would poll it as a model, even under a hidden name.
+    """
     return repository.parent / f".{repository.name}.staging"
 
 
 @contextmanager
 def staging_folder(repository: Location) -> Iterator[Path]:
-    """An empty folder there, removed at the end whatever is left in it. Of object storage: a folder on this machine,
-    with what `leave_note` left in the store.
+    """Yield an empty folder below the staging root, and remove it with its content at the end.
+
+    For object storage the folder is on this machine, and the note that `leave_note` left in the store is removed too.
     """
     root = _local_staging(repository)
     folder = root / uuid.uuid4().hex
@@ -204,7 +231,12 @@ def staging_folder(repository: Location) -> Iterator[Path]:
 
 
 def clear_staging(repository: Location, *, but: Collection[str] = ()) -> None:
-    """Remove what killed publishers left there. but: names of folders below `staging_root` that stay."""
+    """Remove what killed publishers left in staging.
+
+    Args:
+        repository: The repository whose staging is cleared. The caller holds its lock.
+        but: The names of folders below `staging_root` that stay.
+    """
     root = staging_root(repository)
     for path in contents(root) if but else []:
         if path.name in but:
@@ -220,8 +252,15 @@ def clear_staging(repository: Location, *, but: Collection[str] = ()) -> None:
 
 
 def leave_note(staged: Path, repository: Location, names: Sequence[str]) -> None:
-    """Before a pointer is moved: leave the named staged files, in their order, where the next publisher finds them in
-    `staging_root` if this one is killed. In a folder they are there anyhow.
+    """Copy staged files to `staging_root` in the store, so that the next publisher finds them if this one is killed.
+
+    The publisher calls this before it moves the pointer. On disk the staging folder itself is in `staging_root`, so
+    nothing is copied.
+
+    Args:
+        staged: The staging folder on this machine.
+        repository: The repository that the release is published to.
+        names: The files to copy, in this order, relative to `staged`.
     """
     root = staging_root(repository)
     if isinstance(root, RemotePath):
@@ -231,7 +270,10 @@ def leave_note(staged: Path, repository: Location, names: Sequence[str]) -> None
 
 
 def take_note_back(staged: Path, repository: Location) -> None:
-    """Once the pointer is moved, or will not be. It stays where the store does not answer, until the next publisher."""
+    """Remove the note of `leave_note`, once the pointer has moved or will not move.
+
+    If the store does not answer, the note stays for the next publisher.
+    """
     root = staging_root(repository)
     if isinstance(root, RemotePath) and (staged / _NOTED).exists():
         with suppress(StorageError):
@@ -240,21 +282,27 @@ def take_note_back(staged: Path, repository: Location) -> None:
 
 
 def keep_note(staged: Path) -> None:
-    """Leave the note to the next publisher: `take_note_back` passes it over."""
+    """Leave the note to the next publisher. After this call, `take_note_back` does not remove it."""
     (staged / _NOTED).unlink(missing_ok=True)
 
 
 def _local_staging(repository: Location) -> Path:
     root = staging_root(repository)
     if isinstance(root, RemotePath):
-        # One for each place: `clear_staging` removes them all, under that place's lock alone.
+        # Each repository has its own folder, because `clear_staging` removes all of it under that repository's lock.
         return root.store.scratch / hashlib.sha256(str(root).encode()).hexdigest()[:16]
     return root
 
 
 @contextmanager
 def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> Iterator[None]:
-    """Turn any OSError into a ReleaseError that says what, where and what to do."""
+    """Turn any OSError into a ReleaseError that says what failed, where it failed, and what to do.
+
+    Args:
+        model: The model whose release is written.
+        repository: The repository that the release is written to.
+        engine_bytes: The size of the release's engine. The message uses it to say how much room is needed.
+    """
     try:
         yield
     except OSError as error:
@@ -266,7 +314,7 @@ def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> It
                 place, elsewhere = "there", "REFINERY_TRITON_REPOSITORIES"
             remedy = f"It needs about {needed:.0f} MB {place}: make room, or set {elsewhere} elsewhere."
         elif error.errno in READ_ONLY:
-            # Not the file that was tried first, a lock of ours say: all beside it would follow.
+            # The message names the folders and not the file of the error, because other writes there would fail too.
             remedy = (
                 f"Whoever runs this has to be able to write in {repository} and in {repository.parent}, beside it. "
                 "Allow that, or set REFINERY_TRITON_REPOSITORIES elsewhere."
@@ -284,7 +332,7 @@ def clear_disk_errors(model: str, repository: Location, engine_bytes: int) -> It
 
 
 def last_number(repository: Location, model: str) -> int:
-    """The largest number that a release of the model ever had where a server could see it; 0: none is known."""
+    """Return the largest number of any release of the model that a server could see, or 0 if none is known."""
     try:
         return int(_numbers(repository, model).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -292,7 +340,10 @@ def last_number(repository: Location, model: str) -> int:
 
 
 def remember_number(repository: Location, model: str, number: int) -> None:
-    """Never give that number to another release: servers keep what they said of its names, and cached answers."""
+    """Store the number, so that no other release of the model ever gets it.
+
+    Servers keep the answers that they cached for a number, and what they reported about its models.
+    """
     path = _numbers(repository, model)
     if isinstance(path, RemotePath):
         path.write_bytes(str(number).encode())

@@ -1,7 +1,8 @@
-"""The running servers behind one repository, told of releases in the way that their control mode wants.
+"""The running servers of one repository, and how they take up a release in each model control mode.
 
-explicit: they are told to load. poll: they see it by themselves, and are waited for. Servers without model control
-(`none`) hold what they loaded when they started, so there is nothing that they could be told.
+In mode `explicit` the fleet tells the servers to load a release. In mode `poll` the servers see it by themselves, and
+the fleet waits for them. Servers in mode `none` keep the models that they loaded at the start, so a fleet does not
+include them.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from resources.triton.release import Release
 
 _LOG = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
-#: Who polls is waited for in silence for so long.
+#: After this long, the log says that the fleet waits for a server that polls.
 SAY_SECONDS = 5.0
-#: A server that lists its folder without the model by then reads another: on a network's disk, a listing may be a
+#: A server that does not list the model by then reads another folder. On a network file system, a listing may be a
 #: minute old (NFS: acdirmax).
 UNSEEN_SECONDS = 75.0
-#: Requests that were under way in the release before may finish in it.
+#: Requests that were under way in the replaced release get this long to finish in it.
 GRACE_SECONDS = 5.0
-#: What a server says of a model that left it in good order, and that may come again.
+#: The reason that a server gives for a model that was unloaded normally. Such a model may be loaded again.
 _GONE = "unloaded"
 
 
 class Fleet:
-    """The servers that can be told. A context manager: it holds one connection to each. False: there are none.
+    """The servers that load a new release while they run, as a context manager with a connection to each.
 
-    Every wait for one server and one of its models ends after client.LOAD_TIMEOUT_SECONDS.
+    A fleet without servers is false. Every wait for one server and one of its models ends after
+    client.LOAD_TIMEOUT_SECONDS.
     """
 
     def __init__(self, settings: TritonSettings) -> None:
@@ -59,8 +61,12 @@ class Fleet:
         self._stack.close()
 
     def require_ready(self) -> None:
-        """Raise ServerError unless every server answers, in the mode that is configured, all of one version: proven on
-        one means nothing elsewhere.
+        """Check that every server answers, that it runs in the configured mode, and that all have the same version.
+
+        A proof on one version of Triton says nothing about another version.
+
+        Raises:
+            ServerError: A server does not answer, or has another mode or version.
         """
         dead = [client.address for client in self.clients if not client.is_live()]
         if dead:
@@ -86,20 +92,29 @@ class Fleet:
             )
 
     def hold(self, repository: Location, name: str, number: int) -> None:
-        """Have every server hold a model that lies in the repository and is pinned to that release.
+        """Have every server load a model of the repository that is pinned to a release.
 
-        Raises ServerError with the server's reason.
+        Args:
+            repository: The repository that the servers read.
+            name: The public model, or a second ensemble of the release.
+            number: The number of the release that the model is pinned to.
+
+        Raises:
+            ServerError: A server cannot load the model, for the reason that it gives, or does not take it up in time.
         """
         for client in self.clients:
             if self._polling:
                 self._await(client, repository, name, number)
-            else:  # one after the other, or two at once take the cores from those that are answered
+            else:  # one after the other, because two loads at once take the cores from running requests
                 _load(client, repository, name)
 
     def ask_aside(self, repository: Location, release: Release) -> None:
-        """Have every server load the release under a name that is there for this alone, and answer with it.
+        """Have every server load the release under a name of its own, and check that it answers.
 
-        For who holds the repository's lock. What serves stays as it is. Raises ServerError.
+        The caller holds the repository's lock. The models that serve are not touched.
+
+        Raises:
+            ServerError: A server cannot load the release, or does not answer with it.
         """
         with staging_folder(repository) as scratch:
             name = write_alias(repository, release, scratch)
@@ -113,13 +128,21 @@ class Fleet:
             discard(repository / name, staging_root(repository))
 
     def take_up(self, repository: Location, release: Release) -> None:
-        """Have every server serve the release that the public model names, and answer with it. Raises ServerError."""
+        """Have every server serve the release that the public model names, and check that it answers.
+
+        Raises:
+            ServerError: A server cannot load the release, or does not answer with it.
+        """
         self.hold(repository, release.model, release.number)
         for client in self.clients:
             ask(client, repository, release)
 
     def go_back(self, repository: Location, model: str) -> list[str]:
-        """Have every server serve what the public model names again, or nothing; what failed, a sentence each."""
+        """Have every server serve the release that the public model names, and return the failures as sentences.
+
+        A publish or a rollback calls this after it has put the pointer back. If the public model is gone, servers in
+        explicit control unload it.
+        """
         failed = []
         for client in self.clients:
             try:
@@ -144,9 +167,9 @@ class Fleet:
             ask(client, repository, release)
 
     def retire(self, names: Iterable[str]) -> None:
-        """Have every server drop models that nothing names any more, but what it answers with all the same.
+        """Have every server unload models that no pointer names any more.
 
-        Servers that poll do so by themselves.
+        A server keeps the models that its loaded ensemble still uses. Servers that poll unload models by themselves.
         """
         if self._polling:
             return
@@ -155,18 +178,18 @@ class Fleet:
         for client in self.clients:
             used: set[str] = set()
             for model in models:
-                with suppress(ServerError):  # it has no model of the name
+                with suppress(ServerError):  # the server has no model of that name
                     used.update(client.steps(model))
             client.unload_all(name for name in names if name not in used)
 
     def leave(self, names: Sequence[str]) -> None:
-        """Drop what another release has replaced, once requests under way have had the time to be answered."""
+        """Unload the models of a replaced release, after the time that its requests under way get to finish."""
         if names and not self._polling:
             time.sleep(GRACE_SECONDS)
             self.retire(names)
 
     def served(self, model: str) -> list[int | None]:
-        """The release that each server answers with; None: none of ours."""
+        """Return the number of the release that each server serves, or None where it serves no release."""
         found: list[int | None] = []
         for client in self.clients:
             number = None
@@ -178,7 +201,7 @@ class Fleet:
     def _await(self, client: TextClient, repository: Location, name: str, number: int) -> None:
         begun, said, there = time.monotonic(), False, {*_parts(repository, name), name}
         while (waited := time.monotonic() - begun) < LOAD_TIMEOUT_SECONDS:
-            with suppress(ServerError):  # it has no model of the name yet
+            with suppress(ServerError):  # the server has no model of that name yet
                 if client.release_of(name) == number:
                     return
             seen = client.models()
@@ -215,7 +238,7 @@ def _load(client: TextClient, repository: Location, name: str) -> None:
     try:
         client.load(name, _parts(repository, name))
     except ServerError as error:
-        if name not in client.models():  # Triton says that it "failed to poll"
+        if name not in client.models():  # for such a model Triton only says "failed to poll"
             raise _elsewhere(client, repository, name) from error
         raise
 

@@ -1,4 +1,4 @@
-"""Serving in the foreground: a server in step with its repository that is repaired, and started again when it dies."""
+"""Serve a repository in the foreground: follow its releases, repair models that break, and restart a dead server."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from resources.triton.layout import public_models, public_pointers
 from resources.triton.server import EmbeddedServer
 from resources.triton.watch import Watcher
 
-#: How often a serving process looks for a new release, and for models that broke.
+#: How often a serving process looks for a new release, and how often for broken models.
 WATCH_SECONDS = 1.0
 GUARD_SECONDS = 0.25
-#: Before attempts to start a server again, where the one before failed or the server lived shortly. What dies again and
-#: again must not take the machine, and what an attacker kills must be back within 10 s: starting takes some of that.
+#: Pauses before a server is started again, by the number of failed starts or short lives in a row. A server that keeps
+#: dying must not use up the machine. A server that an attacker kills must be back within 10 s, start included.
 PAUSES_SECONDS = (0.0, 1.0, 2.0, 4.0)
 _SHORT_LIFE_SECONDS = 10.0
-#: So many attempts that end before the server is ready are the end of serving.
+#: Serving ends after this many starts in a row that fail before the server is ready.
 MOST_ATTEMPTS = 6
-#: At the end, for a look at the repository that is under way. A download may take longer, and the next start removes
-#: what it left.
+#: At the end, a look at the repository that is under way gets this long. A download may take longer, and the next start
+#: removes the files that it left.
 _LAST_LOOK_SECONDS = 2.0
 
 
@@ -53,17 +53,26 @@ def serve_foreground(
     """Serve every public model until Ctrl-C, SIGTERM or `stop()`, whatever happens to the server meanwhile.
 
     Args:
-        health_port: Of the address that says whether all models answer; None: there is none.
-        control: `explicit`: new releases and models are taken up while it runs; a release that cannot be loaded is said
-            so, and the one before goes on serving. `poll`: Triton itself looks, and says so in its log alone. `none`:
-            what is there at the start.
-        options: Further ones of tritonserver.
-        key: Of the restricted APIs; None: a random one. While the server runs the settings' folder of keys has it.
-        refresh: Called before each look at the repository, which may be a copy; by another thread.
+        repository: The repository to serve.
+        settings: The settings of the embedded server.
+        http_port: The server's HTTP port.
+        grpc_port: The server's gRPC port.
+        metrics_port: The server's metrics port.
+        health_port: The port of the address that says whether all models answer. None means no such address.
+        log: The file for the server's log.
+        control: In mode `explicit`, this process takes up new releases and models while the server runs. It reports a
+            release that cannot be loaded, and the one before goes on serving. In mode `poll`, Triton itself looks and
+            reports to its log only. In mode `none`, the server serves the models that are there at the start.
+        options: Further options of tritonserver.
+        key: The key of the restricted APIs. None means a random one. The settings' folder of keys has it while the
+            server runs.
+        say: Called with each message for the user.
+        stop: Called often. Serving ends when it returns True.
+        refresh: Called by another thread before each look at the repository, to bring a copy up to date.
 
     Raises:
-        ServerError: The server does not start, cannot load a single model of those that are there at the start, or
-            cannot be started again after it died.
+        ServerError: The server does not start, can load none of the models that are there at the start, or cannot be
+            started again after it died.
     """
     server = EmbeddedServer(
         repository,
@@ -95,7 +104,7 @@ def serve_foreground(
 
 
 class _Serving:
-    """One server over all of its lives."""
+    """One server, which is started again each time it ends."""
 
     def __init__(
         self,
@@ -117,7 +126,11 @@ class _Serving:
         self._defect: Exception | None = None
 
     def run(self) -> None:
-        """Serve until it is to stop. Raises ServerError."""
+        """Serve until `stop` returns True.
+
+        Raises:
+            ServerError: The server cannot be started, or can load no model.
+        """
         following = threading.Thread(target=self._follow, name="follow", daemon=True)
         following.start()
         try:
@@ -135,7 +148,7 @@ class _Serving:
                     self._server.models = tuple(public_models(self._repository))
                 with self._server, self._server.client() as client:
                     why = self._live(client)
-            except (ServerError, OSError) as error:  # OSError: a full disk may have room later
+            except (ServerError, OSError) as error:  # an OSError too, because a full disk may have room later
                 failed += 1
                 if not self._served or failed == MOST_ATTEMPTS:
                     raise
@@ -150,11 +163,11 @@ class _Serving:
             self._pause(short)
 
     def _live(self, client: TextClient) -> str | None:
-        """Serve as long as the server lives; why it has to be started again, None: it is to stop."""
+        """Serve as long as the server lives, and return why it has to be started again, or None if it should stop."""
         over = threading.Event()
 
         def say(line: str) -> None:
-            if not over.is_set():  # else a load failed because the connection was closed
+            if not over.is_set():  # afterwards loads fail only because the connection is closed
                 self._say(line)
 
         watcher = Watcher(self._repository, client, say) if self._control == "explicit" else None
@@ -162,7 +175,7 @@ class _Serving:
             watcher.look()
             if not watcher.serving and public_models(self._repository):
                 raise ServerError(f"No model of {self._repository} could be loaded; the log is {self._log}.")
-        # A copy, because another thread changes it.
+        # The guard gets a copy, because another thread changes the original.
         serving = (lambda: public_pointers(self._repository)) if watcher is None else lambda: dict(watcher.serving)
         self._serving = serving
         guard = Guard(self._server.pid, client, serving, explicit=watcher is not None, say=self._say, show=self._show)
@@ -180,7 +193,7 @@ class _Serving:
             over.set()
 
     def _guarded(self, guard: Guard) -> str | None:
-        """Repair what breaks as long as the server lives; why it has to be started again, None: it is to stop."""
+        """Repair broken models as long as the server lives, and return the same as `_live`."""
         while not self._stop():
             time.sleep(GUARD_SECONDS)
             if self._server.ended():
@@ -197,7 +210,7 @@ class _Serving:
     def _follow(self) -> None:
         """Keep the server in step with its repository, in a thread of its own.
 
-        To download or load a release may take minutes. What breaks meanwhile is repaired all the same.
+        Downloading or loading a release may take minutes. In a thread of its own it does not delay repairs.
         """
         said = ""
         while not self._ended.wait(WATCH_SECONDS):
@@ -206,7 +219,7 @@ class _Serving:
                 if (watcher := self._watcher) is not None:
                     watcher.look()
                 said = ""
-            except (RefineryError, OSError) as error:  # a network's disk may come back
+            except (RefineryError, OSError) as error:  # a network file system may come back
                 if str(error) != said:
                     said = str(error)
                     self._say(
@@ -232,7 +245,10 @@ class _Serving:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """`kill` ends a `with` block as Ctrl-C does. Outside the main thread no signal can be set, and nothing is done."""
+    """Make SIGTERM end a `with` block as Ctrl-C does.
+
+    Outside the main thread no signal handler can be set, and this does nothing.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del number, frame

@@ -1,4 +1,4 @@
-"""Keeping what a running server serves able to answer: broken models are repaired, unloaded ones loaded again."""
+"""Keep the models of a running server able to answer: repair broken models, and load unloaded ones again."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from resources.triton.client import Contract, TextClient
 from resources.triton.layout import named_internals
 from resources.triton.stubs import Stubs
 
-#: How often the server is asked which models it holds, and how many requests failed.
+#: How often the guard asks the server which models it holds and how many requests failed.
 CHECK_SECONDS = 1.0
-#: Triton 2.51 does not free what belongs to a process that was killed: a thread, and 1 MB of shared memory or more. So
-#: the server is started again instead, once it has been repaired so often.
+#: After this many repairs the server is started again instead. For each process that was killed, Triton 2.51 never
+#: frees a thread and 1 MB or more of shared memory.
 MOST_REPAIRS = 10
-#: A repair that fails is tried so often before the server is started again.
+#: After this many failed repairs of one model the server is started again.
 _TRIES = 3
-#: Triton's words where the process of a Python model does not react at all.
+#: Part of Triton's error when the process of a Python model does not react at all.
 _UNHEALTHY = "is not healthy"
-#: What gRPC says of a request that is refused as the client's own fault.
+#: The gRPC status of a request that is refused because of the request itself.
 _REFUSED = "StatusCode.INVALID_ARGUMENT"
-#: A question that is asked so often, and how long any answer is waited for: meanwhile nothing is repaired.
+#: The text of a test request, how often it is sent, and how long the guard waits for any answer. While it waits,
+#: nothing is repaired.
 _PROBE, _PROBES, _ANSWER_SECONDS = "Is anybody there?", 3, 2.0
 
 
 class BeyondRepairError(ServerError):
-    """The server has to be started again."""
+    """The error for a server that has to be started again."""
 
 
 class Guard:
-    """Looks after the public models of one server.
+    """A guard that finds and repairs broken public models of one server.
 
     Args:
-        leader: The process that the server runs below.
+        leader: The id of the process that the server runs below.
         client: A connection that may use the restricted APIs.
-        serving: The configurations of the public models that are to serve, by name.
-        explicit: Whether models can be loaded and unloaded; elsewhere the server has to be started again.
-        show: Told of the models that do not answer, with the reasons, and of none once all answer.
+        serving: Returns the configurations of the public models that should serve, by name.
+        explicit: Whether models can be loaded and unloaded. Otherwise the server has to be started again.
+        say: Called with a message for each repair.
+        show: Called with the reasons of the models that do not answer, by model. The mapping is empty once all answer.
     """
 
     def __init__(
@@ -60,10 +62,10 @@ class Guard:
         self._repairs = 0
         self._checked = time.monotonic()
         self._missing: set[str] = set()
-        self._failed: dict[str, int] = {}  # the server has just started
+        self._failed: dict[str, int] = {}  # a server that has just started counts from 0
 
     def look(self) -> None:
-        """Find what broke since the last look, and repair it.
+        """Find the models that broke since the last look, and repair them.
 
         Raises:
             BeyondRepairError: The server has to be started again.
@@ -77,7 +79,7 @@ class Guard:
         if time.monotonic() - self._checked > CHECK_SECONDS:
             self._checked = time.monotonic()
             for find in (self._find_unloaded, self._find_unhealthy):
-                with suppress(ServerError):  # it ends, which is seen elsewhere, or is too busy to say
+                with suppress(ServerError):  # the server is too busy, or it ends, which the caller notices
                     find(serving)
         for model in [model for model in self._broken if model not in serving]:
             del self._broken[model]
@@ -94,15 +96,16 @@ class Guard:
         for model, config in serving.items():
             if gone := [name for name in (*named_internals(config), model) if name not in ready]:
                 missing.add(model)
-                if model in self._missing:  # once may be in the middle of a change
+                if model in self._missing:  # missing once may mean that a change is under way
                     self._broken.setdefault(model, f"somebody unloaded {gone[0]}")
         self._missing = missing
 
     def _find_unhealthy(self, serving: Mapping[str, str]) -> None:
-        """Ask a model some of whose requests failed. Being slow is not being broken, and refusing is not either.
+        """Send test requests to each model with newly failed requests, and end its processes if it is at fault.
 
-        Where a process did not react for a second, Triton 2.51 refuses the request and goes on. If the process reacts
-        later, the next request gets the answer of the refused one, and so on: such a process must not live.
+        A model that is slow or refuses a request is not broken. If a process does not react for a second, Triton 2.51
+        refuses the request and goes on. If the process reacts later, the next request gets the answer to the refused
+        one, and so on with every later request. Such a process must be ended.
         """
         failed = self._client.failed_requests(seconds=_ANSWER_SECONDS)
         before, self._failed = self._failed, failed
@@ -116,9 +119,10 @@ class Guard:
             self._broken.setdefault(model, f"{reason}, so its process was ended")
 
     def _fault(self, model: str) -> str | None:
-        """Ask the same question several times over; what is wrong with the answers, None: nothing that is known.
+        """Send the same request several times, and return what is wrong with the answers, or None.
 
-        Answers that come one request too late are seen in the first alone: after it come those to the same question.
+        If answers arrive one request late, only the first answer differs, because the later ones belong to the same
+        request.
         """
         found = []
         try:
@@ -126,7 +130,7 @@ class Guard:
             for _ in range(_PROBES):
                 found.append(self._answer(model, contract))
             if self._client.release_of(model) != number:
-                return None  # another release answers otherwise, and with another process
+                return None  # another release gives other answers, from another process
         except ServerError as error:
             return "Triton says that its process is not healthy" if _UNHEALTHY in str(error) else None
         if all(_is_like(found[0], one) for one in found):
@@ -134,13 +138,17 @@ class Guard:
         return "it gave answers that belong to other requests"
 
     def _answer(self, model: str, contract: Contract) -> Any:
-        """The answer to a question, or the words of a refusal: not every model takes any text. Raises ServerError."""
+        """Return the answer to the test request, or the text of its refusal, because not every model takes any text.
+
+        Raises:
+            ServerError: The request failed in another way.
+        """
         item = dict.fromkeys(contract.inputs, _PROBE)
         try:
             return self._client.ask(model, contract, [item], seconds=_ANSWER_SECONDS)[0]
         except ServerError as error:
             cause = error.__cause__
-            # Without a cause the answer came, and it does not fit the question.
+            # An error without a cause means that an answer came and does not fit the contract.
             if cause is None or getattr(cause, "status", lambda: "")() == _REFUSED:
                 return str(error)
             raise
@@ -155,8 +163,8 @@ class Guard:
         try:
             self._client.unload_all(internals)
             self._client.load(internals[-1], internals[:-1])
-            # Triton takes the public model up again by itself, but not always. Loading it reads the pointer, which
-            # may name a release by now that was refused.
+            # Triton usually loads the public model again by itself. The guard loads it only if Triton has not, because
+            # a load reads the pointer, which by now may name a release that was refused.
             if model not in self._client.ready_models():
                 self._client.load(model)
         except ServerError as error:
@@ -172,7 +180,10 @@ class Guard:
 
 
 def _is_like(first: Any, other: Any) -> bool:
-    """Whether two answers may be to the same question: what is computed together differs in the last digits."""
+    """Return whether two answers may belong to the same request.
+
+    They may differ slightly, because answers that are computed in other batches differ in the last digits.
+    """
     import numpy as np
 
     if type(first) is not type(other):

@@ -1,4 +1,4 @@
-"""The health address of `refinery serve`: what a load balancer asks before it sends requests to the server."""
+"""The health address of `refinery serve`, which a load balancer checks before it sends requests to the server."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from resources.errors import ServerError
 from resources.triton.launch import LOOPBACK
 
 PATH = "/health"
-#: A request has to be here whole by then. Load balancers send it at once.
+#: A whole request has to arrive within this time. Load balancers send it at once.
 _REQUEST_SECONDS = 2.0
 _LONGEST_REQUEST = 8192
 _START_SECONDS = 10.0
-#: Connections at a time. Without a bound a local process could use up the descriptors of `refinery serve`.
+#: The most open connections. Without a bound, a local process could use up the file descriptors of `refinery serve`.
 _MOST_OPEN = 100
 
 
 class Health:
-    """An HTTP server on loopback that answers `GET /health` with 200 while all is well, else with 503 and the reasons.
+    """An HTTP server on loopback that answers `GET /health` with 200, or with 503 and the reasons for a problem.
 
-    A context manager. It runs in a thread of its own, so it answers while the rest of the process waits.
+    It is a context manager. It runs in a thread of its own, so it answers while the rest of the process waits.
     """
 
     def __init__(self, port: int) -> None:
@@ -38,10 +38,11 @@ class Health:
 
     @property
     def address(self) -> str:
+        """The `host:port` of this server."""
         return f"{LOOPBACK}:{self._port}"
 
     def show(self, problems: Mapping[str, str]) -> None:
-        """Answer with these reasons by what they are about, or with 200 where there is none."""
+        """Answer with these problems from now on, given by model or `server`. Without any, answer with 200."""
         self._problems = dict(problems)
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""How the `tritonserver` of the nvidia-pytriton wheel is found and called."""
+"""The command line and the environment of the `tritonserver` in the nvidia-pytriton wheel."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from resources.errors import ServerError
 from resources.settings.triton import Control
 
 LOOPBACK = "127.0.0.1"
-#: Triton itself gives up waiting for requests under way after this long.
+#: A Triton that is stopped waits at most this long for requests under way.
 EXIT_SECONDS = 10
-#: How often a polling server looks.
+#: How often a polling server looks at its repository.
 POLL_SECONDS = 1
-#: Below those that Linux gives to outgoing connections (net.ipv4.ip_local_port_range, 32768 to 60999).
+#: These ports lie below those that Linux gives to outgoing connections (net.ipv4.ip_local_port_range, 32768 to 60999).
 _OWN_PORTS = range(20_000, 32_768)
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Of one server, all on loopback."""
+    """The ports of one server, all on loopback."""
 
     http: int
     grpc: int
@@ -38,13 +38,17 @@ class Ports:
 
     @classmethod
     def choose(cls, http: int | None, grpc: int | None, metrics: int | None) -> Ports:
-        """The given ones, and free ones in place of None and 0."""
-        with ExitStack() as held:  # all at once, or the same one might be found twice
+        """Return the given ports, with free ports in place of None and 0."""
+        with ExitStack() as held:  # all are held at once, so that none is found twice
             free = [_free_port(held) for _ in range(3)]
         return cls(http or free[0], grpc or free[1], metrics or free[2])
 
     def require_free(self) -> None:
-        """Raise ServerError where one is taken, or given twice. Triton itself says so only deep in its log."""
+        """Check that the ports are free and differ. Triton itself reports this only deep in its log.
+
+        Raises:
+            ServerError: A port is taken, or given twice.
+        """
         given = ((self.http, "--http-port"), (self.grpc, "--grpc-port"), (self.metrics, "--metrics-port"))
         for (port, option), (other, beside) in combinations(given, 2):
             if port == other:
@@ -62,7 +66,7 @@ class Ports:
 
 
 def _free_port(held: ExitStack) -> int:
-    """One that nobody has now, and that no outgoing connection is given before the server has started."""
+    """Return a free port that Linux does not give to an outgoing connection before the server has started."""
     probe = held.enter_context(socket.socket())
     for port in random.sample(_OWN_PORTS, 100):
         with suppress(OSError):
@@ -73,14 +77,21 @@ def _free_port(held: ExitStack) -> int:
 
 
 def new_prefix() -> str:
-    """Return how the names of one server's shared memory begin. Servers that share a prefix tear down each other's."""
+    """Return a new prefix for the names of one server's shared memory.
+
+    Servers with the same prefix would remove each other's shared memory.
+    """
     return f"refinery-{uuid.uuid4().hex[:12]}"
 
 
 def supervised(command: Sequence[str], folder: Path, prefix: str = "") -> list[str]:
-    """The command line of a process that ends with this one, with all that it started; `folder` goes with it.
+    """Return the command line that runs a command and ends all of its processes when this process ends.
 
-    prefix: of its shared memory, which only this user can read then, and which goes with it too.
+    Args:
+        command: The command line to run.
+        folder: A folder of the command, which is removed at the end.
+        prefix: The prefix of the command's shared memory. The supervisor lets only this user read that memory, and
+            removes it at the end.
     """
     caller, seconds = str(os.getpid()), str(EXIT_SECONDS + 2)
     return [sys.executable, "-I", str(_SUPERVISOR), caller, seconds, str(folder), prefix, *command]
@@ -96,12 +107,24 @@ def command(
     control: Control = "explicit",
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The command line of a server: in explicit control it holds the named models alone, else the whole repository."""
+    """Return the command line of a server.
+
+    Args:
+        environment: The environment that holds the server.
+        repository: The model repository.
+        backends: The folder of backends, made by `assemble_backends`.
+        prefix: The prefix of the server's shared memory.
+        ports: The server's ports.
+        models: The models to load at the start, in explicit control only. In other modes the server loads the whole
+            repository.
+        control: The model control mode.
+        options: Further options of tritonserver.
+    """
     mode = [f"--model-control-mode={control}"]
     if control == "explicit":
         mode += [f"--load-model={name}" for name in models]
     elif control == "poll":
-        # One model after the other, or four at once take the cores from those that are answered.
+        # One model is loaded after the other. Four loads at once would take the cores from running requests.
         mode += [f"--repository-poll-secs={POLL_SECONDS}", "--model-load-thread-count=1"]
     return [
         str(_package(environment) / "tritonserver" / "bin" / "tritonserver"),
@@ -111,13 +134,13 @@ def command(
         *options,
         "--exit-on-error=true",
         "--strict-readiness=true",
-        # It would fill in what a configuration lacks by guessing, a batch size of 4 among other things.
+        # Triton would complete configurations by guessing, for example with a batch size of 4.
         "--disable-auto-complete-config",
-        # Heed the models' rate limiters. By default Triton gives its instances turns instead; see config.py.
+        # Without this option Triton ignores rate limiters and lets the instances take turns. See config.py.
         "--rate-limit=execution_count",
         "--allow-gpu-metrics=false",
-        # Further doors to the same APIs, which restrictions do not cover. With AIP_MODE=PREDICTION in the environment
-        # Triton would open the first and close the usual ones.
+        # These endpoints offer the same APIs, and the restrictions do not cover them. With AIP_MODE=PREDICTION in the
+        # environment, Triton would open the Vertex AI endpoint and close the usual ones.
         "--allow-vertex-ai=false",
         "--allow-sagemaker=false",
         "--allow-http=true",
@@ -135,25 +158,26 @@ def command(
 
 
 def caching(environment: Path, megabytes: int) -> list[str]:
-    """Options of a server that keeps answers, so many megabytes of them, of models that ask for it."""
+    """Return the options of a server with a response cache of that size, for models whose configuration uses it."""
     folder = _package(environment) / "tritonserver" / "caches"
     return [f"--cache-directory={folder}", f"--cache-config=local,size={megabytes * 2**20}"]
 
 
 def limited(resources: Mapping[str, int]) -> list[str]:
-    """Options of a server that has so many of each resource that rate limiters name.
+    """Return the options that give a server so many of each resource that rate limiters name.
 
-    Triton's default is as many as the largest need of any one instance: then one of them runs at a time.
+    By default Triton has as many of a resource as the neediest instance takes. Then only one such instance runs at a
+    time.
     """
     return [f"--rate-limit-resource={name}:{count}" for name, count in sorted(resources.items())]
 
 
 def variables(environment: Path) -> dict[str, str]:
-    """Environment variables that the server needs set; `PATH` is to be put before what is there."""
+    """Return the environment variables that the server needs. The caller puts `PATH` before the present one."""
     libraries = [
         str(_package(environment).parent / "nvidia_pytriton.libs"),
         str(sysconfig.get_config_var("LIBDIR") or ""),
-        # The CUDA libraries that a CUDA build of PyTorch brings: the engine's model finds them there too.
+        # A CUDA build of PyTorch brings CUDA libraries. The engine's model finds them in these folders too.
         *map(str, sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib"))),
     ]
     return {
@@ -165,7 +189,13 @@ def variables(environment: Path) -> dict[str, str]:
 
 
 def assemble_backends(environment: Path, folder: Path) -> None:
-    """Make `folder` a backend directory of links. The wheel keeps one stub for each Python, apart from the backend."""
+    """Make `folder` a backend directory, with links and the Python stub.
+
+    The wheel keeps one stub for each Python version, apart from the backend.
+
+    Raises:
+        ServerError: The wheel has no stub for this version of Python.
+    """
     server = _package(environment) / "tritonserver"
     version = _package(environment).parents[1].name.removeprefix("python")
     python = folder / "python"
@@ -177,7 +207,7 @@ def assemble_backends(environment: Path, folder: Path) -> None:
         raise ServerError(f"nvidia-pytriton has no stub for Python {version}. Set up again with Python 3.11 or 3.12.")
     place = python / stub.name
     place.unlink(missing_ok=True)
-    # A copy, because the backend wants to find its own folder beside the stub.
+    # The stub is copied and not linked, because the backend looks for its own folder beside the stub.
     shutil.copy2(stub, place)
 
 

@@ -1,16 +1,16 @@
 """The layout of a Triton model repository, read from the repository itself. Everything here is pure or only reads.
 
 minilm/config.pbtxt                  the pointer: the public ensemble, pinned to one release
-minilm/<N>/release.json              what release N is; Triton needs the folder, and git would drop it if empty
-minilm/<N>/config.pbtxt              the pointer as release N wrote it: rolling back is copying it one folder up
-minilm__r<N>__pipeline/1/...         immutable: tokenizer, engine and all, in one Python model
+minilm/<N>/release.json              the manifest of release N; Triton needs the folder, and git drops empty folders
+minilm/<N>/config.pbtxt              the pointer as release N wrote it; a rollback copies it one folder up
+minilm__r<N>__pipeline/1/...         immutable: one Python model with the tokenizer and the engine
 
-On Triton's own backends (flavour native) it is two, in place of the pipeline:
+On Triton's own backends (flavour native), a release has two such internal models in place of the pipeline:
 
-minilm__r<N>__tokenizer/1/...        tasks with structured answers have a `pipeline`, which calls the engine
+minilm__r<N>__tokenizer/1/...        tasks with structured answers have a `pipeline` instead, which calls the engine
 minilm__r<N>__engine/1/...
 
-Models that somebody else put into the repository are never touched: ours are known by these names alone.
+The models of this project are known by these names alone. All other models in the repository are never touched.
 """
 
 from __future__ import annotations
@@ -31,30 +31,32 @@ from resources.triton.release import Release
 
 CONFIG = "config.pbtxt"
 MANIFEST = "release.json"
-#: A `proof` is there only while a release is proven on a server of its own repository.
+#: A `proof` exists only while a release is tested on the servers of its own repository.
 Part = Literal["tokenizer", "pipeline", "engine", "proof"]
-#: Numbers have nine digits at most. Whoever writes to a bucket may write any, and Python reads no very long ones.
+#: Numbers have at most nine digits. A bucket may hold any name, and Python refuses to parse very long numbers.
 _INTERNAL = re.compile(r"(?P<model>.+)__r(?P<number>\d{1,9})__(?P<part>tokenizer|pipeline|engine|proof)")
 _STEP = re.compile(r'model_name\s*:\s*"([^"]+)"')
 _QUOTED = re.compile(r'"([^"]+)"')
-#: As protobuf's text format writes it, and as people do: `version_policy: { specific: { versions: [3] } }`.
+#: This matches the form that protobuf's text format writes, and the form that people write:
+#: `version_policy: { specific: { versions: [3] } }`.
 _PINNED = re.compile(r"version_policy\s*:?\s*{\s*specific\s*:?\s*{\s*versions\s*:\s*\[?\s*(\d{1,9})\b")
 
 
 def internal_name(model: str, number: int, part: Part) -> str:
-    """The folder, and so the Triton name, of one part of a release."""
+    """Return the folder of one part of a release, which is also its name in Triton."""
     return f"{model}__r{number}__{part}"
 
 
 def internal_names(release: Release) -> list[str]:
-    """The folders of a release beside the public one."""
+    """Return the folders of a release's internal models."""
     return sorted({name.split("/")[0] for name in release.files})
 
 
 def named_internals(config: str) -> list[str]:
-    """The internals that a public model's configuration names, those first that Triton does not load with it.
+    """Return the internal models that a public model's configuration names.
 
-    It loads an ensemble's steps by itself, and not the engine that one of them calls, which is named as a parameter.
+    Models that are not steps come first. Triton loads an ensemble's steps by itself, but not the engine that a step
+    calls, which a parameter names.
     """
     steps = _STEP.findall(config)
     named = dict.fromkeys(name for name in _QUOTED.findall(config) if parse_internal(name) is not None)
@@ -62,20 +64,23 @@ def named_internals(config: str) -> list[str]:
 
 
 def called_internals(config: str) -> list[str]:
-    """The internals that have to be loaded before the public model of that configuration."""
+    """Return the internal models that must be loaded before the public model of this configuration."""
     steps = _STEP.findall(config)
     return [name for name in named_internals(config) if name not in steps]
 
 
 def parse_internal(name: str) -> tuple[str, int, str] | None:
-    """Model, release number and part of an internal's name; None for any other name."""
+    """Return the model, release number and part in an internal model's name, or None for any other name."""
     match = _INTERNAL.fullmatch(name)
     return (match["model"], int(match["number"]), match["part"]) if match else None
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """What cannot be read is not taken for what is not there: releases are removed on the strength of that."""
+    """Turn OSError into ReleaseError.
+
+    A file that cannot be read must not count as missing, because releases are removed when files are missing.
+    """
     try:
         yield
     except OSError as error:
@@ -87,7 +92,7 @@ def _reading() -> Iterator[None]:
 
 @_reading()
 def public_models(repository: Location) -> list[str]:
-    """Names that a server of this repository answers to."""
+    """Return the names of the models that users send requests to."""
     if not repository.is_dir():
         return []
     return sorted(
@@ -96,7 +101,7 @@ def public_models(repository: Location) -> list[str]:
 
 
 def public_pointers(repository: Path) -> dict[str, str]:
-    """The configuration of every public model, by name; of those that can be read."""
+    """Return the configurations of the public models by name. Those that cannot be read are left out."""
     found = {}
     for model in public_models(repository):
         with suppress(OSError, UnicodeDecodeError):
@@ -106,7 +111,11 @@ def public_pointers(repository: Path) -> dict[str, str]:
 
 @_reading()
 def read_release(repository: Location, model: str, number: int) -> Release | None:
-    """The manifest of a release; None where it is not there or damaged. Raises ReleaseError where nobody can tell."""
+    """Return the manifest of a release, or None if it is missing or damaged.
+
+    Raises:
+        ReleaseError: The manifest cannot be read.
+    """
     try:
         return Release.model_validate_json((repository / model / str(number) / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValidationError, UnicodeDecodeError):
@@ -115,11 +124,14 @@ def read_release(repository: Location, model: str, number: int) -> Release | Non
 
 @_reading()
 def is_whole(repository: Location, release: Release) -> bool:
-    """Whether every file of the release is there in its size. Bytes are not read: releases hold gigabytes."""
+    """Return whether every file of the release is there and has its size.
+
+    The content is not read, because releases hold gigabytes.
+    """
     pointer = repository / release.model / str(release.number) / CONFIG
     if not pointer.is_file() or damaged_files(repository, release):
         return False
-    # Objects are there whole or not at all.
+    # An object is there complete or not at all.
     if release.pointer is None or isinstance(pointer, RemotePath):
         return True
     return pointer.stat().st_size == release.pointer.size_bytes
@@ -127,9 +139,9 @@ def is_whole(repository: Location, release: Release) -> bool:
 
 @_reading()
 def damaged_files(repository: Location, release: Release) -> list[str]:
-    """Files of the release's internals that are not there in their size."""
+    """Return the files of the release's internal models that are missing or have another size."""
     if isinstance(repository, RemotePath):
-        # One question a folder: a release has fifty files.
+        # One listing a folder replaces one request a file, and a release has fifty files.
         names = internal_names(release)
         there = {f"{name}/{path}": size for name in names for path, size in (repository / name).sizes().items()}
         return [name for name, file in release.files.items() if there.get(name) != file.size_bytes]
@@ -139,19 +151,24 @@ def damaged_files(repository: Location, release: Release) -> list[str]:
 
 @_reading()
 def artifacts_of_releases(root: Location) -> set[str]:
-    """Digests that the manifests of all repositories below the root name, those of releases that wait for their proof
-    too; those of the artifacts that they were made of are among them. Raises ReleaseError where nobody can tell.
+    """Return all digests that the manifests of the repositories below the root name.
+
+    The manifests of releases that wait for their proof are read too. The digests include those of the artifacts that
+    the releases were made of.
+
+    Raises:
+        ReleaseError: A manifest cannot be read.
     """
     found: set[str] = set()
     for manifest in _manifests(root):
-        with suppress(FileNotFoundError):  # somebody has just removed the release
-            # Not as a Release: it may be damaged, or of another version.
+        with suppress(FileNotFoundError):  # the release has just been removed
+            # The manifest may be damaged or of another version, so it is not parsed as a Release.
             found |= digests_in(manifest.read_bytes())
     return found
 
 
 def _manifests(root: Location) -> Iterator[Location]:
-    if isinstance(root, RemotePath):  # one question, where folders would be several for each
+    if isinstance(root, RemotePath):  # one listing, where walking the folders takes several requests for each
         yield from (root / name for name in root.listing(timeout_s=LISTING_SECONDS) if name.endswith(f"/{MANIFEST}"))
         return
     waiting = (place for target in _folders(root / "unverified") for place in _folders(target))
@@ -167,28 +184,30 @@ def _folders(place: Location) -> list[Location]:
 
 @_reading()
 def release_numbers(repository: Location, model: str) -> list[int]:
-    """The numbers of a model's releases, whole or not, oldest first."""
+    """Return the numbers of a model's releases, complete or not, oldest first."""
     return [
         number for number in _versions(repository / model) if (repository / model / str(number) / MANIFEST).is_file()
     ]
 
 
 def list_releases(repository: Location, model: str) -> list[Release]:
-    """All releases of a model that the repository holds whole, oldest first."""
+    """Return all complete releases of a model in the repository, oldest first."""
     found = (read_release(repository, model, number) for number in _versions(repository / model))
     return [release for release in found if release is not None and is_whole(repository, release)]
 
 
 def pinned_number(config: str) -> int | None:
-    """The release that a public model's configuration names."""
+    """Return the number of the release that a public model's configuration names, or None."""
     match = _PINNED.search(config)
     return int(match[1]) if match else None
 
 
 @_reading()
 def current_number(repository: Location, model: str) -> int | None:
-    """The number of the release that the public model names; None where the model was never published. Raises
-    ReleaseError where nobody can tell.
+    """Return the number of the release that the public model names, or None if the model was never published.
+
+    Raises:
+        ReleaseError: The pointer cannot be read.
     """
     try:
         return pinned_number((repository / model / CONFIG).read_text(encoding="utf-8"))
@@ -197,20 +216,23 @@ def current_number(repository: Location, model: str) -> int | None:
 
 
 def current_release(repository: Location, model: str) -> Release | None:
-    """The release that serves; None where the model was never published."""
+    """Return the release that serves, or None if the model was never published or the manifest cannot be used."""
     number = current_number(repository, model)
     return read_release(repository, model, number) if number is not None else None
 
 
 @_reading()
 def is_published_here(repository: Location, model: str) -> bool:
-    """Whether the folder of the public name is one of ours."""
+    """Return whether the public model's folder holds a release of this project."""
     return any((repository / model / str(number) / MANIFEST).is_file() for number in _versions(repository / model))
 
 
 @_reading()
 def highest_number(repository: Location, model: str) -> int:
-    """The largest release number that is to be seen for a model, whole or not; 0 for none. Numbers are not reused."""
+    """Return the largest release number that is visible for a model, or 0.
+
+    Incomplete releases count too, because numbers are not reused.
+    """
     numbers = [0, *_versions(repository / model)]
     if repository.is_dir():
         parsed = (parse_internal(path.name) for path in repository.iterdir())

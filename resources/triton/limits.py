@@ -1,4 +1,4 @@
-"""What rate limiters of a repository's models take, against what a server is told there is."""
+"""Compare the resources that the models' rate limiters take with the resources that a server is given."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from resources.triton.layout import CONFIG, named_internals, public_models
 
 
 def require_resources(repository: Path, given: Mapping[str, int], control: Control) -> list[str]:
-    """The given resources that no model takes. Raises ServerError where a model that the server would load takes more
-    than is given: it is not loaded then.
+    """Check that the given resources are enough for every model, and return those that no model takes.
 
-    Triton's own default, as many as the largest need of one instance, is for a server that is told of no resource at
-    all: told of one, it has 0 of the others.
+    Without any given resource, Triton has as many of each as the neediest instance takes. As soon as one is given,
+    Triton has 0 of the others.
+
+    Args:
+        repository: The repository to serve.
+        given: The number of each resource that the server gets.
+        control: The model control mode, which decides which models the server would load.
+
+    Raises:
+        ServerError: A model that the server would load takes more than is given. Triton would not load it.
     """
     if not given:
         return []
@@ -37,7 +44,7 @@ def require_resources(repository: Path, given: Mapping[str, int], control: Contr
 
 
 def _needs(repository: Path, control: Control) -> dict[str, tuple[int, str]]:
-    """The most that one instance takes of each resource, and of which model it is."""
+    """Return the most that one instance takes of each resource, with the name of its model."""
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -46,7 +53,7 @@ def _needs(repository: Path, control: Control) -> dict[str, tuple[int, str]]:
         names = [name for model in public_models(repository) for name in (model, *_parts(repository / model / CONFIG))]
     needs: dict[str, tuple[int, str]] = {}
     for name in names:
-        with suppress(OSError, UnicodeDecodeError, text_format.ParseError):  # Triton says what is wrong with it
+        with suppress(OSError, UnicodeDecodeError, text_format.ParseError):  # Triton reports what is wrong
             config = text_format.Parse((repository / name / CONFIG).read_text(encoding="utf-8"), ModelConfig())
             for group in config.instance_group:
                 for resource in group.rate_limiter.resources:

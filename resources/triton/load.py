@@ -1,7 +1,8 @@
-"""Load on a text model of a Triton server, over gRPC: how many requests a second it answers, and how fast.
+"""Put load on a text model of a Triton server over gRPC, and measure its answers a second and their latencies.
 
-So many clients that each wait for their answer: a closed loop (Schroeder, Wierman and Harchol-Balter, "Open Versus
-Closed: A Cautionary Tale", 2006). It finds what a server can do; a server that stalls is asked less meanwhile.
+The load is a closed loop: a fixed number of clients that each wait for an answer before the next request (Schroeder,
+Wierman and Harchol-Balter, "Open Versus Closed: A Cautionary Tale", 2006). A closed loop finds the capacity of a
+server. A server that stalls gets fewer requests in that time.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from resources.errors import ServerError, first_line
 from resources.settings.connection import PLAIN, Connection
 from resources.triton.client import TIMEOUT_SECONDS, Contract, text_tensors
 
-#: The first requests meet caches that are empty and threads that have not begun.
+#: The first requests are not counted, because they meet empty caches and threads that have not started.
 WARM_UP_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What a load met. `latencies_ms`: of each request that was answered, in the order of the answers.
+    """The result of a load. Percentiles are NaN if no request was answered.
 
-    Requests that were asked within the time are in it, however late their answers came. concurrency: clients.
-    answers: how many came within `seconds`, whenever they were asked. failures are not among the latencies;
-    `first_error`: what the first of them said.
-    Percentiles are NaN where nothing was answered.
+    Args:
+        concurrency: The number of clients.
+        seconds: The time that was measured, after the warm-up.
+        answers: The number of answers within `seconds`, whenever their requests were sent.
+        latencies_ms: The latency of each answered request that was sent within `seconds`, however late its answer
+            came, in the order of the answers.
+        failures: The number of failed requests, including those of the warm-up. They have no latency.
+        first_error: The message of the first failure.
     """
 
     concurrency: int
@@ -41,24 +46,27 @@ class LoadResult:
 
     @property
     def requests(self) -> int:
-        """How many were answered."""
+        """The number of answered requests."""
         return len(self.latencies_ms)
 
     @property
     def throughput(self) -> float:
-        """Answers a second."""
+        """The answers a second."""
         return self.answers / self.seconds
 
     @property
     def p50_ms(self) -> float:
+        """The median latency."""
         return self._percentile(0.5)
 
     @property
     def p90_ms(self) -> float:
+        """The 90th percentile of the latencies."""
         return self._percentile(0.9)
 
     @property
     def p99_ms(self) -> float:
+        """The 99th percentile of the latencies."""
         return self._percentile(0.99)
 
     def _percentile(self, share: float) -> float:
@@ -67,10 +75,16 @@ class LoadResult:
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What one Triton model did. `executions`: how often its backend ran; `rows`: what it was given in all.
+    """The statistics of one Triton model. Times are sums over all requests.
 
-    Times in nanoseconds, summed over requests: waiting for an instance, and within the backend reading the inputs,
-    computing, and writing the outputs. `batches`: executions by the number of rows that ran together.
+    Args:
+        rows: The number of rows in all requests.
+        executions: How often the model's backend ran.
+        queue_ns: The time of waiting for an instance.
+        input_ns: The time in which the backend read the inputs.
+        compute_ns: The time in which the backend computed.
+        output_ns: The time in which the backend wrote the outputs.
+        batches: The number of executions by the number of rows that ran together.
     """
 
     requests: int = 0
@@ -85,11 +99,11 @@ class ModelStatistics:
 
     @property
     def mean_batch(self) -> float:
-        """Rows an execution; 0 for a model that did nothing."""
+        """The mean number of rows of an execution, or 0 for a model that did nothing."""
         return self.rows / self.executions if self.executions else 0.0
 
     def since(self, before: ModelStatistics) -> ModelStatistics:
-        """What it did after `before`. A model that was loaded anew counts from 0: then all of it is new."""
+        """Return the statistics since `before`, or all of them if the model was reloaded and so counts from 0 again."""
         if before.executions > self.executions or before.requests > self.requests:
             return self
         batches = {size: count - before.batches.get(size, 0) for size, count in self.batches.items()}
@@ -118,25 +132,51 @@ def closed_loop(
     seed: int = 0,
     connection: Connection = PLAIN,
 ) -> LoadResult:
-    """`concurrency` clients, each with its next request as soon as the last is answered.
+    """Put load on a model with clients that each send the next request as soon as the last one is answered.
 
-    items: one request each, asked in shuffled rounds, so that what is passed is the mix that is met. Counted is what
-    was asked in the `seconds` after the warm-up, and every failure. Not to be called where an event loop runs.
-    Raises ServerError where nothing at all is answered.
+    The caller must not run in an event loop. The result covers the requests that were sent in the `seconds` after the
+    warm-up, and every failure.
+
+    Args:
+        address: The server's gRPC address.
+        model: The public model.
+        contract: The model's inputs and output.
+        items: The items, with one request for each. They are sent in shuffled rounds, so that the server gets them in
+            the mix in which they were passed.
+        concurrency: The number of clients.
+        seconds: The time to measure.
+        warm_up_seconds: The time before that.
+        seed: The seed of the rounds.
+        connection: The key, the headers and the TLS settings that the server needs.
+
+    Raises:
+        ServerError: No request was answered.
     """
     return asyncio.run(
         _over_grpc(address, model, contract, items, concurrency, seconds, warm_up_seconds, seed, connection)
     )
 
 
-#: One request, by the number of its item; raises where it is not answered.
+#: A function that sends the request of an item, given the item's number, and raises if there is no answer.
 Ask = Callable[[int], Coroutine[Any, Any, None]]
 
 
 async def closed(
     ask: Ask, count: int, *, concurrency: int, seconds: float, warm_up_seconds: float = 0.0, seed: int = 0
 ) -> LoadResult:
-    """A closed loop over anything that can be asked `count` kinds of requests. Raises ValueError for no client."""
+    """Run a closed loop over any function that can send `count` different requests.
+
+    Args:
+        ask: Sends the request of a number.
+        count: The number of different requests.
+        concurrency: The number of clients.
+        seconds: The time to measure.
+        warm_up_seconds: The time before that.
+        seed: The seed of the order of the requests.
+
+    Raises:
+        ValueError: There is no client, or no request.
+    """
     if concurrency < 1:
         raise ValueError("a closed loop needs at least one client")
     numbers, answered, failed = shuffled_rounds(count, seed), list[float](), list[str]()
@@ -150,10 +190,10 @@ async def closed(
             now = time.perf_counter()
             if error is not None:
                 failed.append(error)
-                await asyncio.sleep(0.01)  # a server that is gone refuses at once
+                await asyncio.sleep(0.01)  # a dead server refuses at once, and the clients would spin
                 continue
             within += begin <= now < end
-            if asked >= begin:  # the slowest are those that are answered after the end
+            if asked >= begin:  # also after the end, because the slowest answers come then
                 answered.append((now - asked) * 1000)
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
@@ -161,9 +201,10 @@ async def closed(
 
 
 def shuffled_rounds(count: int, seed: int) -> Iterator[int]:
-    """0 to `count` - 1 in another order each round, for ever: every round holds the same mix.
+    """Return an endless iterator of rounds. Each round has the numbers 0 to `count` - 1, in another order.
 
-    Raises ValueError for none.
+    Raises:
+        ValueError: `count` is below 1.
     """
     if count < 1:
         raise ValueError("no requests to ask")
@@ -178,7 +219,11 @@ def shuffled_rounds(count: int, seed: int) -> Iterator[int]:
 
 
 def server_statistics(address: str, names: Sequence[str], connection: Connection = PLAIN) -> dict[str, ModelStatistics]:
-    """What each of the named Triton models has done since it was loaded. Raises ServerError."""
+    """Return the statistics of each of the named Triton models since it was loaded.
+
+    Raises:
+        ServerError: The server does not give the statistics.
+    """
     import tritonclient.grpc as api
 
     with connection.open(api, address, "grpc") as client:
@@ -194,12 +239,12 @@ def server_statistics(address: str, names: Sequence[str], connection: Connection
 def statistics_since(
     before: Mapping[str, ModelStatistics], after: Mapping[str, ModelStatistics]
 ) -> dict[str, ModelStatistics]:
-    """What each model of `after` did since `before`, by name."""
+    """Return the statistics since `before` of each model in `after`, by name."""
     return {name: found.since(before.get(name, ModelStatistics())) for name, found in after.items()}
 
 
 def read_statistics(response: Any) -> ModelStatistics:
-    """Of one model, all its versions together, from Triton's `ModelStatisticsResponse`."""
+    """Return the statistics of one model, summed over its versions, from Triton's `ModelStatisticsResponse`."""
     versions = list(response.model_stats)
     batches: dict[int, int] = {}
     for version in versions:
@@ -233,7 +278,7 @@ async def _over_grpc(
     seed: int,
     connection: Connection,
 ) -> LoadResult:
-    """The clients on one connection, with requests that were made before."""
+    """Run the loop with all clients on one connection. The requests are built before it starts."""
     import tritonclient.grpc as api
     import tritonclient.grpc.aio as aio
 
@@ -256,10 +301,10 @@ async def _over_grpc(
 
 
 async def _attempt(ask: Ask, number: int) -> str | None:
-    """What the server said instead of an answer; None: it was answered."""
+    """Send a request, and return the message of its error, or None if it was answered."""
     try:
         await ask(number)
-    except Exception as error:  # gRPC's, the client's or a connection's: all are failures of this request alone
+    except Exception as error:  # errors of gRPC, the client and the connection concern this request alone
         return _words(error)
     return None
 

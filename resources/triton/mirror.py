@@ -1,6 +1,7 @@
-"""A copy on this machine of what a repository in object storage serves, for the embedded server, which reads no other.
+"""A local copy of the releases that a repository in object storage serves.
 
-The copy is a model repository like any other: whole releases first, then the pointer, replaced at once.
+The embedded server needs it, because it reads only local folders. The copy is a model repository like any other. A
+complete release is copied first, and then its pointer is replaced at once.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def served_folder(
     """Return a folder that the embedded server can read: the repository's own, or an up-to-date copy below `root`.
 
     Args:
-        prune: Whether releases are removed from the copy that nothing points to.
-        say: Called with the reason where the copy cannot be brought up to date. The copy is used as it is then.
+        repository: The repository to serve.
+        root: The folder for copies.
+        prune: Whether to remove releases from the copy that no pointer names.
+        say: Called with the reason if the copy cannot be brought up to date. The copy is then used as it is.
 
     Raises:
         ReleaseError: A release could not be copied, and there is no `say`, or nothing was copied before.
-        StorageError: The store could not be asked, and there is no `say`, or nothing was copied before.
+        StorageError: The store did not answer, and there is no `say`, or nothing was copied before.
     """
     if not isinstance(repository, RemotePath):
         return repository
@@ -66,26 +69,30 @@ def _uncopied(what: object, folder: Path, error: OSError) -> str:
 
 
 class Mirror:
-    """folder: the copy, below `root`. Made and followed by whoever serves or asks; they may be several at once."""
+    """The local copy of one repository in object storage. Several processes may use and refresh it at once.
+
+    The attribute `folder` is the copy, which lies below `root`.
+    """
 
     def __init__(self, repository: RemotePath, root: Path) -> None:
         digest = hashlib.sha256(str(repository).encode()).hexdigest()[:16]
         self._repository, self.folder = repository, root / digest / repository.name
 
     def refresh(self) -> None:
-        """Download the releases that are pointed to and not here yet. What is wrong with one model costs no other.
+        """Download the releases that pointers name and that are not here yet.
 
-        Models that somebody else put into the repository are not copied.
+        A failure of one model does not keep the others from being copied. Models that are not from this project are not
+        copied.
 
         Raises:
             ReleaseError: Not every release could be copied.
-            StorageError: The store could not be asked which models there are.
+            StorageError: The store did not list its models.
             OSError: The copy could not be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         failed = []
         with file_lock(self.folder.parent / "lock"):
-            clear_staging(self.folder)  # somebody was killed
+            clear_staging(self.folder)  # a killed process may have left files
             models = public_models(self._repository)
             for model in models:
                 try:
@@ -101,7 +108,7 @@ class Mirror:
             raise ReleaseError(" ".join(failed))
 
     def prune(self) -> None:
-        """Remove the copies of releases that nothing points to any more."""
+        """Remove the copies of releases that no pointer names any more."""
         with file_lock(self.folder.parent / "lock"):
             configs = [(self.folder / model / CONFIG).read_text("utf-8") for model in public_models(self.folder)]
             named = {name for config in configs for name in named_internals(config)}
@@ -111,7 +118,7 @@ class Mirror:
 
     def _copy(self, model: str) -> None:
         try:
-            local_path(self.folder, model)  # a store takes any key, `..` too
+            local_path(self.folder, model)  # a store accepts any key, even with `..`
         except ForeignError as error:
             raise ReleaseError(f"{self._repository}: {error}. Remove that model.") from None
         config, pointer = (self._repository / model / CONFIG).read_bytes(), self.folder / model / CONFIG
@@ -119,7 +126,7 @@ class Mirror:
         release = read_release(self._repository, model, number) if number is not None else None
         if release is None:
             return
-        # Sizes alone do not tell whether the number is another release's by now, of a repository that was made anew.
+        # The sizes of files are not enough. In a repository that was made again, the number may be another release's.
         here = is_whole(self.folder, release) and read_release(self.folder, model, release.number) == release
         if here and pointer.is_file() and pointer.read_bytes() == config:
             return

@@ -1,4 +1,4 @@
-"""The requests of a load: real texts, in the mix of lengths that the user's own have."""
+"""Choose the requests of a load: real texts, in the mix of lengths that the user's own texts have."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ if TYPE_CHECKING:
     from resources.artifacts.records import Checkpoint, EvaluationSet
     from resources.pipelines.base import Item
 
-#: Requests of one round of a load; the rarest lengths that it can hold are one in so many.
+#: The requests in one round of a load. A length bucket's share of a round is at least one in this many.
 ROUND = 256
 
 
 def load_of(evaluation: EvaluationSet, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the mix depends on, for fingerprints."""
+    """Return the inputs that the mix depends on, for fingerprints."""
     lengths = checkpoint.lengths
     return {"evaluation": evaluation.digest, "lengths": None if lengths is None else lengths.model_dump()}
 
 
 def request_mix(items: Sequence[Item], checkpoint: Checkpoint, folder: Path) -> list[Item]:
-    """The items, each as often as the user's length profile says; without a profile as they are. folder: its files."""
+    """Return items in the mix of the user's length profile. Without a profile, return the items as they are.
+
+    Args:
+        items: The items to choose from.
+        checkpoint: The checkpoint, which has the profile.
+        folder: The folder with the checkpoint's files.
+    """
     if checkpoint.lengths is None:
         return list(items)
     from resources.pipelines import open_pipeline
@@ -36,10 +42,16 @@ def request_mix(items: Sequence[Item], checkpoint: Checkpoint, folder: Path) -> 
 def mix(
     lengths: Sequence[int], counts: Sequence[tuple[int, int]], buckets: Sequence[int], size: int = ROUND
 ) -> list[int]:
-    """Indices of items, about `size` of them, whose lengths fall into the buckets as often as those of `counts` do.
+    """Return indices of items whose lengths fall into the buckets as often as the wanted lengths do.
 
-    lengths: of the items. counts: wanted lengths and how often. A bucket that no item falls into is given to the
-    nearest that has some; within a bucket items come in turns. Every bucket that is wanted at all is there once.
+    The share of a bucket without items goes to the nearest bucket that has some. The items of a bucket take turns.
+    Every wanted bucket gets at least one item.
+
+    Args:
+        lengths: The lengths of the items.
+        counts: The wanted lengths, each with its frequency.
+        buckets: The buckets of lengths, given by their upper ends.
+        size: The approximate number of indices to return.
     """
 
     def bucket(length: int) -> int:

@@ -1,1 +1,1 @@
-"""Where checkpoints come from: folders, Python packages, the Hugging Face Hub, MLflow's registry, object storage."""
+"""The sources of checkpoints: folders, Python packages, the Hugging Face Hub, MLflow's registry, object storage."""

@@ -1,4 +1,7 @@
-"""Copies of what a registry or an object store holds, one folder a revision, whole or not there."""
+"""Local copies of checkpoints from registries and object stores.
+
+Each revision has a folder of its own, which appears only when the copy is complete.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,22 @@ from resources.artifacts.fingerprint import fingerprint
 from resources.storage.atomic import move_whole
 from resources.storage.locks import file_lock
 
-#: An older revision's copy is removed once nobody has asked for it so long: whoever reads it has long copied it.
+#: An older revision's copy is removed when it has not been asked for in this time. Its readers have copied it long
+#: before.
 KEPT_SECONDS = 24 * 3600.0
 _STAGING = ".staging-"
 
 
 def kept_copy(root: Path, what: str, revision: str, fetch: Callable[[Path], None]) -> Path:
-    """The folder below `root` that holds this revision of `what`; `fetch` fills an empty one where it is not there.
+    """Return the folder below `root` that holds a revision of `what`, and make the copy if it does not exist.
 
-    Two processes that ask for the same do the work once. If `fetch` raises, nothing is left behind.
+    If two processes ask for the same copy, only one makes it. If `fetch` raises, nothing is left behind.
+
+    Args:
+        root: The folder with the copies of all sources of one kind.
+        what: A text that names the source.
+        revision: The revision's name.
+        fetch: A function that fills an empty folder with the copy.
     """
     home = root / fingerprint("source", what=what)[:32]
     place = home / revision
@@ -43,7 +53,7 @@ def kept_copy(root: Path, what: str, revision: str, fetch: Callable[[Path], None
 
 
 def kept(root: Path, what: str, revision: str) -> Path | None:
-    """The copy that is here already."""
+    """Return the folder of an existing copy, or None if there is none."""
     place = root / fingerprint("source", what=what)[:32] / revision
     return place if place.is_dir() else None
 

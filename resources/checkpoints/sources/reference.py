@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a folder, a Python package, the Hugging Face Hub, a registry, or object storage."""
+"""The forms of a source: a folder, a Python package, a Hugging Face Hub id, a registry version, or object storage."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from resources.errors import CheckpointError
 Kind = Literal["folder", "package", "hub", "registry", "objects"]
 
 PACKAGE_PREFIX = "package:"
-#: May stand before a Hub id, which then is no name of the catalog.
+#: The prefix that marks a text as a Hub id, where a name of the catalog is possible too.
 HUB_PREFIX = "hub:"
-#: Places in object storage, as Triton writes them too.
+#: The schemes of object storage. Triton uses the same.
 OBJECT_SCHEMES = ("s3://", "gs://", "as://")
 _HUB_ID = re.compile(r"(hub:)?(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint's folder on this machine. `revision`: the source's own name of it, such as the Hub's commit; None
-    where the content names itself.
+    """A checkpoint's folder on this machine.
+
+    Args:
+        folder: The folder.
+        revision: The source's own name of the revision, such as the Hub's commit. None means that the revision is
+            derived from the content.
     """
 
     folder: Path
@@ -30,7 +34,11 @@ class Located:
 
 
 def kind_of(source: str) -> Kind:
-    """Raises CheckpointError where it is of no kind."""
+    """Return the kind of a source.
+
+    Raises:
+        CheckpointError: The source has none of the known forms.
+    """
     if source.startswith(PACKAGE_PREFIX):
         return "package"
     if source.startswith("/"):
@@ -45,18 +53,19 @@ def kind_of(source: str) -> Kind:
 
 
 def hub_reference(source: str) -> tuple[str, str | None]:
-    """The repository's id, and the branch, tag or commit, if one is named."""
+    """Return the repository's id, and the branch, tag or commit if the source names one."""
     match = _HUB_ID.fullmatch(source)
     assert match is not None, "kind_of said so"
     return match["id"], match["revision"]
 
 
 def is_hub_id(source: str) -> bool:
+    """Return whether the source has the form of a Hub id."""
     return _HUB_ID.fullmatch(source) is not None
 
 
 def source_forms(source: str) -> str:
-    """What a source may be, for one that is none of it."""
+    """Return a message with all forms of a source, for a source that has none of them."""
     return (
         f"{source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id (org/name or "
         "org/name@revision), nor models:/name@alias, nor s3://, gs:// or as://."

@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _FORM = re.compile(r"models:/(?P<name>[^/:@'\"]+)(@(?P<alias>[^/:@]+)|/(?P<version>[1-9]\d*|latest))")
-#: What resources.tracking writes: the address and the tags of engines that this project registered itself.
+#: The beginnings of the address and of the tags that resources.tracking writes when it registers an engine.
 _OWN_ADDRESS, _OWN_TAG = "refinery:", "refinery."
-#: Of a version's status; the others are still being registered, or could not be.
+#: The status of a usable version. Versions of another status are still being registered, or could not be.
 _READY = "READY"
-#: For one question to MLflow, importing it included. Its own limits begin anew with each byte of an answer.
+#: The time limit of one request to MLflow, the import of its client included. The client's own limits start anew with
+#: each byte of a response.
 _ASK_SECONDS = 60.0
-#: A logged model has some ten files. What MLflow says of it has some kilobytes, its signature included.
+#: A logged model has some ten files. MLflow's description of it has some kilobytes, its signature included.
 _MOST_FILES = 10_000
 _MOST_DESCRIPTION_BYTES = 2**18
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -49,7 +50,7 @@ _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 @dataclass(frozen=True)
 class Reference:
-    """What a source names: one version, or the one that an alias points to, or (neither) the latest."""
+    """The version that a source names: a number, an alias, or, without either, the latest version."""
 
     source: str
     name: str
@@ -58,12 +59,22 @@ class Reference:
 
     @property
     def pinned(self) -> bool:
+        """Whether the source names a version by its number, which never changes."""
         return self.version is not None
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model. made: when, in milliseconds, as MLflow says it."""
+    """A version of a registered model.
+
+    Args:
+        name: The model's name.
+        number: The version's number.
+        address: The address of the version's files, as MLflow has it.
+        status: MLflow's status of the version.
+        made: MLflow's time of creation, in milliseconds.
+        tags: The version's tags.
+    """
 
     name: str
     number: str
@@ -74,12 +85,20 @@ class Version:
 
     @property
     def revision(self) -> str:
-        """`v3-` and a digest: a model that was deleted and registered anew begins at 1 again, and is another."""
+        """The revision: `v3-` and a digest of the address and the time, for version 3.
+
+        The digest tells apart two models of one name. If a model is deleted and registered anew, its numbers start at 1
+        again.
+        """
         return f"v{self.number}-{fingerprint('version', address=self.address, made=self.made)[:8]}"
 
 
 def parse_reference(source: str) -> Reference:
-    """Raises CheckpointError where it is of another form."""
+    """Parse a source of the form `models:/...`.
+
+    Raises:
+        CheckpointError: The source has another form.
+    """
     match = _FORM.fullmatch(source)
     if match is None:
         raise CheckpointError(
@@ -91,22 +110,26 @@ def parse_reference(source: str) -> Reference:
 
 
 def is_own(address: str, tags: Iterable[str]) -> bool:
-    """Tell whether a version is an engine that this project registered itself."""
+    """Return whether a version is an engine that this project registered itself."""
     return address.startswith(_OWN_ADDRESS) or any(tag.startswith(_OWN_TAG) for tag in tags)
 
 
 def source_names(sources: Iterable[str]) -> frozenset[str]:
-    """Name the registered models that the sources of a catalog's entries take checkpoints from."""
+    """Return the names of the registered models from which the sources take checkpoints."""
     found = set()
     for source in sources:
         if source.startswith("models:"):
-            with suppress(CheckpointError):  # a source of another form is refused where it is looked at
+            with suppress(CheckpointError):  # a look at a source of another form reports it
                 found.add(parse_reference(source).name)
     return frozenset(found)
 
 
 def checked(reference: Reference, version: Version) -> Version:
-    """The version, if it can be a checkpoint. Raises CheckpointError where this project made it, or it is not ready."""
+    """Return the version if it can be a checkpoint.
+
+    Raises:
+        CheckpointError: This project registered the version as an engine, or it is not ready.
+    """
     if is_own(version.address, version.tags):
         raise CheckpointError(
             f"source: {reference.source}: version {version.number} of {version.name!r} is an engine that this project "
@@ -122,7 +145,7 @@ def checked(reference: Reference, version: Version) -> Version:
 
 
 def missing(reference: Reference, tracking_uri: Address) -> CheckpointError:
-    """There is no such version."""
+    """Return the error for a version that the registry does not have."""
     return CheckpointError(
         f"source: {reference.source}: the registry at {tracking_uri} has no such version. Check its name, and the "
         "alias or version, on MLflow's page; another registry is named by REFINERY_MLFLOW_URI."
@@ -130,7 +153,7 @@ def missing(reference: Reference, tracking_uri: Address) -> CheckpointError:
 
 
 def unanswered(reference: Reference, tracking_uri: Address, error: BaseException) -> CheckpointError:
-    """The registry could not be asked."""
+    """Return the error for a registry that could not be asked."""
     return CheckpointError(
         f"source: {reference.source}: the registry at {tracking_uri} could not be asked: {first_line(error)}. Start "
         "that server, or mend REFINERY_MLFLOW_URI or MLFLOW_TRACKING_TOKEN."
@@ -138,9 +161,10 @@ def unanswered(reference: Reference, tracking_uri: Address, error: BaseException
 
 
 def find_version(source: str, settings: SourceSettings) -> Version:
-    """The version that the source names now, by MLflow's own client, which takes seconds to import.
+    """Return the version that the source names now, by MLflow's own client, which takes seconds to import.
 
-    Raises CheckpointError.
+    Raises:
+        CheckpointError: The registry cannot be asked or has no such version, or the version cannot be a checkpoint.
     """
     from mlflow.exceptions import MlflowException
 
@@ -178,9 +202,13 @@ def _find(reference: Reference, uri: Address) -> ModelVersion:
 
 
 def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) -> tuple[Path, str]:
-    """The folder of the version's checkpoint on this machine, downloaded unless it is there, and its revision.
+    """Return the folder with the local copy of the version's checkpoint, and its revision.
 
-    Raises CheckpointError; without `fetch` UnfetchedError where it is not there.
+    The copy is downloaded if it does not exist.
+
+    Raises:
+        CheckpointError: The version cannot be found or downloaded, or holds no checkpoint.
+        UnfetchedError: `fetch` is false, and there is no copy.
     """
     version, what = find_version(source, settings), f"{settings.tracking_uri} {source}"
     if not fetch and kept(settings.folder / "registry", what, version.revision) is None:
@@ -188,7 +216,7 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
 
     def download(folder: Path) -> None:
         uri = settings.tracking_uri
-        # Artifacts may lie in object storage, which MLflow reads with the keys of the environment.
+        # Artifacts may lie in object storage, and MLflow takes the keys for it from environment variables.
         variables = inherited(PROGRAM, PYTHON, NETWORK, MLFLOW, secrets=(*MLFLOW, *DATABASE, *CLOUD))
         if uri.is_web and settings.mlflow_login is not None:
             name, password = settings.mlflow_login
@@ -209,7 +237,13 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
 
 
 def _download(uri: Address, source: str, name: str, number: str, folder: Path) -> None:
-    """In a process of its own: MLflow has no limit for an answer that drips. Raises CheckpointError."""
+    """Download the files of a version.
+
+    This runs in a child process, because MLflow sets no time limit for a response that arrives slowly.
+
+    Raises:
+        CheckpointError: The version holds a file that is not safe to copy.
+    """
     from mlflow.artifacts import download_artifacts
 
     address = _client(uri).get_model_version_download_uri(name, number)
@@ -224,13 +258,16 @@ def _download(uri: Address, source: str, name: str, number: str, folder: Path) -
 
 
 def _check_listing(address: str, uri: Address) -> None:
-    """Raise ForeignError where the artifact store lists a name that would lead out of the folder of its copy, or is a
-    folder of this machine that holds a link to elsewhere.
+    """Check the names of a version's files before they are downloaded.
+
+    Raises:
+        ForeignError: A name would lead out of the folder of the copy, or the artifact store is a folder on this machine
+            and a file in it is a link that leads out of it. The error is also raised for too many files.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     repository, left, seen = get_artifact_repository(address, tracking_uri=uri.for_library), [""], 0
-    # Addresses such as models:/... lead to another repository.
+    # For addresses such as models:/..., the repository wraps another one in its attribute `repo`.
     here = getattr(getattr(repository, "repo", repository), "artifact_dir", None)
     while left:
         for one in repository.list_artifacts(left.pop()):
@@ -247,12 +284,16 @@ def _check_listing(address: str, uri: Address) -> None:
 def _client(uri: Address) -> MlflowClient:
     import mlflow
 
-    mlflow.set_tracking_uri(uri.for_library)  # addresses such as models:/m-1234 are looked up where this says
+    mlflow.set_tracking_uri(uri.for_library)  # MLflow looks up addresses such as models:/m-1234 at this global address
     return mlflow.MlflowClient(uri.for_library)
 
 
 def _checkpoint_in(source: str, folder: Path) -> Path:
-    """The folder that transformers can read, in what was downloaded of a version. Raises CheckpointError."""
+    """Find the folder that transformers can read among the downloaded files of a version.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     for root, name, fields in _flavors(folder):
         if name == "transformers" and fields.get("model_binary"):
             return _within(root, fields["model_binary"])
@@ -275,7 +316,11 @@ def _checkpoint_in(source: str, folder: Path) -> Path:
 
 
 def _within(folder: Path, name: object) -> Path:
-    """The path of what somebody else's description names. Raises CheckpointError where it leads out of the folder."""
+    """Return the path that an MLmodel file names.
+
+    Raises:
+        CheckpointError: The path leads out of the folder.
+    """
     try:
         return local_path(folder, name)
     except ForeignError as error:
@@ -285,7 +330,10 @@ def _within(folder: Path, name: object) -> Path:
 
 
 def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
-    """MLflow's own description of what was logged: where, as what, and how."""
+    """Yield the flavors of the logged models: the model's folder, the flavor's name, and its fields.
+
+    They are in MLflow's own description, the file MLmodel.
+    """
     for path in sorted(folder.rglob("MLmodel")):
         with suppress(
             OSError,
@@ -298,13 +346,17 @@ def _flavors(folder: Path) -> Iterator[tuple[Path, str, Mapping[str, Any]]]:
             yaml.YAMLError,
         ):
             text = read_below(folder, path.relative_to(folder).as_posix(), _MOST_DESCRIPTION_BYTES)
-            # libyaml's loader bounds how deep a document nests; for brackets alone the one in Python takes minutes.
+            # libyaml's loader bounds the depth of a document. PyYAML's loader in Python takes minutes for a document of
+            # nothing but brackets.
             data = yaml.load(text, yaml.CSafeLoader)
             yield from [(path.parent, str(name), dict(fields)) for name, fields in data["flavors"].items()]
 
 
 def _join_tokenizers(folder: Path) -> None:
-    """MLflow keeps the tokenizer apart from the model; transformers looks for both in one folder."""
+    """Copy the tokenizer into the model's folder.
+
+    MLflow keeps the two apart, and transformers expects both in one folder.
+    """
     for root, name, fields in _flavors(folder):
         if name != "transformers" or not fields.get("model_binary"):
             continue

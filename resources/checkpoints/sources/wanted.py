@@ -1,7 +1,8 @@
-"""Which files of a source belong to a checkpoint."""
+"""The patterns of the files in a source that belong to a checkpoint."""
 
-#: What is fetched and copied: configuration, tokenizers, the weights that transformers loads by default. Variants
-#: (`model.fp16.safetensors`), other runtimes' copies and a training run's intermediate states are left.
+#: The files that are fetched and copied: configuration, tokenizers, and the weights that transformers loads by default.
+#: Variants (`model.fp16.safetensors`), copies for other runtimes and the intermediate states of a training run are
+#: left out.
 WANTED_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 WANTED = ("*.json", "*.txt", "*.model", *WANTED_WEIGHTS)
 WANTED_PICKLE = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")

@@ -1,4 +1,4 @@
-"""Looks at sources in a background process, for looks that may take longer than a tick of the sensor.
+"""The background process for looks that may take longer than a tick of the sensor.
 
 Such a look digests gigabytes, or needs MLflow's client, because no other code can read MLflow's databases. The process
 is `python -m resources.checkpoints.watch`. It reads its job from its standard input and writes its answer to a file

@@ -34,8 +34,8 @@ class Looks:
     def take(self, jobs: Mapping[Key, Callable[[], Seen]], deadline: float) -> dict[Key, LookResult]:
         """Run the jobs in their order until the deadline, and return the results that are there by then.
 
-        A result of a look that was late in an earlier call and ended since is included. A job that has not begun or not
-        ended has no result.
+        A look that did not end in an earlier call has its result in the call after its end. If it has been under way
+        for longer than LATE_SECONDS, its result is an error. A job that has not begun has no result.
 
         Args:
             jobs: The looks, by the model's name and its source.

@@ -58,7 +58,8 @@ SWITCHES = "refinery_switches"
 class ReadOutputs(Protocol):
     """A function that returns the outputs of those names for one batch of inputs."""
 
-    def __call__(self, names: Sequence[str], batch: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]: ...
+    def __call__(self, names: Sequence[str], batch: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """Return one array a name."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is wrong with a Triton model repository, ours or anybody's, found without a server; its code is never run."""
+"""Find the problems of any Triton model repository, without a server and without running code of the repository."""
 
 from resources.triton.lint.findings import RULES, Finding
 from resources.triton.lint.repository import lint

@@ -1,4 +1,4 @@
-"""Rules about ensembles: which models their steps are, and how tensors go from one to the next."""
+"""The rules about ensembles: the models of their steps, and the tensors that pass between the steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def ensemble_findings(model: Model, models: Mapping[str, Model]) -> Iterator[Finding]:
-    """What is wrong with the ensemble's steps, maps and outputs."""
+    """Yield the findings in the ensemble's steps, maps and outputs."""
     config = model.config
     assert config is not None
     steps = config.ensemble_scheduling.step
@@ -55,7 +55,7 @@ def ensemble_findings(model: Model, models: Mapping[str, Model]) -> Iterator[Fin
         yield model.at("ensemble-map", f"nothing makes {tensor!r}.", near=f'"{tensor}"')
     for tensor in sorted(set(made) - read - {item.name for item in config.input}):
         yield model.at("ensemble-unused", f"nothing reads {tensor!r}.", near=f'"{tensor}"')
-    # What can be computed, step after step; what is left then waits for itself.
+    # Take away the steps that can be computed, one after the other. The steps that are left wait for themselves.
     there = {item.name for item in config.input} | (read - set(made))
     readers: dict[str, list[int]] = {}
     for number, tensors in waits.items():
@@ -77,7 +77,7 @@ def ensemble_findings(model: Model, models: Mapping[str, Model]) -> Iterator[Fin
 
 
 def _types(names: Mapping[str, str], target: Model | None, *, outputs: bool) -> Iterator[tuple[str, int]]:
-    """The ensemble's tensors of a map, with the types that the step's configuration gives them."""
+    """Yield the ensemble's tensors of a map, with the types that the step's configuration gives them."""
     if target is not None and target.config is not None:
         items = target.config.output if outputs else target.config.input
         yield from ((names[item.name], item.data_type) for item in items if item.name in names)
@@ -98,7 +98,7 @@ def _step(model: Model, step: ModelEnsembling.Step, target: Model | None, near: 
     elif step.model_version > 0 and step.model_version not in target.served:
         yield at("ensemble-step", f"{name} has no version {step.model_version} that its policy lets be loaded.")
     if target.config is None or not target.config.input or not target.config.output:
-        return  # Triton completes it from the model itself
+        return  # Triton completes the configuration from the model itself
     inputs = {item.name: item for item in target.config.input}
     for tensor in sorted(set(step.input_map) - set(inputs)):
         yield at("ensemble-map", f"{name} has no input {tensor!r}.", f'"{tensor}"')

@@ -1,4 +1,4 @@
-"""The rules, and what breaking one looks like."""
+"""The rules, and the finding that reports a broken rule."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Rule:
-    """error: Triton refuses the model, hangs, or answers wrongly; warning: it does something nobody asked for."""
+    """One rule of the linter.
+
+    Args:
+        severity: An `error` means that Triton refuses the model, hangs, or answers wrongly. A `warning` means that
+            it does something that nobody asked for.
+        meaning: The rule in words, for reports.
+    """
 
     severity: Severity
     meaning: str
 
 
-#: By what they are called in reports. Sources: Triton's documentation (model repository, model configuration,
-#: ensembles), its model_config.proto, and what the server was seen to do.
+#: The rules by their names in reports. The sources are Triton's documentation (model repository, model configuration,
+#: ensembles), its model_config.proto, and the observed behaviour of the server.
 RULES: dict[str, Rule] = {
     "config-syntax": Rule("error", "config.pbtxt is not what model_config.proto describes"),
     "no-config": Rule("warning", "without config.pbtxt Triton makes one up, with batch size 4 and two CPU instances"),
@@ -62,7 +68,14 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One broken rule. path: relative to the repository; line: from 1 on, 0 where the whole file or folder is meant."""
+    """One broken rule.
+
+    Args:
+        rule: The name of the rule.
+        path: The file or folder, relative to the repository.
+        message: The problem, often with the remedy.
+        line: The line, counted from 1. 0 means the whole file or folder.
+    """
 
     rule: str
     path: str
@@ -71,7 +84,7 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
-        """How bad it is."""
+        """The severity of the broken rule."""
         return RULES[self.rule].severity
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Rules about ONNX graphs: whole, with their weights, and as the configuration says."""
+"""The rules about ONNX graphs. A graph has to be complete, have its weights, and match the configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from resources.triton.lint.model import Model
 
-#: ONNX's name of a type by Triton's.
+#: ONNX's name of each type, by Triton's name.
 _TYPES = {
     "TYPE_BOOL": "BOOL",
     "TYPE_UINT8": "UINT8",
@@ -40,19 +40,24 @@ _TYPES = {
     "TYPE_BF16": "BFLOAT16",
     "TYPE_STRING": "STRING",
 }
-#: Bytes of a value by ONNX's number of its type: float, the integers, bool, float16, double, bfloat16.
+#: The bytes of one value, by ONNX's number of its type: float, the integers, bool, float16, double, bfloat16.
 _SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 
 
 def type_name(number: int) -> str:
-    """Triton's name of a type; of one that it does not know, the number."""
+    """Return Triton's name of a type, or the number of a type that Triton does not know."""
     from tritonclient.grpc.model_config_pb2 import DataType
 
     return str(DataType.Name(number)) if number in DataType.values() else str(number)
 
 
 def graph_findings(model: Model, path: Path) -> Iterator[Finding]:
-    """What is wrong with a version's graph. path: of the file, or of the folder of the same name with its weights."""
+    """Yield the findings in a version's graph.
+
+    Args:
+        model: The model of the version.
+        path: The graph's file, or a folder of that name that holds the graph and its weights.
+    """
     import onnx
 
     file = path / path.name if path.is_dir() else path
@@ -60,7 +65,7 @@ def graph_findings(model: Model, path: Path) -> Iterator[Finding]:
         yield model.at("model-file", f"{path.name}/ holds no {path.name}.", path=path)
         return
     if not is_below(model.root, file):
-        return  # by a link, which is said
+        return  # the link that leads out is a finding of its own
     try:
         proto = onnx.ModelProto.FromString(read_file(file, LARGEST_GRAPH_BYTES))
     except TooLargeError as error:
@@ -103,7 +108,7 @@ def _weights(model: Model, file: Path, proto: ModelProto, *, in_folder: bool) ->
         )
     for name, size in sorted(needed.items()):
         place = file.parent / name
-        # ONNX Runtime refuses these, by links too; other runtimes read whatever file it is.
+        # ONNX Runtime refuses weights outside of the folder, also through links. Other runtimes read any file.
         why = why_not_below(file.parent, name)
         if why is not None:
             what = f"its weights do not lie in the graph's folder: {why}."
@@ -117,7 +122,7 @@ def _weights(model: Model, file: Path, proto: ModelProto, *, in_folder: bool) ->
 
 
 def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """All tensors with values of their own: of the graph, of the graphs in its operators, and of its functions."""
+    """Yield all tensors that hold values: those of the graph, of graphs inside its operators, and of its functions."""
     graphs = [proto.graph, *(graph for info in proto.training_info for graph in (info.initialization, info.algorithm))]
     nodes = [node for function in proto.functions for node in function.node]
     while graphs or nodes:
@@ -136,14 +141,14 @@ def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
 
 
 def _size_bytes(tensor: TensorProto) -> int:
-    """What the tensor's values take, as far as its type says so."""
+    """Return the size of the tensor's values, or 0 if its type has no known size."""
     return max(0, prod(tensor.dims)) * _SIZES.get(tensor.data_type, 0)
 
 
 def _compare(
     model: Model, kind: str, said: Sequence[Any], found: Sequence[Any], *, all_of_them: bool
 ) -> Iterator[Finding]:
-    """Names, types and dims of the configuration with those of the graph."""
+    """Compare names, types and dims in the configuration with those in the graph, and yield the differences."""
     import onnx
 
     config = model.config
@@ -171,13 +176,13 @@ def _compare(
                 near="max_batch_size",
             )
         dims = [*batch, *(item.reshape.shape if item.HasField("reshape") else item.dims)]
-        # An input may be narrower than what the graph takes; an output is what the graph makes.
+        # The configuration may fix an input dimension that is free in the graph. An output must match the graph.
         free = kind == "input"
         fits = len(dims) == len(sizes) and all(
             one == other or (other == -1 and free) or (place == 0 and batch)
             for place, (one, other) in enumerate(zip(dims, sizes, strict=True))
         )
-        fits = fits or (not sizes and dims == [1])  # a scalar has no dims, and Triton wants one
+        fits = fits or (not sizes and dims == [1])  # a scalar has no dims in ONNX, and Triton requires one
         if not fits:
             yield model.at(
                 "tensor-dims",

@@ -1,4 +1,4 @@
-"""Reading a repository, and the rules about folders, versions, files and a model's own configuration."""
+"""Read a repository, and check the rules about folders, versions, files and each model's own configuration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from resources.triton.lint.sources import source_findings
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-#: The file of a version by backend, where `default_model_filename` names no other.
+#: The model file of a version by backend, unless `default_model_filename` names another.
 _FILES = {
     "python": "model.py",
     "onnxruntime": "model.onnx",
@@ -44,12 +44,16 @@ _FILES = {
     "pytorch": "model.pt",
     "pytorch_libtorch": "model.pt",
 }
-#: The types that ids have.
+#: The types of token ids.
 _IDS = ("TYPE_INT32", "TYPE_INT64")
 
 
 def lint(root: Path) -> list[Finding]:
-    """Everything that is wrong, by path and line. Raises ReleaseError where there is no folder of models."""
+    """Return all findings in a repository, sorted by path and line.
+
+    Raises:
+        ReleaseError: The path is not a folder of models.
+    """
     _require_repository(root)
     findings: list[Finding] = []
     models: dict[str, Model] = {}
@@ -97,7 +101,11 @@ def _link(root: Path, path: Path) -> Finding:
 
 
 def _require_repository(root: Path) -> None:
-    """Raise ReleaseError for what is no model repository at all: nothing wrong in it would say nothing."""
+    """Check that the folder is a model repository, because a report without findings would mean nothing otherwise.
+
+    Raises:
+        ReleaseError: The folder is not a model repository.
+    """
     if not root.is_dir():
         raise ReleaseError(f"{root} is no folder. Give the folder that holds the models' folders.")
     if (root / CONFIG).is_file():
@@ -128,7 +136,7 @@ def _read(root: Path, folder: Path) -> tuple[Model, list[Finding]]:
         except TooLargeError as error:
             findings.append(Finding("too-large", place, str(error)))
         except text_format.ParseError as error:
-            # "line:column : text"
+            # The message has the form "line:column : text".
             message = re.sub(r"^\d+:\d+ : ", "", str(error))
             findings.append(Finding("config-syntax", place, f"{message}.".replace("..", "."), error.GetLine() or 0))
         except (OSError, ForeignError, UnicodeDecodeError, RecursionError) as error:
@@ -179,7 +187,7 @@ def _model_findings(model: Model) -> Iterator[Finding]:
         if Path(name).name != name:
             yield model.at("model-file", f"{name!r} is no plain file name.", near=f'"{name}"')
         elif not is_below(model.root, path):
-            continue  # by a link, which is said
+            continue  # the link that leads out is a finding of its own
         elif not path.exists() or (model.backend == "python" and not path.is_file()):
             hang = " A Python model without it hangs the whole server." if model.backend == "python" else ""
             yield model.at("model-file", f"{name} is missing.{hang}", path=path.parent)
@@ -187,7 +195,7 @@ def _model_findings(model: Model) -> Iterator[Finding]:
             yield model.at("empty-file", "has no bytes. Copy it again.", path=path)
         elif model.backend == "python":
             yield from source_findings(model, path)
-            # By refinery serve the repository gets another name; the model's own stays.
+            # `refinery serve` reads a repository with such a path through a link, but the model's own name stays.
             if shlex.quote(str(path.absolute())) != str(path.absolute()):
                 hang = "has a character in its path that a shell does not take as it is; the server hangs."
                 yield model.at("shell-path", hang, path=path)

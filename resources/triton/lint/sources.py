@@ -1,4 +1,4 @@
-"""Rules about Python models, whose code is read and never run."""
+"""The rules about Python models. Their code is parsed and never run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from resources.triton.lint.reading import LARGEST_SOURCE_BYTES, TooLargeError, r
 if TYPE_CHECKING:
     from resources.triton.lint.model import Model
 
-#: What the backend puts on the path of every model.
+#: The modules that the backend makes available to every model.
 _GIVEN = {"triton_python_backend_utils", "c_python_backend_utils"}
 
 
 def source_findings(model: Model, path: Path) -> Iterator[Finding]:
-    """What is wrong with a version's `model.py`."""
+    """Yield the findings in a version's `model.py`."""
     place = path.relative_to(model.root).as_posix()
     try:
         tree = ast.parse(read_file(path, LARGEST_SOURCE_BYTES))
@@ -32,7 +32,7 @@ def source_findings(model: Model, path: Path) -> Iterator[Finding]:
     except SyntaxError as error:
         yield Finding("python-syntax", place, f"is no Python: {error.msg}.", error.lineno or 0)
         return
-    except (OSError, ForeignError, ValueError, RecursionError, MemoryError) as error:  # null bytes; nested too deep
+    except (OSError, ForeignError, ValueError, RecursionError, MemoryError) as error:  # null bytes, deep nesting
         yield Finding("python-syntax", place, f"cannot be read as Python: {error or type(error).__name__}.")
         return
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.alias)}
@@ -52,7 +52,7 @@ def source_findings(model: Model, path: Path) -> Iterator[Finding]:
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Top-level names of modules, with the lines, of all imports but those that are guarded by `try`."""
+    """Yield the top-level module name and the line of every import that is not inside a `try`."""
     guarded = {
         node
         for attempt in ast.walk(tree)
@@ -76,6 +76,6 @@ def _found(name: str, folder: Path) -> bool:
     if (folder / f"{name}.py").is_file() or (folder / name).is_dir():
         return True
     try:
-        return find_spec(name) is not None  # looks for files; a top-level name is not imported for it
+        return find_spec(name) is not None  # only looks for files, and does not import a top-level module
     except (ImportError, ValueError):
         return False

@@ -12,8 +12,8 @@ class Provenance:
     """The inputs of an asset and the reasons to make it again, in Markdown.
 
     Args:
-        made_of: The continuation of "Made of".
-        again: The continuation of "Made anew when".
+        made_of: The text that follows "Made of" in the description.
+        again: The text that follows "Made anew when" in the description.
     """
 
     made_of: str

@@ -45,7 +45,7 @@ def benchmark_assets(step: BenchmarkStep) -> tuple[dg.AssetsDefinition, dg.Asset
         record = Work(workspace, entry).get(step)
         gates = entry.accuracy_gates().model_dump()
         if record.accuracy is None:
-            # An engine that this target cannot have calls for no warning. An engine that broke does.
+            # Only an engine that broke calls for a warning. An engine that this target cannot have does not.
             return dg.AssetCheckResult(
                 passed=record.status == "skipped",
                 severity=dg.AssetCheckSeverity.WARN,
@@ -158,7 +158,7 @@ def _latency_table(record: BenchmarkReport) -> dg.TableMetadataValue:
 
 
 def _thread_table(record: BenchmarkReport) -> dict[str, object]:
-    """Return the table of the numbers of threads that were tried, or nothing if there was no choice."""
+    """Return the table of the thread settings that were tried, or nothing if there was no choice."""
     if not record.thread_trials:
         return {}
     shapes = [timing.shape for timing in record.timings]

@@ -19,7 +19,7 @@ from resources.tracking import Tracker
 
 R = TypeVar("R", bound=Record)
 
-#: The metadata of a materialization, by their names in Dagster.
+#: The metadata of a materialization, by the names that Dagster shows.
 Metadata = Mapping[str, object]
 
 
@@ -77,10 +77,11 @@ def artifact_asset(
     Args:
         step: The step that makes the artifact.
         look: The asset's appearance in Dagster.
-        show: Returns the metadata of the artifact that was made.
-        before: Is called before the step.
-        accept: Is called once the artifact is there, before it becomes the current one. It may raise an error.
-        nothing: Returns the reason if the step has nothing to make. Only steps without a recipe at times need it.
+        show: A function that returns the metadata of the artifact that was made.
+        before: A function that is called before the step.
+        accept: A function that is called once the artifact is there, before it becomes the current one. It may raise
+            an error.
+        nothing: A function that returns why the step has nothing to make. A step that may have no recipe needs it.
         tracked: Whether the step writes to MLflow, so that its failure ends the run there.
     """
 

@@ -100,8 +100,8 @@ def judge(
 def confirmed_at(instance: dg.DagsterInstance, model: str, targets: Sequence[str]) -> float:
     """Return when runs last confirmed the model's checkpoint and all its releases, in seconds since 1970.
 
-    Each of these assets has the time of its last materialization, and the oldest of these times counts. The result is 0
-    if one of the assets was never materialized.
+    The result is the time of the asset whose last materialization is the oldest. It is 0 if one of the assets was never
+    materialized.
     """
     return min(_materialized_at(instance, key, model) for key in (checkpoint.key, *map(release_key, targets)))
 

@@ -22,8 +22,8 @@ Cell = str | int | float | bool | None
 def closing_tracking(step: Callable[..., dg.MaterializeResult]) -> Callable[..., dg.MaterializeResult]:
     """Wrap a step so that its MLflow run is closed if the step fails.
 
-    The step is that of a target, whose asset's key is `<kind>/<target>/...`. This is no Dagster hook, because a hook
-    writes an event for every step of every run, which would be a fifth of all events.
+    It is for assets of a target, whose keys are `<kind>/<target>/...`. It is no Dagster hook, because a hook writes an
+    event for every step of every run, which would be a fifth of all events.
     """
 
     @wraps(step)

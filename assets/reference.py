@@ -1,4 +1,4 @@
-"""The asset of the answers from the library that users would use without Triton."""
+"""The asset of the answers of sentence-transformers or transformers, the library that users would have used."""
 
 from assets.factory import Done, Look, Metadata, artifact_asset
 from assets.materialization import table

@@ -152,9 +152,9 @@ def _headers(text: str | None) -> tuple[tuple[str, str], ...]:
 def complete_environment(environment: MutableMapping[str, str]) -> None:
     """Set the variables that libraries need and that the environment lacks.
 
-    If the system has no home or no name for the user, as in a container, they are set. Libraries ask for them when they
-    look for their caches, and without them they fail or make a folder called `~`. Clients that do not use requests also
-    get the certificates of REQUESTS_CA_BUNDLE; see orchestration/certificates.py.
+    If the system has no home or no name for the user, as in a container, HOME or USER is set. Libraries need them to
+    find their caches, and otherwise fail or make a folder called `~`. Clients that do not use requests also get the
+    certificates of REQUESTS_CA_BUNDLE; see orchestration/certificates.py.
     """
     try:
         Path.home()

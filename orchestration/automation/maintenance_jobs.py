@@ -15,7 +15,7 @@ from resources.tracking import Tracker
 
 
 class Which(dg.Config):
-    """The model and the target whose releases are meant."""
+    """The model and the target whose releases a job handles."""
 
     model: str
     target: str = "cpu"

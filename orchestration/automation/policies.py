@@ -34,7 +34,7 @@ class Policies:
 
     @property
     def warn_days(self) -> float:
-        """The age in days at which an asset should have been confirmed again, so that a warning is due."""
+        """The age in days at which Dagster warns that an asset was not confirmed in time."""
         return min(self.fresh_days + GRACE_DAYS, _LONGEST_DAYS)
 
     def applied(self, spec: dg.AssetSpec) -> dg.AssetSpec:

@@ -179,8 +179,8 @@ def _confirmation(
     if not confirmed or context.scheduled_execution_time.timestamp() - confirmed < fresh_days * 86400:
         return None
     when = f"{datetime.fromtimestamp(confirmed, UTC):%Y-%m-%d %H:%M} UTC"
-    # All plans in which nothing differs are the same, so the tag names the time of the confirmation instead. Runs that
-    # failed before that time do not count then.
+    # All plans in which nothing differs have the same digest. The tag therefore names the time of the last
+    # confirmation, so that runs that failed before that time do not count.
     return dg.RunRequest(
         partition_key=model, tags={PLAN_TAG: f"confirmed {confirmed:.3f}", WHY_TAG: f"last confirmed {when}"}
     )

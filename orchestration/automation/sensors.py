@@ -231,7 +231,7 @@ class _Tick:
         return memory
 
     def _told(self, entry: ModelEntry, memory: Memory) -> Memory:
-        """Report a problem once, and its end once, and return the memory of that report."""
+        """Report a problem once, report its end once, and return the memory with the problem that was reported."""
         problem = memory.error or memory.stuck
         if problem == memory.problem:
             return memory

@@ -1,4 +1,4 @@
-"""The command line: thin over the same Dagster job and instance that the web pages show."""
+"""The command line, which uses the same Dagster job and instance that the web pages show."""
 
 from orchestration.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`python -m orchestration.cli`, which is `refinery`."""
+"""The program `python -m orchestration.cli`, which is the same as `refinery`."""
 
 import sys
 

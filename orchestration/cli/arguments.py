@@ -1,6 +1,7 @@
-"""The command line's grammar: one function a command, and the types of its arguments.
+"""The grammar of the command line: one function for each command, and the types of the arguments.
 
-A command is named by its module and function, and imported when it runs: `refinery query` does not wait for Dagster.
+The parser names a command's module and function, and the module is imported when the command runs. `refinery query`
+thus does not wait for the import of Dagster.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from resources.machine.targets import check_target
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser. Its result's `command` is `module:function`."""
+    """Return the parser. The attribute `command` of its result has the form `module:function`."""
     parser = argparse.ArgumentParser(
         prog="refinery", description="Take a Hugging Face checkpoint to the fastest accurate engine, served by Triton."
     )

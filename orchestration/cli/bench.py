@@ -1,4 +1,4 @@
-"""`refinery bench`: a model's engines side by side, without Dagster and MLflow."""
+"""`refinery bench`: a comparison of a model's engines with each other, without Dagster and MLflow."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from resources.steps.side_by_side import compare_engines
 
 
 def bench(options: Namespace) -> int:
-    """Compare, print and save."""
+    """Compare the engines, and print and save the result."""
     workspace = read_workspace(os.environ)
-    # Before any work: what is mistyped costs nothing.
+    # The options are read before any work, so that a mistyped one costs nothing.
     target, shapes, wanted = options.target or workspace.targets[0], _shapes(options), _engines(options)
     said = dict.fromkeys(ENTRY_OPTIONS) | {name: getattr(options, name) for name in ("name", "task", "allow_pickle")}
     for spec in (engine_spec(BASELINE), *(wanted or ())):
@@ -32,7 +32,7 @@ def bench(options: Namespace) -> int:
             raise CatalogError(f"--engines, --target: {reason}")
     entry = _measured_as(find_or_add(workspace, Namespace(model=options.model, **said), rewrite=False), options)
     folder = _folder(workspace, entry, target, options)
-    if wanted is not None:  # whoever names an engine wants it, whatever the catalog lists
+    if wanted is not None:  # the engines of the command line take the place of those in the catalog
         entry = entry.model_copy(update={"engines": None})
     console, started = step_console(), time.monotonic()
 
@@ -63,7 +63,7 @@ def _print(comparison: Comparison) -> None:
     best = next((verdict.engine for verdict in comparison.verdicts if verdict.eligible), None)
     title = f"{title_of(comparison)}: p50 / p99, (times faster than PyTorch)"
     print_candidates(console, title, comparison.reports, comparison.verdicts, best)
-    if len(comparison.measured) > 2:  # of two, the first table has said it
+    if len(comparison.measured) > 2:  # for two engines, the first table has the same ratio
         print_table(console, "Each against each, geometric mean over the shapes", *ratio_table(comparison), best)
 
 
@@ -95,7 +95,10 @@ def _measured_as(entry: ModelEntry, options: Namespace) -> ModelEntry:
 
 
 def _folder(workspace: Workspace, entry: ModelEntry, target: str, options: Namespace) -> Path:
-    """Where the results go, seen to be a folder or a place for one before minutes are spent on them."""
+    """Return the folder for the results.
+
+    It is checked before minutes are spent on measurements. It must be a folder, or a place where one can be made.
+    """
     if options.output is None:
         return workspace.home / "bench" / f"{entry.name}-{target}"
     folder = Path(options.output).resolve()

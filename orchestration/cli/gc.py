@@ -1,4 +1,4 @@
-"""`refinery gc`."""
+"""`refinery gc`: the removal of unneeded artifacts from the artifact stores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resources.settings.workspace import Workspace
 
 
 def collect_garbage(options: Namespace) -> int:
-    """Remove, and say what went."""
+    """Remove unneeded artifacts, and print what was removed."""
     workspace = read_workspace(os.environ)
     under_way = _run_under_way(workspace)
     cleaned = clean_stores(workspace, options.keep_days, under_way, dry_run=options.dry_run)
@@ -36,7 +36,10 @@ def collect_garbage(options: Namespace) -> int:
 
 
 def _run_under_way(workspace: Workspace) -> dg.RunRecord | None:
-    """The oldest run under way. On a full disk Dagster may not even be read, and room is made all the same."""
+    """Return the oldest run under way, or None.
+
+    On a full disk, even reading Dagster's runs may fail. The result is None then, so that room is made all the same.
+    """
     if not instance_folder(workspace).is_dir():
         return None
     try:

@@ -1,4 +1,4 @@
-"""`refinery lint`: findings for people, and as JSON or SARIF for machines."""
+"""`refinery lint`: the findings on a model repository, as text for people, and as JSON or SARIF for programs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from resources.triton.lint import lint as find
 
 
 def lint(options: Namespace) -> int:
-    """Print what is wrong with the repository; 1 where there is an error."""
+    """Print what is wrong with the repository. The exit status is 1 if one of the findings is an error."""
     findings = _find(options.path)
     print(FORMATS[options.format](findings))
     return int(any(finding.severity == "error" for finding in findings))
 
 
 def _find(path: str) -> list[Finding]:
-    """Of a folder, or of a copy of what is in object storage."""
+    """Return the findings on a folder, or on a copy of a repository in object storage."""
     try:
         return _look(path)
     except FileNotFoundError as error:
@@ -60,21 +60,21 @@ def _look(path: str) -> list[Finding]:
 
 
 def as_text(findings: Sequence[Finding]) -> str:
-    """A line for each finding, and their count."""
+    """Return a line for each finding, and their count."""
     errors = sum(finding.severity == "error" for finding in findings)
     count = f"{errors} errors, {len(findings) - errors} warnings" if findings else "nothing found"
-    # A line break in a name would pass for another finding.
+    # A line break in a name would look like another finding.
     lines = (printable(str(finding)).replace("\n", "\\n") for finding in findings)
     return "\n".join([*lines, count])
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """A list of objects with rule, severity, path, line and message."""
+    """Return a JSON list of objects with rule, severity, path, line and message."""
     return json.dumps([{**asdict(finding), "severity": finding.severity} for finding in findings], indent=1)
 
 
 def as_sarif(findings: Sequence[Finding]) -> str:
-    """SARIF 2.1.0 (OASIS), which code hosts show beside the lines."""
+    """Return the findings as SARIF 2.1.0 (OASIS), which code hosts show beside the lines."""
     rules = [
         {
             "id": name,

@@ -1,4 +1,4 @@
-"""`refinery models` and `refinery releases`."""
+"""`refinery models` and `refinery releases`: the lists of the catalog and of a model's releases."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _shapes(entry: ModelEntry) -> str:
 
 
 def models(options: Namespace) -> int:
-    """The catalog, and what serves."""
+    """Print the catalog, and what serves on each target."""
     del options
     workspace = read_workspace(os.environ)
     table = Table("model", "task", "source", "shapes", *(f"serves on {target}" for target in workspace.targets))
@@ -51,7 +51,7 @@ def models(options: Namespace) -> int:
 
 
 def served_text(repository: Location, model: str) -> str:
-    """What the model's pointer names, or what is wrong with that."""
+    """Return the release that the model's pointer names, or what is wrong with it."""
     release = current_release(repository, model)
     if release is None and current_number(repository, model) is None and not is_published_here(repository, model):
         return "nothing yet"
@@ -60,14 +60,14 @@ def served_text(repository: Location, model: str) -> str:
 
 
 def releases(options: Namespace) -> int:
-    """Every release of one model that is in the repository, or waits beside it."""
+    """Print every release of a model that is in the repository, or waits beside it."""
     workspace = read_workspace(os.environ)
     repository, model = workspace.repository(options.target), options.model
     whole = {release.number: release for release in list_releases(repository, model)}
     waiting = list_releases(unverified_root(repository, model), model)
     damaged = [number for number in release_numbers(repository, model) if number not in whole]
     if not whole and not waiting and not damaged:
-        workspace.entry(model)  # an unknown model is said to be unknown
+        workspace.entry(model)  # raises an error if the model is unknown
         raise ReleaseError(f"{model}: {current_problem(repository, model)}")
     current, runs = current_number(repository, model), _runs(workspace, model, options.target)
     table = Table("release", "state", "engine", "revision", "made", "size", "MLflow run", "digest")
@@ -93,7 +93,10 @@ def _row(release: Release, state: str, run: str) -> list[str]:
 
 
 def _runs(workspace: Workspace, model: str, target: str) -> dict[int, str]:
-    """The id of each release's run; none where MLflow has no store yet, or does not answer, which is said."""
+    """Return the id of the MLflow run of each release.
+
+    There are none if MLflow has no store yet. There are also none if it does not answer, which is printed.
+    """
     store = workspace.mlflow_uri().removeprefix("sqlite:///")
     if store.startswith("/") and not Path(store).exists():
         return {}

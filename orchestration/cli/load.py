@@ -1,4 +1,4 @@
-"""`refinery load`: what a served model does under load."""
+"""`refinery load`: a measurement of a served model under load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from resources.triton.serving_report import measure_load, measure_with_perf_anal
 
 
 def load(options: Namespace) -> int:
-    """Closed loops of so many clients, on the server that was named or on one of its own; prints a table."""
+    """Put load on a server by closed loops of clients, and print a table of the results.
+
+    The server is the one of `--url`, or one that is started for this measurement.
+    """
     workspace = read_workspace(os.environ)
     repository, work = workspace.repository(options.target), Work(workspace, workspace.entry(options.model))
     if options.url is None:
@@ -66,7 +69,7 @@ def load(options: Namespace) -> int:
             found += measure_with_perf_analyzer(
                 address, options.model, items, options.clients, options.seconds, connection
             )
-        except ServerError as error:  # it is an extra
+        except ServerError as error:  # perf_analyzer is optional
             print(f"refinery: {error}", file=sys.stderr)
     print_table(table_console(), title, *load_table(found))
     return 0

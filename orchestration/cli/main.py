@@ -1,4 +1,4 @@
-"""Run one command of the command line, and turn what goes wrong into one line and an exit status."""
+"""The entry point of the command line. It turns an error of a command into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 for success, 1 for failure, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Run one command, and return its exit status.
+
+    Returns:
+        0 for success, 1 for failure, 2 for a wrong command line, 130 for Ctrl-C.
+    """
     with printable_output():
         options = parser().parse_args(arguments)
         module, _, name = options.command.partition(":")
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
             return INTERRUPTED
-        except BrokenPipeError:  # `refinery models | head`
+        except BrokenPipeError:  # as in `refinery models | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return SUCCESS
         except Exception as error:

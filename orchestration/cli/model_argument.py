@@ -1,4 +1,4 @@
-"""What the command line was given as MODEL: a name of the catalog, or the source of a new entry."""
+"""The argument MODEL of the command line: a name of the catalog, or the source of a new entry."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from resources.settings.sources import Access, SourceSettings
 from resources.settings.workspace import Workspace
 from resources.steps.checkpoint import CHECKPOINT
 
-#: What the command line may say about a new entry; None: nothing.
+#: The options that describe a new entry. An option that was not given is None.
 ENTRY_OPTIONS = ("name", "task", "seq_len", "batch_size", "engines", "seconds", "serving_seconds", "allow_pickle")
 _PICKLE_WARNING = (
     "refinery: warning: --allow-pickle: weights stored as a pickle run their author's code as you, each time they are "
@@ -48,10 +48,13 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
     that somebody edited.
 
     Args:
+        workspace: The workspace with the catalog.
+        options: The options of the command line. It has `model` and all of ENTRY_OPTIONS.
         rewrite: Whether options may change an entry that was added before.
 
     Raises:
-        CatalogError, CheckpointError: There is no such model, or its entry cannot be added or changed.
+        CatalogError: There is no such model, or its entry cannot be added or changed.
+        CheckpointError: The source cannot be used as a checkpoint.
     """
     catalog = workspace.catalog()
     given = [name for name in ENTRY_OPTIONS if getattr(options, name) is not None]
@@ -59,7 +62,8 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
         known = catalog.get(options.model)
         if not given:
             return known
-        # The same command may be given again: ./bert and the Hub's bert are called as their entries are.
+        # The same command may be given again: the folder ./bert and the Hub's bert become entries named bert, so the
+        # argument is then a name of the catalog.
         if known.source not in (options.model, str(Path(options.model).resolve())):
             own = options.model in load_catalog(workspace.catalog_path).names
             raise CatalogError(
@@ -72,7 +76,8 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
         source = _source(options.model, catalog, workspace.access)
     name = options.name or _name_from(source)
     _require_read(catalog, name)
-    # Such a folder is no model, and would stay in the catalog for the sensor to look at; the Hub may answer later.
+    # A folder without a model would stay in the catalog, and the sensor would look at it. The Hub is not asked here,
+    # because it may answer later.
     if source.startswith("/") and not ((folder := locate(source).folder) / "config.json").is_file():
         if why := why_of_no_use(folder, {}):
             raise CheckpointError(f"{name}: {source}: {why}.")
@@ -89,8 +94,8 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
 def _keep(
     workspace: Workspace, catalog: Catalog, name: str, source: str, options: Namespace, *, rewrite: bool
 ) -> ModelEntry:
-    """Return the entry of that name and source: the one there is, changed as the options say, or a new one."""
-    # On some disks `M` and `m` are one folder, so the catalog takes one of them.
+    """Return the entry of that name and source: the existing one, changed as the options say, or a new one."""
+    # On some disks `M` and `m` are one folder, so the catalog accepts only one of them.
     same = [known for known in catalog.models if known.name.casefold() == name.casefold()]
     own = load_catalog(workspace.catalog_path).names
     for known in same:
@@ -127,13 +132,17 @@ def _keep(
 
 
 def _require_read(catalog: Catalog, name: str) -> None:
-    """Raise CatalogError where the file of that name in the folder of additions could not be read."""
+    """Raise CatalogError if the file of that name in the folder of additions could not be read."""
     if name in catalog.refused:
         raise CatalogError(catalog.refused[name])
 
 
 def _require_unedited(path: Path, entry: ModelEntry, earlier: ModelEntry | None) -> None:
-    """Refuse to replace what a user wrote. Raises CatalogError, which says what to write there."""
+    """Refuse to replace what a user wrote.
+
+    Raises:
+        CatalogError: A user has written or edited the file. The error says what to do.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -155,7 +164,7 @@ def _require_unedited(path: Path, entry: ModelEntry, earlier: ModelEntry | None)
 
 
 def _differences(entry: ModelEntry, earlier: ModelEntry) -> str:
-    """Return the fields whose values differ from the earlier entry's, as a models file has them."""
+    """Return the fields whose values differ from the earlier entry's, as text for a models file."""
     fields, before = entry.fields(), earlier.fields()
     changed = [f"{name}: {_flow(value)}" for name, value in fields.items() if before.get(name) != value]
     # A field with its default value is left out of a models file.
@@ -163,7 +172,7 @@ def _differences(entry: ModelEntry, earlier: ModelEntry) -> str:
 
 
 def _flow(value: object) -> str:
-    """A value of an entry in one line of YAML."""
+    """Return a value of an entry in one line of YAML."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
@@ -172,7 +181,7 @@ def _flow(value: object) -> str:
 
 
 def _was_collected(workspace: Workspace, name: str) -> bool:
-    """Whether a checkpoint was ever collected under the name. Until then a mistyped source may be corrected."""
+    """Return whether a checkpoint was ever collected under the name. Until then a mistyped source may be corrected."""
     try:
         workspace.store.current(Checkpoint, f"{CHECKPOINT.name}/{name}")
     except (ArtifactError, StorageError):
@@ -181,14 +190,19 @@ def _was_collected(workspace: Workspace, name: str) -> bool:
 
 
 def _source(model: str, catalog: Catalog, access: Access) -> str:
-    """Return the catalog's spelling of a source. Raises CatalogError or CheckpointError for anything else."""
-    if not model.strip():  # an unset variable of a shell, which pathlib takes for the current folder
+    """Return the catalog's spelling of a source.
+
+    Raises:
+        CatalogError: The text is no source, or neither the Hub nor its cache has the model.
+        CheckpointError: The text looks like a source, but is of no known kind.
+    """
+    if not model.strip():  # pathlib would take an unset variable of a shell for the current folder
         raise CatalogError("MODEL is empty. Give a name of the catalog, a folder or a Hub id.")
     try:
         path = Path(model).expanduser()
         if path.is_dir() or model.startswith(("/", "./", "../", "~")):
             return str(path.resolve())
-    except (OSError, RuntimeError) as error:  # a name longer than the system takes; ~nobody
+    except (OSError, RuntimeError) as error:  # the name is too long for the system, or is ~nobody
         raise CatalogError(f"{model[:100]} is no folder: {error}. Write its whole path.") from None
     if is_hub_id(model):
         source = model.removeprefix(HUB_PREFIX)
@@ -196,7 +210,7 @@ def _source(model: str, catalog: Catalog, access: Access) -> str:
             _find_on_hub(model, catalog, access)
         return source
     if "/" not in model and ":" not in model:
-        catalog.get(model)  # raises, naming what there is
+        catalog.get(model)  # raises an error that names the models of the catalog
     kind_of(model)
     return model
 
@@ -204,7 +218,8 @@ def _source(model: str, catalog: Catalog, access: Access) -> str:
 def _find_on_hub(model: str, catalog: Catalog, access: Access) -> None:
     """Warn that the Hub's model is used, because the name may be a mistyped name of the catalog.
 
-    Raises CatalogError where neither the Hub nor its cache on this machine has the model.
+    Raises:
+        CatalogError: Neither the Hub nor its cache on this machine has the model.
     """
     why = _absence(model, access)
     if why is not None:
@@ -220,7 +235,7 @@ def _find_on_hub(model: str, catalog: Catalog, access: Access) -> None:
 
 
 def _absence(model: str, access: Access) -> str | None:
-    """Say why the Hub's model is not available; None where the Hub or its cache on this machine has it."""
+    """Return why the Hub's model is not available, or None if the Hub or its cache on this machine has it."""
     try:
         hub_commit(model, access)
     except CheckpointError as error:
@@ -232,7 +247,11 @@ def _absence(model: str, access: Access) -> str | None:
 
 
 def _name_from(source: str) -> str:
-    """Return the default name of a source's entry. Raises CatalogError where the source makes no valid name."""
+    """Return the default name of a source's entry.
+
+    Raises:
+        CatalogError: The last part of the source makes no valid name.
+    """
     kind = kind_of(source)
     if kind == "registry":
         last = parse_reference(source).name
@@ -271,13 +290,13 @@ def _entry(known: Mapping[str, Any], options: Namespace, settings: SourceSetting
     try:
         return ModelEntry.model_validate(fields)
     except ValidationError as error:
-        # A source with a password in it is refused, and is not repeated.
+        # A source with a password in it is refused, and the error does not repeat it.
         named = fields["name"] if holds_login(options.model) else options.model
         raise CatalogError(f"{named}: {explain(error, ModelEntry)}") from None
 
 
 def _guess_task(fields: Mapping[str, Any], settings: SourceSettings) -> str:
-    """Tell the task from the checkpoint's small files; `embedding` where they do not say."""
+    """Return the task that the checkpoint's small files name, or `embedding` if they name none."""
     allow_pickle = bool(fields.get("allow_pickle", False))
     folder = locate(fields["source"], allow_pickle=allow_pickle, settings=settings).folder
-    return task_of(folder) or "embedding"  # collecting the checkpoint says what is wrong with it
+    return task_of(folder) or "embedding"  # the checkpoint's step reports what is wrong with the checkpoint

@@ -1,4 +1,4 @@
-"""`refinery optimize`: one run of the job, with live progress, ending in a table."""
+"""`refinery optimize`: one run of the job, with live progress and a table at its end."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ if TYPE_CHECKING:
 
     from resources.catalog.entries import ModelEntry
 
-#: What Dagster writes before the text of an error of this project.
+#: Dagster writes this before the text of an error of this project.
 _OURS = "resources.errors."
-#: What SQLite says where its files cannot be written.
+#: The errors that SQLite reports if its files cannot be written.
 _DATABASE = re.compile(
     r"sqlite3\.OperationalError\)?:? "
     "(disk I/O error|database or disk is full|unable to open database file|attempt to write a readonly database)"
 )
-#: What Dagster writes of an error of the system: its number, its text and the file.
+#: The form in which Dagster writes an error of the system: its number, its text and the file.
 _SYSTEM = re.compile(r"^\w*(?:Error|Exception): \[Errno (\d+)\] (.*)", re.MULTILINE)
 
-#: As workspace.yaml names the code location.
+#: The name of the code location in workspace.yaml.
 LOCATION = "transformer-refinery"
 
 
 def optimize(options: Namespace) -> int:
-    """Add the model to the catalog if need be, run the job, say what came of it."""
+    """Add the model to the catalog if it is not there, run the job, and print the result."""
     workspace = _workspace(options)
     missing = [why_not_here(target) for target in workspace.targets]
-    if all(missing):  # of several targets the others are made elsewhere
+    if all(missing):  # if this machine has only some of the targets, others make the rest
         raise EngineError(" ".join(filter(None, missing)))
     entry = find_or_add(workspace, options)
     print(f"{entry.name}: {entry.task}, {entry.source}")
     prepare_instance(workspace)
-    # Those of the environment are there already.
+    # The definitions for the environment's own workspace were made when their module was imported.
     definitions = defs if workspace == read_workspace(os.environ) else make_definitions(workspace)
     job = definitions.resolve_job_def("optimize")
     with dg.DagsterInstance.get() as instance:
@@ -65,10 +65,10 @@ def optimize(options: Namespace) -> int:
             run_config={"loggers": {"progress": {}}},
             raise_on_error=False,
             tags={
-                # So that the job's page lists the run beside those that were started there.
+                # With this tag, the job's page lists the run beside those that were started there.
                 ".dagster/repository": f"__repository__@{LOCATION}",
-                # So that Dagster's daemon, where one runs, sees when this process was killed. Starting the run again is
-                # left to who started it.
+                # With this tag, Dagster's daemon, if one runs, sees that this process was killed. It does not start the
+                # run again, because that is left to the user who started it.
                 HOST_TAG: socket.gethostname(),
                 "dagster/max_retries": "0",
             },
@@ -77,7 +77,7 @@ def optimize(options: Namespace) -> int:
         messages = failures(result)
         for message in messages:
             print(f"refinery: {message}", file=sys.stderr)
-        with suppress(TrackingError):  # why the run failed is what people have to read, and nothing after it
+        with suppress(TrackingError):  # people have to read why the run failed, and nothing after it
             tracker_of(workspace).abandon(result.run_id, entry.name, " ".join(messages) or "interrupted")
         if not messages:
             raise KeyboardInterrupt
@@ -101,7 +101,10 @@ def _workspace(options: Namespace) -> Workspace:
 
 
 def failures(result: ExecuteInProcessResult) -> list[str]:
-    """What each failed step has to say: our own error's text alone, a defect's with its type; none for Ctrl-C."""
+    """Return the message of each failed step, or none if the run was ended by Ctrl-C.
+
+    The message of this project's own errors is their text. The message of a defect includes its type.
+    """
     messages = []
     for event in result.all_events:
         if event.event_type is dg.DagsterEventType.RUN_FAILURE and _is_interrupt(event.job_failure_data.error):
@@ -127,7 +130,7 @@ def failures(result: ExecuteInProcessResult) -> list[str]:
 
 
 def _of_the_system(texts: list[str]) -> str:
-    """What is wrong with a disk, with the remedy; empty where no error of the system is among what was said."""
+    """Return what is wrong with a disk, with the remedy, or an empty text if none of the texts tells of that."""
     for text in texts:
         found = _SYSTEM.search(text)
         remedy = disk_remedy(int(found[1])) if found else ""
@@ -139,12 +142,15 @@ def _of_the_system(texts: list[str]) -> str:
 
 
 def _is_interrupt(error: SerializableErrorInfo | None) -> bool:
-    """Whether it is what Dagster makes of Ctrl-C, in a step or between two."""
+    """Return whether the error is Dagster's form of Ctrl-C, in a step or between two steps."""
     return error is not None and error.cls_name in ("KeyboardInterrupt", "DagsterExecutionInterruptedError")
 
 
 def _chain(error: SerializableErrorInfo | None) -> list[str]:
-    """The error's text, then those of what caused it: libraries' own words, where ours say what to do."""
+    """Return the error's text, followed by the texts of its causes.
+
+    The causes are often errors of libraries, while the errors of this project say what to do.
+    """
     texts = []
     while error is not None:
         texts.append(error.message.strip())
@@ -182,7 +188,7 @@ def _summarize(workspace: Workspace, entry: ModelEntry, target: str) -> None:
         console.print(f"No release of {model} is served from {repository}.")
         return
     console.print(f"Release {release.number} of {model} serves {release.engine} from {repository}.", highlight=False)
-    # As it can be pasted: the environment's own folder is rarely on the path.
+    # The commands are printed so that they can be pasted. The environment's own folder is rarely on the path.
     program = "refinery" if shutil.which("refinery") else os.path.relpath(sys.argv[0])
     for title, command in (
         ("Ask it:  ", query_command(work, target)),

@@ -1,4 +1,4 @@
-"""`refinery plan`: what optimizing would do, and why."""
+"""`refinery plan`: a preview of what optimizing would do, with the reasons."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _SAID: dict[State, str] = {
 
 
 def plan(options: Namespace) -> int:
-    """Print the plan of each model as soon as it is known; 1 where a run of one would fail."""
+    """Print the plan of each model as soon as it is known.
+
+    Returns:
+        1 if a run of one of the models would fail, else 0.
+    """
     workspace = read_workspace(os.environ)
     if options.target is not None:
         workspace = replace(workspace, targets=(options.target,))
@@ -48,12 +52,12 @@ def plan(options: Namespace) -> int:
 
 
 def as_json(found: ModelPlan) -> dict[str, Any]:
-    """A plan as a document: its fields, its digest, and the names of the steps that would or may run."""
+    """Return a plan as a document: its fields, its digest, and the names of the steps that would or may run."""
     return {**asdict(found), "digest": found.digest, "differing": [step.step for step in found.differing]}
 
 
 def print_plan(console: Console, found: ModelPlan) -> None:
-    """A table of what is not reused, and a line on what is."""
+    """Print a table of the steps that are not reused, with the number of the steps that are."""
     rows = [_row(step) for step in found.steps if step.state != "reused"]
     reused = sum(step.state == "reused" for step in found.steps)
     title = f"{found.model}: {len(found.differing)} of {len(found.steps)} steps would or may run, {reused} are reused"

@@ -1,4 +1,4 @@
-"""Live progress of a run, one line a step: a Dagster logger that hears the run's own events."""
+"""A Dagster logger that prints the progress of a run from the run's own events, one line for each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ProgressHandler(logging.Handler):
-    """Prints what a step made as it ends; on a terminal the step under way is shown with a spinner."""
+    """A log handler that prints what a step made when it ends. On a terminal, a spinner shows the step under way."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.DEBUG)
@@ -24,11 +24,12 @@ class ProgressHandler(logging.Handler):
         self._run_started = self._step_started = time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a line for the event or the warning of a record."""
         event: dg.DagsterEvent | None = record.__dict__.get("dagster_event")
         try:
             if event is not None:
                 self._event(event)
-            elif record.levelno == logging.WARNING:  # errors are Dagster's own, a line for every step not run
+            elif record.levelno == logging.WARNING:  # errors come from Dagster: one for every step that did not run
                 message = record.__dict__.get("dagster_meta", {}).get("orig_message", record.getMessage())
                 self._line("warning", str(message), "yellow")
         except Exception:
@@ -45,12 +46,13 @@ class ProgressHandler(logging.Handler):
             materialization = event.step_materialization_data.materialization
             metadata = {name: value.value for name, value in materialization.metadata.items()}
             name = "/".join(materialization.asset_key.path)
-            if metadata.get("status") not in ("unsupported", "skipped"):  # on every run the same; the summary has them
+            # These two are the same in every run, and the summary has them.
+            if metadata.get("status") not in ("unsupported", "skipped"):
                 self._line(name, describe(metadata, time.monotonic() - self._step_started))
         elif kind is dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
             unmeasured = "measured" in check.metadata and check.metadata["measured"].value is False
-            if not check.passed and not unmeasured:  # why it was not measured is said already
+            if not check.passed and not unmeasured:  # the reason why it was not measured was printed before
                 colour = "red" if check.severity is dg.AssetCheckSeverity.ERROR else "yellow"
                 name = f"{'/'.join(check.asset_key.path)}: {check.check_name}"
                 self._line(name, f"not passed. {check.description or ''}", colour)
@@ -64,6 +66,7 @@ class ProgressHandler(logging.Handler):
             self.close()
 
     def close(self) -> None:
+        """Stop the spinner, and close the handler."""
         if self._status is not None:
             self._status.stop()
         super().close()
@@ -74,7 +77,7 @@ class ProgressHandler(logging.Handler):
 
 
 def describe(metadata: dict[str, Any], seconds: float) -> str:
-    """What was made, in a few words, from the metadata of a materialization."""
+    """Return in a few words what a step made, from the metadata of its materialization."""
     if metadata.get("status") == "failed":
         return f"FAILED: {str(metadata.get('reason', '')).removeprefix('failed: ')}"
     done = "unchanged" if metadata.get("reused") else f"made in {seconds:.1f} s"
@@ -87,7 +90,7 @@ def describe(metadata: dict[str, Any], seconds: float) -> str:
 
 @dg.logger(config_schema={}, description="One line a step, for the command line.")
 def progress_logger(context: dg.InitLoggerContext) -> logging.Logger:
-    """Used by `refinery optimize`."""
+    """Return the logger of `refinery optimize`, which prints a line for each step."""
     del context
     logger = logging.Logger("refinery.progress", logging.DEBUG)
     logger.addHandler(ProgressHandler(step_console()))

@@ -1,4 +1,4 @@
-"""`refinery rollback`, `refinery promote`, `refinery retain` and `refinery verify`."""
+"""The commands on a model's releases: `refinery rollback`, `promote`, `retain` and `verify`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from resources.triton.layout import current_number
 from resources.triton.rollback import roll_back
 from resources.triton.verify import verify_release
 
-#: `refinery serve` looks every second, and loads in less than this.
+#: `refinery serve` looks for new releases every second, and loads one in less than this time.
 _TAKEN_UP_SECONDS = 15.0
 
 
 def rollback(options: Namespace) -> int:
-    """Point to an older release, and say what serves now."""
+    """Point to an older release, and print what serves now."""
     workspace = read_workspace(os.environ)
     log = workspace.log(options.model, f"triton-{options.target}")
     repository = workspace.repository(options.target)
@@ -40,7 +40,7 @@ def rollback(options: Namespace) -> int:
 
 
 def promote(options: Namespace) -> int:
-    """Point to the newest release, and say what serves now."""
+    """Point to the newest release, and print what serves now."""
     workspace = read_workspace(os.environ)
     log = workspace.log(options.model, f"triton-{options.target}")
     done = promoting.promote(
@@ -57,11 +57,14 @@ def promote(options: Namespace) -> int:
 
 
 def _await(settings: TritonSettings, model: str, number: int) -> None:
-    """Say when a server on the usual port answers with the release. It may be one of another repository."""
+    """Wait until the server on the usual port answers with the release, and print whether it does.
+
+    Nothing is printed if no server there has the model. The server may be one of another repository.
+    """
     deadline, connection = time.monotonic() + _TAKEN_UP_SECONDS, settings.connection_to(DEFAULT_ADDRESS)
     if not serves(DEFAULT_ADDRESS, model, connection):
         return
-    with TextClient(DEFAULT_ADDRESS, connection=connection) as client, suppress(ServerError):  # it ended meanwhile
+    with TextClient(DEFAULT_ADDRESS, connection=connection) as client, suppress(ServerError):  # it may end meanwhile
         found = client.release_of(model)
         while found != number and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -77,7 +80,7 @@ def _await(settings: TritonSettings, model: str, number: int) -> None:
 
 
 def retain(options: Namespace) -> int:
-    """Remove old releases, but what is pointed to, served, or the champion in MLflow."""
+    """Remove old releases, except those that are pointed to, served, or the champion in MLflow."""
     workspace = read_workspace(os.environ)
     champion = tracker_of(workspace).champion_release(options.model, options.target)
     done = removing.retain(
@@ -95,11 +98,11 @@ def retain(options: Namespace) -> int:
 
 
 def verify(options: Namespace) -> int:
-    """Every file against the manifest, then a question."""
+    """Compare every file of a release with the manifest, then have a server answer with the release."""
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
     if options.release is None and current_number(repository, options.model) is None:
-        workspace.entry(options.model)  # an unknown model is said to be unknown
+        workspace.entry(options.model)  # raises an error if the model is unknown
     log = workspace.log(options.model, f"verify-{options.target}")
     release, server = verify_release(repository, options.model, workspace.triton, options.release, log=log)
     count, size = len(release.files), sum(file.size_bytes for file in release.files.values()) / 1e6

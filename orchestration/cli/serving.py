@@ -1,4 +1,4 @@
-"""`refinery query`, `refinery serve` and `refinery setup`."""
+"""The commands `refinery query`, `refinery serve` and `refinery setup`."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ from resources.triton.server import EmbeddedServer
 
 _SHOWN = 8
 DEFAULT_ADDRESS = "127.0.0.1:8001"
-#: How often object storage is asked for new releases; each time costs a few requests.
+#: The time between two looks for new releases in object storage. Each look costs a few requests.
 _FOLLOW_SECONDS = 5.0
 
 
 def query(options: Namespace) -> int:
-    """Ask the server at `--url`, or the first of REFINERY_TRITON_GRPC that has the model.
+    """Ask a model, and print its answers.
 
-    Where none is named: the one on the usual port, or, where that has it not, one that is started for this.
+    The server is the one of `--url`, or else the first of REFINERY_TRITON_GRPC that has the model. If neither is given,
+    it is the one on the usual port or, if that does not have the model, one that is started for this question.
     """
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
     with ExitStack() as stack:
         address = options.url or _configured(workspace.triton, options.model) or DEFAULT_ADDRESS
         connection = workspace.triton.connection_to(address)
-        # Who names a server wants that one's answer and no other.
+        # If the user named a server, no other server may answer.
         if options.url is None and not workspace.triton.servers and not serves(address, options.model, connection):
             folder = served_folder(repository, workspace.copies, say=lambda line: print(line, file=sys.stderr))
-            # Said of the repository, where the folder is a copy of it.
+            # The folder may be a copy of the repository. An error has to name the repository.
             release = require_current(repository if current_problem(folder, options.model) else folder, options.model)
             require_embeddable(
                 release, "Ask a server that has them: give its address with --url, or set REFINERY_TRITON_GRPC"
@@ -61,7 +62,7 @@ def query(options: Namespace) -> int:
         with TextClient(address, connection=connection) as client:
             contract = client.contract(options.model)
             items = _items(options, contract.inputs)
-            # One request each: batching is the server's work.
+            # Each text is a request of its own, because batching is the server's work.
             answers = [client.ask(options.model, contract, [item])[0] for item in items]
             labels = [] if options.json else _labels(client, options.model, contract, items, answers)
     if options.json:
@@ -73,7 +74,11 @@ def query(options: Namespace) -> int:
 
 
 def _configured(settings: TritonSettings, model: str) -> str | None:
-    """The first of the configured servers that has the model; None where none is configured."""
+    """Return the first of the configured servers that has the model, or None if no server is configured.
+
+    Raises:
+        ServerError: No configured server answers, or none has the model.
+    """
     servers = settings.servers
     found = next((address for address in servers if serves(address, model, settings.connection_to(address))), None)
     if servers and found is None:
@@ -91,7 +96,11 @@ def _configured(settings: TritonSettings, model: str) -> str | None:
 
 
 def _items(options: Namespace, inputs: Sequence[str]) -> list[dict[str, str]]:
-    """One request a text. Raises ServerError where the model takes something else than was given."""
+    """Return a request for each text.
+
+    Raises:
+        ServerError: The model takes other inputs than those that were given.
+    """
     labels = options.labels and json.dumps([label.strip() for label in options.labels.split(",")])
     given = {"QUERY": options.query, "QUESTION": options.question, "LABELS": labels}
     for name, value in given.items():
@@ -108,7 +117,10 @@ def _items(options: Namespace, inputs: Sequence[str]) -> list[dict[str, str]]:
 def _labels(
     client: TextClient, model: str, contract: Contract, items: Sequence[dict[str, str]], answers: Sequence[Any]
 ) -> list[list[tuple[str, float]]]:
-    """The best labels of each answer, as the server itself names them: it may not be that of the repository here."""
+    """Return the best labels of each answer, as the server itself names them.
+
+    The repository here is not asked for the labels, because the server may serve another one.
+    """
     ranked: list[list[tuple[str, float]]] = []
     for item, answer in zip(items, answers, strict=True):
         if contract.structured or (ranked and not ranked[0]):
@@ -119,7 +131,11 @@ def _labels(
 
 
 def _show(texts: list[str], answers: Sequence[Any], ranked: Sequence[list[tuple[str, float]]]) -> None:
-    """Documents a line each; labels with their probabilities; else a vector's beginning, and likenesses."""
+    """Print the answers.
+
+    Documents are printed one on a line, and labels with their probabilities. A vector is printed as its first values
+    and its cosine similarity with the vector of the first text.
+    """
     for number, (text, answer, labels) in enumerate(zip(texts, answers, ranked, strict=True)):
         print(f"{text!r}")
         if isinstance(answer, list | dict):
@@ -145,7 +161,7 @@ def setup(options: Namespace) -> int:
 
 
 def serve(options: Namespace) -> int:
-    """The embedded Triton in the foreground; new releases are picked up while it runs."""
+    """Run the embedded Triton in the foreground. It picks up new releases while it runs."""
     workspace = read_workspace(os.environ)
     repository = workspace.repository(options.target)
 
@@ -154,7 +170,7 @@ def serve(options: Namespace) -> int:
 
     folder = served_folder(repository, workspace.copies, prune=True, say=say)
     if not public_models(folder):
-        if options.control == "none":  # what comes later would not be taken up
+        if options.control == "none":  # Triton would not take up a release that comes later
             raise ReleaseError(f"{repository} holds no release yet. Publish one: refinery optimize MODEL.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +205,7 @@ def serve(options: Namespace) -> int:
 
 
 def _require_embeddable(repository: Path, control: str) -> None:
-    """Raise ReleaseError where the embedded server would end because of models of the `native` flavour.
+    """Raise ReleaseError if the embedded server would end because of models of the `native` flavour.
 
     With explicit control it skips such models, and ends only if there is no other. Otherwise one of them ends it.
     """
@@ -203,7 +219,10 @@ def _require_embeddable(repository: Path, control: str) -> None:
 
 
 def _follow(workspace: Workspace, repository: Location, say: Callable[[str], None]) -> Callable[[], None]:
-    """To be called often: now and then it brings the copy of object storage up to date. What fails is said once."""
+    """Return a function that brings the local copy of a repository in object storage up to date.
+
+    It may be called often, and looks every _FOLLOW_SECONDS. It reports a failure that repeats itself only once.
+    """
     if not isinstance(repository, RemotePath):
         return lambda: None
     mirror, said, last = Mirror(repository, workspace.copies), "", time.monotonic()

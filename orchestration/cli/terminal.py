@@ -1,4 +1,4 @@
-"""How commands print: what a terminal may be sent, a line for each step, and a table of what was measured."""
+"""The output of commands: text that is safe for a terminal, a line for each step, and tables of measurements."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from resources.artifacts.records import BenchmarkReport, CandidateVerdict
     from resources.catalog.loading import Catalog
 
-#: A log has no width of its own.
+#: The width of tables in a file or pipe, which has no width of its own.
 WIDTH_OF_LOGS = 180
-#: Control characters but for tabs and line feeds, and those that turn the direction of the text around them
+#: Control characters except tabs and line feeds, and the characters that change the direction of the text around them
 #: (Bidi_Control, Unicode's UAX 9).
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Replace control and bidirectional characters by escapes, which are JSON's, so that a document stays one.
+    """Replace control and bidirectional characters by JSON's escapes, so that a JSON document stays valid.
 
-    Names, files and servers' answers are other people's text. Sent to a terminal as it is, it could move the cursor,
-    hide lines, or write into the clipboard.
+    Names, files and servers' answers are other people's text. A terminal that gets such text unchanged could move the
+    cursor, hide lines, or write into the clipboard.
     """
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -51,7 +51,7 @@ def printable_output() -> Iterator[None]:
 @contextmanager
 def _replaced(name: str) -> Iterator[None]:
     before: TextIO = getattr(sys, name)
-    if not isinstance(before, io.TextIOWrapper):  # closed, or a caller's own
+    if not isinstance(before, io.TextIOWrapper):  # it is closed, or a caller has replaced it
         yield
         return
     before.flush()
@@ -73,18 +73,18 @@ def _replaced(name: str) -> Iterator[None]:
 
 
 def step_console() -> Console:
-    """Where lines go that are as long as they have to be."""
+    """Return the console for lines, which it does not wrap."""
     return _console(soft_wrap=True)
 
 
 def table_console() -> Console:
-    """Where tables go: as wide as the terminal, and in a file or pipe wide enough for most."""
+    """Return the console for tables. It is as wide as the terminal, or WIDTH_OF_LOGS wide in a file or pipe."""
     console = _console()
     return console if console.is_terminal else _console(width=WIDTH_OF_LOGS)
 
 
 def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
-    """A console on standard output that takes texts literally, and passes them through `printable`."""
+    """Return a console on standard output that takes texts literally, and passes them through `printable`."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -95,7 +95,7 @@ def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
                 yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     return PrintableConsole(
-        file=getattr(sys.stdout, "below", sys.stdout),  # where colours are not escaped
+        file=getattr(sys.stdout, "below", sys.stdout),  # the stream below does not escape colours
         soft_wrap=soft_wrap,
         width=width,
         markup=False,
@@ -105,7 +105,7 @@ def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
 
 
 def print_refused(catalog: Catalog) -> None:
-    """Say on stderr which additions to the catalog could not be read, and why."""
+    """Print to standard error why additions to the catalog could not be read."""
     for why in catalog.refused.values():
         print(f"refinery: {why}", file=sys.stderr)
 
@@ -121,12 +121,12 @@ def print_step(console: Console, elapsed_s: float, name: str, text: str, colour:
 def print_table(
     console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], bold: str | None = None
 ) -> None:
-    """A table whose first column names engines or steps, the row of `bold` standing out."""
+    """Print a table whose first column names engines or steps. The row that begins with `bold` is in bold."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for name in header:
-        # A name that is broken in two is none.
+        # The names in the first column must not be broken over two lines.
         table.add_column(
             name, overflow="fold", no_wrap=name == header[0], justify="right" if name.endswith("ms") else "left"
         )
@@ -142,7 +142,7 @@ def print_candidates(
     verdicts: Sequence[CandidateVerdict],
     best: str | None,
 ) -> None:
-    """What was measured as a table, and below it a line for each that was not."""
+    """Print a table of the engines that were measured, and below it the reasons why the others were not."""
     from resources.report.tables import candidate_table
 
     header, rows = candidate_table(reports, verdicts)

@@ -1,1 +1,1 @@
-"""How runs are executed: jobs, executors, the run launcher, and the Dagster instance."""
+"""The execution of runs: jobs, executors, the run launcher, and the Dagster instance."""

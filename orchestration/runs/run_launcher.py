@@ -120,7 +120,7 @@ class WatchedRunLauncher(dg.DefaultRunLauncher):
         return {}
 
     def processes(self, run_id: str) -> Iterator[tuple[int, float]]:
-        """Yield the number of each process that the run's log names, and the time of that entry in seconds since 1970."""
+        """Yield the number of each process that the run's log names, and the entry's time in seconds since 1970."""
         for entry in self._instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
             pid = entry.get_dagster_event().engine_event_data.metadata.get("pid")
             if pid is not None and str(pid.value).isdigit():

@@ -90,7 +90,7 @@ def serve_pages(options: Namespace) -> int:
         print("stopped", flush=True)
         return 0
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave one of them
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must leave none of them running
         _stop(list(processes.values()))
 
 

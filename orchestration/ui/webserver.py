@@ -36,7 +36,7 @@ from orchestration.ui.guard import PagesGuard
 _STATEMENT_MS, _CONNECTION_SECONDS, _MORE_CONNECTIONS = 15_000, 3600, 20
 #: The time between two requests of a page for news, which is that of `dagster dev`.
 _POLL_MS = 2000
-#: How long requests under way (such as the stream of a run's events) and the daemon may take to end.
+#: The time that requests under way (such as the stream of a run's events) and the daemon have to end.
 _STOP_SECONDS = 4
 
 

@@ -28,7 +28,7 @@ _PIECE = re.compile(
     re.DOTALL,
 )
 #: The last line of a heading. A docstring may follow it.
-_HEADING = re.compile(r"\s*(?:(?:async def|def|class)\b|[)\]])[^{]*:")
+_HEADING = re.compile(r"\s*(?:(?:async def|def|class)\b.*|[)\]][^{]*):")
 
 
 @dataclass(frozen=True)

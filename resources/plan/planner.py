@@ -1,7 +1,7 @@
 """The planner, which tells what an optimization of a model would do now, and why, without doing it.
 
 The planner walks through the steps of a run, asks each step what it would make, and looks for that in the artifact
-store. A step that depends on an artifact that does not exist yet is planned as far as its inputs are known.
+store. If an input of a step does not exist yet, the plan says what is known of the step.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Planner:
         return True
 
     def _whole_run(self) -> None:
-        """Plan all other steps where only the fact of a new checkpoint is known."""
+        """Plan all other steps if only one thing is known: there is a new checkpoint."""
         first = self.steps[0].reasons == (NEVER,)
         of_targets = [node for target in self._work.workspace.targets for node in steps_of(target)]
         for node in (*COMMON[1:], *of_targets):

@@ -1,4 +1,4 @@
-"""The reasons why a current artifact is not the wanted one, in a few words for people."""
+"""The reasons why an artifact must be made again, in a few words for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resources.artifacts.records import Record
 from resources.engines.specs import BASELINE
 
 NEVER = "it was never made"
-#: Names for people of the parts of a fingerprint whose own names are unclear.
+#: Readable names for parts of a fingerprint with unclear names.
 _WORDS = {
     "weights": "the weights or their configuration",
     "tokenizer": "the tokenizer",

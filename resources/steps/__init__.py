@@ -1,4 +1,4 @@
-"""The asset graph, written once: for each asset what it is made of, how, and what can be said of it beforehand.
+"""The asset graph, written once: for each asset its inputs, how it is made, and what a plan can know of it.
 
 Assets, the planner and `refinery bench` all walk these steps. See `graph` for their order.
 """

@@ -58,7 +58,7 @@ class BenchmarkStep(Step[BenchmarkReport]):
     def _of(self, work: Work, engine: Engine | Expected, beside: Sequence[str] = ()) -> Recipe[BenchmarkReport]:
         """Return the recipe of the report on one engine.
 
-        `beside` has the digests of the engines that it is compared with. It is measured again when they are others.
+        `beside` has the digests of the engines that it is compared with. A change in them causes a new measurement.
         """
         entry, workspace, checkpoint = work.entry, work.workspace, work.get(CHECKPOINT)
         baseline, evaluation = work.expected(self.baseline), work.expected(EVALUATION_SET)
@@ -67,7 +67,7 @@ class BenchmarkStep(Step[BenchmarkReport]):
         made_of = Fingerprint.of(
             "benchmark",
             model=entry.name,
-            # Built again of the same, an engine may be another: the ladder has a limit of time.
+            # The same inputs may give another engine, because the ladder stops after a time.
             engine=[engine.digest, engine.content_digest],
             baseline=baseline.digest,
             evaluation=evaluation.digest,
@@ -119,9 +119,9 @@ class BenchmarkStep(Step[BenchmarkReport]):
 
 
 class ServedBenchmarkStep(BenchmarkStep):
-    """Measure the engine of the release that serves again, beside candidates that are others.
+    """Measure the engine of the release that serves once more, beside the candidates.
 
-    There is nothing to measure where no release serves, or one of the candidates does.
+    Nothing is measured if no release serves, or if one of the candidates is the engine that serves.
     """
 
     def __init__(self, target: str, engines: Sequence[EngineStep]) -> None:
@@ -129,11 +129,11 @@ class ServedBenchmarkStep(BenchmarkStep):
         self.engines = tuple(engines)
 
     def recipe(self, work: Work) -> Recipe[BenchmarkReport] | None:
-        """See Step. The engine is kept under a name of its own: should it stay the champion, it is released again."""
+        """See Step. The engine is kept under a name, so that it can be released again if it stays the champion."""
         incumbent = self.incumbent(work)
         if incumbent.engine is None:
             return None
-        # In a plan one that is yet to be built may turn out to be what serves, byte for byte: then it is not known.
+        # In a plan, an engine that is yet to be built may prove identical to the one that serves. Then it is not known.
         built = [engine.digest for engine in work.there(self.engines) if engine.status == "built"]
         found = self._of(work, incumbent.engine, built)
         points = {f"engines/{self.target}/{SERVED}": incumbent.engine}

@@ -54,10 +54,9 @@ class ChampionStep(Step[Champion]):
         return Recipe.of_ready(made_of, choice.champion.model_copy(update={"digest": made_of.digest}))
 
     def reports(self, work: Work) -> list[BenchmarkReport]:
-        """Return the newest report on every engine that has one, as far as they can be compared with each other.
+        """Return the newest report on every engine that has one, without those that cannot be compared.
 
-        A run of some engines only leaves the others' reports behind: of another revision, other shapes or another
-        machine.
+        After a run of some engines only, the reports on the others may be of another revision, shape or machine.
         """
         found = work.there(self.benchmarks)
         entry, workspace = work.entry, work.workspace

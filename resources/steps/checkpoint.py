@@ -1,4 +1,4 @@
-"""The step `checkpoint`: a checkpoint, copied from its source, checked, and made to stand alone."""
+"""The step `checkpoint`: a checkpoint, copied from its source, checked, and completed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CheckpointStep(Step[Checkpoint]):
 
         Raises:
             CheckpointError: The source cannot be found, or is of no use.
-            UnfetchedError: Nothing may be downloaded, and nothing here tells what the source holds.
+            UnfetchedError: Downloads are not allowed, and no local copy shows what the source holds.
         """
         entry, workspace = work.entry, work.workspace
         try:
@@ -55,7 +55,7 @@ class CheckpointStep(Step[Checkpoint]):
         return Recipe(found.made_of, make, confirm=lambda record: require_source(record, found.hashes, work.store))
 
     def expect(self, made_of: Fingerprint, digest: str, now: Checkpoint | None) -> Checkpoint | Expected:
-        """Tell from the checkpoint that is there now what will be known of the new one."""
+        """Return what is known of the new checkpoint, judged by the current one."""
         del digest
         if now is None or not now.made_of:
             raise NotYetKnownError(self.name)

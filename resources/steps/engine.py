@@ -25,12 +25,12 @@ from resources.steps.evaluation_set import EVALUATION_SET
 from resources.steps.onnx_graph import ONNX_GRAPH
 from resources.steps.step import Recipe, Step, Work
 
-#: Of the time that a step has, what a builder that ends by itself may take.
+#: The share of a step's time limit that a builder with its own limit may use.
 _BUILDING_SHARE = 0.9
 
 
 class EngineStep(Step[Engine]):
-    """Build one engine for a target. An engine's own troubles are its record's status and reason; nothing is raised."""
+    """Build one engine for a target. If that fails, the record's status and reason say so, and no error is raised."""
 
     record = Engine
 
@@ -73,7 +73,7 @@ class EngineStep(Step[Engine]):
             weights=checkpoint.weights_digest,
             spec=spec,
             target=self.target,
-            # What runs on one GPU was tried on that one; a processor is asked only when the engine is measured.
+            # An engine for a GPU is tied to the GPU that it was built on. A processor matters only in the benchmark.
             device=describe_device(self.target) if device_of(self.target) == "cuda" else "",
             code=code_versions(*self.built_by),
             libraries=libraries,
@@ -159,7 +159,7 @@ def goal_of(work: Work, spec: EngineSpec) -> Goal:
 
 
 def built_with(spec: EngineSpec, device: Device) -> dict[str, str]:
-    """Return the versions of all that an engine of the spec is built and run with on the device."""
+    """Return the versions of all libraries that build and run an engine of the spec on the device."""
     return {
         **library_versions(*LIBRARIES[spec.runtime]),
         **(cuda_packages() if device == "cuda" else {}),
@@ -174,7 +174,7 @@ def sources_of(work: Work) -> Sources:
 
 
 def checkpoint_folder(work: Work, checkpoint: Checkpoint) -> Path:
-    """Return the checkpoint's folder. In a plan it may not be copied yet; then it is that of the one before."""
+    """Return the checkpoint's folder, or in a plan that of the previous checkpoint if there is no copy yet."""
     folder = work.folder(checkpoint)
     before = None if folder.is_dir() else work.last(CHECKPOINT)
     return folder if before is None else work.folder(before)
@@ -197,6 +197,6 @@ def tuning_of(work: Work, checkpoint: Checkpoint) -> Tuning:
 
 
 def _unsupported(record: Engine, reason: str) -> Recipe[Engine]:
-    """Return the record of an engine that there is none of. It depends on the reason alone, whatever changes."""
+    """Return the recipe of an unsupported engine's record. Of its inputs, only the reason counts."""
     made_of = Fingerprint.of("engine", model=record.model, spec=record.name, target=record.target, unsupported=reason)
     return Recipe.of_ready(made_of, record.model_copy(update={"digest": made_of.digest, "reason": reason}))

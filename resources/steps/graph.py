@@ -19,7 +19,7 @@ from resources.steps.serving_configuration import ServingConfigurationStep
 from resources.steps.step import Node
 from resources.steps.triton_repository import ReleaseStep
 
-#: The steps that no target has for itself.
+#: The steps that all targets share.
 COMMON: tuple[Node, ...] = (CHECKPOINT, EVALUATION_SET, REFERENCE, ONNX_GRAPH)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OnnxGraphStep(Step[OnnxGraph]):
-    """Export the checkpoint in a child process. Making it raises ExportError."""
+    """Export the checkpoint in a child process, which raises ExportError if the export fails."""
 
     record = OnnxGraph
     code = ("resources.export", "resources.tasks", "resources.pipelines.tokenization", "resources.steps.onnx_graph")
@@ -35,8 +35,8 @@ class OnnxGraphStep(Step[OnnxGraph]):
             "onnx_graph",
             model=entry.name,
             weights=checkpoint.weights_digest,
-            # Parity is checked with ids of such a vocabulary, up to this checkpoint's longest text. Which text they
-            # stand for does not matter.
+            # Parity is checked with token ids of this vocabulary, up to this checkpoint's longest text. The text behind
+            # them does not matter.
             ids=checkpoint.ids_digest,
             task=checkpoint.task,
             threshold=threshold_bytes,

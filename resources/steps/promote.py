@@ -16,7 +16,7 @@ from resources.triton.rollback import Moved, roll_back
 
 
 def promote(workspace: Workspace, tracker: Tracker, model: str, target: str, *, dagster_run: str, log: Path) -> Moved:
-    """Have the newest release serve. What served before serves on where that fails.
+    """Have the newest release serve. If that fails, what served before goes on serving.
 
     A release that waits for its proof is proven and published. Otherwise, after a rollback, the newest serves again.
 

@@ -1,4 +1,4 @@
-"""The step `reference`: what the library answers that users would have used."""
+"""The step `reference`: the answers of the library that users would otherwise run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resources.steps.step import Recipe, Step, Work
 
 
 class ReferenceStep(Step[Reference]):
-    """Compare PyTorch's answers with the library's. Making it raises CheckpointError where they differ."""
+    """Compare PyTorch's answers with the library's, and raise CheckpointError if they differ."""
 
     record = Reference
     code = (
@@ -34,7 +34,7 @@ class ReferenceStep(Step[Reference]):
             "reference",
             model=entry.name,
             evaluation=work.expected(EVALUATION_SET).digest,
-            # The library reads all of the checkpoint by itself, files that nothing of ours looks at among them.
+            # The library reads all of the checkpoint by itself, including files that this project never reads.
             copy=checkpoint.digest,
             code=code_versions(*self.code),
             libraries=library_versions("torch", "transformers", "tokenizers", "sentence-transformers"),

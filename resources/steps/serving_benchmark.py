@@ -1,4 +1,4 @@
-"""The steps `serving_benchmark/<target>`: what the release that serves does under load on a real server."""
+"""The steps `serving_benchmark/<target>`: throughput and latency of the release that serves, on a real server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resources.triton.layout import current_release
 
 
 class ServingBenchmarkStep(Step[ServingReport]):
-    """Measure the release that is pointed to. Making it raises ReleaseError and ServerError."""
+    """Measure the release that serves. ReleaseError and ServerError say why it could not be measured."""
 
     record = ServingReport
     code = (

@@ -17,7 +17,7 @@ from resources.steps.step import Recipe, Step, Work
 class ServingConfigurationStep(Step[ServingConfiguration]):
     """Find instances and queue delay for the champion.
 
-    Making it raises ReleaseError where it cannot be served in any way, and ServerError without a server.
+    ReleaseError says that no setting works, and ServerError that there is no server.
     """
 
     record = ServingConfiguration

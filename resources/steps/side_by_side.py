@@ -1,4 +1,4 @@
-"""Make what `refinery bench` compares, by the steps of the pipeline, and compare it."""
+"""Build the engines for `refinery bench` with the pipeline's steps, and compare them."""
 
 from __future__ import annotations
 

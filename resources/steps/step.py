@@ -1,4 +1,4 @@
-"""What a step is, and where it finds what earlier steps made."""
+"""Steps, and the work that takes one model through them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Expected:
-    """What a plan knows of an artifact that was not made yet.
+    """An artifact that a plan expects, and that was not made yet.
 
     Args:
         digest: The digest that it will have, or `fingerprint.pending(step)`.
@@ -35,7 +35,7 @@ class Expected:
 
     @property
     def content_digest(self) -> str:
-        """Return the digest in place of the content's, which is not known before the artifact is made."""
+        """Return `digest`, because the content's own digest is not known before the artifact is made."""
         return self.digest
 
 
@@ -49,13 +49,13 @@ class NotYetKnownError(Exception):
 
 @dataclass(frozen=True)
 class Recipe(Generic[R]):
-    """What a step would make of the inputs that there are now.
+    """The artifact that a step would make from the current inputs.
 
     Args:
         made_of: The fingerprint of the inputs, under which the artifact is stored.
         make: Fill an empty folder and return the record; None in a plan that cannot make it.
-        ready: The record, where making it takes no work. `make` returns the same then.
-        confirm: Raise where a stored record of that fingerprint must not be used.
+        ready: The finished record, if making it takes no work. `make` returns the same then.
+        confirm: Raises an error if the stored record must not be reused.
         points: Records that are kept under further names once the step is done.
     """
 
@@ -76,12 +76,12 @@ class Node:
 
     Args:
         name: The asset's key in Dagster, with `/` between the parts.
-        after: The steps that the lineage shows before this one. What lies before those may be read too.
+        after: The step's direct predecessors in the lineage. It may also read records of earlier steps.
     """
 
     #: Names of the modules that decide what is made; see `fingerprint.code_version`.
     code: tuple[str, ...] = ()
-    #: Whether the step makes something new whenever one of the records that it reads is new.
+    #: Whether a new input record always means a new artifact.
     follows_its_inputs: ClassVar[bool] = False
 
     def __init__(self, name: str, after: Iterable[Node] = ()) -> None:
@@ -122,7 +122,7 @@ class Work:
 
     Args:
         store: The artifact store; by default the workspace's.
-        made: What earlier steps made, or are expected to make, by their names. None: what the store has of them.
+        made: What earlier steps made, or are expected to make, by step name. If None, the store is asked.
         fetch: Whether a checkpoint may be downloaded.
     """
 
@@ -198,7 +198,7 @@ class Work:
             raise NotYetKnownError(node.name)
 
     def there(self, steps: Iterable[Step[R]]) -> list[R]:
-        """Return the records of those steps that made one: a run of some engines only makes no others.
+        """Return the existing records of these steps. A run may have built only some engines, so others are skipped.
 
         Raises:
             NotYetKnownError: A plan asks, and some are yet to be made. All of them are named.
@@ -225,7 +225,7 @@ class Work:
         return self.store.folder(record)
 
     def isolated(self, function: Callable[..., T], *arguments: Any, what: str, log: str) -> tuple[T, dict[str, Any]]:
-        """Run a function in a child process with the workspace's limits, beside no benchmark.
+        """Run a function in a child process within the workspace's limits, and never during a benchmark.
 
         Args:
             function: A function of a module; its arguments and its result can be pickled.
@@ -234,7 +234,7 @@ class Work:
             log: The step's name in the names of log files.
 
         Returns:
-            The function's result, and the fields of a record that say what it took.
+            The function's result, and the record's fields for memory and usage.
         """
         with building(), Watch() as watch:
             result, peak = run_isolated(
@@ -253,7 +253,7 @@ class Work:
         return self.follow(step, recipe) if recipe is not None else None
 
     def follow(self, step: Step[R], recipe: Recipe[R]) -> Made[R]:
-        """Find or make what the recipe says. `made` has it then."""
+        """Return the recipe's artifact from the store, or make it. `made` holds it afterwards."""
         assert recipe.make is not None, f"{step.name} is only planned"
         made = self.store.get_or_make(step.record, recipe.made_of, recipe.make)
         if made.reused and recipe.confirm is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class ReleaseStep(Node):
     """Publish the champion's engine, proven, as the next release of its model.
 
-    A release is no artifact: what is released is read from the repository, and never from the artifact store.
+    A release is not in the artifact store. The repository alone says what is released.
     """
 
     code = (*releases.CODE, *releases.COPIED, *releases.session_modules())
@@ -40,7 +40,7 @@ class ReleaseStep(Node):
     def plan(self, work: Work, lineage: dict[str, str] | None = None) -> ReleasePlan:
         """Return what the release is to hold. Raises NotYetKnownError in a plan.
 
-        `lineage` is what the public model's configuration says of where it comes from.
+        `lineage` is written into the public model's configuration, and names the run and the champion.
         """
         champion = work.get(self.champion)
         configuration, checkpoint = work.get(self.configuration), work.get(CHECKPOINT)
@@ -75,7 +75,7 @@ class ReleaseStep(Node):
     def publish(self, work: Work, tracker: Tracker, *, dagster_run: str) -> Published:
         """Publish the champion as the earlier steps left it, and tell MLflow which release serves it.
 
-        What served before serves on where that fails.
+        If that fails, what served before goes on serving.
 
         Raises:
             ReleaseError: The champion, its engine and its configuration do not belong together, or the release could
@@ -127,7 +127,7 @@ class ReleaseStep(Node):
     def _require_same(
         self, work: Work, champion: Champion, evaluation: EvaluationSet, configuration: ServingConfiguration
     ) -> None:
-        """Raise ReleaseError where the steps before this one were done for different engines."""
+        """Raise ReleaseError if the earlier steps used different engines."""
         model, engine = work.entry.name, self.champion.engine(work, champion)
         if engine.digest != champion.engine_digest or evaluation.digest != champion.evaluation_digest:
             raise ReleaseError(

@@ -6,11 +6,11 @@ claim, because a store's listing holds everything that was written before (S3, G
 Conditional writes are not needed: fsspec offers them for some stores only, and taking over from a dead holder would
 need a claim all the same.
 
-A claim lives while its text changes, so its holder keeps rewriting it. A process that sees a claim unchanged for
-`LeaseTimes.life`, by its own clock, takes the holder for dead. A holder that could not rewrite its claim for
-`LeaseTimes.life` less `LeaseTimes.margin`, by its own clock, stops changing anything. One case stays open: a holder may
-be suspended for that long, for instance with its machine, between its last look at the clock and the request that it
-then sends.
+A claim counts as alive while its text keeps changing. The holder therefore rewrites it regularly. A process that sees a
+claim unchanged for `LeaseTimes.life`, by its own clock, takes the holder for dead. A holder that could not rewrite its
+claim for `LeaseTimes.life` less `LeaseTimes.margin`, by its own clock, stops changing anything. One case stays open: a
+holder may be suspended for that long, for instance with its machine, between its last look at the clock and the request
+that it then sends.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Lease:
                 self.write()
 
     def require(self) -> None:
-        """Check that no other process can have the lease by now.
+        """Check that this process must still be the holder.
 
         Raises:
             StorageError: The claim is too old, so another process may have the lease.

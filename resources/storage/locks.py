@@ -1,4 +1,4 @@
-"""Advisory file locks, which the kernel releases however their holder ends."""
+"""Advisory file locks, which the kernel releases when the holder ends, even by a kill."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ class RemotePath:
             yield RemotePath(self.store, name)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield the files, but not the folders, that match a pattern whose stars do not match a slash."""
+        """Yield the files, but not the folders, that match a pattern in which `*` does not match `/`."""
         depth = pattern.count("/")
         for name in self.sizes():
             if name.count("/") == depth and PurePosixPath(name).match(pattern):
@@ -288,7 +288,7 @@ class RemotePath:
             files.pipe_file(self.key, data, **bound)
 
     def mkdir(self, *, parents: bool, exist_ok: bool) -> None:
-        """Check that the bucket is there and answers, because folders need not be made."""
+        """Check that the bucket is there and answers, because object stores have no folders."""
         del parents, exist_ok
         list(self.iterdir())
 

@@ -22,7 +22,7 @@ from resources.benchmark.champion import Served, choose
 from resources.catalog.entries import ModelEntry
 from resources.checkpoints.collect import collect, complete_copy, require_source
 from resources.engines.interface import Goal, Sources
-from resources.engines.specs import EngineSpec, engine_spec
+from resources.engines.specs import BASELINE, EngineSpec, engine_spec
 from resources.engines.tuning import Tuning
 from resources.processes.isolation import Limits
 from resources.settings.sources import SourceSettings
@@ -108,7 +108,8 @@ def make_benchmark(
     evaluation: EvaluationSet,
     sources: Sources,
 ) -> Made[BenchmarkReport]:
-    step = BenchmarkStep(built.name, built.target)
+    baseline_step = EngineStep(engine_spec(BASELINE), built.target)
+    step = BenchmarkStep(EngineStep(engine_spec(built.name), built.target), baseline_step)
     known = ((CHECKPOINT, sources.checkpoint), (ONNX_GRAPH, sources.graph), (EVALUATION_SET, evaluation))
     return _made(workspace, entry, step, *known, (step.baseline, baseline), (step.engine, built))
 

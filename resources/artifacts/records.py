@@ -58,12 +58,12 @@ class Record(BaseModel):
 
     @property
     def reusable(self) -> bool:
-        """Whether a request for the same digest may get this record instead of new work."""
+        """Return whether a request for the same digest may get this record instead of new work."""
         return True
 
     @property
     def fits_its_digest(self) -> bool:
-        """Whether the digest is that of the parts that the record says it was made of.
+        """Return whether the digest is that of the parts that the record says it was made of.
 
         This also holds for records of an earlier version, whose digests cannot be computed again.
         """
@@ -231,7 +231,7 @@ class OnnxGraph(Record):
 
     @property
     def reusable(self) -> bool:
-        """Whether the graph is sound. An unsound one is exported again."""
+        """Return whether the graph is sound. An unsound one is exported again."""
         return not self.problems
 
 
@@ -275,7 +275,7 @@ class Engine(Record):
 
     @property
     def reusable(self) -> bool:
-        """Whether the build ended with a result. A failed build is tried again."""
+        """Return whether the build ended with a result. A failed build is tried again."""
         return self.status != "failed"
 
 
@@ -385,7 +385,7 @@ class BenchmarkReport(Record):
 
     @property
     def reusable(self) -> bool:
-        """Whether the benchmark ended with a result. A failed one is run again."""
+        """Return whether the benchmark ended with a result. A failed one is run again."""
         return self.status != "failed"
 
 

@@ -39,7 +39,7 @@ class _Entry:
 
     @property
     def whole(self) -> bool:
-        """Whether the artifact has its record."""
+        """Return whether the artifact has its record."""
         return RECORD_FILE in self.objects
 
     def named(self) -> set[str]:

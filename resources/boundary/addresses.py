@@ -68,7 +68,7 @@ class Address(str):
 
     @property
     def is_web(self) -> bool:
-        """Whether this is the address of a web server."""
+        """Return whether this is the address of a web server."""
         return self.startswith(WEB)
 
     @property

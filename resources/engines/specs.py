@@ -53,12 +53,12 @@ class EngineSpec:
 
     @property
     def examined(self) -> bool:
-        """Whether the builder needs the accuracy gates, to leave in fp32 the operators that would miss them."""
+        """Return whether the builder needs the accuracy gates, to leave in fp32 the operators that would miss them."""
         return self.precision != "fp32"
 
     @property
     def tuned(self) -> bool:
-        """Whether the builder needs the shapes that are served, because TensorRT tunes an engine to them."""
+        """Return whether the builder needs the shapes that are served, because TensorRT tunes an engine to them."""
         return "tensorrt" in (self.runtime, self.provider)
 
 

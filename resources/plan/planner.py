@@ -23,7 +23,7 @@ from resources.steps.step import Expected, Node, NotYetKnownError, Recipe, Step,
 from resources.steps.triton_repository import ReleaseStep
 from resources.triton.environment import is_installed
 from resources.triton.layout import current_release
-from resources.triton.release import ReleasePlan
+from resources.triton.release import ReleasePlan, content_of
 
 R = TypeVar("R", bound=Record)
 
@@ -143,7 +143,7 @@ class _Planner:
     def _release(self, step: ReleaseStep) -> None:
         """Plan a release, by comparison with the release that serves or waits."""
         plan, triton = step.plan(self._work), self._work.workspace.triton
-        content = step.content(plan)
+        content = content_of(plan)
         if content.awaits:
             self._made[step.name] = Expected(pending(step.name))
             self._note(step, "follows", after(*content.awaits), digest=content.digest)

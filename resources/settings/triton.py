@@ -55,7 +55,7 @@ class TritonSettings:
 
     @property
     def provable(self) -> bool:
-        """Whether a server can prove a release: the embedded server or one of the configured servers."""
+        """Return whether a server can prove a release: the embedded server or one of the configured servers."""
         return bool(self.driven) or self.flavour == "python"
 
     def connection_to(self, address: str) -> Connection:

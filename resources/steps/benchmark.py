@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
 from resources.artifacts.records import BenchmarkReport, Engine
 from resources.checkpoints.shapes import shapes_of
-from resources.engines.specs import BASELINE, SERVED, engine_spec
+from resources.engines.specs import SERVED
 from resources.errors import EngineError
 from resources.machine.device import describe_device, physical_cores
 from resources.steps.checkpoint import CHECKPOINT
@@ -20,8 +19,8 @@ from resources.steps.step import Expected, Recipe, Step, Work
 from resources.triton.served import Candidate, Incumbent, find_incumbent
 
 
-class BenchmarkStep(Step[BenchmarkReport]):
-    """Measure an engine on real text, in turns with PyTorch. An engine that breaks is recorded as failed."""
+class MeasuringStep(Step[BenchmarkReport]):
+    """Measure an engine on real text, in turns with the baseline. An engine that breaks is recorded as failed."""
 
     record = BenchmarkReport
     code = (
@@ -38,22 +37,10 @@ class BenchmarkStep(Step[BenchmarkReport]):
         "resources.steps.benchmark",
     )
 
-    def __init__(self, name: str, target: str, after: Sequence[Step[Any]] | None = None) -> None:
-        self.baseline = EngineStep(engine_spec(BASELINE), target)
-        if after is None:
-            self.engine = EngineStep(engine_spec(name), target)
-            # The baseline's too, because every candidate is measured in turns with it.
-            after = (
-                [self.baseline]
-                if name == BASELINE
-                else sorted([self.baseline, self.engine], key=lambda step: step.name)
-            )
-        super().__init__(f"benchmarks/{target}/{name}", [*after, EVALUATION_SET])
-        self.target = target
-
-    def recipe(self, work: Work) -> Recipe[BenchmarkReport] | None:
-        """See Step. An engine that was not built is skipped."""
-        return self._of(work, work.expected(self.engine))
+    def __init__(self, name: str, baseline: EngineStep, engines: Iterable[EngineStep]) -> None:
+        target = baseline.target
+        super().__init__(f"benchmarks/{target}/{name}", [*engines, EVALUATION_SET])
+        self.target, self.baseline = target, baseline
 
     def _of(self, work: Work, engine: Engine | Expected, beside: Sequence[str] = ()) -> Recipe[BenchmarkReport]:
         """Return the recipe of the report on one engine.
@@ -118,14 +105,27 @@ class BenchmarkStep(Step[BenchmarkReport]):
         return Recipe(made_of, make)
 
 
-class ServedBenchmarkStep(BenchmarkStep):
+class BenchmarkStep(MeasuringStep):
+    """Measure one of the engines that compete."""
+
+    def __init__(self, engine: EngineStep, baseline: EngineStep) -> None:
+        # The baseline's too, because every candidate is measured in turns with it.
+        super().__init__(engine.spec.name, baseline, sorted({baseline, engine}, key=lambda step: step.name))
+        self.engine = engine
+
+    def recipe(self, work: Work) -> Recipe[BenchmarkReport]:
+        """See Step. An engine that was not built is skipped."""
+        return self._of(work, work.expected(self.engine))
+
+
+class ServedBenchmarkStep(MeasuringStep):
     """Measure the engine of the release that serves once more, beside the candidates.
 
     Nothing is measured if no release serves, or if one of the candidates is the engine that serves.
     """
 
-    def __init__(self, target: str, engines: Sequence[EngineStep]) -> None:
-        super().__init__(SERVED, target, engines)
+    def __init__(self, engines: Sequence[EngineStep], baseline: EngineStep) -> None:
+        super().__init__(SERVED, baseline, engines)
         self.engines = tuple(engines)
 
     def recipe(self, work: Work) -> Recipe[BenchmarkReport] | None:

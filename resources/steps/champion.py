@@ -8,9 +8,8 @@ from resources.artifacts.fingerprint import Fingerprint, code_versions
 from resources.artifacts.records import BenchmarkReport, Champion, Engine
 from resources.benchmark.champion import choose
 from resources.checkpoints.shapes import shapes_of
-from resources.engines.specs import BASELINE
 from resources.machine.device import describe_device
-from resources.steps.benchmark import BenchmarkStep, ServedBenchmarkStep
+from resources.steps.benchmark import BenchmarkStep, MeasuringStep, ServedBenchmarkStep
 from resources.steps.checkpoint import CHECKPOINT
 from resources.steps.engine import EngineStep
 from resources.steps.evaluation_set import EVALUATION_SET
@@ -43,8 +42,8 @@ class ChampionStep(Step[Champion]):
     ) -> None:
         super().__init__(f"champion/{target}", [*benchmarks, served])
         self.target, self.engines, self.served = target, tuple(engines), served
-        self.benchmarks: tuple[BenchmarkStep, ...] = (*benchmarks, served)
-        self.baseline = next(engine for engine in engines if engine.spec.name == BASELINE)
+        self.benchmarks: tuple[MeasuringStep, ...] = (*benchmarks, served)
+        self.baseline = served.baseline
 
     def recipe(self, work: Work) -> Recipe[Champion]:
         """See Step."""

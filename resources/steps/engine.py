@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from resources.artifacts.fingerprint import Fingerprint, code_versions, library_versions
-from resources.artifacts.records import Checkpoint, Engine, OnnxGraph
+from resources.artifacts.records import Checkpoint, Engine, EvaluationSet, OnnxGraph
 from resources.checkpoints.shapes import shapes_of
 from resources.engines.availability import unsupported_reason
 from resources.engines.interface import Goal, Sources, build
@@ -146,10 +146,10 @@ class EngineStep(Step[Engine]):
 
 def goal_of(work: Work, spec: EngineSpec) -> Goal:
     """Return what an engine of reduced precision has to reach."""
-    entry, evaluation = work.entry, work.known(EVALUATION_SET)
+    entry, evaluation = work.entry, work.found(EVALUATION_SET)
     return Goal(
         # In a plan there may be no evaluation set yet, and nothing reads it.
-        evaluation_folder=work.folder(evaluation) if evaluation is not None else Path(),
+        evaluation_folder=work.folder(evaluation) if isinstance(evaluation, EvaluationSet) else Path(),
         gates=entry.accuracy_gates(),
         max_batch_size=entry.max_batch_size,
         trials=entry.ladder.trials,

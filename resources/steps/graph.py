@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from resources.engines.specs import ENGINES
+from resources.engines.specs import BASELINE, ENGINES
 from resources.steps.benchmark import BenchmarkStep, ServedBenchmarkStep
 from resources.steps.champion import ChampionStep
 from resources.steps.checkpoint import CHECKPOINT
@@ -47,8 +47,9 @@ class TargetSteps:
 def steps_of(target: str) -> TargetSteps:
     """Return the steps of a target."""
     engines = tuple(EngineStep(spec, target) for spec in ENGINES)
-    benchmarks = tuple(BenchmarkStep(spec.name, target) for spec in ENGINES)
-    served = ServedBenchmarkStep(target, engines)
+    baseline = next(engine for engine in engines if engine.spec.name == BASELINE)
+    benchmarks = tuple(BenchmarkStep(engine, baseline) for engine in engines)
+    served = ServedBenchmarkStep(engines, baseline)
     champion = ChampionStep(target, engines, benchmarks, served)
     configuration = ServingConfigurationStep(target, champion)
     release = ReleaseStep(target, champion, configuration)

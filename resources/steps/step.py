@@ -180,11 +180,6 @@ class Work:
             raise NotYetKnownError(step.name)
         return found
 
-    def known(self, step: Step[R]) -> R | None:
-        """Return the record where there is one already."""
-        found = self.found(step)
-        return None if isinstance(found, Expected) else found
-
     def found(self, step: Step[R]) -> R | Expected | None:
         """Return what the step made, or what a plan knows of it, or None where there is nothing."""
         try:

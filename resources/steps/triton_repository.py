@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resources.accuracy.evaluation_set import read_evaluation_set
-from resources.artifacts.fingerprint import Fingerprint
 from resources.artifacts.records import Champion, EvaluationSet, ServingConfiguration
 from resources.errors import ReleaseError
 from resources.steps.champion import ChampionStep
@@ -18,7 +17,7 @@ from resources.steps.serving_configuration import ServingConfigurationStep
 from resources.steps.step import Node, Work
 from resources.tracking import Tracker
 from resources.triton import release as releases
-from resources.triton.release import Release, ReleasePlan, content_of
+from resources.triton.release import Release, ReleasePlan
 
 if TYPE_CHECKING:
     from resources.triton.proof import Exam, Proof
@@ -60,10 +59,6 @@ class ReleaseStep(Node):
             limits=entry.limits,
             lineage=lineage or {},
         )
-
-    def content(self, plan: ReleasePlan) -> Fingerprint:
-        """Return the fingerprint of what the plan would release."""
-        return content_of(plan)
 
     def unchanged(self, work: Work, plan: ReleasePlan) -> Published | None:
         """Return the release that is there already; None where the plan would make one."""

@@ -8,7 +8,6 @@ strength of that answer. Nothing is cached between two requests, so the changes 
 from __future__ import annotations
 
 import asyncio
-import errno
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from resources.boundary.deadlines import Pace
 from resources.boundary.foreign import MOST_DOCUMENT_BYTES
-from resources.errors import RefusedError, StorageError, first_line
+from resources.errors import FULL, RefusedError, StorageError, first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -51,8 +50,6 @@ _REFUSED = re.compile(
 )
 #: The wording of HTTP's status 416.
 _NO_RANGE = re.compile(r"InvalidRange|\b416\b|[Rr]ange [Nn]ot [Ss]atisfiable")
-#: Errors of the disk on this machine, which resources.triton.files explains.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -385,7 +382,7 @@ class RemotePath:
                 f"{self.store.shown}{self.key.split('/')[0]} is not there. Make the bucket, or correct "
                 f"{self.store.setting}."
             ) from error
-        if gone or getattr(error, "errno", None) in _DISK:
+        if gone or getattr(error, "errno", None) in FULL:
             return
         if isinstance(error, PermissionError) or _REFUSED.search(said):
             raise RefusedError(

@@ -56,12 +56,12 @@ class TrackingStore:
 
     @property
     def shared(self) -> bool:
-        """Whether other machines may write to the store. A file belongs to one machine."""
+        """Return whether other machines may write to the store. A file belongs to one machine."""
         return self._file is None
 
     @property
     def unmade(self) -> bool:
-        """Whether the store is a file that does not exist yet. To read it would make it, with all of its tables."""
+        """Return whether the store is a file that does not exist yet. Reading would make it, with all its tables."""
         return self._file is not None and not self._file.exists()
 
     @property

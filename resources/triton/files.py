@@ -17,7 +17,7 @@ from resources.storage import atomic as files
 from resources.storage.lease import leased
 from resources.storage.locations import Location, contents
 from resources.storage.locks import file_lock
-from resources.storage.objects import RemotePath
+from resources.storage.objects import LeaseTimes, RemotePath
 from resources.triton.layout import CONFIG, MANIFEST, internal_names
 from resources.triton.release import Release
 
@@ -26,7 +26,7 @@ _BESIDE_ENGINE_BYTES = 20 * 2**20
 #: This file marks a staging folder on this machine that has left a note in the store.
 _NOTED = ".noted"
 #: How long a process waits for the lock of a repository. Several releases can be published in that time.
-PATIENCE_SECONDS = 1800.0
+PATIENCE_SECONDS = LeaseTimes().patience
 #: The error numbers of a place where this user may not write.
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOG = logging.getLogger(__name__)

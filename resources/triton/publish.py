@@ -108,7 +108,7 @@ class Steps:
 
     @property
     def provable(self) -> bool:
-        """Whether a server can prove the release."""
+        """Return whether a server can prove the release."""
         return self.prove is not None or self.prove_inside is not None
 
 

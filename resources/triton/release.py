@@ -114,17 +114,17 @@ class ReleasePlan:
 
     @property
     def whole(self) -> bool:
-        """Whether one Python model holds tokenizer and engine."""
+        """Return whether one Python model holds tokenizer and engine."""
         return self.flavour == "python"
 
     @property
     def structured(self) -> bool:
-        """Whether answers are JSON documents instead of the engine's own numbers."""
+        """Return whether answers are JSON documents instead of the engine's own numbers."""
         return pipeline_class(self.checkpoint.task).structured
 
     @property
     def has_label_file(self) -> bool:
-        """Whether Triton's classification extension can name the public output's columns."""
+        """Return whether Triton's classification extension can name the public output's columns."""
         return bool(self.checkpoint.labels) and not self.structured
 
     @property

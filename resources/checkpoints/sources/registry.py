@@ -59,7 +59,7 @@ class Reference:
 
     @property
     def pinned(self) -> bool:
-        """Whether the source names a version by its number, which never changes."""
+        """Return whether the source names a version by its number, which never changes."""
         return self.version is not None
 
 

@@ -130,7 +130,7 @@ class Trials:
     def __init__(
         self, running: Callable[[Collection[str]], Run], operators: Sequence[Operator], gate_check: GateCheck
     ) -> None:
-        self._running, self._examiner = running, gate_check
+        self._running, self._gate_check = running, gate_check
         self._names = [operator.name for operator in operators]
 
     def damage(self, reduced: Collection[str]) -> float:
@@ -143,7 +143,7 @@ class Trials:
 
     def misses(self, kept: Collection[str]) -> list[str]:
         """Return the gates that are missed with all operators except those in low precision."""
-        return self._examiner.misses(self._running([name for name in self._names if name not in kept]))
+        return self._gate_check.misses(self._running([name for name in self._names if name not in kept]))
 
     @cached_property
     def _screening(self) -> tuple[Batches, list[np.ndarray]]:
@@ -151,7 +151,7 @@ class Trials:
 
         They are chosen when harm is first measured, because the hard texts are known only after `misses` has run.
         """
-        batches = self._examiner.screening_batches()
+        batches = self._gate_check.screening_batches()
         return batches, _answers(self._running([]), batches)
 
 

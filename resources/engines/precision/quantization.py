@@ -103,7 +103,7 @@ class Int8Weight:
 
     @property
     def smoothed(self) -> bool:
-        """Whether channels are scaled. Taking channels out does not count."""
+        """Return whether channels are scaled. Taking channels out does not count."""
         return self.smoothing is not None and bool(((self.smoothing != 0) & (self.smoothing != 1)).any())
 
 

@@ -65,7 +65,7 @@ class Model:
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether the model is an ensemble of other models."""
+        """Return whether the model is an ensemble of other models."""
         return self.config is not None and (
             self.config.platform == "ensemble" or self.config.HasField("ensemble_scheduling")
         )

@@ -46,7 +46,7 @@ class Outcome:
         return {"/".join(event.asset_key.path) for event in self.result.get_asset_materialization_events()}
 
     def checks(self) -> dict[str, bool]:
-        """Whether each asset check passed."""
+        """Return whether each asset check passed."""
         return {
             f"{'/'.join(item.asset_key.path)}:{item.check_name}": item.passed
             for item in self.result.get_asset_check_evaluations()

@@ -104,7 +104,7 @@ def extend(repository, code, flag, model="tiny"):
 
 
 def answered(address, plan):
-    """Whether the model answers, and rightly."""
+    """Return whether the model answers, and rightly."""
     with suppress(ServerError):
         return np.allclose(query_texts(address, "tiny", TEXTS), answers_of(plan, TEXTS), rtol=0, atol=1e-6)
     return False

@@ -142,7 +142,7 @@ def expected(journal: Path) -> tuple[dict[int, int], set[int], set[int]]:
 
 
 def run_killed(folder: Path, moment: Moment) -> bool:
-    """Whether the process was killed; else it came to its end before the moment."""
+    """Return whether the process was killed; else it came to its end before the moment."""
     asking = moment.seconds > 0
     code = f"from tests.test_killed import act; act({str(folder)!r}, {moment.change}, asking={asking})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -16,7 +16,7 @@ from resources.steps import promote as promoting
 from resources.triton import retain as removing
 from resources.triton.client import TextClient, serves
 from resources.triton.layout import current_number
-from resources.triton.rollback import roll_back
+from resources.triton.rollback import Moved, roll_back
 from resources.triton.verify import verify_release
 
 #: `refinery serve` looks for new releases every second, and loads one in less than this time.
@@ -29,13 +29,7 @@ def rollback(options: Namespace) -> int:
     log = workspace.log(options.model, f"triton-{options.target}")
     repository = workspace.repository(options.target)
     done = roll_back(repository, options.model, workspace.triton, to=options.to, log=log)
-    release = done.release
-    print(
-        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision})"
-        f"{done.instead}. Optimizing the same again does not undo it."
-    )
-    if not workspace.triton.servers:
-        _await(workspace.triton, options.model, release.number)
+    _tell(options.model, done, workspace.triton, " Optimizing the same again does not undo it.")
     return 0
 
 
@@ -46,14 +40,19 @@ def promote(options: Namespace) -> int:
     done = promoting.promote(
         workspace, tracker_of(workspace), options.model, options.target, dagster_run="refinery promote", log=log
     )
+    _tell(options.model, done, workspace.triton)
+    return 0
+
+
+def _tell(model: str, done: Moved, triton: TritonSettings, remark: str = "") -> None:
+    """Print where the model points to now, and whether the server on the usual port has taken it up."""
     release = done.release
     print(
-        f"{options.model}: points to release {release.number} ({release.engine}, revision {release.revision})"
-        f"{done.instead}."
+        f"{model}: points to release {release.number} ({release.engine}, revision {release.revision})"
+        f"{done.instead}.{remark}"
     )
-    if not workspace.triton.servers:
-        _await(workspace.triton, options.model, release.number)
-    return 0
+    if not triton.servers:
+        _await(triton, model, release.number)
 
 
 def _await(settings: TritonSettings, model: str, number: int) -> None:

@@ -32,12 +32,11 @@ from resources.triton.server import EmbeddedServer
 from tests.checkpoints import edit_json
 from tests.conftest import entry_for
 from tests.native import play_native_backend
-from tests.pipeline import add_entry, run_assets, run_job
+from tests.pipeline import LOOSE_GATES, add_entry, run_assets, run_job
 from tests.releases import query_texts, unasked
 
-GATES = {"cosine_mean": 0.9, "cosine_worst": 0.5}
 BUSY = "system/cpu_utilization_percentage"
-QUICK = {"gates": GATES, "shapes": ["1x16"], "engines": ["onnxruntime_fp32"]}
+QUICK = {"gates": LOOSE_GATES, "shapes": ["1x16"], "engines": ["onnxruntime_fp32"]}
 SUPPORTED = ("torch", "onnxruntime_fp32", "onnxruntime_int8")
 UNSUPPORTED = ("onnxruntime_fp16", "onnxruntime_bf16", "onnxruntime_tensorrt_fp16", "tensorrt_fp16", "tensorrt_int8")
 
@@ -84,7 +83,7 @@ def test_embedding_from_folder_to_answer_and_again(own_checkpoint, ready, tmp_pa
     from mlflow import MlflowClient
 
     folder = own_checkpoint()
-    add_entry(ready, entry_for(folder, gates=GATES, shapes=["1x16"]))
+    add_entry(ready, entry_for(folder, gates=LOOSE_GATES, shapes=["1x16"]))
     first = run_job(ready, "tiny", whole=True)
     assert first.success, first.messages
     # Every candidate is in the lineage, what cannot run here with its reason.
@@ -190,7 +189,7 @@ def test_classification_from_folder_to_answer(made_checkpoint, ready, tmp_path, 
 
 
 def test_a_killed_build_costs_that_candidate_alone(made_checkpoint, begun):
-    add_entry(begun, entry_for(made_checkpoint(), gates=GATES))
+    add_entry(begun, entry_for(made_checkpoint(), gates=LOOSE_GATES))
     killed = []
 
     def kill_the_build():
@@ -293,7 +292,7 @@ def test_a_checkpoint_that_answers_nan_is_refused(own_checkpoint, ready):
 
 def test_weights_beside_the_graph_are_served_too(made_checkpoint, ready, tmp_path):
     small = replace(ready, external_data_threshold_bytes=1000)
-    add_entry(small, entry_for(made_checkpoint(), gates=GATES, shapes=["1x16"]))
+    add_entry(small, entry_for(made_checkpoint(), gates=LOOSE_GATES, shapes=["1x16"]))
     outcome = run_job(small, "tiny")
     assert outcome.success, outcome.messages
     graph = small.store.current(OnnxGraph, "onnx_graph/tiny")
@@ -574,7 +573,7 @@ def test_a_folder_that_became_something_else(made_checkpoint, ready):
 
 def test_no_embedded_triton(made_checkpoint, begun, tmp_path):
     without = replace(begun, triton=replace(begun.triton, environment=tmp_path / "nothing"))
-    add_entry(without, entry_for(made_checkpoint(), gates=GATES, shapes=["1x16"], engines=["onnxruntime_fp32"]))
+    add_entry(without, entry_for(made_checkpoint(), gates=LOOSE_GATES, shapes=["1x16"], engines=["onnxruntime_fp32"]))
     outcome = run_job(without, "tiny")
     assert not outcome.success
     assert "embedded Triton is not installed" in outcome.messages[0]

@@ -21,7 +21,6 @@ from orchestration.automation.notifications import failure_sensor
 from orchestration.automation.policies import Policies
 from orchestration.automation.schedules import DEFAULT_CRON, reoptimization
 from orchestration.automation.sensors import checkpoint_sensor
-from orchestration.cli.progress import progress_logger
 from orchestration.runs.executors import Execution, make_executor
 from orchestration.runs.jobs import close_tracking_of_killed_runs, optimize
 from orchestration.settings import (
@@ -32,6 +31,7 @@ from orchestration.settings import (
     tracker_of,
     webhook_of,
 )
+from orchestration.terminal.progress import progress_logger
 from resources.boundary.addresses import Address
 from resources.settings.workspace import Workspace
 from resources.steps.graph import steps_of

@@ -16,6 +16,7 @@ import orchestration
 from orchestration.automation.policies import FRESH_DAYS, Policies, check_owners
 from orchestration.certificates import share_certificates
 from orchestration.runs.executors import IN_PROCESS, Execution, ExecutorKind, read_config
+from orchestration.runs.instance import require_plain
 from resources.boundary.addresses import WEB, Address, web_address
 from resources.boundary.http import Tls
 from resources.checkpoints.sources.registry import source_names
@@ -47,7 +48,7 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
     home = _home(environment)
     targets = tuple(environment.get("REFINERY_TARGETS", "cpu").replace(",", " ").split())
     if not targets:
-        raise CatalogError("REFINERY_TARGETS is empty; name one, or leave it unset for cpu.")
+        raise CatalogError("REFINERY_TARGETS is empty. Name a target, or leave the variable unset for cpu.")
     for target in targets:
         try:
             check_target(target)
@@ -61,7 +62,10 @@ def read_workspace(environment: Mapping[str, str]) -> Workspace:
         raise CatalogError(f"REFINERY_TRITON_CONTROL: {given!r} is not one of {', '.join(get_args(Control))}.")
     grpc, http = _addresses(environment, "REFINERY_TRITON_GRPC"), _addresses(environment, "REFINERY_TRITON_HTTP")
     if len(http) > len(grpc):
-        raise CatalogError("REFINERY_TRITON_HTTP names more servers than REFINERY_TRITON_GRPC; give both in one order.")
+        raise CatalogError(
+            "REFINERY_TRITON_HTTP names more servers than REFINERY_TRITON_GRPC. List the servers of both in the same "
+            "order."
+        )
     triton = TritonSettings(
         flavour="native" if flavour == "native" else "python",
         servers=grpc,
@@ -119,7 +123,7 @@ def read_connection(environment: Mapping[str, str]) -> Connection:
     key = environment.get("REFINERY_TRITON_KEY") or None
     if key is not None and not _HEADER_VALUE.fullmatch(key):
         raise CatalogError(
-            "REFINERY_TRITON_KEY holds characters that no header can hold. Use letters and digits, as `openssl rand "
+            "REFINERY_TRITON_KEY holds characters that a header cannot hold. Use letters and digits, as `openssl rand "
             "-hex 32` prints them."
         )
     return Connection(
@@ -167,21 +171,11 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
     share_certificates(environment)
 
 
-def require_plain(folder: Path, variable: str) -> None:
-    """Raise CatalogError for a folder whose path cannot be part of the address of a SQLite database."""
-    for sign in "?%":
-        if sign in str(folder):
-            raise CatalogError(
-                f"{variable}: {str(folder)!r} holds {sign!r}, which has another meaning in the addresses of the SQLite "
-                "databases that Dagster and MLflow keep there. Choose a folder whose path has no '?' and no '%'."
-            )
-
-
 def _home(environment: Mapping[str, str]) -> Path:
     home = Path(environment.get("REFINERY_HOME") or ".refinery").resolve()
     require_plain(home, "REFINERY_HOME")
     if home.exists() and not home.is_dir():
-        raise CatalogError(f"REFINERY_HOME: {home} is no folder. Name a folder, which is made where there is none.")
+        raise CatalogError(f"REFINERY_HOME: {home} is not a folder. Name a folder; it is created if it is missing.")
     return home
 
 
@@ -281,9 +275,11 @@ def _addresses(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
     for address in found:
         host, _, port = address.rpartition(":")
         if "@" in address:
-            raise CatalogError(f"{name} holds a name or password: Triton takes none. Give host:port alone.")
+            raise CatalogError(f"{name} holds a name or password, but Triton accepts none. Give host:port alone.")
         if not host or not port.isdigit() or "/" in address:
-            raise CatalogError(f"{name}: {address!r} is not host:port, such as triton:8001 (several: with commas).")
+            raise CatalogError(
+                f"{name}: {address!r} is not host:port, such as triton:8001. Separate several with commas."
+            )
     return found
 
 
@@ -302,7 +298,7 @@ def _tracking_uri(environment: Mapping[str, str]) -> Address | None:
         return _web(environment, "REFINERY_MLFLOW_URI")
     if given and ":" not in given and given != "databricks":
         raise CatalogError(
-            f"REFINERY_MLFLOW_URI: {given!r} is no address, such as http://mlflow:5000 or sqlite:////srv/mlflow.db."
+            f"REFINERY_MLFLOW_URI: {given!r} is not an address such as http://mlflow:5000 or sqlite:////srv/mlflow.db."
         )
     return Address(given) if given else None
 

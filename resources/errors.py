@@ -19,17 +19,17 @@ _DATABASE_CLOSED = ("unable to open", "attempt to write")
 def disk_remedy(number: int | None) -> str:
     """Return what to do about a disk for a system's error number, or an empty text if no disk is to blame."""
     if number in FULL:
-        return "Make room there and run again; `refinery gc` removes what nobody needs any more."
+        return "Make room there and run again; `refinery gc` removes artifacts that nothing needs any more."
     if number in CLOSED:
-        return "Whoever runs this has to be able to read and to write there."
-    return "Look after that disk, and run again." if number in BROKEN else ""
+        return "The user who runs this needs permission to read and write there."
+    return "Check that disk, and run again." if number in BROKEN else ""
 
 
 def database_trouble(said: str) -> str:
     """Return what to do about a database whose files cannot be written, from SQLite's message."""
     remedy = disk_remedy(errno.ENOSPC)
     if said.startswith(_DATABASE_CLOSED):
-        remedy = remedy.replace("Make room there", "Make room there, or let whoever runs this write there,")
+        remedy = remedy.replace("Make room there", "Make room there, or let the user who runs this write there,")
     return f"A database below REFINERY_HOME: {said}. {remedy}"
 
 

@@ -245,7 +245,7 @@ def test_servers_of_triton_take_no_password():
 
 
 def test_get_json_asks_web_servers_alone():
-    with pytest.raises(ValueError, match="file: is no address"):
+    with pytest.raises(ValueError, match="file: is not the address"):
         get_json("file:///etc/passwd", {})
 
 

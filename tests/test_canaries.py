@@ -216,7 +216,7 @@ def test_nothing_of_the_pages_on_databases_shows_a_secret(home, tmp_path):
             REFINERY_WATCH_SECONDS="5",
         )
         ports = [f"--{name}-port={servers.free_port()}" for name in ("dagster", "mlflow")]
-        with machine.running(REFINERY, "ui", *ports, until="Ctrl-C stops them") as pages:
+        with machine.running(REFINERY, "ui", *ports, until="Ctrl-C stops the pages") as pages:
             launch = [
                 sys.executable,
                 "-m",

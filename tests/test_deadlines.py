@@ -153,7 +153,7 @@ def test_a_download_from_object_storage_that_drips_is_given_up(s3, tmp_path, mon
     assert (tmp_path / "fast").stat().st_size == 100_000
     monkeypatch.setattr(s3, "drips", lambda key: key.endswith("model.safetensors"))
     began = time.monotonic()
-    with pytest.raises(StorageError, match=r"could not be asked to read it: it brought \d+ bytes in \d s, less than"):
+    with pytest.raises(StorageError, match=r"the request to read it failed: only \d+ bytes arrived in \d s, less than"):
         place.download(tmp_path / "slow", 100_000)
     assert time.monotonic() - began < 10 * LIMIT_SECONDS
 
@@ -170,5 +170,5 @@ def test_the_pace_of_a_download_is_looked_at_in_windows(monkeypatch):
     now[0] = 2 * window - 1
     pace.require(500 + int(floor * window))
     now[0] = 2 * window
-    with pytest.raises(TimeoutError, match=r"it brought 7 bytes in 60 s, less than 10,000 bytes a second"):
+    with pytest.raises(TimeoutError, match=r"only 7 bytes arrived in 60 s, less than 10,000 bytes a second"):
         pace.require(507 + int(floor * window))

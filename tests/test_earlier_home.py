@@ -99,7 +99,7 @@ def test_the_old_names_of_modules_that_deployments_name_still_lead_somewhere():
     assert WatchedRunLauncher is Launcher
     command = [sys.executable, "-m", "orchestration.webserver", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Dagster's pages, guarded" in result.stdout
+    assert "Serve Dagster's pages behind a guard" in result.stdout
 
 
 @pytest.mark.whole

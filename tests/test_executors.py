@@ -140,7 +140,9 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         ):
             read_execution(given)
     configuration(tmp_path, brokr="redis://127.0.0.1")
-    with pytest.raises(CatalogError, match='celery executor takes. Received unexpected config entry "brokr"'):
+    with pytest.raises(
+        CatalogError, match='celery executor does not accept these settings. Received unexpected config entry "brokr"'
+    ):
         make_executor(read_execution(given))
     monkeypatch.setitem(sys.modules, "dagster_celery", None)
     with pytest.raises(

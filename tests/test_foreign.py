@@ -88,7 +88,7 @@ def special_files(folder):
 def test_only_regular_files_are_opened(tmp_path):
     """The test hangs where a pipe is opened as usual."""
     for name in special_files(tmp_path):
-        with pytest.raises(ForeignError, match="no regular file"):
+        with pytest.raises(ForeignError, match="is not a regular file"):
             open_below(tmp_path, name)
 
 
@@ -98,7 +98,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
     (tmp_path / "file").unlink()
     os.mkfifo(tmp_path / "file")
     monkeypatch.setattr(Path, "stat", lambda path: before)
-    with pytest.raises(ForeignError, match="no regular file"):
+    with pytest.raises(ForeignError, match="is not a regular file"):
         open_below(tmp_path, "file")
 
 

@@ -202,7 +202,10 @@ def test_the_schedule_confirms_what_no_run_went_through_for_long(workspace, monk
         def asked(days):
             when = datetime.now(UTC) + timedelta(days=days)
             context = dg.build_schedule_context(
-                instance=instance, repository_def=repository, scheduled_execution_time=when
+                instance=instance,
+                repository_def=repository,
+                resources={"workspace": workspace},
+                scheduled_execution_time=when,
             )
             return repository.get_schedule_def("reoptimize").evaluate_tick(context).run_requests
 

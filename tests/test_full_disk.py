@@ -96,8 +96,8 @@ def test_optimize_says_what_is_full_and_leaves_nothing(home, made_checkpoint):
     [
         (errno.ENOSPC, "Make room there"),
         (errno.EDQUOT, "Make room there"),
-        (errno.EROFS, "has to be able to read and to write there"),
-        (errno.EIO, "Look after that disk"),
+        (errno.EROFS, "needs permission to read and write there"),
+        (errno.EIO, "Check that disk"),
         (errno.ENOENT, ""),
     ],
 )
@@ -120,11 +120,15 @@ def test_what_the_system_says_of_a_disk_becomes_ours_with_file_and_remedy(number
     [
         ("SQLITE_IOERR_WRITE", "disk I/O error", "Make room there and"),
         ("SQLITE_FULL", "database or disk is full", "Make room there and"),
-        ("SQLITE_CANTOPEN", "unable to open database file", "Make room there, or let whoever runs this write there"),
+        (
+            "SQLITE_CANTOPEN",
+            "unable to open database file",
+            "Make room there, or let the user who runs this write there",
+        ),
         (
             "SQLITE_READONLY_DIRECTORY",
             "attempt to write a readonly database",
-            "Make room there, or let whoever runs this write there",
+            "Make room there, or let the user who runs this write there",
         ),
     ],
 )

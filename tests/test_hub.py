@@ -277,8 +277,8 @@ def test_a_download_that_drips_is_given_up(hub):
     answer = locate("tiny/bert", **variables, WINDOW_SECONDS=5)
     assert time.monotonic() - began < 60
     assert re.search(
-        r"tiny/bert is not in the Hub cache and cannot be fetched: it brought [\d,]+ bytes in \d+ s, less than 10,000 "
-        r"bytes a second\. Check the network",
+        r"tiny/bert is not in the Hub cache and cannot be fetched: only [\d,]+ bytes arrived in \d+ s, less than "
+        r"10,000 bytes a second\. Check the network",
         answer,
     )
     handler._send = FakeHub._send

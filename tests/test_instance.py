@@ -90,7 +90,7 @@ def test_the_configuration_follows_the_settings_until_somebody_changes_it(worksp
     with_postgres = configuration(workspace).read_text()
     for text in (with_postgres, with_postgres.replace("orchestration.runs.run_launcher", "orchestration.launcher")):
         configuration(workspace).write_text(text)
-        with pytest.raises(CatalogError, match=f"{POSTGRES_VARIABLE}, which is not set"):
+        with pytest.raises(CatalogError, match=f"{POSTGRES_VARIABLE}, but that variable is not set"):
             prepare_instance(workspace)
     own = "telemetry: {enabled: false}\n"
     configuration(workspace).write_text(own)

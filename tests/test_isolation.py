@@ -158,7 +158,7 @@ def test_a_worker_keeps_its_object_between_calls_in_a_process_of_its_own():
     ("function", "args", "limits", "message"),
     [
         (segfault, (), {}, r"the work: its process was ended by SIGSEGV"),
-        (kill_self, (), {}, r"ended by SIGKILL; often the kernel's answer to too little memory"),
+        (kill_self, (), {}, r"ended by SIGKILL; the kernel often does this when memory runs out"),
         (leave, (), {}, r"exit code 7 and without an answer"),
         (hold, (30,), {"timeout_s": 1}, r"stopped after its limit of 1 s.*REFINERY_STEP_SECONDS"),
         (fill, (10**9,), {"memory_bytes": 700_000_000}, r"GB of memory, over its limit of 0\.70 GB"),

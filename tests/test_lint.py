@@ -510,7 +510,7 @@ def test_python_that_cannot_be_read_is_said(repository):
     model = Model(repository, repository / "echo", None, "", (1,))
     path = repository / "echo" / "1" / "model.py"
     path.unlink()
-    for expected in ("No such file", "no regular file"):
+    for expected in ("No such file", "is not a regular file"):
         (finding,) = source_findings(model, path)
         assert finding.rule == "python-syntax"
         assert expected in finding.message

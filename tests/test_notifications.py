@@ -76,7 +76,7 @@ def test_the_webhook_is_told_model_step_reason_and_link(failed, webhook):
 
 def test_a_webhook_that_does_not_take_it_is_named_without_its_secret(failed, webhook):
     address, _ = webhook
-    with pytest.raises(NotificationError, match=r"127\.0\.0\.1:\d+ did not take it \(HTTP Error 503") as error:
+    with pytest.raises(NotificationError, match=r"127\.0\.0\.1:\d+ did not accept it \(HTTP Error 503") as error:
         failure_sensor(Address(f"{address}/broken", path=False), None)(failed)
     assert "broken" not in str(error.value)
     failure_sensor(None, None)(failed)

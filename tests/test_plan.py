@@ -297,7 +297,7 @@ def test_a_process_that_ends_early_costs_the_model_whose_turn_it_was(monkeypatch
 
     monkeypatch.setattr(schedules, "_plan", plan)
     errors = {name: plan["error"] for name, plan in schedules.read_plans(["a", "b", "c"], seconds).items()}
-    assert errors == ({"a": "", "b": "planning it ended early: Killed", "c": ""} if seconds else {})
+    assert errors == ({"a": "", "b": "the planning process ended early: Killed", "c": ""} if seconds else {})
 
 
 @pytest.mark.parametrize(
@@ -355,6 +355,7 @@ def tick(copy, monkeypatch):
             context = dg.build_schedule_context(
                 instance=found,
                 repository_def=repository,
+                resources={"workspace": copy},
                 scheduled_execution_time=datetime(2026, 11, 27, 3, tzinfo=UTC),
             )
             return repository.get_schedule_def("reoptimize").evaluate_tick(context)
@@ -382,7 +383,7 @@ def test_the_schedule_submits_what_would_differ_and_nothing_else(copy, tick, che
         run = found.create_run_for_job(job, tags={**request.tags, "dagster/partition": "tiny"})
         assert "is under way" in evaluate().skip_message
         found.report_run_failed(run)
-    assert f"{MOST_ATTEMPTS} runs failed" in evaluate().skip_message
+    assert f"{MOST_ATTEMPTS} runs failed with the same plan" in evaluate().skip_message
     # The run that was asked for is one of these assets alone, and then nothing is left to do.
     result = job.execute_in_process(
         partition_key="tiny", instance=found, asset_selection=request.asset_selection, tags={PLAN_TAG: "x"}
@@ -396,7 +397,7 @@ def test_the_schedule_submits_what_would_differ_and_nothing_else(copy, tick, che
 
 
 def test_a_cron_expression_that_is_none_is_named():
-    with pytest.raises(CatalogError, match="REFINERY_SCHEDULE: 'nightly' is no cron expression"):
+    with pytest.raises(CatalogError, match="REFINERY_SCHEDULE: 'nightly' is not a cron expression"):
         reoptimization("nightly")
 
 

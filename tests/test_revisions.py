@@ -585,9 +585,9 @@ def test_an_upload_in_progress_is_not_taken(s3, folder, settings, tmp_path):
 def test_object_storage_that_holds_nothing_or_is_away(s3, settings, unused_port, tmp_path):
     with pytest.raises(CheckpointError, match="nothing of a checkpoint lies below"):
         at(0, entry_for(str(s3.place("nothing", tmp_path))), settings)
-    with pytest.raises(CheckpointError, match="Make the bucket, or correct its source"):
+    with pytest.raises(CheckpointError, match="Create the bucket, or correct its source"):
         at(0, entry_for(str(s3.place("x", tmp_path, bucket="no-such-bucket"))), settings)
-    with pytest.raises(CheckpointError, match="the store could not be asked"):
+    with pytest.raises(CheckpointError, match="the request to list it failed"):
         at(0, entry_for(f"s3://http://127.0.0.1:{unused_port}/bucket/x"), settings)
     with pytest.raises(CheckpointError, match="names no bucket"):
         at(0, entry_for("s3://"), settings)

@@ -207,10 +207,10 @@ def test_what_fails_is_told_where_people_look_and_costs_nobody_else(daemon, tmp_
     (told,) = daemon.observed("bad")
     assert f"the folder {nowhere} does not exist" in told
     assert "is neither a folder" in daemon.observed("wrong")[0]
-    assert "something is wrong with 2" in daemon.said
+    assert "; 2 with a problem" in daemon.said
     write_checkpoint(nowhere)
     assert [request.partition_key for request in daemon.tick()] == ["bad"]
-    assert daemon.observed("bad") == ["What was wrong is right again.", told]
+    assert daemon.observed("bad") == ["The problem is gone.", told]
     assert daemon.observed("good") == []
 
 
@@ -226,8 +226,8 @@ def test_a_model_that_is_taken_out_is_retired(daemon, tmp_path):
     write_catalog(daemon.workspace, {"b": tmp_path / "b"})
     assert daemon.run_keys() == []
     assert daemon.instance.get_dynamic_partitions("model") == ["b"]
-    assert "a: Taken out of the catalog. Its releases stay, and are served." in daemon.said
-    assert daemon.observed("a") == ["Taken out of the catalog. Its releases stay, and are served."]
+    assert "a: The model left the catalog. Its releases stay and are served." in daemon.said
+    assert daemon.observed("a") == ["The model left the catalog. Its releases stay and are served."]
     assert release.exists()
     write_catalog(daemon.workspace, {"a": folder, "b": tmp_path / "b"})
     assert daemon.run_keys() == []  # it is as it was
@@ -425,7 +425,7 @@ def test_when_a_run_is_wanted(what, last, collected, reason):
 
 def test_what_was_tried_often_enough_is_said_until_it_changes():
     stuck = decide(memory(asked_at=NOW - 9999, tries=3), newest("failure", 9000), "B", NOW).memory
-    assert "3 runs did not optimize revision B, the last was run." in stuck.stuck
+    assert "3 runs did not optimize revision B; the last was run." in stuck.stuck
     mended = decide(stuck, newest("success"), "B", NOW).memory
     assert (mended.stuck, mended.done) == ("", "B")
     changed = stuck.model_copy(update={"seen": Seen(stat="t", since=NOW, revision="C")})

@@ -220,7 +220,7 @@ def test_what_cannot_be_reached_is_named(tmp_path, s3):
     variables = {"REFINERY_HOME": str(tmp_path / "home")}
     gone = {**variables, "REFINERY_ARTIFACTS": f"s3://http://{s3.address}/no-such-bucket/artifacts"}
     with pytest.raises(
-        StorageError, match="no-such-bucket is not there. Make the bucket, or correct REFINERY_ARTIFACTS"
+        StorageError, match="no-such-bucket does not exist. Create the bucket, or correct REFINERY_ARTIFACTS"
     ):
         read_workspace(gone).store.current(Checkpoint, "checkpoint/m")
     with pytest.raises(CatalogError, match="REFINERY_ARTIFACTS: 'ftp://host/x' is neither a folder nor a path"):

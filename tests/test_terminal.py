@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from orchestration.cli.terminal import printable, printable_output, table_console
+from orchestration.terminal.output import printable, printable_output, table_console
 from tests.test_cli import REFINERY, environment, refinery
 
 #: Sets the window's title, colours text, and turns it around.

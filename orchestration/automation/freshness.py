@@ -62,8 +62,8 @@ def freshness_job(targets: Sequence[str]) -> dg.UnresolvedAssetJobDefinition:
         JOB,
         selection=dg.AssetSelection.checks(*keys),
         description=(
-            "Tells whether a model's releases are of its newest checkpoint, and were confirmed lately. Started by the "
-            f"sensor `{SENSOR}`."
+            "Checks whether a model's releases were made from its newest checkpoint and were confirmed lately. The "
+            f"sensor `{SENSOR}` starts this job."
         ),
     )
 
@@ -81,8 +81,8 @@ def freshness_sensor(limit_days: float) -> dg.SensorDefinition:
         minimum_interval_seconds=INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=(
-            f"Looks whether every model's release is of its newest checkpoint, and was confirmed lately. Where that is "
-            f"not what was told last, it has the check `{CHECK}` tell it."
+            f"Checks whether every model's releases were made from its newest checkpoint and were confirmed lately. If "
+            f"the verdict on a model changes, the check `{CHECK}` is run to report it."
         ),
     )
     def release_freshness(
@@ -119,7 +119,7 @@ def freshness_sensor(limit_days: float) -> dg.SensorDefinition:
                 requests.append(dg.RunRequest(partition_key=name, tags={PARTITION_TAG: name}))
         return dg.SensorResult(
             run_requests=requests,
-            skip_reason=None if requests else f"{looked} of {len(names)} models looked at, nothing else to tell",
+            skip_reason=None if requests else f"{looked} of {len(names)} models looked at, nothing else to report",
             cursor=Cursor(told={name: told[name] for name in names if name in told}).model_dump_json(),
         )
 

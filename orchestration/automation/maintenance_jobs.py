@@ -90,7 +90,7 @@ def promote_release(
     _seen(context, config, {"promoted": done.release.number, "before": done.before or 0})
 
 
-@dg.op(description="Remove old releases, but what is pointed to, served, or the champion in MLflow.")
+@dg.op(description="Remove old releases, except those that are pointed to, served, or the champion in MLflow.")
 def retain_releases(
     context: dg.OpExecutionContext,
     config: Retention,
@@ -112,11 +112,11 @@ def retain_releases(
     _seen(context, config, {"kept": dg.MetadataValue.json(kept), "removed": dg.MetadataValue.json(list(done.removed))})
 
 
-@dg.op(description="Compare a release with what was published, and have a real server answer with it.")
+@dg.op(description="Compare a release with its published files, and have a real server answer with it.")
 def verify_one_release(
     context: dg.OpExecutionContext, config: Verification, workspace: dg.ResourceParam[Workspace]
 ) -> None:
-    """Compare a release with what was published, and have a real server answer with it."""
+    """Compare a release with its published files, and have a real server answer with it."""
     from resources.triton.verify import verify_release
 
     repository = workspace.repository(config.target)
@@ -125,7 +125,7 @@ def verify_one_release(
     _seen(context, config, {"verified": release.number, "files": len(release.files), "asked": server})
 
 
-@dg.op(description="Remove from the artifact store what no release, run or recent step needs.")
+@dg.op(description="Remove the artifacts that no release, run or recent step needs.")
 def collect_garbage(context: dg.OpExecutionContext, config: Cleaning, workspace: dg.ResourceParam[Workspace]) -> None:
     """Remove the artifacts that no release, run or recent step needs."""
     under_way = oldest_run_under_way(context.instance, but=context.run_id)
@@ -164,7 +164,7 @@ def verify() -> None:
     verify_one_release()
 
 
-@dg.job(description="Clean the artifact store up; see `refinery gc`.", executor_def=dg.in_process_executor)
+@dg.job(description="Clean up the artifact stores; see `refinery gc`.", executor_def=dg.in_process_executor)
 def gc() -> None:
     """Clean up the artifact stores; see `refinery gc`."""
     collect_garbage()

@@ -25,7 +25,7 @@ def failure_sensor(webhook: Address | None, pages: str | None) -> dg.SensorDefin
 
     @dg.run_failure_sensor(
         name="failed_runs",
-        description="Tells of a run that failed: model, step, reason, and a link.",
+        description="Reports each run that failed, with its model, step, reason and a link.",
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=30,
     )
@@ -62,6 +62,6 @@ def _post(webhook: Address, said: dict[str, Any]) -> None:
         post_json(webhook.location, webhook.authorization, said)
     except (OSError, ValueError) as error:
         raise NotificationError(
-            f"Nobody was told of failed run {said['run_id']}: the webhook at {webhook} did not take it "
-            f"({first_line(webhook.without_secrets(error))}). Look at REFINERY_WEBHOOK."
+            f"The failure of run {said['run_id']} was not reported: the webhook at {webhook} did not accept it "
+            f"({first_line(webhook.without_secrets(error))}). Check REFINERY_WEBHOOK."
         ) from None

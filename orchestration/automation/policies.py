@@ -63,6 +63,7 @@ def check_owners(owners: Sequence[str], variable: str) -> tuple[str, ...]:
             dg.AssetSpec("any", owners=[owner])
         except dg.DagsterInvalidDefinitionError:
             raise CatalogError(
-                f"{variable}: {owner!r} is no owner; name teams and people as team:ml-platform,someone@example.org."
+                f"{variable}: {owner!r} is not an owner. Name teams and people, such as "
+                "team:ml-platform,someone@example.org."
             ) from None
     return tuple(owners)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,8 +19,8 @@ from assets.partitions import PARTITION_TAG, models
 from orchestration.automation.policies import FRESH_DAYS
 from orchestration.runs.jobs import optimize
 from orchestration.runs.under_way import UNDER_WAY
-from orchestration.settings import read_workspace
 from resources.errors import CatalogError
+from resources.settings.workspace import Workspace
 
 DEFAULT_CRON = "0 3 * * *"
 #: The time for all plans of one tick. Dagster gives up on a tick after 60 s.
@@ -31,9 +30,7 @@ MOST_ATTEMPTS = 2
 #: The tags of the runs that the schedule submits.
 PLAN_TAG, WHY_TAG = "refinery/plan", "refinery/why"
 _LONGEST_TAG = 250
-_COMPARED = (
-    "inputs, configuration, code, library, driver and device versions were compared with what made what is there"
-)
+_COMPARED = "inputs, configuration, code, library, driver and device versions are those of the existing artifacts"
 
 
 def reoptimization(cron: str, fresh_days: float = FRESH_DAYS) -> dg.ScheduleDefinition:
@@ -50,7 +47,7 @@ def reoptimization(cron: str, fresh_days: float = FRESH_DAYS) -> dg.ScheduleDefi
     try:
         return _reoptimization(cron, fresh_days)
     except dg.DagsterInvalidDefinitionError as error:
-        raise CatalogError(f"REFINERY_SCHEDULE: {cron!r} is no cron expression, such as '{DEFAULT_CRON}'.") from error
+        raise CatalogError(f"REFINERY_SCHEDULE: {cron!r} is not a cron expression such as '{DEFAULT_CRON}'.") from error
 
 
 def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
@@ -60,19 +57,20 @@ def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
         cron_schedule=cron,
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description=(
-            "Optimizes the models of the catalog of which something would differ; see `refinery plan`. What no run "
-            f"went through for {fresh_days:g} days is confirmed: its files are read again, and nothing is made."
+            "Plans every model of the catalog, and starts a run if something would differ; see `refinery plan`. A "
+            f"model without a run for {fresh_days:g} days is confirmed: a run reads its files and rebuilds nothing."
         ),
     )
-    def reoptimize(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
-        workspace = read_workspace(os.environ)
+    def reoptimize(
+        context: dg.ScheduleEvaluationContext, workspace: dg.ResourceParam[Workspace]
+    ) -> list[dg.RunRequest] | dg.SkipReason:
         catalog = workspace.catalog()
         names = catalog.names
         # If a tick has no time for all models, the next one begins with others.
         turn = context.scheduled_execution_time.toordinal() % max(1, len(names))
         plans = read_plans([*names[turn:], *names[:turn]], PLAN_SECONDS)
         context.instance.add_dynamic_partitions(models.name or "", names)
-        requests, said = [], [f"{name}: there was no time to plan it" for name in names if name not in plans]
+        requests, said = [], [f"{name}: there was no time to plan this model" for name in names if name not in plans]
         said += catalog.refused.values()
         for name, plan in plans.items():
             if plan["error"]:
@@ -113,7 +111,7 @@ def read_plans(names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]
             break
         if left:
             model = left.pop(0)
-            said = {"model": model, "error": f"planning it ended early: {wrong}"}
+            said = {"model": model, "error": f"the planning process ended early: {wrong}"}
             plans[model] = {**said, "steps": [], "differing": [], "digest": ""}
     return plans
 
@@ -143,15 +141,15 @@ def _why_not(instance: dg.DagsterInstance, model: str, digest: str) -> str:
     of_model = {PARTITION_TAG: model}
     busy = instance.get_runs(dg.RunsFilter(job_name=optimize.name, tags=of_model, statuses=UNDER_WAY), limit=1)
     if busy:
-        return f"run {busy[0].run_id} of it is under way"
+        return f"its run {busy[0].run_id} is under way"
     failed = instance.get_runs(
         dg.RunsFilter(tags={**of_model, PLAN_TAG: digest}, statuses=[dg.DagsterRunStatus.FAILURE]), limit=MOST_ATTEMPTS
     )
     if len(failed) < MOST_ATTEMPTS:
         return ""
     return (
-        f"{len(failed)} runs failed that began from just what is there now, the last being {failed[0].run_id}; it is "
-        f"submitted again once something else changes. Look at the run, or try by hand: refinery optimize {model}"
+        f"{len(failed)} runs failed with the same plan, the last being {failed[0].run_id}; the schedule submits "
+        f"another when the plan changes. Look at the run, or try by hand: refinery optimize {model}"
     )
 
 

@@ -155,15 +155,15 @@ def decide(memory: Memory, newest: Newest | None, collected: str, now: float) ->
         ended_at, lost = memory.asked_at, now - memory.asked_at >= LAUNCH_SECONDS
         if not lost:
             return Decision(memory=memory)
-        last = "of which Dagster knows nothing"
+        last = "Dagster has no record of the last one"
     elif newest.ended == "canceled":  # somebody did not want the run
         return Decision(memory=memory)
     else:
         ended_at, last = newest.at, f"the last was {newest.run_id}"
     if memory.tries > len(RETRY_SECONDS):
         stuck = (
-            f"{memory.tries} runs did not optimize revision {revision}, {last}. There is another when the revision "
-            "changes, or by hand: the job 'optimize' for this partition."
+            f"{memory.tries} runs did not optimize revision {revision}; {last}. The next run starts when the revision "
+            "changes. To try again now, start the job 'optimize' for this partition."
         )
         return Decision(memory=memory.model_copy(update={"stuck": stuck}))
     # If the end lies in the future, it was recorded before the clock was set back, and the wait is over.

@@ -56,7 +56,7 @@ def checkpoint_sensor(interval_s: int) -> dg.SensorDefinition:
         job=optimize,
         minimum_interval_seconds=interval_s,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Looks at every source of the catalog, and has a model optimized when its revision is new.",
+        description="Looks at every source of the catalog, and starts a run for each model with a new revision.",
     )
     def new_checkpoints(context: dg.SensorEvaluationContext, workspace: dg.ResourceParam[Workspace]) -> dg.SensorResult:
         # The tick reads the partitions before the catalog, because `refinery optimize` adds an entry before its
@@ -100,7 +100,7 @@ class _Tick:
             if name in self._partitions:
                 self._retired.append(name)
                 source = memory.source if memory is not None else "unknown"
-                self._tell(name, source, "Taken out of the catalog. Its releases stay, and are served.")
+                self._tell(name, source, "The model left the catalog. Its releases stay and are served.")
 
     def look(self, catalog: Catalog, looks: Looks) -> None:
         """Look at as many sources as there is time for. The next tick begins with those that were not reached."""
@@ -227,7 +227,7 @@ class _Tick:
                 },
             )
         )
-        self.lines.append(f"{entry.name}: {reason}: revision {memory.asked} is optimized")
+        self.lines.append(f"{entry.name}: a run for revision {memory.asked} was requested ({reason})")
         return memory
 
     def _told(self, entry: ModelEntry, memory: Memory) -> Memory:
@@ -235,7 +235,7 @@ class _Tick:
         problem = memory.error or memory.stuck
         if problem == memory.problem:
             return memory
-        self._tell(entry.name, entry.source, problem or "What was wrong is right again.", problem)
+        self._tell(entry.name, entry.source, problem or "The problem is gone.", problem)
         return memory.model_copy(update={"problem": problem})
 
     def _tell(self, model: str, source: str, text: str, problem: str = "") -> None:
@@ -256,7 +256,7 @@ class _Tick:
         ]
         wrong = sum(bool(memory.problem) for memory in self._models.values())
         said = f"{len(catalog.models)} models, nothing new"
-        return "\n".join([f"{said}; something is wrong with {wrong}" if wrong else said, *waiting[:_MOST_LINES]])
+        return "\n".join([f"{said}; {wrong} with a problem" if wrong else said, *waiting[:_MOST_LINES]])
 
 
 def _is_remote(entry: ModelEntry) -> bool:

@@ -8,8 +8,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from orchestration.cli.model_argument import ENTRY_OPTIONS, find_or_add
-from orchestration.cli.terminal import print_candidates, print_step, print_table, step_console, table_console
 from orchestration.settings import read_workspace
+from orchestration.terminal.output import print_candidates, print_step, print_table, step_console, table_console
 from resources.benchmark.side_by_side import Comparison
 from resources.catalog.entries import ModelEntry, Shape
 from resources.engines.availability import unsupported_reason

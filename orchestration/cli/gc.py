@@ -9,9 +9,9 @@ from argparse import Namespace
 import dagster as dg
 
 from orchestration.automation.garbage_collection import clean_stores, oldest_run_under_way
-from orchestration.cli.terminal import print_table, table_console
 from orchestration.runs.instance import instance_folder, prepare_instance
 from orchestration.settings import read_workspace
+from orchestration.terminal.output import print_table, table_console
 from resources.artifacts.gc import Collected
 from resources.errors import RefineryError, disk_trouble, first_line
 from resources.report.tables import size_text

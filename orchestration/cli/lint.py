@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from orchestration.cli.terminal import printable
+from orchestration.terminal.output import printable
 from resources.errors import ReleaseError
 from resources.storage.locations import parse_location
 from resources.storage.objects import RemotePath

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from orchestration.cli.terminal import print_refused, table_console
 from orchestration.settings import read_workspace, tracker_of
+from orchestration.terminal.output import print_refused, table_console
 from resources.catalog.entries import ModelEntry
 from resources.errors import ReleaseError, TrackingError
 from resources.report.tables import size_text

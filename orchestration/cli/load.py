@@ -9,8 +9,8 @@ from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
-from orchestration.cli.terminal import print_table, table_console
 from orchestration.settings import read_workspace
+from orchestration.terminal.output import print_table, table_console
 from resources.accuracy.evaluation_set import read_evaluation_set
 from resources.errors import ReleaseError, ServerError
 from resources.machine.lock import benchmarking

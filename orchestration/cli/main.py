@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from orchestration.cli.arguments import parser
-from orchestration.cli.terminal import printable_output
+from orchestration.terminal.output import printable_output
 from resources.errors import RefineryError, disk_trouble
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130

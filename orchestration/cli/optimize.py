@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from orchestration.cli.model_argument import find_or_add
-from orchestration.cli.terminal import print_candidates, table_console
 from orchestration.definitions import defs, make_definitions
 from orchestration.runs.instance import prepare_instance
 from orchestration.runs.run_launcher import HOST_TAG
 from orchestration.settings import read_workspace, tracker_of
+from orchestration.terminal.output import print_candidates, table_console
 from resources.errors import CatalogError, EngineError, TrackingError, database_trouble, disk_remedy
 from resources.machine.device import why_not_here
 from resources.settings.workspace import Workspace

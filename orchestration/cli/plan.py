@@ -8,8 +8,8 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from orchestration.cli.terminal import print_refused, print_table, table_console
 from orchestration.settings import read_workspace
+from orchestration.terminal.output import print_refused, print_table, table_console
 from resources.plan import ModelPlan, PlannedStep, State, plan_model
 
 if TYPE_CHECKING:

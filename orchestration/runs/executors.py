@@ -60,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CatalogError(
             f"REFINERY_EXECUTOR_CONFIG: {path} has no mapping `execution: config:`. Write the executor's settings "
-            "there, as a run's configuration in Dagster has them."
+            "there, in the form of a run's configuration in Dagster."
         )
     return config
 
@@ -96,6 +96,6 @@ def make_executor(execution: Execution) -> dg.ExecutorDefinition:
     except dg.DagsterInvalidConfigError as error:
         reasons = "; ".join(one.message.splitlines()[0] for one in error.errors)
         raise CatalogError(
-            f"REFINERY_EXECUTOR_CONFIG: not what the {execution.kind} executor takes. {reasons}"
+            f"REFINERY_EXECUTOR_CONFIG: the {execution.kind} executor does not accept these settings. {reasons}"
         ) from error
     return executor

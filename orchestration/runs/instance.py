@@ -6,7 +6,6 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from orchestration.settings import require_plain
 from resources.errors import CatalogError
 from resources.settings.workspace import Workspace
 from resources.storage.atomic import write_whole
@@ -94,6 +93,16 @@ def instance_folder(workspace: Workspace) -> Path:
     return folder
 
 
+def require_plain(folder: Path, variable: str) -> None:
+    """Raise CatalogError for a folder whose path cannot be part of the address of a SQLite database."""
+    for sign in "?%":
+        if sign in str(folder):
+            raise CatalogError(
+                f"{variable}: {str(folder)!r} holds {sign!r}, which has another meaning in the addresses of the SQLite "
+                "databases that Dagster and MLflow keep there. Choose a folder whose path has no '?' and no '%'."
+            )
+
+
 def prepare_instance(workspace: Workspace) -> Path:
     """Make the instance's folder if it is missing, set DAGSTER_HOME to it, and return it.
 
@@ -114,14 +123,15 @@ def prepare_instance(workspace: Workspace) -> Path:
     there = written.replace(*_MOVED) if written is not None else None
     if there == _CONFIGURATION + _POSTGRES and not url:
         raise CatalogError(
-            f"{configuration} keeps runs in the Postgres of {POSTGRES_VARIABLE}, which is not set. Set it, or remove "
-            "that file to go back to files of its own; the runs in Postgres are not seen then."
+            f"{configuration} keeps runs in the Postgres database of {POSTGRES_VARIABLE}, but that variable is not "
+            "set. Set it, or remove that file to keep runs in local files. Dagster then does not show the runs in "
+            "Postgres."
         )
     if there is None or (written != wanted and there in (wanted, _CONFIGURATION, *_EARLIER)):
         write_whole(configuration, wanted)
     elif url and POSTGRES_VARIABLE not in there:
         raise CatalogError(
-            f"{POSTGRES_VARIABLE} is set, but {configuration}, changed by hand, does not name it. Add there:\n"
+            f"{POSTGRES_VARIABLE} is set, but {configuration} was changed by hand and does not name it. Add to it:\n"
             + _POSTGRES
         )
     os.environ["DAGSTER_HOME"] = str(folder)
@@ -133,7 +143,7 @@ def _require_postgres(url: str) -> None:
         scheme = f"begins with {url.partition('://')[0]!r}" if "://" in url else "has no scheme"  # no password is shown
         raise CatalogError(
             f"{POSTGRES_VARIABLE} {scheme}. Write {_POSTGRES_SCHEME}user:password@host:5432/database, so "
-            "that SQLAlchemy takes the driver that dagster-postgres brings."
+            "that SQLAlchemy uses the driver that dagster-postgres installs."
         )
     if find_spec("dagster_postgres") is None:
         raise CatalogError(

@@ -7,7 +7,7 @@ from resources.tracking import Tracker
 
 
 @dg.run_failure_sensor(
-    description="Closes the MLflow runs that a failed Dagster run left open: one that was killed had no time to do it.",
+    description="Closes the MLflow runs that a failed Dagster run left open. A killed run had no time to do it.",
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
 def close_tracking_of_killed_runs(context: dg.RunFailureSensorContext, tracker: dg.ResourceParam[Tracker]) -> None:

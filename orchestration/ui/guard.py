@@ -59,11 +59,14 @@ class PagesGuard:
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         host = origin_of(f"http://{hosts[0]}") if len(hosts) == 1 else None
         if host is None or host[1] not in self._names:
-            return 403, f"The request names a host that is not served here. Set {_SETTING} to the address of a proxy."
+            return (
+                403,
+                f"The request names a host that is not served here. Set {_SETTING} to the address of your proxy.",
+            )
         if not all(self._is_own(origin, hosts[0]) for origin in origins):
             return (
                 403,
-                f"The request comes from another web page. Set {_SETTING} to the address of a proxy.",
+                f"The request comes from another web page. Set {_SETTING} to the address of your proxy.",
             )
         if scope["type"] == "websocket":
             return None

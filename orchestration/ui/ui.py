@@ -80,12 +80,12 @@ def serve_pages(options: Namespace) -> int:
             print(f"{name:8} http://{_LOOPBACK}:{ports[name]}", flush=True)
         if "mlflow" not in commands:
             print(f"{'mlflow':8} {os.environ[_MLFLOW_UI]}", flush=True)
-        print(f"What is new in the catalog is optimized, while the sensor {SENSOR} is on.", flush=True)
-        print("Ctrl-C stops them.", flush=True)
+        print(f"While the sensor {SENSOR} is on, new models and revisions are optimized.", flush=True)
+        print("Ctrl-C stops the pages.", flush=True)
         while all(process.poll() is None for process in processes.values()):
             time.sleep(0.5)
         ended = [name for name, process in processes.items() if process.poll() is not None]
-        raise ServerError(f"{ended[0]} ended by itself; its last words are in {folder / ended[0]}.log.")
+        raise ServerError(f"{ended[0]} ended by itself. Its last output is in {folder / ended[0]}.log.")
     except KeyboardInterrupt:
         print("stopped", flush=True)
         return 0
@@ -139,11 +139,11 @@ def _await(name: str, process: subprocess.Popen[bytes], port: int, log: Path) ->
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServerError(f"{name} did not start; its last words are in {log}.")
+            raise ServerError(f"{name} did not start. Its last output is in {log}.")
         with suppress(OSError), socket.create_connection((_LOOPBACK, port), timeout=1):
             return
         time.sleep(0.2)
-    raise ServerError(f"{name} did not answer within {_START_SECONDS:g} s; its log is {log}.")
+    raise ServerError(f"{name} did not answer within {_START_SECONDS:g} s. See its log {log}.")
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -43,7 +43,7 @@ _STOP_SECONDS = 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the daemon ends by itself, which is a failure."""
     parser = argparse.ArgumentParser(
-        prog="python -m orchestration.ui.webserver", description="Dagster's pages, guarded."
+        prog="python -m orchestration.ui.webserver", description="Serve Dagster's pages behind a guard."
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=3000, help="default: %(default)s")
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threading.Thread(target=_end_with, args=(daemon, server), daemon=True).start()
         server.run()
         if daemon is not None and daemon.poll() is not None:
-            logging.getLogger("dagster").error("The daemon ended by itself with status %s.", daemon.returncode)
+            logging.getLogger("dagster").error("The daemon ended by itself with exit status %s.", daemon.returncode)
             return 1
     return 0
 

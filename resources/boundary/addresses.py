@@ -136,7 +136,7 @@ class Address(str):
     @classmethod
     def _validated(cls, value: object) -> Self:
         if not isinstance(value, str):
-            raise ValueError("an address is a string")
+            raise ValueError("an address must be a string")
         return cls(value)
 
 
@@ -159,7 +159,9 @@ def web_address(text: str, *, path: bool = True) -> Address:
     if not text.startswith(WEB):
         raise ValueError("is not an address that begins with http:// or https://")
     if not text.isprintable() or " " in text or not text.isascii():
-        raise ValueError("holds a space, a line's end or another character that stands in no address; write it as %20")
+        raise ValueError(
+            "holds a space, a line break or another character that an address cannot hold; write a space as %20"
+        )
     try:
         parts = urlsplit(text)
         known = bool(parts.hostname) and (parts.port is None or parts.port > 0)

@@ -65,6 +65,6 @@ class Pace:
             return
         if came < FLOOR_BYTES_PER_SECOND * passed_s:
             raise TimeoutError(
-                f"it brought {came:,} bytes in {passed_s:.0f} s, less than {FLOOR_BYTES_PER_SECOND:,} bytes a second"
+                f"only {came:,} bytes arrived in {passed_s:.0f} s, less than {FLOOR_BYTES_PER_SECOND:,} bytes a second"
             )
         self._since, self._before = time.monotonic(), size_bytes

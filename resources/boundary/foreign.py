@@ -56,12 +56,12 @@ def check_name(name: object) -> str:
     """
     if not isinstance(name, str):
         # The value is never shown, because a few lines of YAML whose aliases multiply become an endless text.
-        raise ForeignError(f"a {type(name).__name__} is no name of a file")
+        raise ForeignError(f"a {type(name).__name__} is not a file name")
     shown = repr(name if len(name) <= 100 else f"{name[:100]}...")
     try:
         parts = [part.encode() for part in name.split("/")]
     except UnicodeEncodeError:
-        raise ForeignError(f"{shown} is no name of a file: it is not valid Unicode") from None
+        raise ForeignError(f"{shown} is not a file name: it is not valid Unicode") from None
     if not {b"", b".", b".."}.isdisjoint(parts):
         raise ForeignError(f"{shown} leads out of its folder, or has an empty part")
     if "\\" in name or _CONTROL.search(name):
@@ -122,7 +122,7 @@ def open_regular(path: Path) -> io.BufferedReader:
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a device without a driver
-            raise ForeignError(f"{path} is no regular file") from None
+            raise ForeignError(f"{path} is not a regular file") from None
         raise
     try:
         _require_regular(path, os.fstat(opened))
@@ -144,7 +144,7 @@ def is_file_below(folder: Path, name: object) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:  # the links form a circle
-        raise ForeignError(f"{path} cannot be looked at: {error.strerror}") from None
+        raise ForeignError(f"{path} cannot be inspected: {error.strerror}") from None
     if stat.S_ISDIR(found.st_mode):
         return False
     _require_regular(path, found)
@@ -191,9 +191,9 @@ def parse_json(data: bytes, *, most_values: int = MOST_CONFIG_VALUES) -> Any:
     try:
         return json.loads(data.decode())
     except RecursionError:
-        raise ValueError("its brackets are nested too deep") from None
+        raise ValueError("its brackets are nested too deeply") from None
     except MemoryError:
-        raise ValueError("it needs more memory than there is") from None
+        raise ValueError("it needs more memory than this machine has") from None
 
 
 def values_of(document: Any) -> Iterator[tuple[str, Any]]:
@@ -232,7 +232,7 @@ def _require_text(text: str) -> None:
 
 def _require_regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise ForeignError(f"{path} is no regular file")
+        raise ForeignError(f"{path} is not a regular file")
 
 
 def _belongs(folder: Path, real: Path) -> bool:

@@ -96,7 +96,7 @@ def post_json(url: str, headers: Mapping[str, str], document: Any) -> None:
 
 def _answer(request: urllib.request.Request, trust: Tls) -> bytes:
     if request.type not in ("http", "https"):
-        raise ValueError(f"{request.type}: is no address of a web server")
+        raise ValueError(f"{request.type}: is not the address of a web server")
     try:
         # The limits of _read hold for the server's answer. The lookup of the server's name has none.
         return within(ANSWER_SECONDS, partial(_read, request, trust, time.monotonic() + ANSWER_SECONDS))
@@ -121,7 +121,7 @@ def _read(request: urllib.request.Request, trust: Tls, deadline: float) -> bytes
             parts.append(part)
             size += len(part)
             if size > _MOST_BYTES:
-                raise ValueError(f"it answers with more than {_MOST_BYTES} bytes")
+                raise ValueError(f"the answer is larger than {_MOST_BYTES} bytes")
     return b"".join(parts)
 
 
@@ -183,14 +183,14 @@ class _Until(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         left_s = self._deadline - time.monotonic()
-        late = TimeoutError(f"there was no whole answer within {ANSWER_SECONDS:g} s")
+        late = TimeoutError(f"there was no complete answer within {ANSWER_SECONDS:g} s")
         if left_s <= 0:
             raise late
         self._sock.settimeout(min(left_s, _SILENCE_SECONDS))
         try:
             read: int | None = self._raw.readinto(buffer)
         except TimeoutError:
-            silent = TimeoutError(f"it was silent for {_SILENCE_SECONDS:g} s")
+            silent = TimeoutError(f"the server sent nothing for {_SILENCE_SECONDS:g} s")
             raise (late if left_s < _SILENCE_SECONDS else silent) from None
         return read
 

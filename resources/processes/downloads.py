@@ -62,7 +62,7 @@ def download_apart(function: Callable[..., T], *args: Any, folder: Path, variabl
             _watch(process, folder)
             good, value = pickle.loads(answer.read_bytes())  # noqa: S301 - from our own child
         except FileNotFoundError:
-            raise ConnectionError(f"the process that downloads ended with exit code {process.returncode}") from None
+            raise ConnectionError(f"the download process ended with exit code {process.returncode}") from None
         finally:
             process.kill()
             process.wait()
@@ -81,7 +81,7 @@ def _watch(process: subprocess.Popen[bytes], folder: Path) -> None:
         except subprocess.TimeoutExpired:
             pace.require(_size(folder))
             if time.monotonic() > deadline:
-                raise TimeoutError(f"it was not done within {LONGEST_SECONDS:g} s") from None
+                raise TimeoutError(f"the download did not finish within {LONGEST_SECONDS:g} s") from None
 
 
 def _size(folder: Path) -> int:

@@ -85,8 +85,8 @@ class Worker:
     ) -> None:
         if multiprocessing.current_process().daemon:
             raise IsolationError(
-                f"{what}: this process belongs to a pool and may start none of its own, which steps have to. Start "
-                "Celery's workers with `worker_pool: solo`, one for each step that is to run at the same time."
+                f"{what}: this process belongs to a pool and may not start processes, but every step has to. Start "
+                "Celery's workers with `worker_pool: solo`, one worker for each step that is to run at the same time."
             )
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
@@ -106,8 +106,8 @@ class Worker:
             self._connection.close()
             self._lifeline.close()
             raise IsolationError(
-                f"{what}: no child process could be started ({type(error).__name__}). What stopped it was printed "
-                "above; often a broken installation of torch or onnxruntime, or too little memory."
+                f"{what}: no child process could be started ({type(error).__name__}). The cause was printed above. It "
+                "is often a broken installation of torch or onnxruntime, or too little memory."
             ) from None
         finally:
             theirs.close()
@@ -231,7 +231,7 @@ class Worker:
         code = self._process.exitcode
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            hint = "; often the kernel's answer to too little memory" if name == "SIGKILL" else ""
+            hint = "; the kernel often does this when memory runs out" if name == "SIGKILL" else ""
             return IsolationError(f"{self._what}: its process was ended by {name}{hint}.")
         return IsolationError(f"{self._what}: its process ended with exit code {code} and without an answer.")
 

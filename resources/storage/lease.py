@@ -80,8 +80,8 @@ class Lease:
             if _now() - begun > self.times.patience:
                 raise StorageError(
                     f"{self._folder.parent} is being changed by {holder}, and this process has waited for "
-                    f"{self.times.patience / 60:.0f} minutes. Wait for that to end, or stop it; "
-                    f"{self.times.life:g} s later the next may begin."
+                    f"{self.times.patience / 60:.0f} minutes. Wait for that process to end, or "
+                    f"stop it. The next process may begin {self.times.life:g} s later."
                 )
             time.sleep(self.times.look * random.uniform(0.5, 1.5))  # noqa: S311 - so that two do not meet again
         self._folder.remove([name for name in self._seen if name != self._own.name])
@@ -122,7 +122,7 @@ class Lease:
         if self._written is not None and _now() - self._written > limit:
             raise StorageError(
                 f"{self._folder.parent}: nothing more is changed, because this process could not renew its lease for "
-                f"{limit:g} s and another may be at it soon. Run again: what is half done is made good."
+                f"{limit:g} s and another process may take it. Run again: the next run repairs unfinished changes."
             )
 
     def release(self) -> None:
@@ -167,7 +167,7 @@ def _holder(claim: bytes) -> str:
     try:
         return str(json.loads(claim)["holder"])
     except (ValueError, KeyError, TypeError):
-        return "somebody who left no name"
+        return "an unknown process"
 
 
 @contextmanager

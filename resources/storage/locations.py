@@ -45,8 +45,8 @@ def parse_location(
         return Path(text).expanduser().resolve()
     if holds_login(text):
         raise ValueError(
-            f"its {scheme}:// address holds a name or password, and addresses are printed. Give it without, and the "
-            "credentials by the variables of that store"
+            f"its {scheme}:// address holds a name or password, and addresses are printed. Remove both from the "
+            "address, and give the credentials in the environment variables of that store"
         )
     parts = rest.strip("/")
     shown = f"{scheme}://"
@@ -75,7 +75,7 @@ def _key(text: str, parts: str) -> str:
     if not key:
         raise ValueError(f"{text!r} names no bucket")
     if re.search(r"[*?\[]", key):
-        raise ValueError(f"{text!r} holds *, ? or [, which would stand for other places too")
+        raise ValueError(f"{text!r} holds *, ? or [, which would match other places too")
     return key
 
 

@@ -131,7 +131,7 @@ def _checked(descriptor: int, path: Path) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise FileExistsError(errno.EEXIST, "it is no regular file", str(path))
+    raise FileExistsError(errno.EEXIST, "it is not a regular file", str(path))
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

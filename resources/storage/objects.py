@@ -265,8 +265,8 @@ class RemotePath:
                 data = b""  # an empty object has no range
         if len(data) > MOST_DOCUMENT_BYTES:
             raise StorageError(
-                f"{self} is larger than {MOST_DOCUMENT_BYTES // 2**20} MB, as no record, manifest or configuration is. "
-                "See who can write there, and remove it."
+                f"{self} is larger than {MOST_DOCUMENT_BYTES // 2**20} MB, which is too large for a record, manifest "
+                "or configuration. Remove it, and check who can write there."
             )
         return data
 
@@ -323,7 +323,7 @@ class RemotePath:
             while not wait([future], timeout=_POLL_SECONDS).done:
                 pace.require(target.stat().st_size if target.exists() else 0)
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"it was not whole within {seconds:.0f} s")
+                    raise TimeoutError(f"the download was not complete within {seconds:.0f} s")
             future.result()
         finally:
             future.cancel()
@@ -379,7 +379,7 @@ class RemotePath:
         gone = isinstance(error, FileNotFoundError)
         if _NO_BUCKET.search(said) or (gone and what == "write"):
             raise StorageError(
-                f"{self.store.shown}{self.key.split('/')[0]} is not there. Make the bucket, or correct "
+                f"{self.store.shown}{self.key.split('/')[0]} does not exist. Create the bucket, or correct "
                 f"{self.store.setting}."
             ) from error
         if gone or getattr(error, "errno", None) in FULL:
@@ -391,8 +391,8 @@ class RemotePath:
             ) from error
         reason = first_line(error) if str(error) else "no answer in time"
         raise StorageError(
-            f"{self}: the store could not be asked to {what} it: {reason}. See that its address is right and that it "
-            "can be reached, and run again. What served before goes on serving."
+            f"{self}: the request to {what} it failed: {reason}. Check the store's address and that the store can be "
+            "reached, and run again. The release that served before goes on serving."
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from orchestration.cli.terminal import print_step, step_console
+from orchestration.terminal.output import print_step, step_console
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -79,7 +79,7 @@ def served_benchmark_asset(step: ServedBenchmarkStep) -> dg.AssetsDefinition:
     look = Look.of(
         f"benchmarks_{step.target}",
         {"report", "mlflow"},
-        "The engine of the release that serves, measured again beside candidates that are others.",
+        "The engine of the release that serves, measured again beside the new candidates.",
         device=device_of(step.target),
     )
 

@@ -27,7 +27,7 @@ def champion_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, dg.AssetCh
     look = Look.of(
         "serving",
         {"mlflow"},
-        "The best engine, by the catalog's objective, among those that kept the accuracy gates.",
+        "The best engine by the catalog's objective, of all that passed the accuracy gates.",
     )
     champion = artifact_asset(steps.champion, look, lambda done: _show(done, steps))
 
@@ -41,7 +41,7 @@ def champion_assets(steps: TargetSteps) -> tuple[dg.AssetsDefinition, dg.AssetCh
         return dg.AssetCheckResult(
             passed=met is None or met.outcome in ("replaced", "equal"),
             severity=dg.AssetCheckSeverity.WARN,
-            description=tell(met) if met is not None else "nothing else of this checkpoint serves",
+            description=tell(met) if met is not None else "no other engine of this checkpoint serves",
             metadata={"contest": dg.MetadataValue.json(met.model_dump() if met is not None else {})},
         )
 

@@ -98,7 +98,7 @@ checkpoint = artifact_asset(
     Look.of(
         "sources",
         {"huggingface"},
-        "A Hugging Face checkpoint, copied from wherever the catalog says, complete and fit for its task.",
+        "A complete copy of a Hugging Face checkpoint from the catalog's source, checked for its task.",
     ),
     _show,
     before=_before,

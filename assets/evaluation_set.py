@@ -20,7 +20,7 @@ evaluation_set = artifact_asset(
     Look.of(
         "sources",
         {"dataset", "pytorch"},
-        "Real texts of many lengths, and what PyTorch in fp32 answers to each of them alone.",
+        "Real texts of many lengths, and the answer of PyTorch in fp32 to each of them alone.",
     ),
     _show,
 )

@@ -29,8 +29,8 @@ reference = artifact_asset(
     Look.of(
         "sources",
         {"huggingface"},
-        "What sentence-transformers or transformers answers to the evaluation set, end to end from text. PyTorch's "
-        "answers, which engines are compared with, have to equal these.",
+        "The answers of sentence-transformers or transformers to the evaluation set, end to end from text. The answers "
+        "of PyTorch, which engines are compared with, have to equal these.",
     ),
     _show,
 )

@@ -48,7 +48,7 @@ def test_every_asset_says_what_it_is_and_whose(known_kinds):
         assert re.fullmatch("[0-9a-f]{16}", spec.code_version or ""), name
         first, *rest = spec.description.split("\n\n")
         assert len(first) > 30 and first.endswith("."), name
-        assert [part.split("** ")[0] for part in rest] == ["**Made of", "**Made anew when"], name
+        assert [part.split("** ")[0] for part in rest] == ["**Made from", "**Rebuilt when"], name
         assert spec.freshness_policy == dg.FreshnessPolicy.time_window(
             warn_window=timedelta(days=FRESH_DAYS + GRACE_DAYS),
             fail_window=timedelta(days=2 * (FRESH_DAYS + GRACE_DAYS)),

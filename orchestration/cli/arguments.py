@@ -45,94 +45,107 @@ def _optimize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="a name of the catalog, else a folder, else a Hub id ([hub:][org/]name[@revision]), or another source",
+        help="a name in the catalog, or a folder, a Hub id ([hub:][org/]name[@revision]) or another source",
     )
-    new = command.add_argument_group("for a source, which becomes a catalog entry of its own")
-    new.add_argument("--name", help="its name in the catalog (default: the last part of MODEL)")
-    new.add_argument("--task", help="what it is for (default: told from the checkpoint)")
-    new.add_argument("--seq-len", metavar="N[,N]", help="tokens to optimize for")
-    new.add_argument("--batch-size", metavar="N[,N]", help="batch sizes to optimize for, each with each --seq-len")
-    new.add_argument("--engines", metavar="E[,E]", help="only these engines compete")
-    new.add_argument("--seconds", type=_positive, metavar="N", help="bound for one engine's benchmark")
+    new = command.add_argument_group("options for a source, which becomes a catalog entry")
+    new.add_argument("--name", help="name in the catalog (default: the last part of MODEL)")
+    new.add_argument("--task", help="task of the model (default: found from the checkpoint)")
+    new.add_argument("--seq-len", metavar="N[,N]", help="sequence lengths in tokens to optimize for")
+    new.add_argument(
+        "--batch-size", metavar="N[,N]", help="batch sizes to optimize for, each combined with each --seq-len"
+    )
+    new.add_argument("--engines", metavar="E[,E]", help="build and compare only these engines")
+    new.add_argument("--seconds", type=_positive, metavar="N", help="time limit of one engine's benchmark")
     new.add_argument(
         "--serving-seconds",
         type=_not_negative,
         metavar="N",
-        help="bound for finding how it is served, and for measuring that; 0: neither",
+        help="time limit of the serving search, and of the load on the release; 0 skips both",
     )
     _add_allow_pickle(new)
-    command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
-    command.add_argument("--output", metavar="DIR", help="Triton repositories go to DIR/<target>; s3://... too")
+    command.add_argument("--target", type=_target, help="use only this target (default: all of REFINERY_TARGETS)")
+    command.add_argument(
+        "--output", metavar="DIR", help="write the Triton repositories to DIR/<target>; DIR may be s3://..."
+    )
     command.set_defaults(command="orchestration.cli.optimize:optimize")
 
 
 def _plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("plan", help="show what optimizing would do, and why, without doing it")
-    command.add_argument("models", metavar="MODEL", nargs="*", help="names of the catalog (default: all)")
-    command.add_argument("--target", type=_target, help="only this target (default: all of REFINERY_TARGETS)")
-    command.add_argument("--json", action="store_true", help="one JSON document a model, each on a line")
+    command = commands.add_parser("plan", help="show what a run would do, and why")
+    command.add_argument("models", metavar="MODEL", nargs="*", help="names in the catalog (default: all)")
+    command.add_argument("--target", type=_target, help="use only this target (default: all of REFINERY_TARGETS)")
+    command.add_argument("--json", action="store_true", help="print one JSON document per model, each on a line")
     command.set_defaults(command="orchestration.cli.plan:plan")
 
 
 def _gc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("gc", help="remove what no release, run or recent step needs from the artifact store")
-    command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    command = commands.add_parser("gc", help="remove artifacts that no release, run or recent step needs")
+    command.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     command.add_argument(
         "--keep-days",
         type=_days,
         default=7.0,
         metavar="N",
-        help="what was used within N days stays, one at least (default: %(default)g)",
+        help="keep artifacts that were used within N days, at least 1 (default: %(default)g)",
     )
     command.set_defaults(command="orchestration.cli.gc:collect_garbage")
 
 
 def _bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("bench", help="compare a model's engines with each other, outside the pipeline")
-    command.add_argument("model", metavar="MODEL", help="as for optimize: a name, or a source")
-    command.add_argument("--name", help="for a source: its name in the catalog")
-    command.add_argument("--task", help="for a source: what it is for")
+    command = commands.add_parser("bench", help="compare a model's engines, without publishing one")
+    command.add_argument("model", metavar="MODEL", help="a name in the catalog, or a source, as for optimize")
+    command.add_argument("--name", help="for a source: name in the catalog")
+    command.add_argument("--task", help="for a source: task of the model")
     _add_allow_pickle(command)
     command.add_argument(
-        "--engines", metavar="E[,E]", help="only these, beside PyTorch (default: all that can compete)"
+        "--engines", metavar="E[,E]", help="compare only these with PyTorch (default: all that the target supports)"
     )
     command.add_argument("--target", type=_target, help="default: the first of REFINERY_TARGETS")
-    command.add_argument("--shapes", metavar="S[,S]", help="batch x tokens, as 1x16,8x128 (default: the model's)")
+    command.add_argument(
+        "--shapes", metavar="S[,S]", help="batch x tokens, such as 1x16,8x128 (default: the shapes of the model)"
+    )
     command.add_argument(
         "--seconds",
         type=_positive,
         metavar="N",
-        help="bound for measuring, and a quarter of it at least for timing (default: the model's, for each engine)",
+        help="time limit of the comparison; a quarter or more goes to timing (default: the model's limit per engine)",
     )
     command.add_argument(
-        "--threads", type=_count, metavar="N", help="of PyTorch and every engine (default: the model's)"
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="threads of PyTorch and of every engine (default: those of the model)",
     )
     command.add_argument(
         "--accuracy",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether answers are compared with PyTorch's too (default: they are)",
+        help="also compare the answers with PyTorch's (the default)",
     )
     command.add_argument("--output", metavar="DIR", help="default: REFINERY_HOME/bench/<model>-<target>")
     command.set_defaults(command="orchestration.cli.bench:bench")
 
 
 def _query(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("query", help="ask a served model")
-    command.add_argument("model", metavar="MODEL", help="the name it is served under")
-    command.add_argument("text", metavar="TEXT", nargs="+", help="texts, or contexts, one answer each")
-    command.add_argument("--query", metavar="TEXT", help="what the texts are ranked for (reranking)")
-    command.add_argument("--question", metavar="TEXT", help="what the contexts are asked (question-answering)")
-    command.add_argument("--labels", metavar="L[,L]", help="what the texts may be (zero-shot-classification)")
+    command = commands.add_parser("query", help="send texts to a served model and print the answers")
+    command.add_argument("model", metavar="MODEL", help="name of the served model")
+    command.add_argument(
+        "text", metavar="TEXT", nargs="+", help="texts, or contexts for question-answering; each gets one answer"
+    )
+    command.add_argument("--query", metavar="TEXT", help="the query that the texts are ranked for (reranking)")
+    command.add_argument(
+        "--question", metavar="TEXT", help="the question to answer from the contexts (question-answering)"
+    )
+    command.add_argument("--labels", metavar="L[,L]", help="the candidate labels (zero-shot-classification)")
     command.add_argument(
         "--url",
         help="gRPC address of a Triton server (default: the first of REFINERY_TRITON_GRPC that has the model; "
-        "without that variable 127.0.0.1:8001, or one started for the question)",
+        "without that variable, 127.0.0.1:8001, or a server that is started for this command)",
     )
     command.add_argument(
-        "--target", type=_target, default="cpu", help="whose repository to serve where a server is started"
+        "--target", type=_target, default="cpu", help="target whose repository a started server serves"
     )
-    command.add_argument("--json", action="store_true", help="print the whole answers, one JSON document a line")
+    command.add_argument("--json", action="store_true", help="print whole answers, one JSON document per line")
     command.set_defaults(command="orchestration.cli.serving:query")
 
 
@@ -145,37 +158,50 @@ def _serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--control",
         choices=("explicit", "poll", "none"),
         default="explicit",
-        help="how new releases are taken up: at once (default), when Triton looks by itself, or not",
+        help="when new releases are loaded: explicit at once (default), poll when Triton polls, none never",
     )
-    command.add_argument("--cache-mb", type=_megabytes, default=0, metavar="N", help="for models with response_cache")
+    command.add_argument(
+        "--cache-mb",
+        type=_megabytes,
+        default=0,
+        metavar="N",
+        help="size of the response cache in MB, for models with response_cache",
+    )
     command.add_argument(
         "--resource",
         type=_resource,
         action="append",
         default=[],
         metavar="NAME=N",
-        help="how many there are of what rate limiters name (default: as many as the largest need of one instance)",
+        help="number of a resource that rate limiters name (default: the largest number that one instance needs)",
     )
     command.set_defaults(command="orchestration.cli.serving:serve")
 
 
 def _load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("load", help="put load on a served model, and measure what it does")
-    command.add_argument("model", metavar="MODEL", help="the name it is served under")
+    command = commands.add_parser("load", help="put load on a served model, and measure throughput and latency")
+    command.add_argument("model", metavar="MODEL", help="name of the served model")
     command.add_argument(
-        "--url", help="gRPC address of a Triton server (default: one started for this, never one of users)"
+        "--url",
+        help="gRPC address of a Triton server (default: one that is started for this command)",
     )
     command.add_argument(
-        "--clients", type=_counts, default=(1, 4, 16), metavar="N[,N]", help="how many at once (default: 1,4,16)"
+        "--clients",
+        type=_counts,
+        default=(1, 4, 16),
+        metavar="N[,N]",
+        help="numbers of concurrent clients (default: 1,4,16)",
     )
-    command.add_argument("--seconds", type=_positive, default=15.0, metavar="N", help="in all (default: %(default)g)")
-    command.add_argument("--tokens", type=_release, metavar="N", help="only texts of up to so many tokens")
-    command.add_argument("--target", type=_target, default="cpu", help="whose repository")
+    command.add_argument(
+        "--seconds", type=_positive, default=15.0, metavar="N", help="total duration in seconds (default: %(default)g)"
+    )
+    command.add_argument("--tokens", type=_release, metavar="N", help="send only texts of at most N tokens")
+    command.add_argument("--target", type=_target, default="cpu", help="target whose repository is served")
     command.set_defaults(command="orchestration.cli.load:load")
 
 
 def _models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("models", help="list the catalog")
+    command = commands.add_parser("models", help="list the models of the catalog")
     command.set_defaults(command="orchestration.cli.listing:models")
 
 
@@ -189,13 +215,13 @@ def _releases(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _rollback(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("rollback", help="serve an older release again, once a server has answered with it")
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--to", type=_release, metavar="N", help="any release (default: the one before)")
+    command.add_argument("--to", type=_release, metavar="N", help="number of the release (default: the one before)")
     command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command="orchestration.cli.releases:rollback")
 
 
 def _promote(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("promote", help="serve the newest release: one that waits, or was rolled back")
+    command = commands.add_parser("promote", help="serve the newest release, also one that waits or was rolled back")
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command="orchestration.cli.releases:promote")
@@ -204,22 +230,26 @@ def _promote(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _retain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("retain", help="remove old releases")
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--keep", type=_release, default=3, metavar="N", help="the newest N (default: %(default)s)")
+    command.add_argument(
+        "--keep", type=_release, default=3, metavar="N", help="number of newest releases to keep (default: %(default)s)"
+    )
     command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command="orchestration.cli.releases:retain")
 
 
 def _verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("verify", help="compare a release with what was published, and ask it a question")
+    command = commands.add_parser(
+        "verify", help="check that a release is as it was published, and that a server answers with it"
+    )
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--release", type=_release, metavar="N", help="default: the one that serves")
+    command.add_argument("--release", type=_release, metavar="N", help="default: the release that serves")
     command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command="orchestration.cli.releases:verify")
 
 
 def _lint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("lint", help="find what is wrong with a Triton model repository, without a server")
-    command.add_argument("path", metavar="PATH", help="what holds the models' folders, ours or anybody's; s3://... too")
+    command = commands.add_parser("lint", help="check a Triton model repository for mistakes, without a server")
+    command.add_argument("path", metavar="PATH", help="the repository: any folder with model folders, or s3://...")
     command.add_argument("--format", choices=("text", "json", "sarif"), default="text", help="default: %(default)s")
     command.set_defaults(command="orchestration.cli.lint:lint")
 
@@ -241,7 +271,7 @@ def _add_allow_pickle(command: argparse._ActionsContainer) -> None:
         "--allow-pickle",
         action="store_true",
         default=None,
-        help="for a source: load weights stored as a pickle, which run their author's code as you",
+        help="for a source: load pickled weights, which can run their author's code as your user",
     )
 
 
@@ -260,7 +290,7 @@ def _port(text: str) -> int:
 
 def _release(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
     return int(text)
 
 
@@ -304,5 +334,5 @@ def _not_negative(text: str) -> float:
 def _days(text: str) -> float:
     number = _positive(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is less than a day, and a step may take one")
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1; a step may take a day")
     return number

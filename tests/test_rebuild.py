@@ -16,7 +16,7 @@ import pytest
 from resources.artifacts.records import Engine, EvaluationSet, sha256_file
 from resources.catalog.entries import ModelEntry
 from resources.engines.interface import Built, Goal, Sources, build
-from resources.engines.rebuild import SCRIPT, Recipe, differing_files, main, recipe_of, write_script
+from resources.engines.rebuild import SCRIPT, EngineRecipe, differing_files, main, recipe_of, write_script
 from resources.engines.specs import engine_spec
 from resources.errors import EngineError
 from resources.processes.isolation import Limits
@@ -110,7 +110,7 @@ def test_fp32_is_built_again_elsewhere_and_what_differs_is_said(tiny, tmp_path):
     assert code == 2
     assert err.startswith(f"rebuild.py: {again} is there already")
 
-    recipe = Recipe.model_validate(recipe_in(script.parent))
+    recipe = EngineRecipe.model_validate(recipe_in(script.parent))
     changed = script.with_name("model.onnx.data")
     changed.write_bytes(changed.read_bytes()[:-1] + b"x")
     (said,) = differing_files(recipe, again, script.parent)
@@ -213,7 +213,7 @@ def test_the_recipe_says_what_the_engine_is_made_of(tiny, tmp_path):
     first = (tmp_path / SCRIPT).read_bytes()
     write_script(recipe, tmp_path)
     assert (tmp_path / SCRIPT).read_bytes() == first
-    assert Recipe.model_validate(recipe_in(tmp_path)) == recipe
+    assert EngineRecipe.model_validate(recipe_in(tmp_path)) == recipe
 
 
 @pytest.mark.parametrize("flavour", ["python", "native"])

@@ -33,7 +33,7 @@ _MOST_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LibraryComparison:
     """The result of the comparison with the library.
 
     The fields have the meaning of those of resources.artifacts.records.Reference.
@@ -48,7 +48,7 @@ class Comparison:
 
 def compare_with_library(
     checkpoint: Checkpoint, source: Path, trust: Trust, evaluation: Path, folder: Path, threads: int
-) -> Comparison:
+) -> LibraryComparison:
     """Compare PyTorch's answers with the library's answers, and write the library's answers into the folder.
 
     This function runs in a child process.
@@ -109,7 +109,7 @@ def compare_with_library(
         )
     _write(folder / ANSWERS_FILE, answers)
     refused = sum(answer is None for answer in answers)
-    return Comparison(library.name, len(answers) - refused, refused, rows, retokenized)
+    return LibraryComparison(library.name, len(answers) - refused, refused, rows, retokenized)
 
 
 def _answers(answer: Any, items: Iterable[Item]) -> tuple[list[Any], list[tuple[Item, str]]]:

@@ -56,7 +56,7 @@ if __name__ == "__main__":
 '''
 
 
-class Recipe(BaseModel):
+class EngineRecipe(BaseModel):
     """Everything that an engine was made from.
 
     It names no path of the machine that built the engine.
@@ -86,11 +86,11 @@ def recipe_of(
     libraries: Mapping[str, str],
     evaluation: EvaluationSet | None,
     goal: Goal | None,
-) -> Recipe:
+) -> EngineRecipe:
     """Return the recipe of an engine that has just been built into the folder."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return Recipe(
+    return EngineRecipe(
         model=sources.checkpoint.model,
         revision=sources.checkpoint.revision,
         target=target,
@@ -106,7 +106,7 @@ def recipe_of(
     )
 
 
-def write_script(recipe: Recipe, folder: Path) -> None:
+def write_script(recipe: EngineRecipe, folder: Path) -> None:
     """Write the recipe as a script.
 
     The same recipe always gives the same bytes.
@@ -116,7 +116,7 @@ def write_script(recipe: Recipe, folder: Path) -> None:
     (folder / SCRIPT).write_text(script, encoding="utf-8")
 
 
-def rebuild(recipe: Recipe, store: ArtifactStore, output: Path, seconds: float | None = None) -> None:
+def rebuild(recipe: EngineRecipe, store: ArtifactStore, output: Path, seconds: float | None = None) -> None:
     """Build the engine into an empty or new folder.
 
     Args:
@@ -156,7 +156,7 @@ def rebuild(recipe: Recipe, store: ArtifactStore, output: Path, seconds: float |
     log.unlink(missing_ok=True)
 
 
-def differing_files(recipe: Recipe, rebuilt: Path, artifact: Path) -> list[str]:
+def differing_files(recipe: EngineRecipe, rebuilt: Path, artifact: Path) -> list[str]:
     """Return a sentence for each file that is not what was built.
 
     The function compares the rebuilt files, and the files that the artifact holds today, with the digests in the
@@ -176,7 +176,7 @@ def differing_files(recipe: Recipe, rebuilt: Path, artifact: Path) -> list[str]:
     return found
 
 
-def changes(recipe: Recipe) -> list[str]:
+def changes(recipe: EngineRecipe) -> list[str]:
     """Return a sentence for each thing that has changed since the engine was built and may explain a difference."""
     now = library_versions(*recipe.libraries)
     found = [
@@ -243,14 +243,14 @@ def _written(goal: Goal, kept_nodes: Sequence[str]) -> dict[str, Any]:
     return {**values, "gates": goal.gates.model_dump(), "kept_nodes": tuple(kept_nodes), "tuning": tuning}
 
 
-def _read_recipe(recipe: Mapping[str, Any]) -> Recipe:
+def _read_recipe(recipe: Mapping[str, Any]) -> EngineRecipe:
     try:
-        return Recipe.model_validate(recipe)
+        return EngineRecipe.model_validate(recipe)
     except ValidationError as error:
         raise EngineError(f"This script is of another version of transformer-refinery: {error}") from None
 
 
-def _read_goal(recipe: Recipe, task: str, evaluation_folder: Path, caches: Path) -> Goal:
+def _read_goal(recipe: EngineRecipe, task: str, evaluation_folder: Path, caches: Path) -> Goal:
     assert recipe.goal is not None, "only goals that are there are read"
     values = dict(recipe.goal)
     try:
@@ -262,7 +262,7 @@ def _read_goal(recipe: Recipe, task: str, evaluation_folder: Path, caches: Path)
         raise EngineError(f"This script is of another version of transformer-refinery: {error}") from None
 
 
-def _stored(store: ArtifactStore, kind: type[R], digest: str, recipe: Recipe) -> R:
+def _stored(store: ArtifactStore, kind: type[R], digest: str, recipe: EngineRecipe) -> R:
     """Return the record of one source of the engine.
 
     Raises:

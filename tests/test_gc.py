@@ -176,7 +176,9 @@ def test_what_may_not_be_removed_is_named(store, monkeypatch):
 
     age(store, make(store, "a"), 30)
     monkeypatch.setattr(gc, "file_lock", refuse)
-    with pytest.raises(ArtifactError, match=rf"store {store.root} could not .*: Permission denied \(.*\.lock\)\. Who"):
+    with pytest.raises(
+        ArtifactError, match=rf"store {store.root} could not .*: Permission denied \(.*\.lock\)\. The user who"
+    ):
         week(store)
 
 

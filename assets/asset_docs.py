@@ -28,7 +28,7 @@ PROVENANCE = {
         "the source holds another revision, or the entry's `task`, `options` or `sample` changes.",
     ),
     "evaluation_set": Provenance(
-        "`checkpoint`, and the requests of the catalog's `evaluation`. The default are the shipped ones.",
+        "`checkpoint`, and the requests of the catalog's `evaluation`, or by default the requests that are shipped.",
         "the weights, the tokenizer, the requests, `task`, PyTorch, transformers or tokenizers change.",
     ),
     "reference": Provenance(

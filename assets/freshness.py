@@ -92,9 +92,7 @@ def judge(
     return dg.AssetCheckResult(
         passed=not wrong,
         severity=dg.AssetCheckSeverity.WARN,  # the release goes on serving
-        description=f"{model}: {'; '.join(wrong)}."
-        if wrong
-        else "the release that serves is made from the newest checkpoint",
+        description=f"{model}: {'; '.join(wrong)}." if wrong else "the release is made from the newest checkpoint",
         metadata=metadata,
     )
 

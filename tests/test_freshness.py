@@ -102,7 +102,7 @@ def test_a_release_that_does_not_follow_its_checkpoint_is_told_once(workspace, i
     publish(workspace, "a", 1)
     confirm(instance, "a")
     assert tick() == ["b"]
-    assert verdict(workspace, instance) == (True, "the release that serves is made from the newest checkpoint")
+    assert verdict(workspace, instance) == (True, "the release is made from the newest checkpoint")
     assert verdict(workspace, instance, "b") == (False, "b: nothing serves; optimize it: refinery optimize b.")
     assert tick() == []
     collect(workspace, "a", "/a", "r2")

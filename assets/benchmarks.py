@@ -129,7 +129,7 @@ _LATENCY_COLUMNS = {
     "PyTorch_p50_ms": "of a PyTorch that took turns with it",
     "speedup": "times faster than that: the median over the pairs",
     "pairs": "of samples, one of each",
-    "windows": "whether windows of pairs agreed before the time was over",
+    "windows": "whether windows of pairs agreed within the time limit",
     "memory_MB": "peak above the bare process",
 }
 

@@ -143,12 +143,15 @@ def test_a_folder_that_is_in_the_catalog_stays_as_it_is_there(
         (["no-such-model"], "There is no model named 'no-such-model'"),
         (
             ["tiny", "--engines", "onnxruntime_fp32,abacus"],
-            "--engines: There is no engine named 'abacus'; there are torch,",
+            "--engines: There is no engine named 'abacus'. The engines are torch,",
         ),
-        (["tiny", "--engines", "torch"], "--engines: torch is what all are compared with; name one beside it"),
+        (
+            ["tiny", "--engines", "torch"],
+            "--engines: torch is the baseline of every comparison. Name at least one other engine",
+        ),
         (["tiny", "--shapes", "1x16,8"], "--shapes: '8' is not a shape"),
         (["tiny", "--shapes", "1x65"], "1x65 is longer than this checkpoint takes (64 tokens)"),
-        (["tiny", "--shapes", "9x16"], "9x16 is a larger batch than is served (max_batch_size 8)"),
+        (["tiny", "--shapes", "9x16"], "the batch of the shape 9x16 is larger than max_batch_size (8)"),
         (["tiny", "--shapes", "1x1", "--seconds", "1", "--no-accuracy"], "Text cannot fill rows of exactly 1 tokens"),
         (
             ["tiny", "--engines", "onnxruntime_fp32,tensorrt_fp16"],
@@ -158,7 +161,10 @@ def test_a_folder_that_is_in_the_catalog_stays_as_it_is_there(
             ["tiny", "--target", "cuda_sm90"],
             "--engines, --target: cuda_sm90 needs an NVIDIA GPU of compute capability 9.0",
         ),
-        (["tiny", "--output", "/dev/null/x"], "--output: /dev/null/x cannot be made: /dev/null is no folder"),
+        (
+            ["tiny", "--output", "/dev/null/x"],
+            "--output: /dev/null/x cannot be created: /dev/null is not a writable folder",
+        ),
         (["tiny", "--name", "other"], "is in the catalog already"),
     ],
 )
@@ -266,6 +272,6 @@ def test_interrupting_ends_clean(benched, home, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "refinery: interrupted; nothing half-made was left.\n"
+    assert said == "refinery: interrupted. No unfinished files were left behind.\n"
     assert not psutil.wait_procs(children, timeout=20)[1]
     assert not (tmp_path / "out").exists()

@@ -313,7 +313,7 @@ def test_a_bad_addition_costs_itself_alone_and_is_named(tmp_path, bad):
     (additions / "z.yaml").write_text("models:\n" + MODEL.replace("name: m", "name: z"))
     catalog = load(tmp_path, "models:\n" + MODEL, additions)
     assert catalog.names == ["m", "z"]
-    with pytest.raises(CatalogError, match=r"models\.d/bad\.yaml.*Mend that file, or remove it"):
+    with pytest.raises(CatalogError, match=r"models\.d/bad\.yaml.*Correct that file, or remove it"):
         catalog.get("bad")
     assert len(str(catalog.refused["bad"])) < 600
 
@@ -335,7 +335,7 @@ def test_a_bad_addition_is_said_and_takes_no_model_out(tmp_path, capsys, monkeyp
     assert main(["models"]) == 0
     assert "models.d/bad.yaml" in capsys.readouterr().err
     assert main(["optimize", str(tmp_path), "--name", "bad"]) == 1
-    assert "Mend that file" in capsys.readouterr().err
+    assert "Correct that file" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_entry_while_its_file_is_broken(workspace):

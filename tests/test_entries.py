@@ -80,7 +80,9 @@ def test_what_was_edited_is_used_and_not_rewritten(empty, added, edit):
     path.write_text(edit(path.read_text()))
     before = path.read_bytes()
     assert add(empty, folder, seq_len="16").name == "bert"  # as it is there
-    with pytest.raises(CatalogError, match="bert: its entry in .*bert.yaml was edited.* Write there: ") as caught:
+    with pytest.raises(
+        CatalogError, match="bert: its entry in .*bert.yaml was edited by hand.* Edit the entry so that it has "
+    ) as caught:
         add(empty, folder, seq_len="8", allow_pickle=True, seconds=2.0)
     assert str(caught.value).endswith("shapes: [1x8, 8x8, 32x8], benchmark: {seconds: 2.0}, allow_pickle: true.")
     assert path.read_bytes() == before
@@ -91,7 +93,7 @@ def test_a_default_is_written_by_leaving_its_field_out(empty, added):
     add(empty, folder, seconds=2.0)
     path.write_text("# For the search page.\n" + path.read_text())
     default = ModelEntry.model_validate({"name": "a", "source": "a/b", "task": "embedding"}).benchmark.seconds
-    with pytest.raises(CatalogError, match="Write there: no benchmark.$"):
+    with pytest.raises(CatalogError, match=r"Edit the entry so that it has no benchmark\.$"):
         add(empty, folder, seconds=default)
 
 
@@ -99,7 +101,10 @@ def test_an_entry_in_another_file_is_not_added_twice(empty, added):
     folder, path = added
     path.rename(path.with_name("mine.yaml"))
     assert add(empty, folder).name == "bert"
-    with pytest.raises(CatalogError, match="was edited, so no command rewrites it. Write there: shapes: "):
+    with pytest.raises(
+        CatalogError,
+        match="was edited by hand, so this command does not rewrite it. Edit the entry so that it has shapes: ",
+    ):
         add(empty, folder, seq_len="8")
     assert [one.name for one in empty.additions.iterdir()] == ["mine.yaml"]
     assert empty.catalog().names == ["bert"]
@@ -109,13 +114,13 @@ def test_a_file_that_holds_another_model_is_not_replaced(empty, added, tmp_path)
     folder, path = added
     path.write_text(path.read_text().replace("name: bert", "name: mine"))
     before = path.read_bytes()
-    with pytest.raises(CatalogError, match="bert.yaml exists, and holds no model named 'bert'. Rename that file"):
+    with pytest.raises(CatalogError, match="bert.yaml exists, but holds no model named 'bert'. Rename that file"):
         add(empty, folder)
     assert path.read_bytes() == before
 
 
 def test_names_that_differ_in_case_alone_are_refused_before_they_break_the_catalog(empty, added, tmp_path):
-    with pytest.raises(CatalogError, match="has a model named 'bert' already; give another with --name"):
+    with pytest.raises(CatalogError, match=r"already has a model named 'bert'\. Give another name with --name"):
         add(empty, write_checkpoint(tmp_path / "other"), name="Bert")
     assert empty.catalog().names == ["bert"]
 
@@ -127,7 +132,7 @@ def test_a_source_is_put_right_until_it_was_used(empty, added, tmp_path):
     assert add(empty, moved).source == str(moved)
     assert empty.entry("bert").allow_pickle
     collect(empty, "bert", moved, COMMIT)
-    with pytest.raises(CatalogError, match=f"has a model named 'bert' from {moved}; give another name"):
+    with pytest.raises(CatalogError, match=rf"already has a model named 'bert' from {moved}\. Give another name"):
         add(empty, folder)
 
 
@@ -174,7 +179,7 @@ def test_an_adapters_folder_is_said_to_be_one(empty, tmp_path):
     """peft writes no config.json beside an adapter."""
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CheckpointError, match="it is an adapter: merge it first"):
+    with pytest.raises(CheckpointError, match="it is an adapter, which has to be merged into its base model first"):
         add(empty, tmp_path / "lora")
     assert not empty.additions.exists()
 
@@ -207,7 +212,7 @@ def test_a_folder_that_a_package_does_not_have_is_not_kept(empty):
 
 def test_a_name_that_cannot_be_made_is_asked_for(empty, tmp_path):
     folder = write_checkpoint(tmp_path / "@@")
-    with pytest.raises(CatalogError, match="its last part makes no name for a model. Give one with --name"):
+    with pytest.raises(CatalogError, match="its last part cannot be made into a model name. Give a name with --name"):
         add(empty, folder)
     assert add(empty, folder, name="at").source == str(folder)
 
@@ -230,12 +235,12 @@ def test_a_checkpoint_that_cannot_be_used_leaves_no_entry(empty, made_checkpoint
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("hub:/etc", "is neither a folder"),
-        ("hub:org/name@", "is neither a folder"),
-        ("nub:org/name", "is neither a folder"),
+        ("hub:/etc", "has none of the forms of a source"),
+        ("hub:org/name@", "has none of the forms of a source"),
+        ("nub:org/name", "has none of the forms of a source"),
         ("no such model", "There is no model named 'no such model' in the catalog"),
-        ("~nobody-at-all/x", " is no folder: "),
-        ("x/" * 5000, " is no folder: "),
+        ("~nobody-at-all/x", " is not a folder: "),
+        ("x/" * 5000, " is not a folder: "),
         ("", "MODEL is empty"),
     ],
 )
@@ -294,9 +299,9 @@ def test_a_mistyped_name_is_no_model_of_the_hub(empty, added):
     ):
         add(hub(empty, address), "brt", task="embedding")
     assert str(caught.value) == (
-        "There is no model named 'brt' in the catalog; did you mean 'bert'? It is no folder here, and the Hub's model "
-        "cannot be used: the Hub has no model 'brt', or it is private. Correct the name, or see to the network "
-        "and HF_ENDPOINT if it is the Hub's."
+        "There is no model named 'brt' in the catalog; did you mean 'bert'? There is no such folder here, and the "
+        "Hub's model cannot be used: the Hub has no model 'brt', or it is private. Correct the name, or check the "
+        "network and HF_ENDPOINT if the model is on the Hub."
     )
     assert not (empty.additions / "brt.yaml").exists()
 
@@ -304,7 +309,7 @@ def test_a_mistyped_name_is_no_model_of_the_hub(empty, added):
 def test_without_the_hub_its_cache_says_whether_there_is_such_a_model(empty, unused_port, capsys):
     away = hub(empty, f"http://127.0.0.1:{unused_port}")
     with pytest.raises(
-        CatalogError, match="the Hub's model cannot be used: the Hub at .* could not be asked for bert-base"
+        CatalogError, match="the Hub's model cannot be used: the Hub at .* did not report the commit of bert-base"
     ):
         add(away, "bert-base-uncased", task="fill-mask")
     (away.access.hub_cache / "models--bert-base-uncased" / "refs").mkdir(parents=True)

@@ -200,10 +200,13 @@ READERS = {
     ("lines", "said"),
     [
         (['{"text": "a"}', '{"text": '], "line 2: Expecting value"),
-        (['{"text": "a"}', "", '["a"]'], "line 3: it is no JSON object"),
+        (['{"text": "a"}', "", '["a"]'], "line 3: it is not a JSON object"),
         (['{"text": 3}'], "line 1: 'text' is not there, or is no text"),
-        (['{"text": "a", "lable": "b"}'], "line 1: 'lable' is no field of embedding; there are text, pair, score"),
-        (['{"text": "a"}'] * 19, "holds 19 requests; at least 20 are needed"),
+        (
+            ['{"text": "a", "lable": "b"}'],
+            "line 1: 'lable' is not a field of embedding; its fields are text, pair, score",
+        ),
+        (['{"text": "a"}'] * 19, "holds 19 requests, but needs at least 20"),
         ([], "holds 0 requests"),
     ],
 )

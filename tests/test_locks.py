@@ -261,5 +261,5 @@ def test_where_there_can_be_no_lock_at_all_the_error_is_ours(machine, monkeypatc
     machine.mkdir()
     (machine.parents[1] / "file").touch()
     monkeypatch.setattr(lock, "_own_lock", lambda: machine.parents[1] / "file" / "machine.lock")
-    with pytest.raises(LockError, match="cannot be held: .*See that its folder can be written"), building():
+    with pytest.raises(LockError, match="cannot be held: .*Check that its folder can be written"), building():
         pass

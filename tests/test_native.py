@@ -132,10 +132,10 @@ def test_on_tritons_own_backends_the_default_is_an_instance_a_core(plans):
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
-        (["query", "tiny", "any text"], "give its address with --url"),
-        (["load", "tiny"], "address of a server that has them with --url"),
-        (["serve"], "Start a Triton that has them"),
-        (["serve", "--control", "poll"], "Start a Triton that has them"),
+        (["query", "tiny", "any text"], "Give the address of a server that has these backends with --url"),
+        (["load", "tiny"], "address of a server that has these backends with --url"),
+        (["serve"], "Start a Triton server that has these backends"),
+        (["serve", "--control", "poll"], "Start a Triton server that has these backends"),
     ],
 )
 def test_without_a_server_that_has_their_backend_the_remedy_is_said(

@@ -56,7 +56,8 @@ def openvino_plan(folder, **fields):
 def test_without_the_package_it_is_unsupported_with_the_remedy(monkeypatch):
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
     assert unsupported_reason(SPEC, "cpu") == (
-        "openvino_fp32 needs OpenVINO, which is not installed: pip install 'transformer-refinery[openvino]'."
+        "openvino_fp32 needs OpenVINO, which is not installed. "
+        "Install it: pip install 'transformer-refinery[openvino]'."
     )
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
     assert unsupported_reason(SPEC, "cpu") is None

@@ -369,7 +369,7 @@ def test_the_schedule_submits_what_would_differ_and_nothing_else(copy, tick, che
     quiet = evaluate()
     assert quiet.run_requests == []
     assert "nothing differs for tiny: inputs, configuration" in quiet.skip_message
-    assert "lost: it would fail: lost: source: the folder /no/such/folder does not exist" in quiet.skip_message
+    assert "lost: a run would fail: lost: source: the folder /no/such/folder does not exist" in quiet.skip_message
     another_gate(copy, checkpoint_folder, monkeypatch)
     (request,) = evaluate().run_requests
     assert request.partition_key == "tiny"

@@ -96,7 +96,7 @@ def test_fp32_is_built_again_elsewhere_and_what_differs_is_said(tiny, tmp_path):
     assert str(tiny.workspace.home) not in script.read_text()
     code, out, err = run(script, cwd=elsewhere, artifacts=artifacts, output=again)
     assert (code, err) == (0, "")
-    assert out == f"Equal: model.onnx, model.onnx.data in {again}, byte for byte what was built.\n"
+    assert out == f"Equal: model.onnx, model.onnx.data in {again} have the same bytes as the original files.\n"
     assert same_files(record, script.parent, again)
     assert list(elsewhere.iterdir()) == []
     assert not again.with_name("again.log").exists()
@@ -108,17 +108,17 @@ def test_fp32_is_built_again_elsewhere_and_what_differs_is_said(tiny, tmp_path):
     # The folder is full now, and a full one is never built into.
     code, _, err = run(script, cwd=elsewhere, artifacts=artifacts, output=again)
     assert code == 2
-    assert err.startswith(f"rebuild.py: {again} is there already")
+    assert err.startswith(f"rebuild.py: {again} exists and is not an empty folder.")
 
     recipe = EngineRecipe.model_validate(recipe_in(script.parent))
     changed = script.with_name("model.onnx.data")
     changed.write_bytes(changed.read_bytes()[:-1] + b"x")
     (said,) = differing_files(recipe, again, script.parent)
-    assert said == "model.onnx.data beside this script is not what was built: it was changed, or is gone."
+    assert said == "model.onnx.data beside this script is not the file that was built: it was changed or removed."
     (again / "model.onnx").write_bytes(b"another")
     (again / "model.onnx.data").unlink()
     said = differing_files(recipe, again, elsewhere)
-    assert said[0].startswith("model.onnx differs: sha256 ")
+    assert said[0].startswith("model.onnx differs: its sha256 is ")
     assert said[1] == "model.onnx.data was not built again."
 
 
@@ -170,7 +170,7 @@ def test_what_it_was_made_from_is_gone_damaged_or_of_another_version(tiny, tmp_p
     code, said = rebuilt(tmp_path / "nothing here")
     assert code == 2
     assert f"rebuild.py: tiny: the checkpoint {recipe['checkpoint'][:32]} (revision " in said.err
-    assert f"is not in {tmp_path / 'nothing here'}" in said.err
+    assert f"is missing from {tmp_path / 'nothing here'} or incomplete." in said.err
     code, said = rebuilt(graph="0" * 64)
     assert code == 2
     assert "the onnx graph 0000" in said.err
@@ -185,7 +185,7 @@ def test_what_it_was_made_from_is_gone_damaged_or_of_another_version(tiny, tmp_p
     code, said = rebuilt(libraries={**recipe["libraries"], "onnx": "0.1"}, code="another")
     assert code == 0
     assert "the engine was built with 0.1" in said.out
-    assert "of another version" in said.out
+    assert "The builders of transformer-refinery have changed" in said.out
 
     graph = artifacts / "onnx_graph" / recipe["graph"][:32] / "model.onnx"
     data = bytearray(graph.read_bytes())
@@ -193,7 +193,7 @@ def test_what_it_was_made_from_is_gone_damaged_or_of_another_version(tiny, tmp_p
     graph.write_bytes(data)
     code, said = rebuilt()
     assert code == 2
-    assert "is damaged: model.onnx changed since" in said.err
+    assert "is damaged. These files have changed: model.onnx." in said.err
 
 
 def test_the_recipe_says_what_the_engine_is_made_of(tiny, tmp_path):

@@ -66,7 +66,7 @@ def test_a_folder_is_taken_once_it_is_still(folder, settings):
     entry = entry_for(folder)
     fresh = at(1, entry, settings)
     assert (fresh.revision, fresh.problem) == ("", "")
-    assert "was written to" in fresh.waiting
+    assert "its files changed" in fresh.waiting
     write_weights(folder, seed=1)
     moved = at(29, entry, settings, fresh)
     assert moved.stat != fresh.stat
@@ -150,7 +150,7 @@ def test_what_is_renamed_once_it_is_whole_is_waited_for(folder, settings, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).touch()
     first = at(100, entry, settings)
-    assert "on its way" in first.waiting
+    assert "a file is still being copied or downloaded" in first.waiting
     assert at(301, entry, settings, first).revision  # it was left behind
     assert at(100, entry, settings, at(301, entry, settings)).revision  # what lies there is known already
     (folder / name).unlink()
@@ -192,7 +192,7 @@ def test_large_folders_are_digested_by_a_process_of_its_own(folder, settings, mo
     monkeypatch.setattr(looking, limit, 10)
     began = time.monotonic()
     seen = at(31, entry, settings)
-    assert "digested by a process" in seen.waiting
+    assert "a background process is hashing" in seen.waiting
     assert time.monotonic() - began < 2
     assert wait_for(lambda before: at(31, entry, settings, before), seen).revision == expected
 
@@ -278,7 +278,7 @@ def test_a_commit_is_never_asked_for(unused_port):
     nobody = on(f"http://127.0.0.1:{unused_port}")
     assert at(0, entry_for(f"org/m@{COMMIT}"), nobody).revision == COMMIT
     with pytest.raises(
-        CheckpointError, match=r"the Hub at http://127.0.0.1:\d+ could not be asked for org/m: .*refused"
+        CheckpointError, match=r"the Hub at http://127.0.0.1:\d+ did not report the commit of org/m: .*refused"
     ):
         at(0, entry_for("org/m"), nobody)
 
@@ -288,12 +288,12 @@ def test_a_commit_is_never_asked_for(unused_port):
     [
         (404, {}, {"X-Error-Code": "RevisionNotFound"}, "org/m has no revision 'v9' on the Hub"),
         (404, {}, {"X-Error-Code": "RepoNotFound"}, "the Hub has no model 'org/m'"),
-        (401, {}, {}, "a private one needs HF_TOKEN"),
+        (401, {}, {}, "set HF_TOKEN for a private model"),
         (403, {}, {"X-Error-Code": "GatedRepo"}, "org/m@v9 is gated"),
         (429, {}, {}, "429"),
         (503, {}, {}, "503"),
-        (200, {"sha": None}, {}, "names no commit"),
-        (200, ["sha"], {}, "names no commit"),
+        (200, {"sha": None}, {}, "does not name a commit"),
+        (200, ["sha"], {}, "does not name a commit"),
     ],
 )
 def test_refusals_of_the_hub(code, document, headers, expected):
@@ -338,7 +338,7 @@ def test_a_hub_that_does_not_end_its_answer(monkeypatch, drips):
         talking = threading.Thread(target=talk, daemon=True)
         talking.start()
         began = time.monotonic()
-        with pytest.raises(CheckpointError, match="could not be asked"):
+        with pytest.raises(CheckpointError, match="did not report the commit of org/m"):
             at(0, entry_for("org/m"), on(f"http://127.0.0.1:{listening.getsockname()[1]}"))
         assert time.monotonic() - began < 3
         ended.set()
@@ -420,8 +420,8 @@ def test_a_tracking_server_is_asked_over_rest(source, question):
         (200, {"model_version": version(1, status="PENDING_REGISTRATION")}, "is PENDING_REGISTRATION, not READY"),
         (404, {"error_code": "RESOURCE_DOES_NOT_EXIST"}, "has no such version"),
         (200, {}, "has no such version"),
-        (401, {}, "could not be asked: HTTP Error 401"),
-        (200, [], "could not be asked"),
+        (401, {}, "gave no usable answer: HTTP Error 401"),
+        (200, [], "gave no usable answer"),
     ],
 )
 def test_versions_that_are_no_checkpoint(code, document, expected):
@@ -479,7 +479,7 @@ def test_a_version_that_leads_out_of_its_folder_is_refused(folder, tmp_path, fie
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.json").write_text("{}")
     (logged / "MLmodel").write_text(json.dumps({"flavors": {"transformers": {"components": ["tokenizer"], **fields}}}))
-    with pytest.raises(CheckpointError, match="outside what was logged"):
+    with pytest.raises(CheckpointError, match="names a path outside the logged model"):
         registry._join_tokenizers(logged)
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["secret.json"]
     assert not (logged / "model" / "secret.json").exists()
@@ -544,7 +544,7 @@ def test_object_storage(s3, folder, settings, tmp_path):
     (place / "onnx/model.onnx").write_bytes(b"of another runtime")
     entry = entry_for(str(place))
     fresh = at(0, entry, settings)
-    assert "was written to" in fresh.waiting
+    assert "its files changed" in fresh.waiting
     first = at(40, entry, settings, fresh)
     s3.requests.clear()
     assert at(70, entry, settings, first) is first
@@ -561,7 +561,7 @@ def test_object_storage(s3, folder, settings, tmp_path):
     assert len(s3.requests) == 1  # nothing is downloaded again
     write_weights(folder, seed=1)
     put(place, folder)
-    assert "was written to" in at(1, entry, settings, first).waiting
+    assert "its files changed" in at(1, entry, settings, first).waiting
     second = at(40, entry, settings, first)
     assert second.revision not in ("", first.revision)
     write_weights(folder, seed=0)
@@ -583,7 +583,7 @@ def test_an_upload_in_progress_is_not_taken(s3, folder, settings, tmp_path):
 
 
 def test_object_storage_that_holds_nothing_or_is_away(s3, settings, unused_port, tmp_path):
-    with pytest.raises(CheckpointError, match="nothing of a checkpoint lies below"):
+    with pytest.raises(CheckpointError, match="there are no checkpoint files below"):
         at(0, entry_for(str(s3.place("nothing", tmp_path))), settings)
     with pytest.raises(CheckpointError, match="Create the bucket, or correct its source"):
         at(0, entry_for(str(s3.place("x", tmp_path, bucket="no-such-bucket"))), settings)
@@ -651,7 +651,7 @@ def test_a_look_that_hangs_for_long_is_said(monkeypatch):
     looks, let_go = Looks(), threading.Event()
     jobs = {("hangs", ""): lambda: let_go.wait(20)}
     assert looks.take(jobs, time.monotonic() + 0.2) == {}
-    assert "there is no answer" in str(looks.take(jobs, time.monotonic() + 0.1)["hangs", ""])
+    assert "it does not answer" in str(looks.take(jobs, time.monotonic() + 0.1)["hangs", ""])
     let_go.set()
 
 
@@ -735,7 +735,7 @@ def test_a_process_that_is_at_work_has_not_ended(folder, settings, monkeypatch):
     for seconds in (3600, 3630, 3660):
         at(seconds, entry, settings)
     with file_lock(aside._answer_file(settings, entry).with_suffix(".lock")):
-        assert "digested by a process" in at(3690, entry, settings).waiting
+        assert "a background process is hashing" in at(3690, entry, settings).waiting
     assert len(started) == 3
 
 

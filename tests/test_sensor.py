@@ -206,7 +206,7 @@ def test_what_fails_is_told_where_people_look_and_costs_nobody_else(daemon, tmp_
     assert daemon.tick() == []
     (told,) = daemon.observed("bad")
     assert f"the folder {nowhere} does not exist" in told
-    assert "is neither a folder" in daemon.observed("wrong")[0]
+    assert "has none of the forms of a source" in daemon.observed("wrong")[0]
     assert "; 2 with a problem" in daemon.said
     write_checkpoint(nowhere)
     assert [request.partition_key for request in daemon.tick()] == ["bad"]

@@ -900,7 +900,7 @@ def test_one_bad_model_or_a_store_that_is_away_costs_no_other(memory, plans, sma
     with pytest.raises(ReleaseError, match="release 1 of tiny is not there whole"):
         served_folder(memory, tmp_path / "copies")
     folder = served_folder(memory, tmp_path / "copies", say=said.append)
-    assert "of tiny is not there whole. Until then, what is here is served." in said.pop()
+    assert "of tiny is not there whole. Until then, the local copy is served." in said.pop()
     assert [current_number(folder, model) for model in ("tiny", "zebra")] == [None, 1]
     # Somebody who copied was killed.
     write_file(staging_root(folder) / "killed" / "model.onnx", b"gigabytes")
@@ -916,7 +916,7 @@ def test_one_bad_model_or_a_store_that_is_away_costs_no_other(memory, plans, sma
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "filesystem", away)
         assert served_folder(memory, tmp_path / "copies", say=said.append, prune=True) == folder
-        assert said == ["The store is away. Until then, what is here is served."]
+        assert said == ["The store is away. Until then, the local copy is served."]
         with pytest.raises(StorageError, match="away"):
             served_folder(memory, tmp_path / "nothing here", say=said.append)
     # The same number and sizes, of a repository that was made anew.
@@ -964,7 +964,7 @@ def test_lint_says_what_was_in_its_way(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(lint, "parse_location", lambda *arguments: memory)
     for error, message in (
         (OSError(errno.ENOSPC, "No space left on device"), rf"copied to {tempfile.gettempdir()}: .*No space.* TMPDIR"),
-        (FileNotFoundError("tiny/config.pbtxt"), "it was being changed: .* Run again"),
+        (FileNotFoundError("tiny/config.pbtxt"), "the repository changed while it was read: .* Run again"),
     ):
         monkeypatch.setattr(RemotePath, "download", lambda *arguments, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(ReleaseError, match=message):
@@ -1039,7 +1039,7 @@ def test_what_was_put_is_served_checked_and_gone_back_to(
         assert "points to release 1 (table" in capsys.readouterr().out
         assert current_number(bucket, "tiny") == 1
         s3.refuses = lambda method, key: True
-        await_said(said, "Until then, what is here is served")
+        await_said(said, "Until then, the local copy is served")
         s3.refuses = lambda method, key: False
         await_said(said, "release 1 serves")
         np.testing.assert_allclose(query_texts(address, "tiny", TEXTS), answers_of(plans[0], TEXTS), atol=1e-5)

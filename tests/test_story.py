@@ -230,7 +230,7 @@ def test_new_checkpoints_are_served_and_old_answers_come_back(workspace, tmp_pat
                 drafts[2],
                 source,
                 stalled=lambda: awaited(lambda: "is damaged" in watched.not_taken() or None, *logs),
-                written=lambda: "it was written to" in watched.not_taken(),
+                written=lambda: "its files changed" in watched.not_taken(),
             )
             revisions = watched.optimized(3)
             served(3)
@@ -240,7 +240,7 @@ def test_new_checkpoints_are_served_and_old_answers_come_back(workspace, tmp_pat
 
             code, out, err = refinery(workspace, "rollback", MODEL)
             assert code == 0, err
-            assert f"{MODEL}: points to release 2 (onnxruntime_fp32, revision {revisions[1]}), not to 3" in out
+            assert f"{MODEL} points to release 2 (onnxruntime_fp32, revision {revisions[1]}), not to 3" in out
             served(2)
             # That is a person's decision: what is in the folder was optimized, and is not again.
             watched.looked_again(3)

@@ -171,7 +171,7 @@ def test_modules_of_other_kinds_are_refused(own_checkpoint, kind):
         ("modules.json", "{", "modules.json cannot be read.*Copy the checkpoint again"),
         ("modules.json", "{}", "modules.json holds no JSON list"),
         ("1_Pooling/config.json", "[]", "1_Pooling/config.json holds no JSON dict"),
-        ("config_sentence_transformers.json", '{"truncate_dim": "8"}', "truncate_dim: '8' is no number"),
+        ("config_sentence_transformers.json", '{"truncate_dim": "8"}', "truncate_dim: '8' is not a number"),
         ("config_sentence_transformers.json", '{"model_type": "SparseEncoder"}', "it is a SparseEncoder"),
         ("sentence_bert_config.json", '{"processing_kwargs": {"text": {"padding": "max_length"}}}', "text changes how"),
         ("sentence_bert_config.json", '{"config_args": {"hidden_act": "relu"}}', "config_args: hidden_act changes how"),

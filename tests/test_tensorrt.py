@@ -223,7 +223,9 @@ def test_profiles_hold_every_length_once_and_end_where_the_shapes_do():
 
 def test_a_profile_longer_than_the_model_is_refused_by_us(ready, goal, tmp_path):
     long = Profile(33, 128, 4, Shape(batch=1, sequence=64))
-    with pytest.raises(EngineError, match="tiny: an optimization profile reaches 128 tokens.*takes 64.*`shapes`"):
+    with pytest.raises(
+        EngineError, match="tiny: an optimization profile reaches 128 tokens.*takes at most 64.*`shapes`"
+    ):
         build(ready[2], FP16, tmp_path, replace(goal, tuning=replace(goal.tuning, profiles=(long,))), "cuda")
     assert list(tmp_path.iterdir()) == []
     check_profiles("tiny", (replace(long, longest=64),), 64)
@@ -234,7 +236,7 @@ def test_a_shape_finds_its_profile():
     assert pick_profile(ranges, {"ids": (8, 16), "row": (8, 1)}) == 0
     assert pick_profile(ranges, {"ids": (1, 17), "row": (1, 1)}) == 1
     for wrong in ({"ids": (9, 16), "row": (9, 1)}, {"ids": (1, 65), "row": (1, 1)}, {"ids": (1,), "row": (1, 1)}):
-        with pytest.raises(ValueError, match="no optimization profile of the plan takes ids .*end at 8x16; 8x64"):
+        with pytest.raises(ValueError, match="no optimization profile of the plan accepts ids .*end at 8x16; 8x64"):
             pick_profile(ranges, wrong)
 
 
@@ -260,7 +262,7 @@ def test_another_version_than_the_builders_is_refused_before_the_plan_is_read(re
         load(engine_record(tensorrt="1.6.0.1"), tmp_path, ready[2], 1)  # there is no plan to read
     for part in ("tiny: tensorrt_fp16", "1.6.0.1", trt.__version__, "pip install tensorrt-rtx-cu13==1.6.0.1"):
         assert part in str(caught.value)
-    assert "compute capability 8.9, and this one has 12.0" in mismatch(BUILT, "12.0")
+    assert "compute capability 8.9, but this GPU has 12.0" in mismatch(BUILT, "12.0")
     assert mismatch(BUILT, "8.9") == mismatch(BUILT) == ""
 
 

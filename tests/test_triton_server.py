@@ -595,6 +595,6 @@ def test_the_command_says_what_it_waits_for(tmp_path, monkeypatch, capsys, contr
     assert folders == [repository]
     assert repository.is_dir()
     assert capsys.readouterr().out.splitlines() == [
-        f"{repository} holds no release yet; the first is waited for: refinery optimize MODEL",
-        f"no model of {repository} takes the resource 'cores' of --resource yet",
+        f"{repository} holds no release yet. The server waits for the first one: refinery optimize MODEL",
+        f"no model of {repository} uses the resource 'cores' of --resource yet",
     ]

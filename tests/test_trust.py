@@ -89,7 +89,7 @@ def test_code_that_somebody_put_into_the_store_does_not_run(workspace, forged, s
 
 def test_a_copy_that_is_not_the_source_is_refused_and_made_anew(workspace, forged):
     entry, _, _ = forged
-    with pytest.raises(ArtifactError, match=r"config\.json of the stored copy in .* is not the source's"):
+    with pytest.raises(ArtifactError, match=r"config\.json of the stored copy in .* differs from the source"):
         collect_checkpoint(entry, workspace.store, workspace.limits)
     made = collect_checkpoint(entry, workspace.store, workspace.limits)
     assert not made.reused

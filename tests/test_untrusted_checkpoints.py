@@ -43,7 +43,7 @@ def refusal(folder, **fields):
     with pytest.raises(CheckpointError) as caught:
         validate(entry, folder)
     seen = look(entry, None, SourceSettings(folder.parent / "sources"), interval_s=0)
-    assert str(caught.value)[:200] in seen.problem or "a process of its own" in seen.waiting
+    assert str(caught.value)[:200] in seen.problem or "a background process" in seen.waiting
     return str(caught.value)
 
 
@@ -69,7 +69,7 @@ def test_weights_are_never_unpickled_by_their_name(folder, tmp_path):
     (folder / "weights.txt").write_bytes(pickle.dumps(Boom(tmp_path / "ran")))
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": "weights.txt"}}))
-    assert "'weights.txt', where weights are files that end in .safetensors" in refusal(folder)
+    assert "'weights.txt', but the names of weights end in .safetensors" in refusal(folder)
     index.rename(folder / "pytorch_model.bin.index.json")
     assert "end in .bin" in refusal(folder, allow_pickle=True)
 
@@ -102,7 +102,7 @@ def test_pickles_beside_the_weights_do_not_come_along(folder, name):
         ("backbone", "someone/model", "second model"),
         ("use_timm_backbone", True, "second model"),
         ("model_type", "timm_wrapper", "second model"),
-        ("torch_dtype", "load", "no type of weights"),
+        ("torch_dtype", "load", "is not a type of weights"),
     ],
 )
 def test_fields_that_lead_to_code_or_to_other_files(folder, field, value, expected):
@@ -312,7 +312,7 @@ def test_fields_that_no_model_has_are_refused(folder, fields):
     text = (folder / "config.json").read_text().rstrip().removesuffix("}")
     (folder / "config.json").write_text(f"{text}, {fields}}}")
     name, said = fields.split('"')[1], refusal(folder)
-    assert f"config.json, {name}: " in said or "surrogate pair" in said or "a text may have 1 tokens" in said
+    assert f"config.json, {name}: " in said or "surrogate pair" in said or "a limit of 1 tokens is too low" in said
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_what_nobody_can_take_is_refused(folder, name, text):
     if name == "sentence_bert_config.json":  # which is read beside modules.json alone
         pooled(folder, "mean")
     (folder / name).write_text(text, encoding="utf-8")
-    assert name.split(".", maxsplit=1)[0] in refusal(folder).replace("a text may have", "config")
+    assert name.split(".", maxsplit=1)[0] in refusal(folder).replace("a limit of", "config")
 
 
 @pytest.mark.parametrize("name", ["sentence_bert_config.json", "tokenizer_config.json"])
@@ -376,7 +376,7 @@ def test_headers_whose_tensors_are_not_in_the_file(folder):
     ):
         header = json.dumps({"w": tensor}).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"8 bytes.")
-        assert "no safetensors file" in refusal(folder)
+        assert "is not a safetensors file" in refusal(folder)
 
 
 @pytest.fixture
@@ -420,17 +420,17 @@ def test_a_library_that_crashes_costs_the_checkpoint_alone(own_checkpoint, store
 
 def test_an_adapter_is_to_be_merged_first(folder, s3, tmp_path):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "it is an adapter: merge it first" in refusal(folder)
+    assert "it is an adapter, which has to be merged into its base model first" in refusal(folder)
     for name in ("config.json", "model.safetensors"):
         (folder / name).unlink()
-        assert "it is an adapter: merge it first" in refusal(folder)
+        assert "it is an adapter, which has to be merged into its base model first" in refusal(folder)
     place = s3.place("adapter", tmp_path)
     (place / "adapter_config.json").write_bytes(b"{}")
-    with pytest.raises(CheckpointError, match="it is an adapter: merge it first"):
+    with pytest.raises(CheckpointError, match="it is an adapter, which has to be merged into its base model first"):
         look(entry_for(str(place)), None, SourceSettings(tmp_path / "sources"), interval_s=0)
     logged = tmp_path / "logged"
     shutil.copytree(folder, logged / "model")
-    with pytest.raises(CheckpointError, match="it is an adapter: merge it first"):
+    with pytest.raises(CheckpointError, match="it is an adapter, which has to be merged into its base model first"):
         registry._checkpoint_in("models:/a/1", logged)
 
 

@@ -74,7 +74,7 @@ def _reoptimization(cron: str, fresh_days: float) -> dg.ScheduleDefinition:
         said += catalog.refused.values()
         for name, plan in plans.items():
             if plan["error"]:
-                said.append(f"{name}: it would fail: {plan['error']}")
+                said.append(f"{name}: a run would fail: {plan['error']}")
             request = _request(name, plan) if plan["differing"] else None
             if request is None and not plan["error"]:
                 request = _confirmation(context, name, workspace.targets, fresh_days)

@@ -15,7 +15,8 @@ from resources.machine.targets import check_target
 def parser() -> argparse.ArgumentParser:
     """Return the parser. The attribute `command` of its result has the form `module:function`."""
     parser = argparse.ArgumentParser(
-        prog="refinery", description="Take a Hugging Face checkpoint to the fastest accurate engine, served by Triton."
+        prog="refinery",
+        description="Find the fastest accurate engine for a Hugging Face checkpoint, and serve it with Triton.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
@@ -45,7 +46,8 @@ def _optimize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="a name in the catalog, or a folder, a Hub id ([hub:][org/]name[@revision]) or another source",
+        help="a name in the catalog, or a source: a folder, a Hub id ([hub:][org/]name[@revision]), object storage or "
+        "a registry",
     )
     new = command.add_argument_group("options for a source, which becomes a catalog entry")
     new.add_argument("--name", help="name in the catalog (default: the last part of MODEL)")
@@ -60,7 +62,7 @@ def _optimize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--serving-seconds",
         type=_not_negative,
         metavar="N",
-        help="time limit of the serving search, and of the load on the release; 0 skips both",
+        help="time limit of the serving search and of the release's load benchmark; 0 skips both",
     )
     _add_allow_pickle(new)
     command.add_argument("--target", type=_target, help="use only this target (default: all of REFINERY_TARGETS)")
@@ -74,7 +76,7 @@ def _plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command = commands.add_parser("plan", help="show what a run would do, and why")
     command.add_argument("models", metavar="MODEL", nargs="*", help="names in the catalog (default: all)")
     command.add_argument("--target", type=_target, help="use only this target (default: all of REFINERY_TARGETS)")
-    command.add_argument("--json", action="store_true", help="print one JSON document per model, each on a line")
+    command.add_argument("--json", action="store_true", help="print one JSON document per model, one per line")
     command.set_defaults(command="orchestration.cli.plan:plan")
 
 
@@ -92,29 +94,34 @@ def _gc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("bench", help="compare a model's engines, without publishing one")
+    command = commands.add_parser("bench", help="compare a model's engines without publishing a release")
     command.add_argument("model", metavar="MODEL", help="a name in the catalog, or a source, as for optimize")
     command.add_argument("--name", help="for a source: name in the catalog")
     command.add_argument("--task", help="for a source: task of the model")
     _add_allow_pickle(command)
     command.add_argument(
-        "--engines", metavar="E[,E]", help="compare only these with PyTorch (default: all that the target supports)"
+        "--engines",
+        metavar="E[,E]",
+        help="compare only these engines with PyTorch (default: all that the target supports)",
     )
-    command.add_argument("--target", type=_target, help="default: the first of REFINERY_TARGETS")
+    command.add_argument("--target", type=_target, help="target to compare on (default: the first of REFINERY_TARGETS)")
     command.add_argument(
-        "--shapes", metavar="S[,S]", help="batch x tokens, such as 1x16,8x128 (default: the shapes of the model)"
+        "--shapes",
+        metavar="S[,S]",
+        help="shapes to measure, as batch x tokens, such as 1x16,8x128 (default: the model's shapes)",
     )
     command.add_argument(
         "--seconds",
         type=_positive,
         metavar="N",
-        help="time limit of the comparison; a quarter or more goes to timing (default: the model's limit per engine)",
+        help="time limit of the comparison, at least a quarter of it for timing "
+        "(default: the model's limit per engine)",
     )
     command.add_argument(
         "--threads",
         type=_count,
         metavar="N",
-        help="threads of PyTorch and of every engine (default: those of the model)",
+        help="number of threads for PyTorch and for every engine (default: the model's setting)",
     )
     command.add_argument(
         "--accuracy",
@@ -122,7 +129,9 @@ def _bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         default=True,
         help="also compare the answers with PyTorch's (the default)",
     )
-    command.add_argument("--output", metavar="DIR", help="default: REFINERY_HOME/bench/<model>-<target>")
+    command.add_argument(
+        "--output", metavar="DIR", help="folder for the results (default: REFINERY_HOME/bench/<model>-<target>)"
+    )
     command.set_defaults(command="orchestration.cli.bench:bench")
 
 
@@ -140,12 +149,15 @@ def _query(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     command.add_argument(
         "--url",
         help="gRPC address of a Triton server (default: the first of REFINERY_TRITON_GRPC that has the model; "
-        "without that variable, 127.0.0.1:8001, or a server that is started for this command)",
+        "without that variable, 127.0.0.1:8001 or, if it does not have the model, a server that this command starts)",
     )
     command.add_argument(
-        "--target", type=_target, default="cpu", help="target whose repository a started server serves"
+        "--target",
+        type=_target,
+        default="cpu",
+        help="target whose repository is served if this command starts a server",
     )
-    command.add_argument("--json", action="store_true", help="print whole answers, one JSON document per line")
+    command.add_argument("--json", action="store_true", help="print the complete answers, one JSON document per line")
     command.set_defaults(command="orchestration.cli.serving:query")
 
 
@@ -158,7 +170,7 @@ def _serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--control",
         choices=("explicit", "poll", "none"),
         default="explicit",
-        help="when new releases are loaded: explicit at once (default), poll when Triton polls, none never",
+        help="when new releases are loaded: at once (explicit, the default), when Triton polls (poll), or never (none)",
     )
     command.add_argument(
         "--cache-mb",
@@ -173,7 +185,7 @@ def _serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         action="append",
         default=[],
         metavar="NAME=N",
-        help="number of a resource that rate limiters name (default: the largest number that one instance needs)",
+        help="number of copies of a rate limiter's resource (default: the largest number that one instance needs)",
     )
     command.set_defaults(command="orchestration.cli.serving:serve")
 
@@ -183,7 +195,7 @@ def _load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command.add_argument("model", metavar="MODEL", help="name of the served model")
     command.add_argument(
         "--url",
-        help="gRPC address of a Triton server (default: one that is started for this command)",
+        help="gRPC address of a Triton server (default: a server that this command starts)",
     )
     command.add_argument(
         "--clients",
@@ -213,15 +225,19 @@ def _releases(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _rollback(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("rollback", help="serve an older release again, once a server has answered with it")
+    command = commands.add_parser("rollback", help="serve an older release again after a server has answered with it")
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--to", type=_release, metavar="N", help="number of the release (default: the one before)")
+    command.add_argument(
+        "--to", type=_release, metavar="N", help="number of the release (default: the release before the current one)"
+    )
     command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command="orchestration.cli.releases:rollback")
 
 
 def _promote(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("promote", help="serve the newest release, also one that waits or was rolled back")
+    command = commands.add_parser(
+        "promote", help="serve the newest release, even if it waits for its proof or was rolled back"
+    )
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command="orchestration.cli.releases:promote")
@@ -242,7 +258,9 @@ def _verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "verify", help="check that a release is as it was published, and that a server answers with it"
     )
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--release", type=_release, metavar="N", help="default: the release that serves")
+    command.add_argument(
+        "--release", type=_release, metavar="N", help="number of the release (default: the release that serves)"
+    )
     command.add_argument("--target", type=_target, default="cpu")
     command.set_defaults(command="orchestration.cli.releases:verify")
 
@@ -290,26 +308,26 @@ def _port(text: str) -> int:
 
 def _release(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def _count(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 512:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 512")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 512")
     return int(text)
 
 
 def _megabytes(text: str) -> int:
     if not text.isdigit() or int(text) > 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of megabytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of megabytes up to 1000000")
     return int(text)
 
 
 def _resource(text: str) -> tuple[str, int]:
     name, _, count = text.partition("=")
     if not re.fullmatch(r"[\w.-]+", name) or not count.isdigit() or not 1 <= int(count) <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=N, such as cores=4")
+        raise argparse.ArgumentTypeError(f"{text!r} does not have the form NAME=N, for example cores=4")
     return name, int(count)
 
 
@@ -334,5 +352,5 @@ def _not_negative(text: str) -> float:
 def _days(text: str) -> float:
     number = _positive(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is less than 1; a step may take a day")
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1, but a step may take a day")
     return number

@@ -53,7 +53,7 @@ def bench(options: Namespace) -> int:
     try:
         saved = save_comparison(comparison, folder)
     except OSError as error:
-        raise CatalogError(f"--output: {folder} cannot be written: {error}.") from None
+        raise CatalogError(f"--output: {folder} cannot be written: {error}. Give another folder.") from None
     print(f"Saved: {', '.join(str(path) for path in saved)}")
     return 0
 
@@ -61,10 +61,10 @@ def bench(options: Namespace) -> int:
 def _print(comparison: Comparison) -> None:
     console = table_console()
     best = next((verdict.engine for verdict in comparison.verdicts if verdict.eligible), None)
-    title = f"{title_of(comparison)}: p50 / p99, (times faster than PyTorch)"
+    title = f"{title_of(comparison)}: p50 / p99 (times faster than PyTorch)"
     print_candidates(console, title, comparison.reports, comparison.verdicts, best)
     if len(comparison.measured) > 2:  # for two engines, the first table has the same ratio
-        print_table(console, "Each against each, geometric mean over the shapes", *ratio_table(comparison), best)
+        print_table(console, "Pairwise comparison, geometric mean over the shapes", *ratio_table(comparison), best)
 
 
 def _shapes(options: Namespace) -> list[Shape] | None:
@@ -84,7 +84,9 @@ def _engines(options: Namespace) -> list[EngineSpec] | None:
     except EngineError as error:
         raise CatalogError(f"--engines: {error}") from None
     if all(spec.name == BASELINE for spec in specs):
-        raise CatalogError(f"--engines: {BASELINE} is what all are compared with; name one beside it.")
+        raise CatalogError(
+            f"--engines: {BASELINE} is the baseline of every comparison. Name at least one other engine."
+        )
     return list(dict.fromkeys(specs))
 
 
@@ -105,7 +107,9 @@ def _folder(workspace: Workspace, entry: ModelEntry, target: str, options: Names
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:
-        raise CatalogError(f"--output: {folder} cannot be made: {error.strerror}.") from None
+        raise CatalogError(f"--output: {folder} cannot be created: {error.strerror}. Give another folder.") from None
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise CatalogError(f"--output: {folder} cannot be made: {there} is no folder that can be written.")
+        raise CatalogError(
+            f"--output: {folder} cannot be created: {there} is not a writable folder. Give another folder."
+        )
     return folder

@@ -25,12 +25,12 @@ def collect_garbage(options: Namespace) -> int:
     cleaned = clean_stores(workspace, options.keep_days, under_way, dry_run=options.dry_run)
     if under_way is not None:
         print(
-            f"Run {under_way.dagster_run.run_id} is under way since {under_way.create_timestamp:%Y-%m-%d %H:%M} UTC; "
-            "what was used since stays. If its process is gone, cancel it on Dagster's page."
+            f"Run {under_way.dagster_run.run_id} has been under way since {under_way.create_timestamp:%Y-%m-%d %H:%M} "
+            "UTC. Artifacts that were used since then are kept. If its process is gone, cancel the run in Dagster."
         )
     for place, done in cleaned.items():
         rows = [[kind.replace("_", " "), *_counts(done, kind)] for kind in sorted({*done.removed, *done.kept})]
-        title = f"{'Would free' if options.dry_run else 'Freed'} {size_text(done.freed_bytes)} of {place}"
+        title = f"{'Would free' if options.dry_run else 'Freed'} {size_text(done.freed_bytes)} in {place}"
         print_table(table_console(), title, ("kind", "removed", "size", "kept", "size"), rows)
     return 0
 
@@ -52,8 +52,8 @@ def _run_under_way(workspace: Workspace) -> dg.RunRecord | None:
         if not disk_trouble(error):
             raise
         print(
-            f"refinery: Dagster's runs cannot be read: {first_line(error)}. What was used within the days of "
-            "--keep-days stays; runs that began before that are not known.",
+            f"refinery: Dagster's runs cannot be read: {first_line(error)}. Artifacts that were used within the "
+            "days of --keep-days are kept, but runs that began before that are not taken into account.",
             file=sys.stderr,
         )
         return None

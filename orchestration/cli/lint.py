@@ -34,13 +34,13 @@ def _find(path: str) -> list[Finding]:
         return _look(path)
     except FileNotFoundError as error:
         raise ReleaseError(
-            f"{path}: it was being changed: {error.filename or error} is not there any more. Run again."
+            f"{path}: the repository changed while it was read: {error.filename or error} no longer exists. Run again."
         ) from error
     except OSError as error:
         where = f"{error.filename or path}: {error.strerror or error}"
         raise ReleaseError(
-            f"{path}: it could not be read, or copied to {tempfile.gettempdir()}: {where}. Mend that, or set TMPDIR to "
-            "where there is room."
+            f"{path}: the repository could not be read, or could not be copied to {tempfile.gettempdir()}: {where}. "
+            "Correct this, or set TMPDIR to a folder on a disk with enough space."
         ) from error
 
 
@@ -55,7 +55,7 @@ def _look(path: str) -> list[Finding]:
         copy = Path(scratch) / place.name
         copy_tree(place, copy)
         if not copy.is_dir():
-            raise ReleaseError(f"{place} holds nothing. Give the place that holds the models' folders.")
+            raise ReleaseError(f"{place} is empty. Give the location that holds the models' folders.")
         return find(copy)
 
 

@@ -30,7 +30,7 @@ from resources.triton.release import Release
 
 def _shapes(entry: ModelEntry) -> str:
     if entry.shapes is None:
-        return "as its sample is" if entry.sample else "the usual ones"
+        return "from its sample" if entry.sample else "the defaults"
     return ", ".join(str(shape) for shape in entry.shapes)
 
 
@@ -75,7 +75,7 @@ def releases(options: Namespace) -> int:
         state = "current" if number == current else "kept"
         table.add_row(*_row(release, state, runs.get(number, "–")))
     for number in damaged:
-        state = "damaged, and current" if number == current else "damaged"
+        state = "damaged and current" if number == current else "damaged"
         table.add_row(str(number), f"{state}: refinery verify {model} --release {number}", *["–"] * 6)
     for release in waiting:
         table.add_row(*_row(release, f"waits for its proof: refinery promote {model}", "–"))
@@ -103,5 +103,5 @@ def _runs(workspace: Workspace, model: str, target: str) -> dict[int, str]:
     try:
         return {number: link.run_id for number, link in tracker_of(workspace).release_runs(model, target).items()}
     except TrackingError as error:
-        print(f"refinery: the releases' runs are not known: {error}", file=sys.stderr)
+        print(f"refinery: the MLflow runs of the releases cannot be shown: {error}", file=sys.stderr)
         return {}

@@ -38,7 +38,7 @@ def load(options: Namespace) -> int:
     if options.url is None:
         require_embeddable(
             require_current(repository, options.model),
-            "Give the address of a server that has them with --url; its users will wait for the load",
+            "Give the address of a server that has these backends with --url. The load delays its users' requests",
         )
     checkpoint, evaluation = work.get(CHECKPOINT), work.get(EVALUATION_SET)
     folder = work.folder(checkpoint)
@@ -48,7 +48,9 @@ def load(options: Namespace) -> int:
         longest = [max(row.tokens for row in found) for found in rows]
         items = [item for item, tokens in zip(items, longest, strict=True) if tokens <= options.tokens]
         if not items:
-            raise ReleaseError(f"--tokens {options.tokens}: the shortest request has {min(longest)} tokens.")
+            raise ReleaseError(
+                f"--tokens {options.tokens}: the shortest request has {min(longest)} tokens. Give that number or more."
+            )
     with ExitStack() as stack:
         address = options.url
         if address is not None:

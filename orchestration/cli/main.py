@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"refinery: {error}", file=sys.stderr)
             return FAILURE
         except KeyboardInterrupt:
-            print("refinery: interrupted; nothing half-made was left.", file=sys.stderr)
+            print("refinery: interrupted. No unfinished files were left behind.", file=sys.stderr)
             return INTERRUPTED
         except BrokenPipeError:  # as in `refinery models | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

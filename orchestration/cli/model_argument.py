@@ -84,7 +84,7 @@ def find_or_add(workspace: Workspace, options: Namespace, *, rewrite: bool = Tru
         if (folder / ADAPTER).exists():
             raise CheckpointError(f"{name}: {source}: {IS_ADAPTER}. {MERGE_REMEDY}.")
         raise CheckpointError(
-            f"{name}: config.json is missing from {source}. Give the folder that save_pretrained wrote, whole."
+            f"{name}: config.json is missing from {source}. Give the complete folder that save_pretrained wrote."
         )
     if options.allow_pickle:
         print(_PICKLE_WARNING, file=sys.stderr)
@@ -101,7 +101,7 @@ def _keep(
     for known in same:
         if known.name in own or known.name != name:
             where = workspace.catalog_path if known.name in own else workspace.additions
-            raise CatalogError(f"{where} has a model named {known.name!r} already; give another with --name.")
+            raise CatalogError(f"{where} already has a model named {known.name!r}. Give another name with --name.")
     earlier = next(iter(same), None)
     path = workspace.additions / f"{name}.yaml"
     if earlier is None:
@@ -118,8 +118,8 @@ def _keep(
     else:
         if _was_collected(workspace, name):
             raise CatalogError(
-                f"{workspace.additions} has a model named {name!r} from {earlier.source}; give another name with "
-                f"--name, or remove {path}."
+                f"{workspace.additions} already has a model named {name!r} from {earlier.source}. Give another "
+                f"name with --name, or remove {path}."
             )
         entry = _entry({**earlier.fields(), "source": source}, options, workspace.sources)
     _require_unedited(path, entry, earlier)
@@ -150,16 +150,16 @@ def _require_unedited(path: Path, entry: ModelEntry, earlier: ModelEntry | None)
         if earlier is not None:  # the entry was moved into another file of that folder
             path = path.parent
     except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path} cannot be read: {error}. Mend or remove it.") from None
+        raise CatalogError(f"{path} cannot be read: {error}. Correct or remove the file.") from None
     if earlier is None and text.strip():
         raise CatalogError(
-            f"{path} exists, and holds no model named {entry.name!r}. Rename that file, or give another name with "
+            f"{path} exists, but holds no model named {entry.name!r}. Rename that file, or give another name with "
             "--name."
         )
     if earlier is not None and text != entry_text(earlier):
         raise CatalogError(
-            f"{entry.name}: its entry in {path} was edited, so no command rewrites it. Write there: "
-            f"{_differences(entry, earlier)}."
+            f"{entry.name}: its entry in {path} was edited by hand, so this command does not rewrite it. Edit the "
+            f"entry so that it has {_differences(entry, earlier)}."
         )
 
 
@@ -197,13 +197,13 @@ def _source(model: str, catalog: Catalog, access: Access) -> str:
         CheckpointError: The text looks like a source, but is of no known kind.
     """
     if not model.strip():  # pathlib would take an unset variable of a shell for the current folder
-        raise CatalogError("MODEL is empty. Give a name of the catalog, a folder or a Hub id.")
+        raise CatalogError("MODEL is empty. Give the name of a model in the catalog, a folder or a Hub id.")
     try:
         path = Path(model).expanduser()
         if path.is_dir() or model.startswith(("/", "./", "../", "~")):
             return str(path.resolve())
     except (OSError, RuntimeError) as error:  # the name is too long for the system, or is ~nobody
-        raise CatalogError(f"{model[:100]} is no folder: {error}. Write its whole path.") from None
+        raise CatalogError(f"{model[:100]} is not a folder: {error}. Give the full path of the folder.") from None
     if is_hub_id(model):
         source = model.removeprefix(HUB_PREFIX)
         if "/" not in source.split("@")[0] and source == model:
@@ -226,8 +226,9 @@ def _find_on_hub(model: str, catalog: Catalog, access: Access) -> None:
         close = get_close_matches(model, catalog.names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it holds {', '.join(catalog.names) or 'none'}."
         raise CatalogError(
-            f"There is no model named {model!r} in the catalog; {hint} It is no folder here, and the Hub's model "
-            f"cannot be used: {why}. Correct the name, or see to the network and HF_ENDPOINT if it is the Hub's."
+            f"There is no model named {model!r} in the catalog; {hint} There is no such folder here, and the "
+            f"Hub's model cannot be used: {why}. Correct the name, or check the network and HF_ENDPOINT if the model "
+            "is on the Hub."
         )
     print(
         f"refinery: {model} is neither in the catalog nor a folder here, so the Hub's model is used.", file=sys.stderr
@@ -261,7 +262,9 @@ def _name_from(source: str) -> str:
     try:
         check_name(name)
     except ValueError:
-        raise CatalogError(f"{source}: its last part makes no name for a model. Give one with --name.") from None
+        raise CatalogError(
+            f"{source}: its last part cannot be made into a model name. Give a name with --name."
+        ) from None
     return name
 
 
@@ -270,7 +273,7 @@ def _entry(known: Mapping[str, Any], options: Namespace, settings: SourceSetting
     for option in ("seq_len", "batch_size"):
         for number in (getattr(options, option) or "1").split(","):
             if not number.strip().isdigit() or int(number) < 1:
-                raise CatalogError(f"--{option.replace('_', '-')}: {number!r} is not a number from 1 up.")
+                raise CatalogError(f"--{option.replace('_', '-')}: {number!r} is not a whole number of at least 1.")
     fields = dict(known)
     if options.allow_pickle:
         fields["allow_pickle"] = True

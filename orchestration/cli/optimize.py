@@ -124,9 +124,9 @@ def failures(result: ExecuteInProcessResult) -> list[str]:
             step = str(event.step_key).replace("__", "/")
             said = _of_the_system(chain)
             messages.append(
-                f"{step}: {said}" if said else f"{step}: {text} (a defect; the whole trace is in Dagster, `make ui`)"
+                f"{step}: {said}" if said else f"{step}: {text} (a defect; Dagster has the full traceback, `make ui`)"
             )
-    return messages or ["the run failed before any step; Dagster's page has its log (`make ui`)."]
+    return messages or ["the run failed before its first step. Dagster's page has its log (`make ui`)."]
 
 
 def _of_the_system(texts: list[str]) -> str:
@@ -155,7 +155,7 @@ def _chain(error: SerializableErrorInfo | None) -> list[str]:
     while error is not None:
         texts.append(error.message.strip())
         error = error.cause
-    return texts or ["failed without a word"]
+    return texts or ["failed without a message"]
 
 
 def _failed_checks(result: ExecuteInProcessResult) -> list[str]:
@@ -176,14 +176,14 @@ def _summarize(workspace: Workspace, entry: ModelEntry, target: str) -> None:
     console = table_console()
     model, work, step = entry.name, Work(workspace, entry), steps_of(target).champion
     champion, reports = work.get(step), step.reports(work)
-    title = f"{model} on {target} ({reports[0].device}): p50 / p99, (times faster than PyTorch)"
+    title = f"{model} on {target} ({reports[0].device}): p50 / p99 (times faster than PyTorch)"
     print_candidates(console, title, reports, champion.verdicts, champion.engine)
     repository = workspace.repository(target)
     release = current_release(repository, model)
     console.print(f"{champion.reason}", highlight=False)
     for waiting in list_releases(unverified_root(repository, model), model):
-        console.print(f"Release {waiting.number} waits unverified in {unverified_root(repository, model)}.")
-        console.print("Point REFINERY_TRITON_GRPC to a Triton that can load it, and run again: it is proven there.")
+        console.print(f"Release {waiting.number} waits for its proof in {unverified_root(repository, model)}.")
+        console.print("To prove it, point REFINERY_TRITON_GRPC to a Triton server that can load it, and run again.")
     if release is None:
         console.print(f"No release of {model} is served from {repository}.")
         return

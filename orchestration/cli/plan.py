@@ -20,8 +20,8 @@ _SAID: dict[State, str] = {
     "found": "taken from the store",
     "run": "would run",
     "follows": "may run",
-    "retry": "tried again",
-    "elsewhere": "not known here",
+    "retry": "would retry",
+    "elsewhere": "unknown here",
 }
 
 
@@ -66,7 +66,7 @@ def print_plan(console: Console, found: ModelPlan) -> None:
     elif not found.error:
         console.print(f"{title}: nothing differs.", highlight=False)
     if found.error:
-        console.print(f"{found.model}: it would fail: {found.error}", highlight=False)
+        console.print(f"{found.model}: a run would fail: {found.error}", highlight=False)
 
 
 def _row(step: PlannedStep) -> tuple[str, str, str, str]:

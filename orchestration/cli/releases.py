@@ -29,7 +29,7 @@ def rollback(options: Namespace) -> int:
     log = workspace.log(options.model, f"triton-{options.target}")
     repository = workspace.repository(options.target)
     done = roll_back(repository, options.model, workspace.triton, to=options.to, log=log)
-    _tell(options.model, done, workspace.triton, " Optimizing the same again does not undo it.")
+    _tell(options.model, done, workspace.triton, " Optimizing again without a change does not undo the rollback.")
     return 0
 
 
@@ -48,7 +48,7 @@ def _tell(model: str, done: Moved, triton: TritonSettings, remark: str = "") -> 
     """Print where the model points to now, and whether the server on the usual port has taken it up."""
     release = done.release
     print(
-        f"{model}: points to release {release.number} ({release.engine}, revision {release.revision})"
+        f"{model} points to release {release.number} ({release.engine}, revision {release.revision})"
         f"{done.instead}.{remark}"
     )
     if not triton.servers:
@@ -69,11 +69,11 @@ def _await(settings: TritonSettings, model: str, number: int) -> None:
             time.sleep(0.2)
             found = client.release_of(model)
         if found == number:
-            print(f"The server at {DEFAULT_ADDRESS} serves it.")
+            print(f"The server at {DEFAULT_ADDRESS} serves this release.")
         else:
             print(
-                f"The server at {DEFAULT_ADDRESS} still serves release {found}. It may be that of another repository, "
-                "or have refused this one: see what it printed.",
+                f"The server at {DEFAULT_ADDRESS} still serves release {found}. It may serve another "
+                "repository, or it may have refused this release. Check its output.",
                 file=sys.stderr,
             )
 

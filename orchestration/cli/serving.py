@@ -53,10 +53,11 @@ def query(options: Namespace) -> int:
             # The folder may be a copy of the repository. An error has to name the repository.
             release = require_current(repository if current_problem(folder, options.model) else folder, options.model)
             require_embeddable(
-                release, "Ask a server that has them: give its address with --url, or set REFINERY_TRITON_GRPC"
+                release,
+                "Give the address of a server that has these backends with --url, or set REFINERY_TRITON_GRPC",
             )
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "triton.log"
-            print(f"No server at {address} has it; starting one for this question.", file=sys.stderr)
+            print(f"No server at {address} has the model, so one is started for this request.", file=sys.stderr)
             server = EmbeddedServer(folder, workspace.triton, models=[options.model], log=log)
             address, connection = stack.enter_context(server).grpc_address, server.connection
         with TextClient(address, connection=connection) as client:
@@ -89,8 +90,8 @@ def _configured(settings: TritonSettings, model: str) -> str | None:
         else:
             raise ServerError(f"No Triton answers gRPC at {' or '.join(servers)} (REFINERY_TRITON_GRPC). Start one.")
         raise ServerError(
-            f"{model} is served by none of {', '.join(servers)} (REFINERY_TRITON_GRPC). Have one load it, name another "
-            "with --url, or unset the variable to have one started for this."
+            f"{model} is not served by any of {', '.join(servers)} (REFINERY_TRITON_GRPC). Load it on one of them, "
+            "name another server with --url, or unset the variable so that this command starts one."
         )
     return found
 
@@ -176,15 +177,15 @@ def serve(options: Namespace) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ReleaseError(
-                f"{folder} is not there and could not be made: {error.strerror or error}. Mend that, or correct "
+                f"{folder} does not exist and could not be created: {error.strerror or error}. Correct this, or change "
                 "REFINERY_TRITON_REPOSITORIES."
             ) from error
-        say(f"{repository} holds no release yet; the first is waited for: refinery optimize MODEL")
+        say(f"{repository} holds no release yet. The server waits for the first one: refinery optimize MODEL")
     _require_embeddable(folder, options.control)
     flags = caching(workspace.triton.environment, options.cache_mb) if options.cache_mb else []
     resources = dict(options.resource)
     for name in require_resources(folder, resources, options.control):
-        say(f"no model of {repository} takes the resource {name!r} of --resource yet")
+        say(f"no model of {repository} uses the resource {name!r} of --resource yet")
     flags += limited(resources)
     log = workspace.home / "logs" / f"triton-{options.target}-{options.grpc_port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +215,8 @@ def _require_embeddable(repository: Path, control: str) -> None:
     if native and (control != "explicit" or len(native) == len(served)):
         require_embeddable(
             native[0],
-            f"Start a Triton that has them on {repository}, or publish with REFINERY_TRITON_FLAVOUR=python",
+            f"Start a Triton server that has these backends on {repository}, or publish with "
+            "REFINERY_TRITON_FLAVOUR=python",
         )
 
 
@@ -237,7 +239,7 @@ def _follow(workspace: Workspace, repository: Location, say: Callable[[str], Non
         except (ReleaseError, StorageError, OSError) as error:
             if str(error) != said:
                 said = str(error)
-                say(f"{error} Until then, what is here is served.")
+                say(f"{error} Until then, the local copy is served.")
         last = time.monotonic()
 
     return refresh

@@ -88,7 +88,7 @@ def describe(metadata: dict[str, Any], seconds: float) -> str:
     return f"{said}, {done}" if said else done
 
 
-@dg.logger(config_schema={}, description="One line a step, for the command line.")
+@dg.logger(config_schema={}, description="Prints one line for each step on the command line.")
 def progress_logger(context: dg.InitLoggerContext) -> logging.Logger:
     """Return the logger of `refinery optimize`, which prints a line for each step."""
     del context

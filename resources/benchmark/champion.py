@@ -44,15 +44,16 @@ def _doubt(report: BenchmarkReport, baseline: BenchmarkReport | None) -> str:
     apart = max((max(one.speedup, 1 / one.speedup) for one in baseline.timings), default=1.0) if baseline else 1.0
     if apart > NOISY:
         return (
-            f" Do not rely on it: the machine was so busy that PyTorch and PyTorch differed by a factor of {apart:.1f} "
-            "at one shape. Raise benchmark.seconds in the models file, or measure on a quiet one."
+            " Do not rely on this score: the machine was so busy that two measurements of PyTorch differed by a factor "
+            f"of {apart:.1f} at one shape. Raise benchmark.seconds in the models file, or measure on a quiet machine."
         )
     fewest = min((timing.pairs for timing in report.timings), default=FEW_PAIRS)
     if fewest >= FEW_PAIRS:
         return ""
     return (
-        f" Of one shape only {fewest} pair{'' if fewest == 1 else 's'} of samples could be taken: the machine was slow "
-        "or busy. Raise benchmark.seconds in the models file, or measure on a quiet one, before you rely on it."
+        f" For one shape, only {fewest} pair{'' if fewest == 1 else 's'} of samples could be taken, because the "
+        "machine was slow or busy. Before you rely on this score, raise benchmark.seconds in the models file, or "
+        "measure on a quiet machine."
     )
 
 

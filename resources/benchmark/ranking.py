@@ -128,7 +128,9 @@ def judge(
         value = score(report, objective, baseline_size_bytes)
         gates = missed(report)
         if report.engine == BASELINE:
-            verdicts.append(_out(report, value, "the baseline: what the others are compared with, never served"))
+            verdicts.append(
+                _out(report, value, "the baseline: the other engines are compared with it, and it is never served")
+            )
         elif gates:
             verdicts.append(_out(report, value, "not accurate enough: " + "; ".join(gates)))
         else:
@@ -147,8 +149,8 @@ def judge(
             eligible.insert(0, first)
             apart = margin(fastest, report, objective)
             kept = (
-                f"{', and serves' if first is serving else ''}: {fastest.engine} with {best:.2f} is not better than "
-                f"what serves by more than the noise, a factor of {apart:.2f}"
+                f"{', and it serves now' if first is serving else ''}: {fastest.engine} with a score of {best:.2f} is "
+                f"not better than the engine that serves now by more than the noise, a factor of {apart:.2f}"
             )
     ranked = []
     for place, (value, report) in enumerate(eligible):
@@ -156,7 +158,10 @@ def judge(
             text = f"champion: {value:.2f} times better than PyTorch by {name}{kept}"
         else:
             how = "accurate, but" if value <= eligible[0][0] else "accurate, and better only within the noise:"
-            text = f"{how} {value:.2f} times where {eligible[0][1].engine} is {eligible[0][0]:.2f}"
+            text = (
+                f"{how} {value:.2f} times better than PyTorch where {eligible[0][1].engine} is {eligible[0][0]:.2f} "
+                "times better"
+            )
         ranked.append(CandidateVerdict(engine=report.engine, score=value, eligible=True, verdict=text))
     return (*ranked, *verdicts)
 
@@ -205,20 +210,27 @@ def contest(
 
 def tell(met: Contest) -> str:
     """Return the contest's outcome as one or two sentences."""
-    new = f"{met.challenger} with {met.challenger_score:.2f}" if met.challenger is not None else "nothing new"
+    new = (
+        f"{met.challenger} with a score of {met.challenger_score:.2f}"
+        if met.challenger is not None
+        else "no new engine"
+    )
     if met.outcome == "unmeasured":
         return (
-            f"What release {met.release} serves could not be measured again, and {new} replaces it without a "
-            "comparison. `refinery rollback` brings it back."
+            f"The engine that release {met.release} serves could not be measured again, and {new} replaces it without "
+            "a comparison. To bring the old engine back, run `refinery rollback`."
         )
     if met.served_score is None:
-        return f"What release {met.release} serves is not accurate any more."
-    ours = f"what release {met.release} serves, measured again, with {met.served_score:.2f}"
+        return f"The engine that release {met.release} serves is not accurate any more."
+    ours = f"the engine that release {met.release} serves (score when measured again: {met.served_score:.2f})"
     return {
-        "replaced": f"It replaces {ours}: better by more than the noise, a factor of {met.margin:.2f}.",
-        "equal": f"It is {ours}, and stays: the best of what is new, {new}, is equal within {met.margin:.2f} times.",
-        "slower": f"It is {ours}, and stays: the best of what is new, {new}, is worse.",
-        "inaccurate": f"It is {ours}, and stays: {new} is accurate.",
+        "replaced": f"It replaces {ours}, because it is better by more than the noise, a factor of {met.margin:.2f}.",
+        "equal": (
+            f"It is {ours}, and it stays: the best new engine, {new}, is equal within the noise, a factor of "
+            f"{met.margin:.2f}."
+        ),
+        "slower": f"It is {ours}, and it stays: the best new engine, {new}, is worse.",
+        "inaccurate": f"It is {ours}, and it stays: {new} is accurate.",
     }[met.outcome]
 
 
@@ -232,7 +244,7 @@ def require_champion(model: str, target: str, verdicts: Sequence[CandidateVerdic
         return verdicts[0]
     reasons = "".join(f"\n  {verdict.engine}: {verdict.verdict}" for verdict in verdicts) or "\n  nothing was measured"
     raise NoChampionError(
-        f"{model}: no engine for {target} is accurate enough to be served, so nothing is published and what served "
-        f"before goes on serving.{reasons}\nLoosen the model's gates in the models file if such answers are good "
-        "enough for you, or let more engines compete."
+        f"{model}: no engine for {target} is accurate enough to be served, so nothing is published and the release "
+        f"that served before goes on serving.{reasons}\nLoosen the model's gates in the models file if such answers "
+        "are good enough for you, or let more engines compete."
     )

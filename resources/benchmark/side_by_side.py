@@ -60,16 +60,18 @@ class Comparison(BaseModel):
     target: str
     device: str
     threads: int
-    created: str = Field(description="UTC, ISO 8601.")
-    seconds: float = Field(description="The bound that the measuring was given.")
+    created: str = Field(description="Time in UTC, ISO 8601.")
+    seconds: float = Field(description="Time limit of the whole measurement.")
     versions: dict[str, str]
-    reports: tuple[BenchmarkReport, ...] = Field(description="The baseline first; what was not measured has a reason.")
+    reports: tuple[BenchmarkReport, ...] = Field(
+        description="The baseline comes first. A report without a measurement has a reason."
+    )
     verdicts: tuple[CandidateVerdict, ...]
     ratios: dict[str, dict[str, dict[str, float]]] = Field(
-        description="By shape and two engines: how many times faster the first is, as the median over the rounds."
+        description="By shape and two engines: how many times faster the first one is, as the median over the rounds."
     )
     samples: dict[str, dict[str, list[float]]] = Field(
-        description="By shape and engine; the same index is one round, measured within one turn of each other."
+        description="By shape and engine. Samples with one index are of one round, in which the engines take turns."
     )
 
     @property
@@ -151,12 +153,12 @@ def checked_shapes(entry: ModelEntry, checkpoint: Checkpoint, shapes: Sequence[S
         if shape.sequence > checkpoint.max_tokens:
             raise CatalogError(
                 f"{entry.name}: the shape {shape} is longer than this checkpoint takes ({checkpoint.max_tokens} "
-                "tokens); give a shorter one."
+                "tokens). Give a shorter shape."
             )
         if shape.batch > entry.max_batch_size:
             raise CatalogError(
-                f"{entry.name}: the shape {shape} is a larger batch than is served (max_batch_size "
-                f"{entry.max_batch_size}); engines are built for no more."
+                f"{entry.name}: the batch of the shape {shape} is larger than max_batch_size "
+                f"({entry.max_batch_size}), and engines are not built for larger batches. Give a smaller shape."
             )
     return tuple(dict.fromkeys(shapes))
 
@@ -263,7 +265,7 @@ class Rivals:
             for shape, share in shares(self._shapes, seconds):
                 turns = self._at(shape, contestants, texts_of(known.items), share)
                 rounds = f"{turns.rounds} rounds of {len(contestants)} engines"
-                self._say(str(shape), rounds + ("" if turns.agreed else ", until the time was over"))
+                self._say(str(shape), rounds + ("" if turns.agreed else ", stopped by the time limit"))
 
     def _at(self, shape: Shape, contestants: list[_Contestant], texts: Sequence[str], seconds: float) -> Turns:
         """Measure all engines in turns at one shape.
@@ -303,7 +305,9 @@ class Rivals:
     def _drop(self, engine: str, reason: str) -> None:
         # PyTorch fails, for example, when the texts do not fit a shape. No comparison is possible without it.
         if engine == BASELINE:
-            raise EngineError(f"{self._entry.name}: PyTorch, which all are compared with, cannot be measured: {reason}")
+            raise EngineError(
+                f"{self._entry.name}: PyTorch cannot be measured, and all engines are compared with it: {reason}"
+            )
         self._reasons[engine] = f"failed: {reason}"
         self._say(f"engines/{engine}", self._reasons[engine])
 
@@ -313,8 +317,8 @@ class Rivals:
         if BASELINE not in left or len(left) < 2:
             reasons = "".join(f"\n  {engine}: {reason}" for engine, reason in self._reasons.items())
             raise EngineError(
-                f"{self._entry.name}: there is nothing to compare on {self._engines[0].target}: {BASELINE} and at "
-                f"least one engine beside it are needed, and there is {' and '.join(left) or 'neither'}.{reasons}"
+                f"{self._entry.name}: there is nothing to compare on {self._engines[0].target}: a comparison needs "
+                f"{BASELINE} and at least one other engine, and it has {' and '.join(left) or 'neither'}.{reasons}"
             )
 
     def reports(self) -> list[BenchmarkReport]:

@@ -192,7 +192,7 @@ class ModelEntry(Strict):
         for shape in self.shapes or ():
             if shape.batch > self.max_batch_size:
                 raise ValueError(
-                    f"shapes: {shape} is a larger batch than is served (max_batch_size {self.max_batch_size}); raise "
+                    f"shapes: the batch of {shape} is larger than max_batch_size {self.max_batch_size}; raise "
                     "max_batch_size, or list the shapes that matter without it"
                 )
         return self

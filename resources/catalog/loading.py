@@ -109,7 +109,7 @@ def _parse(path: Path, _signature: tuple[int, ...]) -> tuple[ModelEntry, ...]:
         raise CatalogError(f"The models file {path} does not exist. Set REFINERY_CATALOG to the right one.") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise CatalogError(f"{path}{line}: {error.problem}. Mend that line or the one before it.") from None
+        raise CatalogError(f"{path}{line}: {error.problem}. Correct that line or the one before it.") from None
     # PyYAML raises ValueError for a text such as 2026-13-01, which looks like a date and is none. Text that is not
     # UTF-8 raises it too.
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -160,7 +160,7 @@ def load_catalog(path: Path, additions: Path | None = None) -> Catalog:
         try:
             _add(file, _read(file), models)
         except CatalogError as error:
-            refused[file.stem] = f"{error}. Mend that file, or remove it; other models are not affected."
+            refused[file.stem] = f"{error}. Correct that file, or remove it; other models are not affected."
     return Catalog(models=tuple(entry for entry, _ in models.values()), refused=refused)
 
 

@@ -157,9 +157,9 @@ def complete_copy(entry: ModelEntry, source: Collected, folder: Path, limits: Li
     files = CheckpointFiles(entry.name, folder, source.found.config, allow_unused=entry.trust.allow_unused)
     if signature.truncation_side != "right" and pipeline_class(entry.task).structured:
         raise files.refuse(
-            f"tokenizer_config.json says truncation_side: {signature.truncation_side}, and task {entry.task!r} cuts "
+            f"tokenizer_config.json has truncation_side: {signature.truncation_side}, but task {entry.task!r} cuts "
             "texts at their end",
-            "Set truncation_side to right there",
+            "Set truncation_side to right in that file",
         )
     labels, settings = task.labels(files), task.settings(files, options, signature.tokens)
     max_tokens = task.max_tokens(source.found.max_tokens, options)
@@ -256,9 +256,9 @@ def require_source(record: Checkpoint, hashes: Mapping[str, str], store: Artifac
     if foreign:
         store.reject(record)
         raise ArtifactError(
-            f"{record.model}: {foreign[0]} of the stored copy in {store.folder(record)} is not the source's, although "
-            "the copy lies under the source's digest. Somebody else wrote it, and it was removed. See who can write to "
-            "the artifact store, and optimize again."
+            f"{record.model}: {foreign[0]} of the stored copy in {store.folder(record)} differs from the source, "
+            "although the copy lies under the source's digest. Somebody else wrote the copy, and it was removed. Check "
+            "who can write to the artifact store, and optimize again."
         )
 
 
@@ -417,12 +417,12 @@ def copy_unchanged(model: str, folder: Path, name: str, place: Path, sha256: str
             shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
     except (OSError, ForeignError) as error:
         raise CheckpointError(
-            f"{model}: {folder / name} cannot be copied: {error}. Try again when it is whole."
+            f"{model}: {folder / name} cannot be copied: {error}. Try again when the file is complete."
         ) from None
     if sha256_file(place) != sha256:
         raise CheckpointError(
-            f"{model}: {folder / name} changed while the checkpoint was being copied. Try again when whatever writes "
-            "it is done, or give a copy of the folder."
+            f"{model}: {folder / name} changed while the checkpoint was being copied. Try again when nothing writes to "
+            "it any more, or give a copy of the folder."
         )
 
 

@@ -59,10 +59,12 @@ def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
         pass  # the iteration raises if the document is nested too deeply
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise refuse(entry, f"{folder / CONFIG} has no model_type", "Give the folder that transformers saved, whole")
+        raise refuse(
+            entry, f"{folder / CONFIG} has no model_type", "Give the complete folder that save_pretrained wrote"
+        )
     architectures = config.get("architectures")
     if architectures is not None and not _is_texts(architectures):
-        raise refuse(entry, f"{CONFIG}, architectures: it is no list of names", "Copy the checkpoint again")
+        raise refuse(entry, f"{CONFIG}, architectures: it is not a list of names", "Copy the checkpoint again")
     # The tables of labels are left out, because a label may have the name of a field.
     for key, value in values_of({name: value for name, value in config.items() if name not in _LABEL_TABLES}):
         _refuse_number(entry, key, value)
@@ -70,7 +72,7 @@ def check_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
     _check_labels(entry, config)
     vocabulary = config.get("vocab_size")
     if vocabulary is not None and (not _is_count(vocabulary) or vocabulary < 1):
-        raise refuse(entry, f"{CONFIG}, vocab_size: {vocabulary!r:.60} is no number of tokens", "Correct it")
+        raise refuse(entry, f"{CONFIG}, vocab_size: {vocabulary!r:.60} is not a number of tokens", "Correct it")
     return config
 
 
@@ -91,7 +93,9 @@ def check_tokenizer_config(entry: ModelEntry, folder: Path) -> dict[str, Any]:
     for key, value in config.items():
         if key.endswith("_file") and key not in _STALE_PATHS and isinstance(value, str) and "/" in value:
             raise refuse(
-                entry, f"{TOKENIZER_CONFIG}, {key}: it names {value!r:.100}, a file elsewhere", "Remove that field"
+                entry,
+                f"{TOKENIZER_CONFIG}, {key}: it names {value!r:.100}, a file in another folder",
+                "Remove that field",
             )
     return config
 
@@ -114,8 +118,8 @@ def _refuse_code(entry: ModelEntry, file: str, key: str, value: Any) -> None:
     if key == "auto_map" and not entry.trust_remote_code:
         raise refuse(
             entry,
-            f"{file} names Python code of the checkpoint's own (auto_map)",
-            "Set trust_remote_code: true in its catalog entry if you trust its author: the code runs on this machine",
+            f"{file} names the checkpoint's own Python code (auto_map)",
+            "If you trust its author, set trust_remote_code: true in its catalog entry. The code runs on this machine",
         )
     if key.removesuffix("_internal").endswith(("attn_implementation", "experts_implementation")):
         named = value.values() if isinstance(value, dict) else [value]
@@ -123,28 +127,28 @@ def _refuse_code(entry: ModelEntry, file: str, key: str, value: Any) -> None:
             raise refuse(
                 entry,
                 f"{file}, {key}: {value!r:.100} makes transformers fetch native code from the Hub and run it",
-                "Remove that field: graphs are exported from transformers' own attention",
+                "Remove that field, because graphs are exported with transformers' own attention",
             )
     elif key in _OTHER_FILES:
         raise refuse(
             entry,
             f"{file}, {key}: it makes transformers read other files than those that are checked and copied",
-            f"Remove that field, and let the usual files ({CONFIG}, {TOKENIZER}, model.safetensors) hold what is meant",
+            f"Remove that field, and use the standard file names ({CONFIG}, {TOKENIZER}, model.safetensors)",
         )
     elif key in _QUANTIZED:
         raise refuse(
             entry,
-            f"{file}, {key}: its weights are quantized, and transformers fetches native code from the Hub to load them",
-            "Give the checkpoint in full precision: reduced precision is found here",
+            f"{file}, {key}: the weights are quantized, and transformers fetches native code from the Hub to load them",
+            "Give the checkpoint in full precision; engines of reduced precision are built from it",
         )
     elif key in _SECOND_MODEL or (key == "model_type" and value in _TIMM):
         raise refuse(
             entry,
             f"{file}, {key}: {value!r:.100} makes transformers fetch a second model",
-            "Use a model for text that is whole in its own folder",
+            "Use a text model whose folder holds all of its files",
         )
     elif key in ("dtype", "torch_dtype") and not (isinstance(value, str) and _DTYPE.fullmatch(value)):
-        raise refuse(entry, f"{file}, {key}: {value!r:.100} is no type of weights", "Write float32")
+        raise refuse(entry, f"{file}, {key}: {value!r:.100} is not a type of weights", "Write float32")
 
 
 def _refuse_number(entry: ModelEntry, key: str, value: Any) -> None:
@@ -156,7 +160,7 @@ def _refuse_number(entry: ModelEntry, key: str, value: Any) -> None:
     if size <= most or (most == _MOST_ANYWHERE and isinstance(value, float)):
         return
     shown = repr(value) if isinstance(value, float) or size < 10**20 else "a number of more than 20 digits"
-    raise refuse(entry, f"{CONFIG}, {key}: {shown} is more than {most}, which no model has", "Correct it")
+    raise refuse(entry, f"{CONFIG}, {key}: {shown} is more than {most}, the largest accepted value", "Correct it")
 
 
 def _check_labels(entry: ModelEntry, config: dict[str, Any]) -> None:
@@ -164,7 +168,7 @@ def _check_labels(entry: ModelEntry, config: dict[str, Any]) -> None:
     if count is not None and (not _is_count(count) or count > MOST_LABELS):
         raise refuse(
             entry,
-            f"{CONFIG}, num_labels: {count!r:.60} is no number of labels from 0 to {MOST_LABELS}",
+            f"{CONFIG}, num_labels: {count!r:.60} is not a number of labels from 0 to {MOST_LABELS}",
             "Write the number of the head's outputs, or remove the field and name them in id2label",
         )
     table = config.get("id2label")
@@ -173,14 +177,14 @@ def _check_labels(entry: ModelEntry, config: dict[str, Any]) -> None:
     if not isinstance(table, dict) or len(table) > MOST_LABELS:
         raise refuse(
             entry,
-            f"{CONFIG}, id2label: it is no table of at most {MOST_LABELS} labels",
+            f"{CONFIG}, id2label: it is not a table of at most {MOST_LABELS} labels",
             'Write it as {"0": "the first label", "1": ...}',
         )
     for label in table.values():
         if isinstance(label, list | dict) or len(str(label)) > _MOST_LABEL_CHARACTERS:
             raise refuse(
                 entry,
-                f"{CONFIG}, id2label: {label!r:.60} is no name of a label",
+                f"{CONFIG}, id2label: {label!r:.60} is not the name of a label",
                 f"Write names of at most {_MOST_LABEL_CHARACTERS} characters",
             )
 

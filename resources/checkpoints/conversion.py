@@ -43,9 +43,10 @@ def require_right_conversion(folder: Path, made: Any) -> None:
     if wrong:
         first = wrong[0]
         raise CheckpointError(
-            f"the tokenizer that transformers makes of its older files gives other tokens than those files do for "
-            f"{len(wrong)} of {len(texts)} texts, the first being {first[:60]!r} ({_tokens(made, first)[:8]}, and not "
-            f"{cut(first)[:8]}). Give the checkpoint with a tokenizer.json that its author made"
+            f"the tokenizer that transformers makes from the older tokenizer files gives other tokens than those files "
+            f"do for {len(wrong)} of {len(texts)} texts. For the first one, {first[:60]!r}, it gives "
+            f"{_tokens(made, first)[:8]} instead of {cut(first)[:8]}. Give the checkpoint with a tokenizer.json that "
+            "its author made."
         )
 
 

@@ -13,12 +13,13 @@ from resources.boundary.foreign import MOST_CONFIG_BYTES, ForeignError, is_file_
 from resources.checkpoints.weights import tensor_names
 
 CONFIG = "config.json"
-_SETFIT = "a SetFit model: its head is a pickle of scikit-learn's, and only its embedder is a transformer"
+_SETFIT = "a SetFit model: its head is a pickled scikit-learn classifier, and only its embedder is a transformer"
 #: Files that only one family of models has, and descriptions of such a model.
 _FAMILIES = {
-    "gliner_config.json": "a GLiNER model: it finds entities whose kinds come with the request, by a head that "
-    "transformers does not have",
-    "span_marker_config.json": "a SpanMarker model: its head, which marks spans of words, is the library span_marker's",
+    "gliner_config.json": "a GLiNER model: each request names the kinds of entities that it finds, and transformers "
+    "does not have its head",
+    "span_marker_config.json": "a SpanMarker model: its head, which marks spans of words, comes from the library "
+    "span_marker",
     "config_setfit.json": _SETFIT,
     "model_head.pkl": _SETFIT,
 }
@@ -28,8 +29,8 @@ _CLASSES = {
     "GLiNER": "gliner_config.json",
 }
 _COLBERT = (
-    "a ColBERT model: it has a vector for each token, and they are compared token by token; a single vector a text, "
-    "which is served here, is not what it was trained for"
+    "a ColBERT model: it gives a vector for each token, and texts are compared token by token; it was not trained for "
+    "the single vector per text that is served here"
 )
 _SPLADE = "a sparse embedder (SPLADE): its vectors are as long as the vocabulary, and are not served"
 #: Beginnings of the model_type of models that are not for text. They are from transformers' mappings for images, video

@@ -22,10 +22,10 @@ from resources.errors import CheckpointError
 TOKENIZER = "tokenizer.json"
 #: The file that peft writes beside an adapter's weights.
 ADAPTER = "adapter_config.json"
-IS_ADAPTER = "it is an adapter: merge it first"
+IS_ADAPTER = "it is an adapter, which has to be merged into its base model first"
 MERGE_REMEDY = (
     "Load it with peft, call merge_and_unload(), save the model and its tokenizer into one folder with "
-    "save_pretrained, and give that"
+    "save_pretrained, and give that folder"
 )
 _REPLACE = "Put the file itself there, or remove it"
 
@@ -44,8 +44,8 @@ def refuse_file(entry: ModelEntry, error: ForeignError) -> CheckpointError:
 def whole_remedy(entry: ModelEntry) -> str:
     """Return the remedy for a folder that lacks a file."""
     if is_hub_id(entry.source):
-        return "Fetch it again with the network on, after removing that folder, or ask its author for the file"
-    return "Give the folder that save_pretrained wrote, whole"
+        return "Remove that folder and download it again with the network on, or ask its author for the file"
+    return "Give the complete folder that save_pretrained wrote"
 
 
 def has_file(entry: ModelEntry, folder: Path, name: str) -> bool:

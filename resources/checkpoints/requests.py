@@ -43,7 +43,7 @@ def sampled_requests(entry: ModelEntry, settings: dict[str, Any], most: int) -> 
     Raises:
         CatalogError: The sample cannot be read or has a mistake.
     """
-    assert entry.sample is not None, "there is a sample only where the catalog names one"
+    assert entry.sample is not None, "callers check that the entry names a sample"
     return [item for item, _ in _read(entry, "sample", entry.sample, settings, most)]
 
 
@@ -87,13 +87,15 @@ def _read(
         try:
             data = json.loads(line)
             if not isinstance(data, dict):
-                raise ValueError("it is no JSON object")
+                raise ValueError("it is not a JSON object")
             unknown = sorted(set(data) - set(task.fields))
             if unknown:
-                raise ValueError(f"{unknown[0]!r} is no field of {entry.task}; there are {', '.join(task.fields)}")
+                raise ValueError(
+                    f"{unknown[0]!r} is not a field of {entry.task}; its fields are {', '.join(task.fields)}"
+                )
             found += task.read(settings, data)
         except ValueError as error:
-            raise CatalogError(f"{where}, line {number}: {error}. Mend the line, or remove it.") from None
+            raise CatalogError(f"{where}, line {number}: {error}. Correct the line, or remove it.") from None
     if len(found) < FEWEST_ITEMS:
-        raise CatalogError(f"{where} holds {len(found)} requests; at least {FEWEST_ITEMS} are needed to say anything.")
+        raise CatalogError(f"{where} holds {len(found)} requests, but needs at least {FEWEST_ITEMS}. Add more.")
     return found

@@ -141,13 +141,13 @@ def _model(folder: Path, model: str, trust_remote_code: bool, stored_bytes: int)
         accepted = {*inspect.signature(made.forward).parameters}
     except BaseException as error:
         raise CheckpointError(
-            f"{model}: transformers {version('transformers')} cannot make a model of its config.json: "
-            f"{first_line(error)}. Use a model type that it knows, or a newer transformers."
+            f"{model}: transformers {version('transformers')} cannot build a model from its config.json: "
+            f"{first_line(error)}. Use a model type that this version supports, or a newer version of transformers."
         ) from error
     if parameters > stored_bytes + _SPARE_PARAMETERS:
         raise CheckpointError(
-            f"{model}: config.json describes a model of {parameters} parameters, and its weights have {stored_bytes} "
-            "bytes. Give the config.json that was saved with these weights."
+            f"{model}: config.json describes a model of {parameters} parameters, but the weights have only "
+            f"{stored_bytes} bytes. Give the config.json that was saved with these weights."
         )
     return config, accepted
 
@@ -160,7 +160,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool, *, convert: bool) -> Any:
     if convert:
         made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         if not isinstance(made, TokenizersBackend):
-            raise CheckpointError(f"{only_in_python(type(made).__name__)}. {ONLY_IN_PYTHON_REMEDY}")
+            raise CheckpointError(f"{only_in_python(type(made).__name__)}. {ONLY_IN_PYTHON_REMEDY}.")
         try:
             require_right_conversion(folder, made)
         except CheckpointError:

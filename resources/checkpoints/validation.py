@@ -185,7 +185,7 @@ def _names(entry: ModelEntry, folder: Path) -> list[str]:
                     raise refuse(
                         entry,
                         f"{folder} holds more than {_MOST_FILES} files",
-                        "Give the folder of the checkpoint alone",
+                        "Give a folder that holds only the checkpoint",
                     )
     return names
 
@@ -225,7 +225,7 @@ def _module_folders(entry: ModelEntry, folder: Path) -> list[str]:
             raise refuse(
                 entry,
                 f"{folder / 'modules.json'} names a folder outside the checkpoint: {error}",
-                "Give a checkpoint that is whole in its own folder",
+                "Give a checkpoint whose folder holds all of its files",
             ) from None
     return sorted(place for place in places if (folder / place).is_dir())
 
@@ -272,8 +272,8 @@ def _check_tokenizer(entry: ModelEntry, folder: Path, config: dict[str, Any], to
 def only_in_python(name: str) -> str:
     """Return why a tokenizer of a class that exists only in Python is not served."""
     return (
-        f"its tokenizer ({name}) exists only in Python, and releases cut text with the tokenizers library, which "
-        "cannot do what it does"
+        f"its tokenizer ({name}) exists only in Python, but releases cut text with the tokenizers library, which "
+        "does not have it"
     )
 
 
@@ -338,7 +338,7 @@ def _max_tokens(entry: ModelEntry, folder: Path, config: dict[str, Any], tokeniz
     if min(limits) < _FEWEST_TOKENS:
         raise refuse(
             entry,
-            f"a text may have {min(limits)} tokens (max_position_embeddings, max_seq_length or model_max_length)",
+            f"a limit of {min(limits)} tokens is too low (max_position_embeddings, max_seq_length or model_max_length)",
             "Correct those fields",
         )
     return min(limits)

@@ -80,7 +80,7 @@ def shard_names(index: str, table: Any) -> list[str]:
     for name in named:
         # transformers never writes a folder into such a name, and it unpickles every file with another ending.
         if not isinstance(name, str) or "/" in name or not name.endswith(ending):
-            raise ValueError(f"it names {name!r:.100}, where weights are files that end in {ending}")
+            raise ValueError(f"it names {name!r:.100}, but the names of weights end in {ending}")
         try:
             check_name(name)
         except ForeignError as error:
@@ -128,11 +128,13 @@ def check_whole(entry: ModelEntry, folder: Path, name: str) -> list[str]:
         expected = 8 + length + _bytes_of(header)
     except ValueError:
         raise refuse(
-            entry, f"{path} is truncated or no safetensors file ({size} bytes)", "Copy or download it again"
+            entry, f"{path} is truncated or is not a safetensors file ({size} bytes)", "Copy or download it again"
         ) from None
     if size != expected:
         raise refuse(
-            entry, f"{path} is damaged: {size} bytes where its header says {expected}", "Copy or download it again"
+            entry,
+            f"{path} is damaged: it has {size} bytes, but its header says {expected}",
+            "Copy or download it again",
         )
     return [key for key in header if key != "__metadata__"]
 
@@ -160,7 +162,7 @@ def _bytes_of(header: Any) -> int:
         ValueError: The header is wrong, or the tensors overlap or leave a gap.
     """
     if not isinstance(header, dict):
-        raise ValueError("the header is no object")
+        raise ValueError("the header is not an object")
     ranges = sorted(_range(tensor) for name, tensor in header.items() if name != "__metadata__")
     end = 0
     for begin, until in ranges:
@@ -172,14 +174,14 @@ def _bytes_of(header: Any) -> int:
 
 def _range(tensor: Any) -> tuple[int, int]:
     if not isinstance(tensor, dict):
-        raise ValueError("a tensor is no object")
+        raise ValueError("a tensor is not an object")
     offsets, shape, kind = _sizes(tensor.get("data_offsets")), _sizes(tensor.get("shape")), tensor.get("dtype")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError("a tensor has no range of bytes")
     if not isinstance(kind, str):
         raise ValueError("a tensor has no type")
     if kind in _BITS and math.prod(shape) * _BITS[kind] != 8 * (offsets[1] - offsets[0]):
-        raise ValueError("a tensor's shape is not that of its bytes")
+        raise ValueError("a tensor's shape does not match its range of bytes")
     return offsets[0], offsets[1]
 
 
@@ -187,5 +189,5 @@ def _sizes(value: Any) -> list[int]:
     if not isinstance(value, list) or len(value) > _MOST_AXES:
         raise ValueError("a tensor has no shape, or no range of bytes")
     if not all(type(one) is int and 0 <= one < 2**63 for one in value):
-        raise ValueError("a tensor's sizes are no numbers")
+        raise ValueError("a tensor's sizes are not numbers")
     return value

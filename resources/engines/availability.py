@@ -17,5 +17,8 @@ def unsupported_reason(spec: EngineSpec, target: str) -> str | None:
         where = "an NVIDIA GPU; the target 'cpu' has none" if device == "cpu" else f"a CPU; {target!r} is a GPU"
         return f"{spec.name} needs {where}."
     if spec.runtime == "openvino" and find_spec("openvino") is None:
-        return f"{spec.name} needs OpenVINO, which is not installed: pip install 'transformer-refinery[openvino]'."
+        return (
+            f"{spec.name} needs OpenVINO, which is not installed. "
+            "Install it: pip install 'transformer-refinery[openvino]'."
+        )
     return why_not_here(target) or (why_no_tensorrt(spec, target) if spec.tuned else None)

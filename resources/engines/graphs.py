@@ -15,7 +15,7 @@ SINGLE = "refinery.single"
 
 def array_of(value: ir.Value) -> np.ndarray:
     """Return the numbers of a constant."""
-    assert value.const_value is not None, f"{value.name} is no constant"
+    assert value.const_value is not None, f"{value.name} is not a constant"
     return value.const_value.numpy()
 
 

@@ -39,10 +39,10 @@ EQUAL, DIFFERENT, IMPOSSIBLE = 0, 1, 2
 CODE = ("resources.engines", "resources.tasks")
 #: The packages of code that an engine of reduced precision is also judged and calibrated by.
 JUDGING = ("resources.accuracy", "-resources.accuracy.reference", "resources.pipelines")
-_TEMPLATE = '''"""Builds {name} for {target} again: python rebuild.py --artifacts DIR --output DIR
+_TEMPLATE = '''"""Build {name} for {target} again: python rebuild.py --artifacts DIR --output DIR
 
-With transformer-refinery installed; DIR is the artifact store that holds what the engine was made from. Ends with 0
-where every file is equal, 1 where one differs, 2 where nothing could be built.
+The script needs transformer-refinery. The DIR of --artifacts is the artifact store that holds the sources of the
+engine. The exit code is 0 if every file is equal, 1 if a file differs, and 2 if nothing could be built.
 """
 
 import sys
@@ -66,15 +66,19 @@ class EngineRecipe(BaseModel):
     model: str
     revision: str
     target: str
-    device: str = Field(description="Of a GPU, on which the engine was tried; a processor is no part of an engine.")
+    device: str = Field(
+        description="GPU that the engine was tried on. Empty for a CPU, because a processor is not part of an engine."
+    )
     spec: EngineSpec
-    checkpoint: str = Field(description="Digest in the artifact store, as the two that follow.")
+    checkpoint: str = Field(description="Digest in the artifact store, as in the two fields that follow.")
     graph: str
-    evaluation: str | None = Field(description="What it was judged on and calibrated with; None: it was not.")
-    goal: dict[str, Any] | None = Field(description="See Goal; with the nodes that the search kept.")
+    evaluation: str | None = Field(
+        description="Evaluation set that the engine was judged on and calibrated with. None: it was not judged."
+    )
+    goal: dict[str, Any] | None = Field(description="Fields of Goal, with the nodes that the search kept.")
     code: str
     libraries: dict[str, str]
-    files: dict[str, str] = Field(description="SHA-256 of what is served, by name.")
+    files: dict[str, str] = Field(description="SHA-256 of each file that is served, by name.")
 
 
 def recipe_of(
@@ -140,7 +144,7 @@ def rebuild(recipe: EngineRecipe, store: ArtifactStore, output: Path, seconds: f
     if reason is not None:
         raise EngineError(reason)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise EngineError(f"{output} is there already and not an empty folder; give another --output.")
+        raise EngineError(f"{output} exists and is not an empty folder. Give another --output.")
     output.mkdir(parents=True, exist_ok=True)
     log = output.with_name(f"{output.name}.log")
     tuned = goal.tuning.seconds * 1.2 if goal is not None and goal.tuning is not None else 0.0
@@ -152,7 +156,7 @@ def rebuild(recipe: EngineRecipe, store: ArtifactStore, output: Path, seconds: f
                 build, sources, recipe.spec, output, goal, device_of(recipe.target), limits=limits, what=what, log=log
             )
     except EngineError as error:
-        raise EngineError(f"{error} What its libraries printed is in {log}.") from error
+        raise EngineError(f"{error} The output of its libraries is in {log}.") from error
     log.unlink(missing_ok=True)
 
 
@@ -167,12 +171,12 @@ def differing_files(recipe: EngineRecipe, rebuilt: Path, artifact: Path) -> list
         # A script without the artifact's record beside it has been copied elsewhere, so there is no artifact to
         # compare.
         if (artifact / RECORD_FILE).is_file() and _sha256(artifact / name) != sha256:
-            found.append(f"{name} beside this script is not what was built: it was changed, or is gone.")
+            found.append(f"{name} beside this script is not the file that was built: it was changed or removed.")
         again = _sha256(rebuilt / name)
         if again is None:
             found.append(f"{name} was not built again.")
         elif again != sha256:
-            found.append(f"{name} differs: sha256 {again}, where what was built is {sha256}.")
+            found.append(f"{name} differs: its sha256 is {again}, and that of the original file is {sha256}.")
     return found
 
 
@@ -185,9 +189,9 @@ def changes(recipe: EngineRecipe) -> list[str]:
         if now[name] != version
     ]
     if _code(judged=recipe.goal is not None) != recipe.code:
-        found.append("The builders of transformer-refinery are of another version.")
+        found.append("The builders of transformer-refinery have changed since the engine was built.")
     if recipe.device and describe_device(recipe.target) != recipe.device:
-        found.append(f"This is {describe_device(recipe.target)}; the engine was built on {recipe.device}.")
+        found.append(f"The device here is {describe_device(recipe.target)}; the engine was built on {recipe.device}.")
     return found
 
 
@@ -200,9 +204,13 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
     """
     name = recipe.get("spec", {}).get("name", "engine")
     parser = argparse.ArgumentParser(prog=SCRIPT, description=f"Build {name} of {recipe.get('model')} again.")
-    parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the artifact store (default: this script's)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--seconds", type=float, metavar="N", help="when to give up")
+    parser.add_argument(
+        "--artifacts", type=Path, metavar="DIR", help="the artifact store (default: the store that holds this script)"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="a new or empty folder for the engine"
+    )
+    parser.add_argument("--seconds", type=float, metavar="N", help="the time limit of the build in seconds")
     options = parser.parse_args(arguments)
     output = options.output.resolve()
     try:
@@ -222,9 +230,9 @@ def main(script: str, recipe: Mapping[str, Any], arguments: Sequence[str] | None
     for difference in found:
         print(difference)
     if found and known.spec.tuned:
-        print("TensorRT chooses kernels by timing them, so a plan is rarely the same bytes twice.")
+        print("TensorRT chooses kernels by timing them, so two builds rarely give the same bytes.")
     if not found:
-        print(f"Equal: {', '.join(known.files)} in {output}, byte for byte what was built.")
+        print(f"Equal: {', '.join(known.files)} in {output} have the same bytes as the original files.")
     return DIFFERENT if found else EQUAL
 
 
@@ -247,11 +255,11 @@ def _read_recipe(recipe: Mapping[str, Any]) -> EngineRecipe:
     try:
         return EngineRecipe.model_validate(recipe)
     except ValidationError as error:
-        raise EngineError(f"This script is of another version of transformer-refinery: {error}") from None
+        raise EngineError(f"This script was written by another version of transformer-refinery: {error}") from None
 
 
 def _read_goal(recipe: EngineRecipe, task: str, evaluation_folder: Path, caches: Path) -> Goal:
-    assert recipe.goal is not None, "only goals that are there are read"
+    assert recipe.goal is not None, "the recipe has a goal"
     values = dict(recipe.goal)
     try:
         gates, tuning = TASKS[task].gates.model_validate(values.pop("gates")), values.pop("tuning")
@@ -259,7 +267,7 @@ def _read_goal(recipe: EngineRecipe, task: str, evaluation_folder: Path, caches:
             tuning = TypeAdapter(Tuning).validate_python({**tuning, "caches": caches})
         return Goal(evaluation_folder=evaluation_folder, gates=gates, tuning=tuning, **values)
     except (KeyError, TypeError, ValidationError) as error:
-        raise EngineError(f"This script is of another version of transformer-refinery: {error}") from None
+        raise EngineError(f"This script was written by another version of transformer-refinery: {error}") from None
 
 
 def _stored(store: ArtifactStore, kind: type[R], digest: str, recipe: EngineRecipe) -> R:
@@ -274,13 +282,14 @@ def _stored(store: ArtifactStore, kind: type[R], digest: str, recipe: EngineReci
         damaged = tuple(store.damaged(record, every_byte=True))
     if damaged:
         raise ArtifactError(
-            f"{what} in {store.root} is damaged: {', '.join(damaged)} changed since. Remove "
+            f"{what} in {store.root} is damaged. These files have changed: {', '.join(damaged)}. Remove "
             f"{store.root / kind.kind / digest[:32]} and optimize {recipe.model} again."
         )
     if record is None:
         raise ArtifactError(
-            f"{what} is not in {store.root}, or not whole. Give --artifacts the store in which the engine was built "
-            f"($REFINERY_HOME/artifacts); `refinery optimize {recipe.model}` makes what is missing there again."
+            f"{what} is missing from {store.root} or incomplete. Set --artifacts to the store in which the engine was "
+            f"built ($REFINERY_HOME/artifacts). If it is missing there too, run `refinery optimize {recipe.model}` to "
+            "build it again."
         )
     return record
 

@@ -69,14 +69,14 @@ ENGINES: tuple[EngineSpec, ...] = (
         "onnxruntime",
         "fp32",
         ("cpu", "cuda"),
-        "ONNX Runtime: embeddings, attention, normalization and pooling fused; on GPUs with CUDA graphs.",
+        "ONNX Runtime with fused embeddings, attention, normalization and pooling, and with CUDA graphs on GPUs.",
     ),
     EngineSpec(
         "onnxruntime_int8",
         "onnxruntime",
         "int8",
         ("cpu",),
-        "The fused graph with matrices in int8, as many as the gates allow; scales of activations as they come.",
+        "The fused graph with as many matrices in int8 as the gates allow. Activations are scaled batch by batch.",
         "dynamic",
     ),
     EngineSpec(
@@ -84,30 +84,32 @@ ENGINES: tuple[EngineSpec, ...] = (
         "onnxruntime",
         "int8",
         ("cpu",),
-        "The fused graph with matrices in int8, as many as the gates allow; scales of activations from real text.",
+        "The fused graph with as many matrices in int8 as the gates allow. Activation scales come from real text.",
         "static",
     ),
-    EngineSpec("openvino_fp32", "openvino", "fp32", ("cpu",), "OpenVINO: the exported graph, fused by its own rules."),
+    EngineSpec(
+        "openvino_fp32", "openvino", "fp32", ("cpu",), "The exported graph, which OpenVINO fuses by its own rules."
+    ),
     EngineSpec(
         "onnxruntime_fp16",
         "onnxruntime",
         "fp16",
         ("cuda",),
-        "The fused graph in half precision, as much of it as stays finite and keeps the gates, with CUDA graphs.",
+        "The fused graph, with as much of it in fp16 as stays finite and keeps the gates, and with CUDA graphs.",
     ),
     EngineSpec(
         "onnxruntime_bf16",
         "onnxruntime",
         "bf16",
         ("cuda",),
-        "The fused graph in bfloat16, which cannot overflow, as much of it as keeps the gates, with CUDA graphs.",
+        "The fused graph, with as much of it in bf16 as keeps the gates (bf16 cannot overflow), and with CUDA graphs.",
     ),
     EngineSpec(
         "onnxruntime_tensorrt_fp16",
         "onnxruntime",
         "fp16",
         ("cuda",),
-        "ONNX Runtime over its TensorRT provider, which chooses by itself what runs in half precision.",
+        "ONNX Runtime with its TensorRT provider, which chooses the operators that run in half precision.",
         provider="tensorrt",
     ),
     EngineSpec("tensorrt_fp16", "tensorrt", "fp16", ("cuda",), "A strongly typed TensorRT engine in half precision."),
@@ -126,4 +128,4 @@ def engine_spec(name: str) -> EngineSpec:
     for spec in ENGINES:
         if spec.name == name:
             return spec
-    raise EngineError(f"There is no engine named {name!r}; there are {', '.join(spec.name for spec in ENGINES)}.")
+    raise EngineError(f"There is no engine named {name!r}. The engines are {', '.join(spec.name for spec in ENGINES)}.")

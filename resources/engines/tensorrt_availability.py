@@ -33,8 +33,8 @@ def why_no_tensorrt(spec: EngineSpec, target: str) -> str | None:
     first = _FIRST.get(spec.precision, (0, 0))
     if tuple(map(int, capability.split("."))) < first:
         return (
-            f"{spec.name} needs GPUs of compute capability {'.'.join(map(str, first))} or more, and {target}'s has "
-            f"{capability}: they cannot compute in {spec.precision}."
+            f"{spec.name} needs GPUs of compute capability {'.'.join(map(str, first))} or more. The GPUs of {target} "
+            f"have {capability} and cannot compute in {spec.precision}."
         )
     if spec.runtime == "onnxruntime":
         return _why_no_provider(spec)
@@ -44,8 +44,8 @@ def why_no_tensorrt(spec: EngineSpec, target: str) -> str | None:
         return f"{spec.name} needs TensorRT, which is not installed. {_REMEDY}"
     if capability not in RTX_CAPABILITIES:
         return (
-            f"{spec.name}: TensorRT-RTX is installed, and does not run on GPUs of compute capability {capability} "
-            f"(it does on {', '.join(RTX_CAPABILITIES)}). Install TensorRT beside it: "
+            f"{spec.name}: TensorRT-RTX is installed, but it does not run on GPUs of compute capability {capability} "
+            f"(it runs on {', '.join(RTX_CAPABILITIES)}). Install TensorRT beside it: "
             "pip install 'transformer-refinery[tensorrt]'."
         )
     return None
@@ -112,4 +112,4 @@ def _why_no_provider(spec: EngineSpec) -> str | None:
     """
     if _provider_library() is not None:
         return None
-    return f"{spec.name} needs the libraries of TensorRT 10 (libnvinfer.so.10), which are not here. {_REMEDY}"
+    return f"{spec.name} needs TensorRT 10 (libnvinfer.so.10), which is not installed. {_REMEDY}"

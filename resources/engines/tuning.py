@@ -80,8 +80,8 @@ def check_profiles(model: str, profiles: Sequence[Profile], max_tokens: int) -> 
     for profile in profiles:
         if profile.longest > max_tokens:
             raise EngineError(
-                f"{model}: an optimization profile reaches {profile.longest} tokens ({profile}), and this checkpoint "
-                f"takes {max_tokens}. Shorten `shapes` in the models file, or the buckets of the checkpoint."
+                f"{model}: an optimization profile reaches {profile.longest} tokens ({profile}), but this checkpoint "
+                f"takes at most {max_tokens}. Shorten `shapes` in the models file, or the buckets of the checkpoint."
             )
 
 

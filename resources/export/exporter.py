@@ -101,7 +101,7 @@ def _export(
             program.save(path, external_data=external)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        raise ExportError(f"torch.onnx cannot export it: {type(error).__name__}: {lines[0][:300]}") from error
+        raise ExportError(f"torch.onnx cannot export the model: {type(error).__name__}: {lines[0][:300]}") from error
 
 
 def _check(path: Path) -> str:

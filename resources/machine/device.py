@@ -114,7 +114,8 @@ def why_not_here(target: str) -> str | None:
         )
     if gpu.capability != wanted:
         return (
-            f"{target} needs an NVIDIA GPU of compute capability {wanted}; this machine's {gpu.name} is one of "
-            f"{gpu.capability}. Name the target cuda_sm{gpu.capability.replace('.', '')}, or run on the other."
+            f"{target} needs an NVIDIA GPU of compute capability {wanted}, but this machine's {gpu.name} has "
+            f"{gpu.capability}. Name the target cuda_sm{gpu.capability.replace('.', '')}, or use a machine with the "
+            "required GPU."
         )
     return None

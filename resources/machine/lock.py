@@ -61,7 +61,7 @@ def _at_the_machine(waiting: Callable[[str], None] | None, *, shared: bool) -> I
         except OSError as error:
             raise LockError(
                 f"{error.filename or lock}: the lock that keeps benchmarks on this machine apart cannot be held: "
-                f"{error.strerror or error}. See that its folder can be written and has room."
+                f"{error.strerror or error}. Check that its folder can be written and has room."
             ) from error
         yield
 
@@ -91,7 +91,7 @@ def _usable_machine_lock() -> Path:
                 _TOLD.add(own)
                 _LOG.warning(
                     "%s cannot be used as a lock (%s; it belongs to %s), so benchmarks of other users of this machine "
-                    "may disturb ours. Have it removed. Until then %s is used.",
+                    "may disturb ours. Have it removed. Until then, %s is used.",
                     *(path, error.strerror or error, _owner(path), own),
                 )
             return own

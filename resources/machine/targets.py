@@ -17,8 +17,8 @@ def check_target(name: str) -> str:
     """
     if name != "cpu" and not _CUDA.fullmatch(name):
         raise ValueError(
-            f"{name!r} is no target; use cpu, or cuda_sm and the compute capability of the GPUs that serve, without "
-            "its dot, as cuda_sm90 (`nvidia-smi --query-gpu=compute_cap --format=csv`)"
+            f"{name!r} is not a target; use cpu, or cuda_sm followed by the compute capability of the GPUs that serve "
+            "without its dot, for example cuda_sm90 (`nvidia-smi --query-gpu=compute_cap --format=csv` shows it)"
         )
     return name
 
@@ -31,5 +31,5 @@ def device_of(target: str) -> Device:
 def capability_of(target: str) -> str:
     """Return the compute capability of a CUDA target, such as `9.0`."""
     match = _CUDA.fullmatch(target)
-    assert match is not None, f"{target} is no CUDA target"
+    assert match is not None, f"{target} is not a CUDA target"
     return f"{match[1][:-1]}.{match[1][-1]}"

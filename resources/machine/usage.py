@@ -42,7 +42,7 @@ class UsageSample(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
-    time_s: float = Field(description="Since the epoch.")
+    time_s: float = Field(description="Seconds since the epoch.")
     values: dict[str, float]
 
 

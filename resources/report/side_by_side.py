@@ -58,7 +58,7 @@ def ratio_table(comparison: Comparison, shape: str | None = None) -> tuple[list[
 def report_text(comparison: Comparison) -> str:
     """Return the whole comparison as Markdown, without the raw samples."""
     rounds = ", ".join(
-        f"{timing.shape}: {timing.pairs}{'' if timing.agreed else ' (the time was over before windows agreed)'}"
+        f"{timing.shape}: {timing.pairs}{'' if timing.agreed else ' (stopped before the windows agreed)'}"
         for timing in comparison.reports[0].timings
     )
     versions = ", ".join(f"{name} {version}" for name, version in comparison.versions.items() if version != "absent")
@@ -68,7 +68,7 @@ def report_text(comparison: Comparison) -> str:
         "faster than PyTorch, and than each other, are medians over the rounds. Milliseconds: p50 / p99.",
         markdown(*candidate_table(comparison.reports, comparison.verdicts)),
         f"![median latency by shape]({PLOT_FILE})",
-        "## Each against each, geometric mean over the shapes",
+        "## Pairwise comparison, geometric mean over the shapes",
         markdown(*ratio_table(comparison)),
         *(f"## {shape}\n\n{markdown(*ratio_table(comparison, shape))}" for shape in comparison.ratios),
         f"Rounds by shape: {rounds}. Versions: {versions}.",

@@ -128,7 +128,7 @@ class EngineStep(Step[Engine]):
             shutil.rmtree(folder)
             folder.mkdir()
             printed = work.workspace.log(record.model, log)
-            reason = f"{error} What its libraries printed is in {printed}."
+            reason = f"{error} The output of its libraries is in {printed}."
             return record.model_copy(update={"status": "failed", "reason": reason})
         write_script(recipe_of(sources, spec, target, built, folder, libraries, evaluation, goal), folder)
         return record.model_copy(

@@ -479,7 +479,8 @@ def read_labels(files: CheckpointFiles) -> tuple[str, ...]:
     table, count = files.config.get("id2label"), files.config.get("num_labels")
     if count is not None and (type(count) is not int or not 0 <= count <= MOST_LABELS):
         raise files.refuse(
-            f"config.json, num_labels: {count!r:.60} is no number of labels", "Write the number of the head's outputs"
+            f"config.json, num_labels: {count!r:.60} is not a number of labels",
+            "Write the number of the head's outputs",
         )
     try:
         names = {_label_number(index): str(label) for index, label in (table or {}).items()}

@@ -148,7 +148,7 @@ def _dimensions(files: CheckpointFiles) -> int | None:
     if said is None:
         return None
     if type(said) is not int or not 1 <= said <= _MOST_DIMENSIONS:
-        raise files.refuse(f"{CONFIG}, truncate_dim: {said!r:.60} is no number of dimensions", "Correct it")
+        raise files.refuse(f"{CONFIG}, truncate_dim: {said!r:.60} is not a number of dimensions", "Correct it")
     return said
 
 

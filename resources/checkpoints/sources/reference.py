@@ -55,7 +55,7 @@ def kind_of(source: str) -> Kind:
 def hub_reference(source: str) -> tuple[str, str | None]:
     """Return the repository's id, and the branch, tag or commit if the source names one."""
     match = _HUB_ID.fullmatch(source)
-    assert match is not None, "kind_of said so"
+    assert match is not None, "callers check the form with kind_of"
     return match["id"], match["revision"]
 
 
@@ -67,6 +67,6 @@ def is_hub_id(source: str) -> bool:
 def source_forms(source: str) -> str:
     """Return a message with all forms of a source, for a source that has none of them."""
     return (
-        f"{source!r} is neither a folder (/..., ./...), nor package:NAME/path, nor a Hub id (org/name or "
-        "org/name@revision), nor models:/name@alias, nor s3://, gs:// or as://."
+        f"{source!r} has none of the forms of a source. Give a folder (/..., ./...), package:NAME/path, a Hub id "
+        "(org/name or org/name@revision), models:/name@alias, or an s3://, gs:// or as:// address."
     )

@@ -147,16 +147,16 @@ def checked(reference: Reference, version: Version) -> Version:
 def missing(reference: Reference, tracking_uri: Address) -> CheckpointError:
     """Return the error for a version that the registry does not have."""
     return CheckpointError(
-        f"source: {reference.source}: the registry at {tracking_uri} has no such version. Check its name, and the "
-        "alias or version, on MLflow's page; another registry is named by REFINERY_MLFLOW_URI."
+        f"source: {reference.source}: the registry at {tracking_uri} has no such version. Check the name, and the "
+        "alias or version, on MLflow's page. To use another registry, set REFINERY_MLFLOW_URI."
     )
 
 
 def unanswered(reference: Reference, tracking_uri: Address, error: BaseException) -> CheckpointError:
     """Return the error for a registry that could not be asked."""
     return CheckpointError(
-        f"source: {reference.source}: the registry at {tracking_uri} could not be asked: {first_line(error)}. Start "
-        "that server, or mend REFINERY_MLFLOW_URI or MLFLOW_TRACKING_TOKEN."
+        f"source: {reference.source}: the registry at {tracking_uri} gave no usable answer: {first_line(error)}. "
+        "Start that server, or correct REFINERY_MLFLOW_URI or MLFLOW_TRACKING_TOKEN."
     )
 
 
@@ -227,8 +227,8 @@ def fetch_version(source: str, settings: SourceSettings, *, fetch: bool = True) 
         except (TimeoutError, ConnectionError) as error:
             shown = uri.without_secrets(error)
             raise CheckpointError(
-                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(shown)}. See "
-                "that MLflow's artifact store can be reached from here, with its credentials."
+                f"source: {source}: the files of version {version.number} cannot be fetched: {first_line(shown)}. "
+                "Check that MLflow's artifact store can be reached from this machine, and that its credentials are set."
             ) from shown
         _join_tokenizers(folder)
 
@@ -251,8 +251,8 @@ def _download(uri: Address, source: str, name: str, number: str, folder: Path) -
         _check_listing(address, uri)
     except ForeignError as error:
         raise CheckpointError(
-            f"source: {source}: version {number} holds a file that is not fetched: {error}. Log the model again with "
-            "mlflow."
+            f"source: {source}: the files of version {number} are not safe to download: {error}. Log the model again "
+            "with mlflow."
         ) from error
     download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri.for_library)
 
@@ -299,8 +299,8 @@ def _checkpoint_in(source: str, folder: Path) -> Path:
             return _within(root, fields["model_binary"])
         if name == "transformers" and isinstance(fields.get("source_model_name"), str):
             raise CheckpointError(
-                f"source: {source} holds no weights, but the name of a model of the Hub. Give that as the source "
-                f"({fields['source_model_name']:.100}), or log it with save_pretrained=True."
+                f"source: {source} holds no weights, only the name of a Hub model. Give that name as the source "
+                f"({fields['source_model_name']:.100}), or log the model with save_pretrained=True."
             )
         if name == "sentence_transformers" and fields.get("data"):
             return _within(root, fields["data"])
@@ -325,7 +325,7 @@ def _within(folder: Path, name: object) -> Path:
         return local_path(folder, name)
     except ForeignError as error:
         raise CheckpointError(
-            f"source: its MLmodel names a place outside what was logged: {error}. Log the model again with mlflow."
+            f"source: its MLmodel file names a path outside the logged model: {error}. Log the model again with mlflow."
         ) from None
 
 

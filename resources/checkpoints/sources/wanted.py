@@ -10,6 +10,6 @@ WANTED_CODE = ("*.py",)
 UNWANTED = ["onnx/*", "openvino/*", "coreml/*", "gguf/*", "checkpoint-*/*"]
 
 PICKLE_REMEDY = (
-    "Unpickling runs whatever code is in it. Convert it to safetensors (save_pretrained), or set allow_pickle: true in "
+    "Unpickling runs any code that is in it. Convert it to safetensors (save_pretrained), or set allow_pickle: true in "
     "its catalog entry (--allow-pickle on the command line) if you trust its author"
 )

@@ -119,8 +119,8 @@ def ask(entry: ModelEntry, settings: SourceSettings, key: str, *, now: float, re
     tries = last.tries if last.asked == key or kind_of(entry.source) == "registry" else 0
     if tries >= _TRIES and _START_SECONDS <= recent_s < _PAUSE_SECONDS:
         raise CheckpointError(
-            f"{entry.name}: {_TRIES} processes that looked at {entry.source} ended without an answer; their last words "
-            f"are in {path.with_suffix('.log')}. Another is tried within the hour."
+            f"{entry.name}: {_TRIES} processes that looked at {entry.source} ended without an answer. Their last "
+            f"output is in {path.with_suffix('.log')}. Another process starts within the hour."
         )
     rest_s = max(rest_s, _START_SECONDS if tries else 0.0)
     with _starting:

@@ -48,14 +48,14 @@ def hub_commit(source: str, access: Access) -> str:
     except (OSError, ValueError) as error:
         raise _unanswered(source, access, error) from error
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-        raise _unanswered(source, access, ValueError("its answer names no commit"))
+        raise _unanswered(source, access, ValueError("its answer does not name a commit"))
     return commit
 
 
 def _unanswered(source: str, access: Access, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"source: the Hub at {access.hub_endpoint} could not be asked for {source}: {first_line(error)}. It is asked "
-        "again; if this stays, check the network and HF_ENDPOINT."
+        f"source: the Hub at {access.hub_endpoint} did not report the commit of {source}: {first_line(error)}. The "
+        "sensor asks again; if the problem persists, check the network and HF_ENDPOINT."
     )
 
 
@@ -67,5 +67,6 @@ def _cached_commit(source: str, access: Access) -> str:
         return path.read_text().strip()
     except OSError as error:
         raise CheckpointError(
-            f"source: {source} is not in the Hub cache, and HF_HUB_OFFLINE is set. Fetch it once with the network on."
+            f"source: {source} is not in the Hub cache, and HF_HUB_OFFLINE is set. "
+            "Unset that variable once to download it."
         ) from error

@@ -47,7 +47,9 @@ class Looks:
         for key, began in [*self._under_way.items()]:
             late_s = time.monotonic() - began
             if key in jobs and late_s > LATE_SECONDS:
-                found[key] = CheckpointError("source: there is no answer, nor an error. See that it is there.")
+                found[key] = CheckpointError(
+                    "source: it does not answer and reports no error. Check that its server or its disk is available."
+                )
         todo: queue.SimpleQueue[tuple[Key, Callable[[], Seen]]] = queue.SimpleQueue()
         wanted = {key for key in jobs if key not in found and key not in self._under_way}
         for key, job in jobs.items():
@@ -73,7 +75,9 @@ class Looks:
             except RefineryError as error:
                 outcome = CheckpointError(str(error))
             except Exception as error:  # a defect in one look must not end the thread, which has others to do
-                outcome = CheckpointError(f"source: {type(error).__name__}: {first_line(error)} (a defect).")
+                outcome = CheckpointError(
+                    f"source: unexpected {type(error).__name__}: {first_line(error)} (a defect of this project)."
+                )
             self._ended.put((key, outcome))
 
     def _collect(self, found: dict[Key, LookResult], block_s: float) -> bool:

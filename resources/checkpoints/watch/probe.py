@@ -110,14 +110,14 @@ def _look_at_folder(
     seen = Seen(stat=stat.digest, since=before.since if before is not None and same else now)
     quiet_s = max(now - seen.since, now - stat.newest)
     if quiet_s < interval_s:
-        return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
+        return _waits(seen, f"its files changed {max(0.0, quiet_s):.0f} s ago")
     # The files beside it may still be those of the previous revision.
     if abs(now - stat.on_its_way) < INCOMPLETE_INTERVALS * interval_s:
-        return _waits(seen, "a file is on its way into it")
+        return _waits(seen, "a file is still being copied or downloaded into it")
     if stat.size_bytes > SMALL_BYTES or stat.tokenizer_bytes > SMALL_TOKENIZER_BYTES:
         answer = aside.ask(entry, settings, stat.digest, now=now)
         if answer is None or answer.key != stat.digest:
-            return _waits(seen, "its content is being digested by a process of its own")
+            return _waits(seen, "a background process is hashing its files")
         if answer.problem:
             return _incomplete(seen, answer.problem, quiet_s, interval_s, now)
         return seen.model_copy(update={"revision": answer.revision})
@@ -147,7 +147,7 @@ def _look_at_registry(entry: ModelEntry, before: Seen | None, settings: SourceSe
         return before
     answer = aside.ask(entry, settings, stat, now=now, rest_s=REGISTRY_SECONDS)
     if answer is None:
-        return before or Seen(stat="", since=now, waiting="a process of its own asks MLflow")
+        return before or Seen(stat="", since=now, waiting="a background process is asking MLflow")
     if answer.problem:
         raise CheckpointError(answer.problem)
     return Seen(stat=answer.key, since=now, revision=answer.revision)
@@ -173,14 +173,16 @@ def _look_at_objects(
     if before is not None and same and before.holds(now):
         return before
     if not listing.objects:
-        raise CheckpointError(f"source: nothing of a checkpoint lies below {entry.source}. Give its prefix.")
+        raise CheckpointError(
+            f"source: there are no checkpoint files below {entry.source}. Give the prefix of config.json."
+        )
     seen = Seen(stat=listing.revision, since=before.since if before is not None and same else now)
     quiet_s = max(now - seen.since, now - listing.modified if listing.modified else 0.0)
     if quiet_s < interval_s:
-        return _waits(seen, f"it was written to {max(0.0, quiet_s):.0f} s ago")
+        return _waits(seen, f"its files changed {max(0.0, quiet_s):.0f} s ago")
     lacks = lacking(entry.source, listing)
     if lacks:
-        text = f"{entry.name}: {lacks} is missing from {entry.source}. Put the checkpoint there whole."
+        text = f"{entry.name}: {lacks} is missing from {entry.source}. Upload the whole checkpoint."
         return _incomplete(seen, text, quiet_s, interval_s, now)
     return seen.model_copy(update={"revision": listing.revision})
 

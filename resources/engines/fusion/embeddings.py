@@ -82,7 +82,7 @@ def _tables(model: ir.Model, inputs: dict[str, ir.Value], terms: list[ir.Value |
         if gather is None or axis != 0 or not is_constant(gather.inputs[0]):
             return None
         table, indices = gather.inputs[0], gather.inputs[1]
-        assert table is not None and indices is not None, "Gather has two inputs"
+        assert table is not None and indices is not None, "a Gather node has two inputs"
         if indices is inputs.get("input_ids") and found.word is None:
             found.word = table
         elif indices is inputs.get("token_type_ids") and found.segment is None:
@@ -131,7 +131,7 @@ def _kind_of_indices(model: ir.Model, inputs: dict[str, ir.Value], indices: ir.V
 def _write(
     model: ir.Model, old: ir.Node, tables: _Tables, inputs: dict[str, ir.Value], scale: ir.Value, bias: ir.Value
 ) -> None:
-    assert tables.word is not None and tables.position is not None, "checked by _tables"
+    assert tables.word is not None and tables.position is not None, "_tables has checked both"
     position = tables.position
     if tables.rows:
         added = (array_of(position) + sum(tables.rows)).astype(array_of(position).dtype)

@@ -37,7 +37,7 @@ def fuse_mean_pooling(model: ir.Model) -> int:
             spread = made_by(cast.inputs[0] if cast is not None else None, "Unsqueeze")
             if spread is None or spread.inputs[0] is not mask or _axes(spread) not in ([-1], [2]) or hidden is None:
                 continue
-            assert weights is not None, "an input that was looked at"
+            assert weights is not None, "the weights have a producer"
             _multiply(model, node, hidden, mask, weights)
             count += 1
             break
@@ -114,7 +114,7 @@ def _multiply(model: ir.Model, node: ir.Node, hidden: ir.Value, mask: ir.Value, 
     pooled = add("Squeeze", [add("MatMul", [add("Unsqueeze", [numbers, axis]), hidden]), axis])
     column = add("Unsqueeze", [numbers, last])
     first = weights.producer()
-    assert first is not None, "a cast"
+    assert first is not None, "a cast makes the weights"
     model.graph.insert_before(first, [nodes[0], nodes[-1]])
     model.graph.insert_before(node, nodes[1:-1])
     replace_value(weights, column)

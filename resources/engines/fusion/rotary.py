@@ -217,7 +217,7 @@ def _caches(model: ir.Model, angles: ir.Value) -> tuple[ir.Value, ir.Value]:
     for node in (squeeze, *functions):
         node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.FLOAT)
     producer = angles.producer()
-    assert producer is not None, "angles are computed"
+    assert producer is not None, "the angles are computed by a node"
     model.graph.insert_after(producer, [squeeze, *functions])
     return functions[0].outputs[0], functions[1].outputs[0]
 

@@ -43,7 +43,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
     if spec.precision == "fp32":
         save_graph(fused, model, external=sources.graph.external_data)
     else:
-        assert goal is not None, "whoever builds a reduced precision says what it has to reach"
+        assert goal is not None, "an engine of reduced precision is built with a goal"
         reduce = _quantize if spec.precision == "int8" else _reduce_to_half
         reduced = reduce(fused, spec, sources, goal, model, device)
         parameters |= reduced.parameters
@@ -61,7 +61,7 @@ def _quantize(
     If no trial passes the gates, all matrices are in int8 and `steps` says so. The benchmark then measures how fast
     that engine would have been.
     """
-    assert device == "cpu", "GPUs have no kernels for these"
+    assert device == "cpu", "GPUs have no kernels for the int8 operators"
     from resources.engines.precision import quantization
     from resources.engines.precision.precision_search import Trials, open_gate_check, switched, verdict
 

@@ -50,7 +50,7 @@ class CudaSession:
         options: Mapping[str, str] | None = None,
     ) -> None:
         self.output, self.device = output, device
-        self.why_no_graphs = "" if graphs else "not asked for"
+        self.why_no_graphs = "" if graphs else "not requested"
         settings = {**SETTINGS, "device_id": str(device), **(options or {})}
         session: Any = None
         if graphs:

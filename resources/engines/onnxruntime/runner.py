@@ -45,7 +45,7 @@ def cpu_runner(model: onnx_ir.Model, path: Path, sources: Sources, *, as_written
     product.
     """
     runner = trial_runner(model, path, sources, "cpu", as_written=as_written)
-    assert isinstance(runner, OnnxRuntimeRunner), "that is what runs on CPUs"
+    assert isinstance(runner, OnnxRuntimeRunner), "an OnnxRuntimeRunner runs the graph on the CPU"
     return runner
 
 
@@ -78,7 +78,10 @@ def check_answer(runner: Runner, sources: Sources) -> None:
     answer = runner.run(encoder.example(rows, tokens, task.extra_inputs))
     expected = (rows, tokens, sources.graph.width) if task.per_token else (rows, sources.graph.width)
     if answer.shape != expected or not np.isfinite(answer).all():
-        raise EngineError(f"The engine answers {answer.shape} with values {answer.ravel()[:4]} to a plain batch.")
+        raise EngineError(
+            f"The engine's answer to a small batch is wrong: it has the shape {answer.shape} and begins with the "
+            f"values {answer.ravel()[:4]}."
+        )
 
 
 class OnnxRuntimeRunner:

@@ -39,7 +39,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
     del spec, device
     import onnx
 
-    assert goal is not None and goal.tuning is not None, "TensorRT's engines are judged and tuned"
+    assert goal is not None and goal.tuning is not None, "a TensorRT engine is built with a goal and a tuning"
     check_profiles(sources.checkpoint.model, goal.tuning.profiles, sources.checkpoint.max_tokens)
     from resources.engines.precision.tensorrt_precision import plain_graph
 
@@ -54,7 +54,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
         open_provider(folder / MODEL_FILE, settings, folder / CACHE_FOLDER)
     except Exception as error:
         raise EngineError(
-            f"{sources.checkpoint.model}: ONNX Runtime's TensorRT provider cannot take the graph: {first_line(error)}"
+            f"{sources.checkpoint.model}: ONNX Runtime's TensorRT provider cannot load the graph: {first_line(error)}"
         ) from error
     check_answer(_Runner(folder / MODEL_FILE, sources.graph.output, 1), sources)
     proto = onnx.load(folder / MODEL_FILE, load_external_data=False)

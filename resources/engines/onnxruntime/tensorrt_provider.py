@@ -70,7 +70,9 @@ def read_settings(path: Path) -> dict[str, str]:
     settings = json.loads(path.read_text(encoding="utf-8"))
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:
-        raise ValueError(f"{path}: the setting {unknown[0]!r} is none of {', '.join(SETTINGS)}. Build the engine anew.")
+        raise ValueError(
+            f"{path}: the setting {unknown[0]!r} is not one of {', '.join(SETTINGS)}. Build the engine again."
+        )
     return {name: str(value) for name, value in settings.items()}
 
 
@@ -106,6 +108,6 @@ def open_provider(
     if session.get_providers()[0] != "TensorrtExecutionProvider":
         raise RuntimeError(
             "ONNX Runtime cannot use TensorRT here: its provider did not load. It needs the libraries of TensorRT 10, "
-            "CUDA 13 and cuDNN 9: pip install 'transformer-refinery[tensorrt]' and onnxruntime-gpu[cuda,cudnn]."
+            "CUDA 13 and cuDNN 9. Install 'transformer-refinery[tensorrt]' and onnxruntime-gpu[cuda,cudnn] with pip."
         )
     return session

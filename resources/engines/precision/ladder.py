@@ -145,7 +145,11 @@ def search(
     order = _worst_first(running, operators)
     kept = _fewest(running, order)
     if kept is None:
-        why = f"{budget.spent} is spent" if budget.spent else "nothing that leaves some in low precision is enough"
+        why = (
+            f"{budget.spent} is spent"
+            if budget.spent
+            else "no trial with operators left in low precision passed the gates"
+        )
         running.steps.append(f"not rescued: {why}")
         return SearchResult((), False, tuple(running.steps))
     return SearchResult(tuple(operator.name for operator in kept), True, tuple(running.steps))
@@ -160,7 +164,7 @@ def known(operators: Sequence[Operator], kept_nodes: Collection[str]) -> SearchR
     require_nodes(kept_nodes, [node for operator in operators for node in operator.nodes])
     kept = tuple(operator.name for operator in operators if set(operator.nodes) <= set(kept_nodes))
     return SearchResult(
-        kept, True, (f"nothing was searched: {len(kept)} operators are known to need higher precision",)
+        kept, True, (f"no search was needed: {len(kept)} operators are known to need higher precision",)
     )
 
 
@@ -178,8 +182,8 @@ def require_nodes(wanted: Collection[str], there: Collection[str]) -> None:
     missing = sorted(set(wanted) - set(there))
     if missing:
         raise EngineError(
-            f"The graph has no operator {missing[0]!r} to keep in higher precision: it was made by other rules. "
-            "Use the versions that the engine was built with, or let the search run again."
+            f"The graph has no operator {missing[0]!r} to keep in higher precision, because other versions of "
+            "the software made it. Use the versions that the engine was built with, or let the search run again."
         )
 
 

@@ -69,7 +69,9 @@ def reduce_to_half(
     paths, steps = explained(model, near)
     parameters = {"overflowing_operators": str(len(near)), "ladder": verdict(outcome)}
     if emulated:
-        parameters["judged"] = f"in fp32 on a processor, rounded to {kind} wherever the engine has {kind}"
+        parameters["judged"] = (
+            f"in fp32 on a processor, with values rounded to {kind} wherever the engine computes in {kind}"
+        )
     kept = tuple(dict.fromkeys([*paths, *outcome.kept]))
     return Reduced(parameters, kept, (*steps, *outcome.steps), tuple(sorted(single(outcome.kept))))
 

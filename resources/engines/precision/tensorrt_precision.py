@@ -65,7 +65,7 @@ def typed_graph(sources: Sources, spec: EngineSpec, goal: Goal | None, target: P
     if spec.precision == "fp32":
         save_graph(model, target, external=sources.graph.external_data)
         return Reduced({})
-    assert goal is not None, "whoever builds a reduced precision says what it has to reach"
+    assert goal is not None, "an engine of reduced precision is built with a goal"
     drop_nan_guards(model)
     if spec.precision == "fp16" or spec.precision == "bf16":
         return reduce_to_half(model, sources, goal, target, kind=spec.precision, wide=WIDE)
@@ -144,7 +144,7 @@ def _quantize(model: ir.Model, kind: EightBits, name: str, sources: Sources, goa
     final = written(emulated=False)
     share_inputs(final)
     save_graph(final, target, external=sources.graph.external_data)
-    last = (f"not rescued: with all else in fp16 {'; '.join(missed)}",) if missed else ()
+    last = (f"not rescued: with all other operators in fp16, {'; '.join(missed)}",) if missed else ()
     paths, steps = explained(model, near)
     used = [weights[operator.name] for operator in operators if operator.name not in outcome.kept]
     parameters = {

@@ -54,7 +54,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
     """
     del device
     started, model = time.monotonic(), sources.checkpoint.model
-    assert goal is not None and goal.tuning is not None, "TensorRT's engines are judged and tuned"
+    assert goal is not None and goal.tuning is not None, "a TensorRT engine is built with a goal and a tuning"
     tuning = goal.tuning
     flavour = installed_flavour()
     if flavour is None:
@@ -84,7 +84,7 @@ def build(sources: Sources, spec: EngineSpec, folder: Path, goal: Goal | None, d
             leftover.unlink()
     (folder / PLAN_FILE).write_bytes(plan)
     if gpu is None:
-        parameters["inspector"] = "not asked: it needs a GPU, and nvidia-smi shows none here"
+        parameters["inspector"] = "not run: the inspector needs a GPU, and nvidia-smi shows none on this machine"
     else:
         (folder / INSPECTOR_FILE).write_text(_inspect(trt, plan, model), encoding="utf-8")
         parameters["inspector"] = INSPECTOR_FILE
@@ -156,8 +156,8 @@ def make_plan(trt: Any, graph: Path, sources: Sources, tuning: Tuning, deadline:
     cache.keep(config)
     if plan is None and monitor.late:
         raise EngineError(
-            f"{model}: TensorRT was stopped after {tuning.seconds:.0f} s, shortly before the limit of a step. Its "
-            "timings are kept, so the next build gets further. Raise REFINERY_STEP_SECONDS, or lower "
+            f"{model}: TensorRT was stopped after {tuning.seconds:.0f} s, shortly before the time limit of a step. "
+            "Its timings are kept, so the next build gets further. Raise REFINERY_STEP_SECONDS, or lower "
             "`tensorrt: {optimization_level, profiles}` in the models file."
         )
     if plan is None:
@@ -176,8 +176,8 @@ def _parse(trt: Any, graph: Path, network: Any, log: Any, model: str) -> None:
     )
     more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
     raise EngineError(
-        f"{model}: TensorRT {trt.__version__} does not take the graph. {said or log.last()}{more}. Leave the engine "
-        "out (`engines` in the models file), or use a version of TensorRT that has the operator."
+        f"{model}: TensorRT {trt.__version__} does not accept the graph: {said or log.last()}{more}. Leave the "
+        "engine out (`engines` in the models file), or use a version of TensorRT that has the operator."
     )
 
 

@@ -43,16 +43,19 @@ def mismatch(built: Mapping[str, str], capability: str = "") -> str:
     """
     flavour, version = built["flavour"], built["tensorrt"]
     distribution = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}[flavour]
-    remedy = f"Install it (pip install {distribution}=={version}), or optimize the model again where it is to run."
+    remedy = (
+        f"Install it (pip install {distribution}=={version}), "
+        "or optimize the model again on the machine where it is to run."
+    )
     if find_spec(flavour) is None:
         return f"the plan was built by {flavour} {version}, which is not installed here. {remedy}"
     here = str(import_module(flavour).__version__)
     if here != version:
-        return f"the plan was built by {flavour} {version}, and {here} is installed here. {remedy}"
+        return f"the plan was built by {flavour} {version}, but {here} is installed here. {remedy}"
     there = built.get("compute_capability", "")
     if there and capability and there != capability:
         return (
-            f"the plan was built for GPUs of compute capability {there}, and this one has {capability}. Optimize the "
+            f"the plan was built for GPUs of compute capability {there}, but this GPU has {capability}. Optimize the "
             f"model for the target cuda_sm{capability.replace('.', '')}."
         )
     return ""
@@ -87,7 +90,7 @@ def _make_log(flavour: str) -> Any:
 
         def last(self) -> str:
             """Return the last error, cut to 400 characters."""
-            return self.errors[-1][:400] if self.errors else "it does not say why"
+            return self.errors[-1][:400] if self.errors else "no reason was given"
 
     return Log()
 
@@ -116,7 +119,7 @@ def pick_profile(profiles: Sequence[Mapping[str, Range]], shapes: Mapping[str, S
             return number
     wanted = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
     largest = "; ".join("x".join(map(str, high)) for ranges in profiles for high in [next(iter(ranges.values()))[1]])
-    raise ValueError(f"no optimization profile of the plan takes {wanted}; theirs end at {largest}")
+    raise ValueError(f"no optimization profile of the plan accepts {wanted}; the profiles end at {largest}")
 
 
 class TensorRtSession:
@@ -199,7 +202,7 @@ class TensorRtSession:
         context = self._contexts[pick_profile(self._profiles, shapes)]
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise RuntimeError(f"TensorRT does not take {name} of shape {shape}: {self._log.last()}")
+                raise RuntimeError(f"TensorRT does not accept {name} of shape {shape}: {self._log.last()}")
         values = {
             name: self._values.ortvalue_from_shape_and_type(shape, self._types[name], "cuda", self._device)
             for name, shape in shapes.items()
@@ -231,7 +234,7 @@ class _Gpu:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError:
             raise RuntimeError(
-                "there is no NVIDIA driver here (libcuda.so.1), and TensorRT runs on its GPUs alone"
+                "there is no NVIDIA driver here (libcuda.so.1), and TensorRT runs only on NVIDIA GPUs"
             ) from None
         number, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuInit", 0)
@@ -263,4 +266,4 @@ class _Gpu:
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._cuda, name)(*arguments)
         if code:
-            raise RuntimeError(f"{name} failed with CUDA's error {code}")
+            raise RuntimeError(f"{name} failed with the CUDA error {code}")
